@@ -1,0 +1,412 @@
+"""The transformer: configuration, forward pass from ids or embeddings, KV cache, token log-probs, Hugging Face directories.
+
+A decoder of the Llama / Qwen2 kind: RMSNorm before attention and MLP, rotary positions, grouped-query attention, SwiGLU,
+optional q/k/v bias, tied or untied head. Parameter names are the checkpoint's and configuration fields are config.json's,
+so loading and saving need no translation table. It knows no task, no tokenizer and no optimiser.
+
+Shapes: B rows, T positions, N tokens picked out of a batch, C hidden size, H query heads, K key/value heads, D head size,
+V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common import UserError
+
+QKV_BIAS = {"llama": False, "qwen2": True}  # the supported model types; what else differs between them is in config.json
+
+
+@dataclass
+class ModelConfig:
+    """The fields of config.json that the forward pass reads (transformers-4 spelling); `extra` keeps all the others."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    model_type: str = "llama"
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # only {"rope_type": "llama3", ...}
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 4096
+    extra: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, d: dict, where: str = "config.json") -> "ModelConfig":
+        """From the content of a config.json, written by transformers 4 or 5. Raises UserError for what is not supported."""
+        d = dict(d)
+        if d.get("model_type") not in QKV_BIAS:
+            raise UserError(f"{where}: model_type {d.get('model_type')!r} is not supported, only {', '.join(QKV_BIAS)}")
+        rope = d.pop("rope_parameters", None)  # the transformers-5 spelling of rope_theta and rope_scaling
+        if rope:
+            d["rope_theta"] = rope["rope_theta"]
+            d["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        scaling = d.get("rope_scaling")
+        if scaling and scaling.get("rope_type", scaling.get("type")) != "llama3":
+            raise UserError(f"{where}: rope_scaling {scaling} is not supported, only rope_type llama3")
+        for key, only in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
+            if d.get(key, only) != only:
+                raise UserError(f"{where}: {key} = {d[key]!r} is not supported, only {only!r}")
+        if d.get("attention_bias", QKV_BIAS[d["model_type"]]) != QKV_BIAS[d["model_type"]]:
+            raise UserError(f"{where}: attention_bias = {d['attention_bias']} is not supported for {d['model_type']}")
+        d.setdefault("num_key_value_heads", d.get("num_attention_heads"))
+        names = {f.name for f in fields(cls)} - {"extra"}
+        missing = [f.name for f in fields(cls)[:6] if not isinstance(d.get(f.name), int)]
+        if missing:
+            raise UserError(f"{where}: {missing[0]} is missing or not a whole number")
+        known = {k: v for k, v in d.items() if k in names and v is not None}
+        return cls(**known, extra={k: v for k, v in d.items() if k not in names})
+
+    def to_dict(self) -> dict:
+        d = asdict(self)
+        extra = d.pop("extra")
+        architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.model_type]
+        return {"architectures": [architecture], "hidden_act": "silu"} | extra | d
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """(D/2,) float32 angles per position. Llama 3's rule stretches the long wavelengths and blends the middle band."""
+    f = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim)
+    if config.rope_scaling:
+        s = config.rope_scaling
+        low, high, factor = s["low_freq_factor"], s["high_freq_factor"], s["factor"]
+        turns = s["original_max_position_embeddings"] * f / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        f = (1 - blend) * f / factor + blend * f
+    return f
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, heads, T, D); cos, sin (B, 1, T, D), the first half of sin negated: the halves' swap is a roll."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class KVCache:
+    """Preallocated keys and values of `rows` slots with room for `length` positions, one (rows, K, length, D) tensor of each
+    a layer. `view(n, length)` says what the next forward pass sees: the first n slots up to `length` positions."""
+
+    def __init__(self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device):
+        shape = (rows, config.num_key_value_heads, length, config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    def view(self, positions: Tensor, length: int) -> "KVCache":
+        """positions (n,): where each of the first n slots writes its next key; attention sees positions < length."""
+        self.n, self.length, self.positions = len(positions), length, positions
+        self.slots = torch.arange(self.n, device=positions.device)
+        return self
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one new position a row, k and v (n, K, 1, D), and return all keys and values (n, K, length, D)."""
+        for whole, new in ((self.k[layer], k), (self.v[layer], v)):
+            whole[self.slots, :, self.positions] = new[:, :, 0].to(whole.dtype)
+        return self.k[layer][: self.n, :, : self.length], self.v[layer][: self.n, :, : self.length]
+
+    def copy_rows(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` (n,) over slots `target` (n,)."""
+        for whole in (*self.k, *self.v):
+            whole[target] = whole[source]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        c, d, bias = config.hidden_size, config.head_dim, QKV_BIAS[config.model_type]
+        self.layer, self.head_dim = layer, d
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if isinstance(cache, KVCache):  # one new token a row: a kv head's G query heads become G queries of that head
+            k, v = cache.update(self.layer, k, v)
+            q = q.reshape(B, -1, self.groups, self.head_dim)
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask).reshape(B, T, -1)
+        else:
+            if cache is not None:
+                cache.append((k, v))
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups > 1)
+            y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """What checkpoints keep under the prefix `model.`"""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequencies = rotary_frequencies(config)  # float32 whatever the model's dtype, and no part of a checkpoint
+
+    def init_weights(self, seed: int = 0) -> "Transformer":
+        """Normal weights of config.initializer_range, zero biases, unit norms: a pure function of the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            with torch.no_grad():
+                if name.endswith("bias"):
+                    p.zero_()
+                elif p.dim() == 1:
+                    p.fill_(1.0)
+                else:
+                    p.copy_(torch.empty(p.shape).normal_(0, self.config.initializer_range, generator=generator))
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C)"""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        inputs_embeds: Tensor | None = None,  # (B, T, C), instead of ids
+        positions: Tensor | None = None,  # (B, T), default 0..T-1
+        mask: Tensor | None = None,  # (B, 1, T, keys) bool, True = may attend; default causal
+        cache: "KVCache | list | None" = None,  # a KVCache: decode one token a row; a list: collect each layer's (k, v)
+    ) -> Tensor:
+        """Final hidden states (B, T, C), after the last norm. Right-padded batches need no mask: attention is causal."""
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        angles = positions[..., None].float() * self.frequencies.to(x.device)  # (B, T, D/2)
+        cos, sin = angles.cos(), angles.sin()
+        cos = torch.cat((cos, cos), -1).unsqueeze(1).to(x.dtype)  # (B, 1, T, D)
+        sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(x.dtype)
+        for block in self.model.layers:
+            x = block(x, cos, sin, mask, cache)
+        return self.model.norm(x)
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kw) -> Tensor:
+        """Logits (B, T, V) at every position. The trainers never call this: they take log-probs from `hidden`."""
+        return F.linear(self.hidden(input_ids, inputs_embeds, **kw), self.head_weight)
+
+    @classmethod
+    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = None, device=None) -> "Transformer":
+        """Read a Hugging Face directory. dtype None keeps the file's. The model is laid out without memory and filled
+        tensor by tensor, so the peak is the model plus one tensor. UserError names a missing, extra or misshapen tensor."""
+        dir = Path(dir)
+        config = ModelConfig.from_dict(read_json(dir / "config.json"), str(dir / "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = dict(model.named_parameters())
+        index = dir / "model.safetensors.index.json"
+        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        for shard in shards:
+            try:
+                with safe_open(dir / shard, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                        if name == "lm_head.weight" and config.tie_word_embeddings:
+                            continue  # some tied checkpoints repeat the embedding
+                        if name.endswith("rotary_emb.inv_freq"):
+                            continue  # a buffer of old checkpoints, derived from the configuration
+                        shape, parameter = tuple(file.get_slice(name).get_shape()), wanted.pop(name, None)
+                        if parameter is None:
+                            raise UserError(f"{dir / shard}: tensor {name} is not part of a {config.model_type} model")
+                        if shape != tuple(parameter.shape):
+                            raise UserError(f"{dir / shard}: tensor {name} has shape {shape}, config.json wants {tuple(parameter.shape)}")
+                        owner, _, leaf = name.rpartition(".")
+                        tensor = file.get_tensor(name).to(device=device, dtype=dtype)
+                        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+            except (SafetensorError, OSError) as e:
+                raise UserError(f"{dir / shard}: cannot be read as safetensors ({e})") from None
+        if wanted:
+            raise UserError(f"{dir}: tensor {next(iter(wanted))} is missing ({len(wanted)} in all)")
+        return model
+
+    def save_pretrained(self, dir: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json, generation_config.json and model.safetensors as transformers, vLLM and others read them."""
+        dir = Path(dir)
+        dir.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().to("cpu", dtype, copy=False).contiguous() for k, v in self.named_parameters()}
+        name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        config = self.config.to_dict() | {"torch_dtype": name}
+        config.pop("dtype", None)  # transformers 5's name for torch_dtype
+        (dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
+        (dir / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        save_file(tensors, dir / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a Hugging Face model directory is wanted") from None
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e})") from None
+
+
+# ---- log-probs without a (B, T, V) tensor ----------------------------------------------------------------------------
+
+CHUNK = 1 << 22  # logits alive at a time: few enough to stay near the cache, enough rows for a full-speed product
+
+
+def _chunks(hidden: Tensor, weight: Tensor):
+    rows = max(16, CHUNK // weight.shape[0])
+    return [slice(i, i + rows) for i in range(0, len(hidden), rows)]
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = F.linear(hidden, weight).float()  # (n, V)
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+
+
+def _grad_logits(logp: Tensor, targets: Tensor, g_logp: Tensor, entropy: Tensor | None, g_entropy: Tensor | None) -> Tensor:
+    """Gradient with respect to the (tempered) logits from those of log p[target] and of the entropy, each (n,):
+    d log p_t / dz = onehot(t) - p   and   dH / dz = -p (log p + H)."""
+    p = logp.exp()
+    if g_entropy is None:
+        p.mul_(-g_logp[:, None])
+    else:
+        p.mul_((logp + entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logp[:, None]))
+    return p.scatter_add_(1, targets[:, None], g_logp[:, None])
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, want_entropy):
+        logps, entropies = [], []
+        for s in _chunks(hidden, weight):
+            lp = _log_softmax(hidden[s], weight, temperature)
+            logps.append(lp.gather(1, targets[s, None])[:, 0])
+            entropies.append(-(lp.exp() * lp).sum(-1) if want_entropy else lp.new_zeros(len(lp)))
+        logp = torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
+        entropy = torch.cat(entropies) if entropies else torch.zeros_like(logp)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        ctx.temperature, ctx.want_entropy = temperature, want_entropy
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, g_logp, g_entropy):
+        hidden, weight, targets, entropy = ctx.saved_tensors
+        g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        for s in _chunks(hidden, weight):
+            lp = _log_softmax(hidden[s], weight, ctx.temperature)
+            dz = _grad_logits(lp, targets[s], g_logp[s], entropy[s], g_entropy[s] if ctx.want_entropy else None)
+            dz = dz.div_(ctx.temperature).to(hidden.dtype)
+            torch.mm(dz, weight, out=g_hidden[s])
+            g_weight.addmm_(dz.T, hidden[s])
+        return g_hidden, g_weight, None, None, None
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of `targets` (N,) under softmax(hidden @ weight.T / temperature), and entropies in nats, both (N,) float32.
+
+    hidden (N, C) are the states that predict the targets, weight (V, C). Chunked over rows, and recomputed in the backward
+    pass, so that at most CHUNK logits exist at a time. Entropies are zeros unless asked for.
+    """
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, entropy)
+
+
+class _FusedTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, loss_fn, temperature, want_entropy):
+        g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        total, stats = hidden.new_zeros((), dtype=torch.float32), []
+        for s in _chunks(hidden, weight):
+            lp = _log_softmax(hidden[s], weight, temperature)
+            logp = lp.gather(1, targets[s, None])[:, 0].requires_grad_()
+            entropy = -(lp.exp() * lp).sum(-1) if want_entropy else torch.zeros_like(logp)
+            entropy.requires_grad_()
+            with torch.enable_grad():
+                loss = loss_fn(logp, entropy, s)
+            g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), materialize_grads=True)
+            dz = _grad_logits(lp, targets[s], g_logp, entropy.detach(), g_entropy if want_entropy else None)
+            dz = dz.div_(temperature).to(hidden.dtype)
+            torch.mm(dz, weight, out=g_hidden[s])
+            g_weight.addmm_(dz.T, hidden[s])
+            total += loss.detach()
+            stats.append((logp.detach(), entropy.detach()))
+        logp, entropy = (torch.cat(x) for x in zip(*stats, strict=True))
+        ctx.save_for_backward(g_hidden, g_weight)
+        ctx.mark_non_differentiable(logp, entropy)
+        return total, logp, entropy
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        g_hidden, g_weight = ctx.saved_tensors
+        return g_hidden.mul_(g), g_weight.mul_(g), None, None, None, None
+
+
+def fused_token_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor,
+    loss_fn: Callable[[Tensor, Tensor, slice], Tensor],
+    temperature: float = 1.0, entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """sum of loss_fn(logp (n,), entropy (n,), rows) over chunks of rows, with log-probs and entropies (N,) for the metrics.
+
+    For losses that are sums over tokens: their gradient with respect to the logits is known as soon as the logits are, so
+    the head is multiplied three times (forward, both gradients) where `token_logprobs` needs a fourth to recompute. The
+    result may be differentiated once.
+    """
+    return _FusedTokenLoss.apply(hidden, weight, targets, loss_fn, temperature, entropy)
