@@ -1,0 +1,358 @@
+"""Countdown: reach a target from given numbers with + - * /, each number exactly once.
+
+Rows come from the published UFT data (github.com/liumy2010/UFT, data/countdown/{train,test}.parquet: 10,240 and 1,024
+problems of 3 or 4 numbers, built after TinyZero's Countdown-Tasks-3to4) when `path` is given; otherwise they are made
+here. The published rows are not copied into this repository; the ones made here follow their layout: numbers 1..99,
+targets 10..100, whole positive results only, compound operands in parentheses. A row of each style:
+
+    style "paper"   prompt  PROMPT of data/rows.py with "Using the numbers [62, 71, 40, 81], create ..."
+                    hint    ["62 - 40 = 22\\n", "..."]
+                    answer  " </think>\\n<answer> ... </answer>"
+                    truth   {"numbers": [62, 71, 40, 81], "target": 30}
+    style "short"   prompt  "3 5 8 2 9=14\\n"
+
+score() reads the answer block: the last "<answer>" that a "</answer>" follows. Where it departs from the published
+checker (every one of these is a test), and why:
+
+- `**` and `//` are malformed; there they are evaluated, can score 1.0, and `9 ** 9 ** 9` hangs the trainer.
+- Arithmetic is exact; there a float within 1e-5 of the target is right (98 + 1 / 200000 for 98).
+- The block may stand on any line, span lines and be followed by a newline; there only the text after the last newline
+  is searched, so a newline after the answer costs even the format score.
+- In nested tags the innermost block counts; there the inner opening tag makes the equation malformed.
+- Only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
+
+Kept although odd: an empty block earns 0.1; <think> is not checked; unary signs and a point after a number ("19.") are
+accepted; "= target", leading zeros, non-ASCII digits and spaces inside the equation are not.
+"""
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from random import Random
+
+from common import UserError
+from data.rows import PROMPT, read_rows
+
+INSTRUCTION = (
+    "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic operations "
+    "(+, -, *, /) and each number can only be used once."
+)
+DEFAULTS = {  # style -> (how many numbers, rows of each split)
+    "paper": ((3, 4), {"train": 10240, "test": 1024}),
+    "short": ((5,), {"train": 2000, "test": 500}),
+}
+LUCKY = 0.075  # style short leaves out problems that a random chain solves with a higher probability
+PATIENCE = 20_000  # draws without a new problem after which there are taken to be no more
+MAX_EQUATION = 500  # characters; bounds the nesting and the size of every integer too
+MAX_CHAIN = 1000
+
+Number = int | Fraction
+Step = tuple[Number, str, Number, Number]  # a, op, b, c: a op b = c
+
+
+def load(
+    split: str,
+    path: str | Path | None = None,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    style: str = "paper",
+    sizes: tuple[int, ...] | None = None,
+) -> list[dict]:
+    """Rows of `path` (all, or the first n), or n problems made from (seed, split, index).
+
+    A larger n only extends the list. The train and test problems of any two seeds are disjoint.
+    """
+    if path is not None:
+        rows = read_rows(path, split, {"numbers": list, "target": (int, str)})
+        for i, row in enumerate(rows):
+            values = [*row["truth"]["numbers"], row["truth"]["target"]]
+            if not all(re.fullmatch("-?[0-9]{1,18}", str(v)) for v in values):
+                raise UserError(f"{path} row {i}: numbers and target should be integers")
+        if n is not None and n > len(rows):
+            raise UserError(f"n: {n} rows were asked for, {path} has {len(rows)} of split {split}")
+        return rows[:n]
+    if style not in DEFAULTS:
+        raise UserError(f"style: '{style}' is unknown; allowed are {', '.join(DEFAULTS)}")
+    if split not in ("train", "test"):
+        raise UserError(f"split: '{split}' is unknown; made problems have train and test")
+    sizes = DEFAULTS[style][0] if sizes is None else tuple(sizes)
+    if not sizes or not all(type(k) is int and 3 <= k <= 6 for k in sizes):
+        raise UserError(f"sizes: {list(sizes)}; allowed are one or more whole numbers from 3 to 6")
+    n = DEFAULTS[style][1][split] if n is None else n
+    if n < 1:
+        raise UserError(f"n: {n}; at least 1 row is wanted")
+
+    rng = Random(f"countdown/{style}/{split}/{seed}/{sizes}")
+    rows, seen = [], set()
+    while len(rows) < n:
+        size = sizes[len(rows) % len(sizes)]
+        for _ in range(PATIENCE):
+            numbers = [rng.randint(1, 99 if style == "paper" else 10) for _ in range(size)]
+            # given the target, the chain that made it is a fair draw among all the chains that hit it
+            chain = random_chain(rng, numbers) if style == "short" else None
+            target = chain[-1][3] if chain else rng.randint(10, 100)
+            problem = (*sorted(numbers), target)
+            # the split is a property of the problem itself, so no seed can carry a test problem into training
+            here = "test" if zlib.crc32(repr(problem).encode()) % 5 == 0 else "train"
+            if here != split or problem in seen or chain and _is_easy(numbers, target):
+                continue
+            steps = chain or solve(numbers, target, whole=True)
+            if steps is not None:
+                break
+        else:
+            raise UserError(f"n: {n} rows were asked for; after {len(rows)} no new {style} one of {size} numbers is left")
+        seen.add(problem)
+        rows.append(_row(style, numbers, target, steps))
+    return rows
+
+
+def _row(style: str, numbers: list[int], target: int, steps: list[Step]) -> dict:
+    if style == "short":
+        prompt, answer = f"{' '.join(map(str, numbers))}={target}\n", f"<answer>{target}</answer>"
+        truth = {"numbers": numbers, "target": target, "steps": True}
+        return {"prompt": prompt, "hint": format_steps(steps), "answer": answer, "truth": truth}
+    equation = write_equation(numbers, steps)
+    instruction = INSTRUCTION.format(numbers=numbers, target=target)
+    return {
+        "prompt": PROMPT.format(instruction=instruction, example="(1 + 2) / 3"),
+        "hint": [f"{a} {op} {b} = {c}\n" for a, op, b, c in steps] + [f"Therefore, the final equation is {equation}"],
+        "answer": f" </think>\n<answer> {equation} </answer>",
+        "truth": {"numbers": numbers, "target": target},
+    }
+
+
+# ------------------------------------------------------------------------------------------------ making problems
+
+
+def _is_easy(numbers: list[int], target: int) -> bool:
+    counts = chain_results(tuple(sorted(numbers)))
+    return target == sum(numbers) or counts[target] > LUCKY * counts.total()
+
+
+def random_chain(rng: Random, numbers: list[int]) -> list[tuple[int, str, int, int]]:
+    """Operations (a, op, b, c) that use up the numbers: each joins a uniform pair by + or - (larger minus smaller)."""
+    left, chain = list(numbers), []
+    while len(left) > 1:
+        a, b = (left.pop(rng.randrange(len(left))) for _ in range(2))
+        if rng.random() < 0.5:
+            chain.append((a, "+", b, a + b))
+        else:
+            chain.append((max(a, b), "-", min(a, b), abs(a - b)))
+        left.append(chain[-1][3])
+    return chain
+
+
+@cache
+def chain_results(numbers: tuple[int, ...]) -> Counter:
+    """How many of the equally likely random chains end at each value; `numbers` is sorted."""
+    if len(numbers) == 1:
+        return Counter(numbers)
+    counts = Counter()
+    for i in range(len(numbers)):
+        for j in range(i):
+            rest = numbers[:j] + numbers[j + 1 : i] + numbers[i + 1 :]
+            for c in (numbers[i] + numbers[j], numbers[i] - numbers[j]):
+                counts.update(chain_results(tuple(sorted((*rest, c)))))
+    return counts
+
+
+def format_steps(chain: list[tuple[int, str, int, int]]) -> list[str]:
+    """The hint sentences of style short, one operation per line."""
+    return [f"{a}{op}{b}={c}\n" for a, op, b, c in chain]
+
+
+def write_equation(numbers: list[int], steps: list[Step]) -> str:
+    """The steps as one equation; every operand that is itself an operation stands in parentheses."""
+    pool = [(v, str(v)) for v in numbers]
+    for a, op, b, c in steps:
+        # equal values are interchangeable, so taking the first one that fits keeps the equation exact
+        (_, left), (_, right) = (pool.pop([v for v, _ in pool].index(x)) for x in (a, b))
+        pool.append((c, f"({left}) {op} ({right})"))
+    return re.sub(r"\(([0-9]+)\)", r"\1", pool[0][1])
+
+
+# ---------------------------------------------------------------------------------------------------------- solver
+
+
+def solve(numbers: list[int], target: int, whole: bool = False) -> list[Step] | None:
+    """Exact search: the operations that reach `target` from all of the positive `numbers`, or None if none exist.
+
+    `whole` admits whole results only. Negative results are never needed: with |x| for every x, + and - only trade
+    places. Up to three numbers all values are listed; above, one part is listed and the other asked for the rest.
+    """
+    listed: dict[int, dict[Number, tuple[Step, ...]]] = {1 << i: {v: ()} for i, v in enumerate(numbers)}
+    failed: set[tuple[int, Number]] = set()
+
+    def values(group: int) -> dict[Number, tuple[Step, ...]]:
+        if group not in listed:
+            found = {}
+            for one, other in _splits(group):
+                for x, xs in values(one).items():
+                    for y, ys in values(other).items():
+                        for step in _operations(x, y, whole):
+                            found.setdefault(step[3], (*xs, *ys, step))
+            listed[group] = found
+        return listed[group]
+
+    def find(group: int, goal: Number) -> tuple[Step, ...] | None:
+        if group.bit_count() <= 3:
+            return values(group).get(goal)
+        if (group, goal) in failed:
+            return None
+        for one, other in _splits(group):
+            for x, xs in values(one).items():
+                anything = sum(v for i, v in enumerate(numbers) if other >> i & 1)  # 0 times it is 0 too
+                for y in _partners(x, goal, whole) if x or goal else [anything]:
+                    if (ys := find(other, y)) is not None:
+                        return (*xs, *ys, next(s for s in _operations(x, y, whole) if s[3] == goal))
+        failed.add((group, goal))
+        return None
+
+    steps = find((1 << len(numbers)) - 1, target)
+    return None if steps is None else list(steps)
+
+
+@cache
+def _splits(group: int) -> list[tuple[int, int]]:
+    """The ways to cut a set of numbers (a bit mask) in two, the smaller part first."""
+    parts = sorted((part.bit_count(), part) for part in range(1, group) if part & group == part)
+    return [(part, group ^ part) for size, part in parts if (size, part) < ((group ^ part).bit_count(), group ^ part)]
+
+
+def _operations(x: Number, y: Number, whole: bool) -> Iterator[Step]:
+    yield x, "+", y, x + y
+    yield x, "*", y, x * y
+    for a, b in ((x, y), (y, x)):
+        if a >= b:
+            yield a, "-", b, a - b
+        if b and (a % b == 0 or not whole):
+            yield a, "/", b, _quotient(a, b)
+
+
+def _partners(x: Number, goal: Number, whole: bool) -> Iterator[Number]:
+    """The values y >= 0 for which some operation on x and y gives `goal`."""
+    yield x + goal
+    if goal >= x:
+        yield goal - x
+    if x > goal:
+        yield x - goal
+    if x:
+        yield goal * x
+    for a, b in ((goal, x), (x, goal)):
+        if b and (x or a is goal) and (a % b == 0 or not whole):
+            yield _quotient(a, b)
+
+
+def _quotient(a: Number, b: Number) -> Number:
+    return a // b if a % b == 0 else Fraction(a) / b  # integers stay integers, which are ten times as fast
+
+
+# --------------------------------------------------------------------------------------------------------- checker
+
+
+def score(response: str, truth: dict) -> tuple[float, str]:
+    """(reward, verdict) of a response, hint included: 1.0 right, 0.1 an answer block that is wrong, 0.0 "no answer".
+
+    Wrong answers are "malformed", "numbers" (not the given ones, each once) or "wrong" (another value); where
+    truth["steps"] is set, the lines before the block are checked and "unsound" is a step that is false or not allowed.
+    """
+    close = len(response)
+    while True:  # backwards, so that a text of nothing but tags takes one pass
+        close = response.rfind("</answer>", 0, close)
+        if close < 0:
+            return 0.0, "no answer"
+        start = response.rfind("<answer>", max(0, response.rfind("</answer>", 0, close)), close)
+        if start >= 0:
+            break
+    answer, numbers, target = response[start + len("<answer>") : close], truth["numbers"], int(truth["target"])
+    if truth.get("steps"):
+        verdict = _check_chain(response[:start] if start <= MAX_CHAIN else "?", answer, numbers, target)
+    else:
+        verdict = _check_equation(answer.strip(), numbers, target)
+    return (1.0 if verdict == "right" else 0.1), verdict
+
+
+def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> str:
+    left = Counter(numbers)
+    for line in lines.splitlines():
+        operation = re.fullmatch(r" *([0-9]{1,2}) *([-+]) *([0-9]{1,2}) *= *([0-9]{1,2}) *", line)
+        if operation is None:
+            return "malformed"
+    if not re.fullmatch("[0-9]{1,2}", answer.strip()):
+        return "malformed"
+    for line in lines.splitlines():
+        a, b, c = map(int, re.findall("[0-9]+", line))
+        left.subtract((a, b))
+        if c != (a + b if "+" in line else a - b) or min(left[a], left[b]) < 0:
+            return "unsound"
+        left[c] += 1
+    if left.total() != 1:
+        return "unsound"
+    return "right" if left[target] == 1 and int(answer) == target else "wrong"
+
+
+def _check_equation(equation: str, numbers: list[int], target: int) -> str:
+    if len(equation) > MAX_EQUATION or re.search(r"[^-0-9+*/(). \t\r\n]", equation):
+        return "malformed"
+    # a point is part of the number before it ("19."); one that a digit follows leaves two numbers side by side
+    tokens = re.findall(r"[0-9]+\.?|[^ \t\r\n]", equation)
+    used = [token.rstrip(".") for token in tokens if token[0] in "0123456789"]
+    if not used or any(digits[0] == "0" and digits != "0" for digits in used):
+        return "malformed"
+    try:
+        value = _evaluate(tokens)
+    except ZeroDivisionError:
+        value = None
+    except SyntaxError:
+        return "malformed"
+    if sorted(map(int, used)) != sorted(numbers):
+        return "numbers"
+    return "right" if value == target else "wrong"
+
+
+BINDS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
+
+
+def _evaluate(tokens: list[str]) -> Fraction:
+    """The value of an equation, by two stacks: no recursion, so no depth can exhaust Python's."""
+    values: list[Fraction] = []
+    waiting = ["("]  # the whole equation is read as if it stood in parentheses
+    operand = True  # whether a number, a sign or "(" must come next
+    for token in [*tokens, ")"]:
+        if not waiting:
+            raise SyntaxError("unbalanced")
+        if operand:
+            if token in ("(", "-"):
+                waiting.append("negate" if token == "-" else "(")
+            elif token[0] in "0123456789":
+                values.append(Fraction(int(token.rstrip("."))))
+                operand = False
+            elif token != "+":
+                raise SyntaxError("operand wanted")
+            continue
+        if token != ")" and token not in "+-*/":
+            raise SyntaxError("operator wanted")
+        while waiting[-1] != "(" and (token == ")" or BINDS[waiting[-1]] >= BINDS[token]):
+            _apply(waiting.pop(), values)
+        if token == ")":
+            waiting.pop()
+        else:
+            waiting.append(token)
+            operand = True
+    if waiting:
+        raise SyntaxError("unbalanced")
+    return values[0]
+
+
+def _apply(op: str, values: list[Fraction]) -> None:
+    b = values.pop()
+    if op == "negate":
+        values.append(-b)
+        return
+    a = values.pop()
+    values.append(a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b)
