@@ -1,15 +1,21 @@
 """Countdown: reach a target from given numbers with + - * /, each number exactly once.
 
 Rows come from the published UFT data (github.com/liumy2010/UFT, data/countdown/{train,test}.parquet: 10,240 and 1,024
-problems of 3 or 4 numbers, built after TinyZero's Countdown-Tasks-3to4) when `path` is given; otherwise they are made
-here. The published rows are not copied into this repository; the ones made here follow their layout: numbers 1..99,
-targets 10..100, whole positive results only, compound operands in parentheses. A row of each style:
+problems of 3 or 4 numbers, after TinyZero's Countdown-Tasks-3to4) when `path` is given; otherwise they are made here
+(about 15 s for as many). Made rows of style "paper" look like the published ones: numbers 1..99, targets 10..100, whole
+intermediate results that are never negative, compound operands in parentheses. Style "short" is for tiny models with
+one token per number: numbers 1..10, + and - only, and no problem that plain luck solves often (so none of 3 or 4
+numbers). The first training row of each, where PROMPT is that of data/rows.py:
 
-    style "paper"   prompt  PROMPT of data/rows.py with "Using the numbers [62, 71, 40, 81], create ..."
-                    hint    ["62 - 40 = 22\\n", "..."]
-                    answer  " </think>\\n<answer> ... </answer>"
-                    truth   {"numbers": [62, 71, 40, 81], "target": 30}
-    style "short"   prompt  "3 5 8 2 9=14\\n"
+    prompt  PROMPT with "Using the numbers [23, 82, 42], create an equation that equals 17. You can use basic ..."
+    hint    ["82 - 42 = 40\\n", "40 - 23 = 17\\n", "Therefore, the final equation is (82 - 42) - 23"]
+    answer  " </think>\\n<answer> (82 - 42) - 23 </answer>"
+    truth   {"numbers": [23, 82, 42], "target": 17}
+
+    prompt  "10 5 9 3 6=21\\n"
+    hint    ["10+9=19\\n", "3+19=22\\n", "22+5=27\\n", "27-6=21\\n"]
+    answer  "<answer>21</answer>"
+    truth   {"numbers": [10, 5, 9, 3, 6], "target": 21, "steps": True}
 
 score() reads the answer block: the last "<answer>" that a "</answer>" follows. Where it departs from the published
 checker (every one of these is a test), and why:
@@ -22,7 +28,7 @@ checker (every one of these is a test), and why:
 - Only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
 
 Kept although odd: an empty block earns 0.1; <think> is not checked; unary signs and a point after a number ("19.") are
-accepted; "= target", leading zeros, non-ASCII digits and spaces inside the equation are not.
+accepted; "= target", leading zeros and any character that is not ASCII inside the equation are not.
 """
 
 import re
@@ -105,7 +111,7 @@ def load(
             if steps is not None:
                 break
         else:
-            raise UserError(f"n: {n} rows were asked for; after {len(rows)} no new {style} one of {size} numbers is left")
+            raise UserError(f"n: {n} rows were asked for; after {len(rows)} no new one of {size} numbers is left")
         seen.add(problem)
         rows.append(_row(style, numbers, target, steps))
     return rows
@@ -183,10 +189,12 @@ def solve(numbers: list[int], target: int, whole: bool = False) -> list[Step] | 
     """Exact search: the operations that reach `target` from all of the positive `numbers`, or None if none exist.
 
     `whole` admits whole results only. Negative results are never needed: with |x| for every x, + and - only trade
-    places. Up to three numbers all values are listed; above, one part is listed and the other asked for the rest.
+    places. Of small groups of numbers all values are listed; a larger one is cut in two, one part
+    listed and the other asked for what is missing.
     """
     listed: dict[int, dict[Number, tuple[Step, ...]]] = {1 << i: {v: ()} for i, v in enumerate(numbers)}
     failed: set[tuple[int, Number]] = set()
+    small = max(2, len(numbers) // 2)
 
     def values(group: int) -> dict[Number, tuple[Step, ...]]:
         if group not in listed:
@@ -200,14 +208,13 @@ def solve(numbers: list[int], target: int, whole: bool = False) -> list[Step] | 
         return listed[group]
 
     def find(group: int, goal: Number) -> tuple[Step, ...] | None:
-        if group.bit_count() <= 3:
+        if group.bit_count() <= small:
             return values(group).get(goal)
         if (group, goal) in failed:
             return None
         for one, other in _splits(group):
             for x, xs in values(one).items():
-                anything = sum(v for i, v in enumerate(numbers) if other >> i & 1)  # 0 times it is 0 too
-                for y in _partners(x, goal, whole) if x or goal else [anything]:
+                for y in _partners(x, goal, whole):
                     if (ys := find(other, y)) is not None:
                         return (*xs, *ys, next(s for s in _operations(x, y, whole) if s[3] == goal))
         failed.add((group, goal))
@@ -235,7 +242,10 @@ def _operations(x: Number, y: Number, whole: bool) -> Iterator[Step]:
 
 
 def _partners(x: Number, goal: Number, whole: bool) -> Iterator[Number]:
-    """The values y >= 0 for which some operation on x and y gives `goal`."""
+    """The values y >= 0 for which some operation on x and y gives `goal`.
+
+    0 times anything is left out: the positive numbers of the anything can as well be multiplied by the 0 one by one.
+    """
     yield x + goal
     if goal >= x:
         yield goal - x
@@ -261,30 +271,24 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     Wrong answers are "malformed", "numbers" (not the given ones, each once) or "wrong" (another value); where
     truth["steps"] is set, the lines before the block are checked and "unsound" is a step that is false or not allowed.
     """
-    close = len(response)
-    while True:  # backwards, so that a text of nothing but tags takes one pass
-        close = response.rfind("</answer>", 0, close)
-        if close < 0:
-            return 0.0, "no answer"
-        start = response.rfind("<answer>", max(0, response.rfind("</answer>", 0, close)), close)
-        if start >= 0:
-            break
-    answer, numbers, target = response[start + len("<answer>") : close], truth["numbers"], int(truth["target"])
+    start = response.rfind("<answer>", 0, max(0, response.rfind("</answer>")))
+    if start < 0:
+        return 0.0, "no answer"
+    answer = response[start + len("<answer>") : response.index("</answer>", start)]
+    numbers, target = truth["numbers"], int(truth["target"])
     if truth.get("steps"):
-        verdict = _check_chain(response[:start] if start <= MAX_CHAIN else "?", answer, numbers, target)
+        verdict = _check_chain(response[:start], answer, numbers, target)
     else:
         verdict = _check_equation(answer.strip(), numbers, target)
     return (1.0 if verdict == "right" else 0.1), verdict
 
 
 def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> str:
-    left = Counter(numbers)
-    for line in lines.splitlines():
-        operation = re.fullmatch(r" *([0-9]{1,2}) *([-+]) *([0-9]{1,2}) *= *([0-9]{1,2}) *", line)
-        if operation is None:
-            return "malformed"
-    if not re.fullmatch("[0-9]{1,2}", answer.strip()):
+    if len(lines) > MAX_CHAIN or not re.fullmatch("[0-9]{1,2}", answer.strip()):
         return "malformed"
+    if not all(re.fullmatch("[0-9]{1,2} *[-+] *[0-9]{1,2} *= *[0-9]{1,2}", x.strip()) for x in lines.splitlines()):
+        return "malformed"
+    left = Counter(numbers)
     for line in lines.splitlines():
         a, b, c = map(int, re.findall("[0-9]+", line))
         left.subtract((a, b))
