@@ -1,0 +1,503 @@
+"""Knights and Knaves: who tells the truth, given what everybody says about everybody? Exactly one answer fits.
+
+Rows come from one of two places:
+- `path`: the rows published with UFT (github.com/liumy2010/UFT, data/kk_logic/{train,test}.parquet, 3 to 7 people; the
+  puzzles stem from K-and-K/knights-and-knaves, whose licence is cc-by-nc-sa-4.0), or a file of rows as load() returns;
+- no `path`: generated here. A hash of the problem that ignores names and numbering decides its split, so train and
+  test share no problem whatever their seeds. Wordings and names are our own; the reasoning is worded as published.
+
+A row of style "paper", load("train", n=1), its prompt shortened to what stands inside rows.PROMPT:
+
+    prompt   ... On an island everybody is either a knight, who only says what is true, or a knave, who only says what
+             is false. You meet Peter, Daisy, and Tina. Asked about it, Peter answers that Tina is a
+             knave or Tina is a knight. "Daisy is a knave and Daisy is a knight," is what Daisy replies.
+             You hear from Tina that Peter is not a knight. Who is a knight and who is a knave? ...
+    hint     Assume Peter is a knight. No contradiction is found in their claim that Tina is a knave or Tina is a
+               knight.
+             Tina cannot be a knight, because this would contradict the claim of their own that Peter is not a knight.
+             Assume Tina is a knave. No contradiction is found in their false claim that Peter is not a knight.
+             Daisy cannot be a knight, because this would contradict the claim of their own that Daisy is a knave and
+               Daisy is a knight.
+             Assume Daisy is a knave. No contradiction is found in their false claim that Daisy is a knave and Daisy
+               is a knight.
+             Therefore, (1) Peter is a knight
+             (2) Daisy is a knave
+             (3) Tina is a knave
+    answer   </think>
+             <answer> (1) Peter is a knight
+             (2) Daisy is a knave
+             (3) Tina is a knave </answer>
+    truth    {'names': ['Peter', 'Daisy', 'Tina'], 'solution': [True, False, False], 'statements': "(('or', ('lying',
+             2), ('telling-truth', 2)), ('and', ('lying', 1), ('telling-truth', 1)), ('not', ('telling-
+             truth', 0)))"}
+
+A row of style "short", load("train", n=1, style="short"), one token a word for models of 100,000 parameters:
+
+    prompt   A: B knave or C knave
+             B: D knight and C knave
+             C: not A knight
+             D: C knight iff C knave
+    hint     A knight ok
+             B knight ok
+             D knight no D
+             D knave no B
+             back B
+             B knave ok
+             D knight no D
+             D knave ok
+             C knight no C
+             C knave ok
+    answer   <answer>A knight B knave C knave D knave</answer>
+    truth    {'names': ['A', 'B', 'C', 'D'], 'solution': [True, False, False, False], 'statements': "(('or', ('lying',
+             1), ('lying', 2)), ('and', ('telling-truth', 3), ('lying', 2)), ('not', ('telling-truth',
+             0)), ('<=>', ('telling-truth', 2), ('lying', 2)))", 'steps': True}
+
+`trace` makes the `hint` of all 5,000 published rows from their names and statements alone. In the short style score()
+also asks whether each line before the answer is a sound step, in whatever order people are taken (truth["steps"]). It
+has to see the whole reasoning, so give it hint and completion together.
+
+Where score() departs from the published checker (tests/test_logic.py has a test of each):
+1. It is given the response alone and finds the answer there. The published one wants "Assistant:" in front and gives a
+   right answer 0.0 without it, but which prompt a user chose says nothing about the answer.
+2. The truth is `names` and `solution`, checked by load(), where the published one reads a text back with a pattern: it
+   turns "Mary Jane is a knight" into "Mary", lets a second line about Ann replace the first and accepts an empty text.
+3. An answer of more than MAX_ANSWER characters is malformed, so that no response can stall a run.
+4. A name that ends in another ("Mary Jane", "Jane") is matched whole.
+Strict as published on purpose: the words knight and knave must occur once per person and no further time (hedging would
+pay otherwise), "Mary: knight" is malformed, and a blank answer earns 0.0, unlike in the other tasks.
+"""
+
+import ast
+import hashlib
+import io
+import random
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, reduce
+from operator import and_
+from pathlib import Path
+
+from common import UserError
+from data.rows import PROMPT, read_rows
+
+INSTRUCTION = (
+    "On an island everybody is either a knight, who only says what is true, or a knave, who only says what is false. "
+    "You meet {people}. {claims} Who is a knight and who is a knave?"
+)
+EXAMPLE = "(1) Ada is a knight\n(2) Max is a knave\n(3) ..."
+WORDINGS = (
+    '{name} says: "{claim}."', '{name} says that {claim}.', '"{claim}," says {name}.', 'According to {name}, {claim}.',
+    '{name} tells you that {claim}.', '"{claim}," {name} insists.', '{name} swears: "{claim}."', '{name}: "{claim}."',
+    'You hear from {name} that {claim}.', '{name} whispers, "{claim}."', 'What {name} has to say is: "{claim}."',
+    'Asked about it, {name} answers that {claim}.', '"{claim}," is what {name} replies.', '{name} adds that {claim}.',
+)  # fmt: skip
+NAMES = (
+    "Ada Alan Alice Anton Bella Boris Carla Clara Cyril Daisy Dora Edgar Elsa Emil Erik Flora Frank Freya Gina Greta "
+    "Hanna Hugo Ida Igor Irma Ivan Jana Jonas Julia Karin Klaus Lara Lena Louis Marta Max Mona Nina Nora Oscar Otto "
+    "Paula Peter Petra Rosa Rudi Sara Simon Tara Theo Tina Uma Vera Viktor Wanda Xenia Yara Yuri Zara"
+).split()
+LETTERS = "ABCDEFG"
+MIN_SIZE, MAX_SIZE = 2, len(LETTERS)
+DEFAULTS = {"paper": ({"train": 4500, "test": 500}, (3, 4, 5, 6, 7)), "short": ({"train": 2000, "test": 500}, (4,))}
+"""style -> rows of each split, numbers of people"""
+TEST_SHARE = 8  # one problem in so many belongs to the test split
+MAX_DRAWS = 20_000  # draws in a row without a new problem after which there are no more to be had
+MAX_ANSWER = 10_000  # characters; seven people need about 200
+MAX_STEPS = 100_000  # characters; a search that tries everything about seven people writes less
+LEAVES, PAIRS = ("telling-truth", "lying"), ("and", "or", "->", "<=>")
+PAPER = {
+    "telling-truth": "{} is a knight", "lying": "{} is a knave",
+    "not telling-truth": "{} is not a knight", "not lying": "{} is not a knave",
+    "and": "{} and {}", "or": "{} or {}", "->": "If {} then {}", "<=>": "{} if and only if {}",
+}  # fmt: skip
+SHORT = {
+    "telling-truth": "{} knight", "lying": "{} knave",
+    "not telling-truth": "not {} knight", "not lying": "not {} knave",
+    "and": "{} and {}", "or": "{} or {}", "->": "if {} then {}", "<=>": "{} iff {}",
+}  # fmt: skip
+
+
+def load(
+    split: str,
+    path: str | Path | None = None,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    style: str = "paper",
+    sizes: Sequence[int] | None = None,
+) -> list[dict]:
+    """Rows {prompt, hint, answer, truth}: the first `n` of the file at `path`, else `n` generated ones of the given
+    `style` with sizes[0], sizes[1], ... people in turn. More rows only extend the list."""
+    if n is not None and n < 1:
+        raise UserError(f"n: {n} rows were asked for; at least 1 is needed")
+    if path is not None:
+        rows = read_rows(path, split, {"names": list, "solution": list, "statements": str})[:n]
+        for number, row in enumerate(rows):
+            if reason := _unusable(row["truth"]):
+                raise UserError(f"{path} row {number}: {reason}")
+        return rows
+    if style not in DEFAULTS:
+        raise UserError(f"style: '{style}' is unknown; 'paper' and 'short' are allowed")
+    default_n, default_sizes = DEFAULTS[style]
+    if split not in default_n:
+        raise UserError(f"split: '{split}' is unknown; 'train' and 'test' are allowed")
+    sizes = tuple(sizes) if sizes is not None else default_sizes
+    if not sizes or not all(isinstance(k, int) and MIN_SIZE <= k <= MAX_SIZE for k in sizes):
+        raise UserError(f"sizes: {list(sizes)} is not allowed; numbers of people from {MIN_SIZE} to {MAX_SIZE} are")
+    rows, seen = [], set()
+    for index in range(n or default_n[split]):
+        rng, size = random.Random(f"logic {seed} {split} {index}"), sizes[index % len(sizes)]
+        for _ in range(MAX_DRAWS):
+            statements = _draw(rng, size)
+            key = _key(statements)
+            if (key % TEST_SHARE == 0) == (split == "test") and key not in seen:
+                break
+        else:
+            raise UserError(f"n: only {index} different {split} problems could be found with sizes {list(sizes)}")
+        seen.add(key)
+        rows.append((_paper_row if style == "paper" else _short_row)(statements, rng))
+    return rows
+
+
+def score(response: str, truth: dict) -> tuple[float, str]:
+    """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong", "malformed" or, where truth["steps"], "unsound";
+    0.0 "no answer". The last complete <answer> block counts, wherever it stands; a truth with the key "steps" (true or
+    false) wants it in the short style. Linear in the response's length."""
+    _, block = _last_block(response)
+    if not block.strip():
+        return 0.0, "no answer"
+    roles = _read_answer(block, truth)
+    if roles is None:
+        return 0.1, "malformed"
+    if roles != truth["solution"]:
+        return 0.1, "wrong"
+    if truth.get("steps") and not check_steps(response, truth):
+        return 0.1, "unsound"
+    return 1.0, "right"
+
+
+def trace(names: Sequence[str], statements: tuple) -> list[str]:
+    """The reference reasoning in the published wording, one sentence an item, ending in the solution."""
+    sentences, role = [], {True: "knight", False: "knave"}
+    solution: dict[int, bool] = {}
+    for kind, person, *rest in _search(statements):
+        name = names[person]
+        if kind == "back":
+            exhausted = _listing([names[p] for p in rest[0]])
+            sentences.append(
+                f"We have exhausted all possibilities for {exhausted}, so let us go back and reconsider {name}.\n"
+            )
+            continue
+        is_knight, speaker = rest
+        # a claim is false when a knave makes it: the person under consideration, or a speaker settled earlier
+        truthful = is_knight if speaker == person else solution[speaker]
+        claim = f"{'' if truthful else 'false '}claim%s that {_say(statements[speaker], names, PAPER)}.\n"
+        if kind == "ok":
+            solution[person] = is_knight
+            sentences.append(f"Assume {name} is a {role[is_knight]}. ")
+            sentences.append("No contradiction is found in their " + claim % "")
+        else:
+            owner = " of their own" if speaker == person else f" of {names[speaker]}"
+            sentences.append(
+                f"{name} cannot be a {role[is_knight]}, because this would contradict the {claim % owner}"
+            )
+    lines = _solution_lines(names, [solution[p] for p in range(len(names))])
+    return [*sentences, "Therefore, " + lines[0], *lines[1:]]
+
+
+def check_steps(text: str, truth: dict) -> bool:
+    """Whether each line before the answer block of `text` (short style) follows from the lines before it, and they end
+    in a role for everybody, the ones answered. Any order of people will do. The lines are
+
+    A knight ok      A has no role yet and knight is not refuted; with it every claim made so far can still hold
+    B knight no A    B has no role yet and knight is not refuted; with it A's claim (A has a role, or is B) cannot hold
+    back C           somebody has both roles refuted; the people assumed after C have their other role refuted too,
+                     so C's present role is refuted and all assumed from C on have no role again
+    """
+    before, block = _last_block(text)
+    if len(before) > MAX_STEPS:
+        return False
+    people = {name: p for p, name in enumerate(truth["names"])}
+    agree = _agreement(parse_statements(truth["statements"], len(people)))
+    roles: dict[int, bool] = {}  # in the order they were assumed: a stack
+    refuted: list[set[tuple[int, bool]]] = [set()]  # refuted[d]: found while d people had a role; void once fewer have
+    for line in io.StringIO(before, newline="\n"):
+        known = set().union(*refuted)
+        match line.split(maxsplit=4):
+            case [name, "knight" | "knave" as role, *verdict] if name in people:
+                person, is_knight = people[name], role == "knight"
+                if person in roles or (person, is_knight) in known:
+                    return False
+                tried = {**roles, person: is_knight}
+                match verdict:
+                    case ["ok"]:
+                        if _contradicted(tried, agree, tried) is not None:
+                            return False
+                        roles = tried
+                        refuted.append(set())
+                    case ["no", speaker] if people.get(speaker) in tried:
+                        if _contradicted(tried, agree, [people[speaker]]) is None:
+                            return False
+                        refuted[-1].add((person, is_knight))
+                    case _:
+                        return False
+            case ["back", name] if people.get(name) in roles:
+                if not any((p, True) in known and (p, False) in known for p in people.values()):
+                    return False
+                while True:
+                    person, is_knight = roles.popitem()
+                    refuted.pop()
+                    refuted[-1].add((person, is_knight))
+                    if person == people[name]:
+                        break
+                    if not any((person, not is_knight) in level for level in refuted):
+                        return False
+            case _:
+                return False
+    return len(roles) == len(people) and _read_answer(block, truth) == [roles[p] for p in sorted(roles)]
+
+
+def parse_statements(text: str, n: int) -> tuple:
+    """The published notation, a tuple of n claims such as ('lying', 2), ('not', ('telling-truth', 0)) or
+    ('<=>', ('lying', 0), ('lying', 1)), numbers being people. ValueError if it is anything else."""
+    try:
+        statements = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise ValueError("'statements' cannot be read") from None
+
+    def is_leaf(x) -> bool:
+        return isinstance(x, tuple) and len(x) == 2 and x[0] in LEAVES and type(x[1]) is int and 0 <= x[1] < n
+
+    def is_claim(x) -> bool:
+        if is_leaf(x) or not isinstance(x, tuple) or not x:
+            return is_leaf(x)
+        return (len(x) == 2 and x[0] == "not" or len(x) == 3 and x[0] in PAIRS) and all(map(is_leaf, x[1:]))
+
+    if not isinstance(statements, tuple) or len(statements) != n or not all(map(is_claim, statements)):
+        raise ValueError(f"'statements' is not one claim for each of {n} people")
+    return statements
+
+
+# The search. A set of assignments of n people is an integer of 2**n bits: bit a stands for the assignment in which
+# person p is a knight exactly if a's bit p is set. The intersection of two sets is then one "&", and drawing is fast.
+
+
+@lru_cache
+def _knight(n: int) -> tuple[int, ...]:
+    """For each person the set of assignments in which they are a knight; last the set of all assignments."""
+    return (*(sum(1 << a for a in range(2**n) if a >> p & 1) for p in range(n)), (1 << 2**n) - 1)
+
+
+def _holds(claim: tuple, n: int) -> int:
+    """The set of assignments in which the claim is true."""
+    *knight, everything = _knight(n)
+    kind, *parts = claim
+    if kind in LEAVES:
+        return knight[parts[0]] if kind == "telling-truth" else everything ^ knight[parts[0]]
+    left, right = _holds(parts[0], n), _holds(parts[-1], n)
+    if kind == "and":
+        return left & right
+    if kind == "or":
+        return left | right
+    if kind == "<=>":
+        return everything ^ left ^ right
+    return (everything ^ left) | (right if kind == "->" else 0)  # a "not" has no right side
+
+
+def _agreement(statements: tuple) -> list[int]:
+    """For each speaker the set of assignments in which the claim is as true as the speaker is truthful."""
+    *knight, everything = _knight(len(statements))
+    return [everything ^ k ^ _holds(s, len(knight)) for k, s in zip(knight, statements, strict=True)]
+
+
+def _contradicted(roles: dict[int, bool], agree: list[int], speakers) -> int | None:
+    """The first of the speakers whose claim cannot agree with their role, whatever the people without a role are."""
+    *knight, possible = _knight(len(agree))
+    for p, is_knight in roles.items():
+        possible &= knight[p] if is_knight else ~knight[p]
+    return next((s for s in sorted(speakers) if not possible & agree[s]), None)
+
+
+def _search(statements: tuple) -> Iterator[tuple]:
+    """The published depth-first search: ("ok" | "no", person, is_knight, speaker whose claim decides) and
+    ("back", person, [people exhausted]). Knight is tried first; whom an accepted person mentions comes next."""
+    n, agree = len(statements), _agreement(statements)
+    order, left, roles, depth = list(range(n)), [[False, True] for _ in range(n)], {}, 0
+    while depth < n:
+        exhausted = []
+        while not left[order[depth]]:
+            if depth == 0:
+                raise UserError("these statements contradict each other: nobody can be a knight or a knave")
+            exhausted.append(order[depth])
+            left[order[depth]] = [False, True]
+            depth -= 1
+            del roles[order[depth]]
+        person = order[depth]
+        if exhausted:
+            yield "back", person, exhausted
+        roles[person] = is_knight = left[person].pop()
+        speaker = _contradicted(roles, agree, roles)
+        if speaker is not None:
+            del roles[person]
+            yield "no", person, is_knight, speaker
+            continue
+        yield "ok", person, is_knight, person
+        depth += 1
+        mentioned = [p for p in dict.fromkeys(_mentioned(statements[person])) if p in order[depth:]]
+        order[depth:] = mentioned + [p for p in order[depth:] if p not in mentioned]
+
+
+def _mentioned(claim: tuple) -> list[int]:
+    return [claim[1]] if claim[0] in LEAVES else [leaf[1] for leaf in claim[1:]]
+
+
+# Drawing problems and writing rows.
+
+
+def _draw(rng: random.Random, n: int) -> tuple:
+    """Claims of n people with exactly one solution: six kinds equally often, never just about the speaker."""
+    while True:
+        statements = []
+        for speaker in range(n):
+            leaves = [(kind, p) for kind in LEAVES for p in range(n)]
+            kind = rng.choice(("plain", "not", *PAIRS))
+            if kind in PAIRS:
+                statements.append((kind, *rng.sample(leaves, 2)))
+            else:
+                leaf = rng.choice([x for x in leaves if x[1] != speaker])
+                statements.append(leaf if kind == "plain" else (kind, leaf))
+        if reduce(and_, _agreement(tuple(statements))).bit_count() == 1:
+            return tuple(statements)
+
+
+def _key(statements: tuple) -> int:
+    """A number equal for problems that differ only in how the people are numbered or the two sides of and, or and <=>
+    are ordered: everybody's claim is hashed with the hashes of the people in it, several times over."""
+    colours = [0] * len(statements)
+
+    def paint(claim: tuple, speaker: int):
+        if claim[0] in LEAVES:
+            return claim[0], colours[claim[1]], claim[1] == speaker
+        parts = [paint(x, speaker) for x in claim[1:]]
+        same = len(parts) == 2 and claim[1][1] == claim[2][1]
+        return claim[0], same, parts if claim[0] == "->" else sorted(parts)
+
+    def digest(x) -> int:
+        return int.from_bytes(hashlib.blake2b(repr(x).encode(), digest_size=8).digest(), "big")
+
+    for _ in range(3):
+        colours = [digest(paint(claim, speaker)) for speaker, claim in enumerate(statements)]
+    return digest(sorted(colours))
+
+
+def _truth(names: list[str], statements: tuple) -> dict:
+    assignment = reduce(and_, _agreement(statements)).bit_length() - 1  # the one bit set
+    solution = [bool(assignment >> p & 1) for p in range(len(names))]
+    return {"names": names, "solution": solution, "statements": repr(statements)}
+
+
+def _paper_row(statements: tuple, rng: random.Random) -> dict:
+    names = rng.sample(NAMES, len(statements))
+    claims = " ".join(
+        wording.format(name=name, claim=_say(s, names, PAPER))
+        for name, s, wording in zip(names, statements, rng.sample(WORDINGS, len(names)), strict=True)
+    )
+    instruction = INSTRUCTION.format(people=_listing(names), claims=claims)
+    truth = _truth(names, statements)
+    return {
+        "prompt": PROMPT.format(instruction=instruction, example=EXAMPLE),
+        "hint": trace(names, statements),
+        "answer": f" </think>\n<answer> {''.join(_solution_lines(names, truth['solution']))} </answer>",
+        "truth": truth,
+    }
+
+
+def _short_row(statements: tuple, rng: random.Random) -> dict:
+    names, hint = list(LETTERS[: len(statements)]), []
+    for kind, person, *rest in _search(statements):
+        role = "knight" if rest[0] else "knave"
+        line = {"ok": f"{names[person]} {role} ok", "back": f"back {names[person]}"}.get(kind)
+        hint.append(f"{line or f'{names[person]} {role} no {names[rest[1]]}'}\n")
+    truth = _truth(names, statements)
+    roles = " ".join(f"{name} {'knight' if k else 'knave'}" for name, k in zip(names, truth["solution"], strict=True))
+    return {
+        "prompt": "".join(f"{name}: {_say(s, names, SHORT)}\n" for name, s in zip(names, statements, strict=True)),
+        "hint": hint,
+        "answer": f"<answer>{roles}</answer>",
+        "truth": {**truth, "steps": True},
+    }
+
+
+def _say(claim: tuple, names: Sequence[str], forms: dict[str, str]) -> str:
+    match claim:
+        case ("not", (kind, person)):
+            return forms["not " + kind].format(names[person])
+        case (kind, person):
+            return forms[kind].format(names[person])
+        case (kind, left, right):
+            return forms[kind].format(_say(left, names, forms), _say(right, names, forms))
+
+
+def _listing(names: list[str]) -> str:
+    """A / A and B / A, B, and C"""
+    comma = "," if len(names) > 2 else ""
+    return " and ".join([", ".join(names[:-1]) + comma, names[-1]] if len(names) > 1 else names)
+
+
+def _solution_lines(names: Sequence[str], solution: list[bool]) -> list[str]:
+    pairs = zip(names, solution, strict=True)
+    roles = [f"({p}) {name} is a {'knight' if k else 'knave'}\n" for p, (name, k) in enumerate(pairs, 1)]
+    return [*roles[:-1], roles[-1].rstrip("\n")]
+
+
+# Reading answers.
+
+
+def _last_block(text: str) -> tuple[str, str]:
+    """(what stands before, what stands in) the last complete answer block, ("", "") if none. An opening tag inside a
+    block belongs to its content. Searches rather than a pattern, which takes quadratic time on many opening tags."""
+    opening, closing = "<answer>", "</answer>"
+    last = text.rfind(opening, 0, max(text.rfind(closing), 0))
+    if last < 0:
+        return "", ""
+    previous = text.rfind(closing, 0, last)
+    start = text.find(opening, previous + len(closing) if previous >= 0 else 0)
+    return text[:start], text[start + len(opening) : text.find(closing, last)]
+
+
+def _read_answer(block: str, truth: dict) -> list[bool] | None:
+    """A role for everybody, or None where somebody has none or the words knight and knave occur a further time."""
+    if len(block) > MAX_ANSWER:
+        return None
+    names = [name.lower() for name in truth["names"]]
+    block = block.lower()
+    if "steps" in truth:  # short style: nothing but pairs of name and role
+        words = block.split()
+        pairs = list(zip(words[::2], words[1::2], strict=False))
+        if len(words) != 2 * len(names) or not {"knight", "knave"}.issuperset(words[1::2]):
+            return None
+    else:
+        if block.count("knight") + block.count("knave") != len(names):
+            return None
+        anyone = "|".join(map(re.escape, names))
+        pairs = re.findall(rf"(?<!\w)({anyone})\s+is\s+a\s+(knight|knave)(?!\w)", block)
+    roles = dict(pairs)
+    return [roles[name] == "knight" for name in names] if roles.keys() == set(names) else None
+
+
+def _unusable(truth: dict) -> str | None:
+    """Why a row of a file cannot be used, or None."""
+    names, solution = truth["names"], truth["solution"]
+    if not all(isinstance(x, str) and x.strip() for x in names) or len({x.lower() for x in names}) != len(names):
+        return "'names' should be different non-empty names"
+    if not MIN_SIZE <= len(names) <= MAX_SIZE:
+        return f"{len(names)} people; {MIN_SIZE} to {MAX_SIZE} are allowed"
+    if len(solution) != len(names) or not all(isinstance(k, bool) for k in solution):
+        return "'solution' should hold true or false for each name"
+    try:
+        agree = _agreement(parse_statements(truth["statements"], len(names)))
+    except ValueError as e:
+        return str(e)
+    if _contradicted(dict(enumerate(solution)), agree, range(len(names))) is not None:
+        return "'solution' does not fit 'statements'"
+    return None
