@@ -1,5 +1,257 @@
-"""The plumbing both trainers share: configuration, processes, checkpoints and resume, logs. It knows no algorithm."""
+"""The plumbing both trainers share: configuration, learning rate, logs, checkpoints and resume. It knows no algorithm."""
+
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tomllib
+import types
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+C = TypeVar("C")
 
 
 class UserError(Exception):
     """A mistake of the user's: printed as one line on stderr, exit code 2, no traceback."""
+
+
+def run(main) -> NoReturn:
+    """Call main(argv), turning a UserError into its one line and exit code 2. Internal errors keep their traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume=true continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+# ---- configuration: dataclass defaults, then a TOML file, then --key=value ------------------------------------------
+
+
+def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
+    """An instance of the dataclass `cls` from [file.toml] --key=value ... Wrong keys, types and values raise UserError."""
+    if {"--help", "-h"} & set(argv):
+        print(f"{usage}\n\nEvery knob, its default and its meaning (also as key = value in the TOML file):\n{knobs(cls)}")
+        sys.exit(0)
+    types_of, values = get_type_hints(cls), {}
+    for arg in argv:
+        if not arg.startswith("--"):
+            path = Path(arg)
+            try:
+                content = tomllib.loads(path.read_text(encoding="utf-8"))
+            except OSError as e:
+                raise UserError(f"{path}: cannot be read ({e.strerror}); arguments are [file.toml] --key=value") from None
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+                raise UserError(f"{path}: not TOML ({e})") from None
+            values |= {_known(k, types_of, f"{path}: "): (v, f"{path}: ") for k, v in content.items()}
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            key = _known(key.replace("-", "_"), types_of, "")
+            if not equals:
+                raise UserError(f"--{key} needs a value: --{key}=...")
+            values[key] = (text, "")
+    return cls(**{k: _convert(k, v, types_of[k], where) for k, (v, where) in values.items()})
+
+
+def _known(key: str, types_of: dict, where: str) -> str:
+    if key not in types_of:
+        near = difflib.get_close_matches(key, types_of, 1, 0)
+        raise UserError(f"{where}there is no knob '{key}'; the nearest is '{near[0]}' (--help lists them)")
+    return key
+
+
+def _convert(key: str, value: Any, kind: Any, where: str) -> Any:
+    """A TOML value or a command-line string as the type of its field."""
+    try:
+        if get_origin(kind) is tuple:
+            items = value.split(",") if isinstance(value, str) else value
+            return tuple(_convert(key, v, get_args(kind)[0], where) for v in items if v != "")
+        if kind is bool:
+            return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
+        if kind is str and isinstance(value, str):
+            return value
+        if kind in (int, float) and not isinstance(value, bool):
+            number = float(value)
+            if kind is float and math.isfinite(number):
+                return number
+            if kind is int and number == int(number):
+                return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        pass
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    name = wanted.get(kind, "whole numbers separated by commas")
+    raise UserError(f"{where}{key} = {value!r}: {name} is wanted")
+
+
+def require(config: Any, key: str, ok: bool, wanted: str) -> None:
+    """Raise UserError naming the knob unless ok."""
+    if not ok:
+        raise UserError(f"{key} = {getattr(config, key)!r}: {wanted}")
+
+
+def one_of(config: Any, key: str, choices: Sequence[str]) -> None:
+    value = getattr(config, key)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1, 0)[0]
+        raise UserError(f"{key} = {value!r} is not one of {', '.join(choices)}; the nearest is '{near}'")
+
+
+def knobs(cls: type) -> str:
+    """The fields of a dataclass with their defaults and the comment at their line's end, as its source groups them."""
+    lines, source = [], inspect.getsource(cls).split('"""')[-1]
+    for line in source.splitlines():
+        if match := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)$", line):
+            name, default, comment = match.groups()
+            lines.append(f"  --{name}={default.strip(chr(34))}".ljust(34) + f" {comment}")
+        elif match := re.match(r"    # (.+)$", line):
+            lines.append(f"\n{match[1]}")
+    return "\n".join(lines)
+
+
+def write_toml(config: Any, path: Path) -> None:
+    def text(v: Any) -> str:
+        return "[" + ", ".join(map(text, v)) + "]" if isinstance(v, tuple) else json.dumps(v, ensure_ascii=False)
+
+    path.write_text("".join(f"{k} = {text(v)}\n" for k, v in asdict(config).items()), encoding="utf-8")
+
+
+# ---- small shared mathematics ---------------------------------------------------------------------------------------
+
+
+def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, of which the first step is not wasted at 0, then
+    constant, linear or cosine decay to 0 at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
+
+
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval for a proportion."""
+    p, d = successes / n, 1 + z * z / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / d), min(1.0, (centre + half) / d)
+
+
+# ---- logs -----------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl and samples.jsonl of a run; what a resumed run will write again is cut off first."""
+
+    def __init__(self, out_dir: Path, first_step: int):
+        self.out_dir = out_dir
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = out_dir / name
+            lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and first_step else []
+            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, name: str, step: int, record: dict) -> None:
+        with open(self.out_dir / f"{name}.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step} | record, ensure_ascii=False) + "\n")
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def replace_dir(new: Path, target: Path) -> None:
+    """Put a finished folder in the place of another. At every moment either `target` or `target`.old is whole."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(out_dir: Path, model, tokenizer) -> None:
+    """out_dir/model, a Hugging Face directory."""
+    new = out_dir / "model.new"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save(new)
+    replace_dir(new, out_dir / "model")
+
+
+def save_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, state: dict, config: Any) -> None:
+    """out_dir/resume: parameters, optimiser state by parameter name, and `state` (JSON: the next step and what the
+    trainer remembers). Random numbers are functions of (seed, step, row), so there is no generator to keep."""
+    new = out_dir / "resume.new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    names = {p: n for n, p in model.named_parameters()}
+    save_file({n: p.detach().contiguous() for p, n in names.items()}, new / "parameters.safetensors")
+    moments = {
+        f"{key}/{names[p]}": value.contiguous()
+        for p, entry in optimizer.state.items()
+        for key, value in entry.items()
+    }
+    save_file(moments, new / "optimizer.safetensors")
+    (new / "state.json").write_text(json.dumps(state | {"config": asdict(config)}), encoding="utf-8")
+    replace_dir(new, out_dir / "resume")
+
+
+def load_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, config: Any, may_differ: Sequence[str]) -> dict:
+    """Fill model and optimiser from out_dir/resume and return the state. The configuration must be the saved one but for
+    the knobs in `may_differ`."""
+    folder = next((f for f in (out_dir / "resume", out_dir / "resume.old") if (f / "state.json").exists()), None)
+    if folder is None:
+        raise UserError(f"{out_dir / 'resume'}: no checkpoint to resume from; start without --resume=true")
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        parameters, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{folder}: cannot be read ({e})") from None
+    saved = state.pop("config")
+    for f in fields(config):
+        now, then = getattr(config, f.name), saved.get(f.name)
+        if f.name not in may_differ and (list(now) if isinstance(now, tuple) else now) != then:
+            raise UserError(f"{folder}: was saved with {f.name} = {then!r}, not {now!r}; resume with the same configuration")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if parameters.get(name) is None or parameters[name].shape != p.shape:
+                raise UserError(f"{folder / 'parameters.safetensors'}: {name} is missing or has another shape")
+            p.copy_(parameters[name])
+            entry = {k: v.to(p.device) for k in ("step", "exp_avg", "exp_avg_sq", "square_avg") if (v := moments.get(f"{k}/{name}")) is not None}
+            if entry:
+                optimizer.state[p] = entry
+    return state
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is one."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"device = {name!r}: auto, cpu or cuda is wanted") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device = {name!r}: torch finds no CUDA device here")
+    return device
+
+
+def load_task(name: str) -> types.ModuleType:
+    """data/`name`.py: any file there with load() and score() is a task."""
+    import importlib
+
+    here = Path(__file__).parent / "data"
+    names = sorted(p.stem for p in here.glob("*.py") if "def score(" in p.read_text(encoding="utf-8"))
+    if name not in names:
+        raise UserError(f"task = {name!r}: there is no data/{name}.py; tasks are {', '.join(names)}")
+    return importlib.import_module(f"data.{name}")

@@ -1,0 +1,120 @@
+"""Evaluate a checkpoint on a task: accuracy with a 95 % interval, pass@k, saved answers.
+
+    python evaluate.py --model=out/countdown/model --task=countdown --style=short
+    python evaluate.py --model=DIR --task=logic --data_path=DIR_OR_FILE --n=8 --temperature=1.0     (pass@1 .. pass@8)
+    python evaluate.py --model=DIR --task=countdown --save=answers.jsonl
+
+Answers are greedy unless a temperature is given, prompts carry no hint, and the response the checker sees is what the
+trainers reward: the decoded completion without special tokens.
+"""  # fmt: skip
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from common import UserError, load_task, one_of, parse_config, pick_device, require, run, wilson
+from data.tokenizer import Tokenizer
+from model import Transformer
+from sampler import generate
+
+
+@dataclass
+class Config:
+    """Every knob."""
+
+    # What
+    model: str = "data/tiny/countdown"  # Hugging Face directory
+    task: str = "countdown"  # a file of data/
+    style: str = "short"  # prompt: paper, or short for tiny models
+    data_path: str = ""  # published file or folder; empty: problems made by the task
+    split: str = "test"  # train or test
+    rows: int = 0  # the first so many rows; 0: the task's default number
+    sizes: tuple[int, ...] = ()  # numbers or people a made problem has; empty: the task's default
+    # How
+    n: int = 1  # answers a problem
+    temperature: float = 0.0  # 0: greedy
+    max_new_tokens: int = 256  # longest answer
+    batch_size: int = 0  # rows decoded at a time; 0: all
+    seed: int = 0  # of the sampled tokens
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "float32"  # of weights and arithmetic: float32 or bfloat16
+    # Output
+    save: str = ""  # JSONL file for the answers
+    show: int = 3  # answers printed
+
+
+def encode_prompt(tokenizer: Tokenizer, row: dict) -> list[int]:
+    return tokenizer.encode(row["prompt"], bos=True)
+
+
+def load_rows(task: ModuleType, split: str, data_path: str, n: int, style: str, sizes: Sequence[int]) -> list[dict]:
+    """Rows of a task from a path, or made; n = 0 and no sizes mean the task's defaults."""
+    rows = task.load(split, data_path or None, n=n or None, style=style, sizes=tuple(sizes) or None)
+    if not rows:
+        raise UserError(f"{data_path or task.__name__}: the {split} set is empty")
+    return rows
+
+
+def answer(
+    model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], n: int = 1, max_new_tokens: int = 256,
+    temperature: float = 0.0, seed: int = 0, batch_size: int = 0, progress: Callable | None = None,
+) -> list[list[dict]]:  # fmt: skip
+    """For each row n dicts: response, reward, verdict, tokens (how many), cut (no stop token came in time)."""
+    outputs = generate(
+        model, [encode_prompt(tokenizer, r) for r in rows], n, max_new_tokens, temperature,
+        tokenizer.stop_ids, seed, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    answers = []
+    for row, completions in zip(rows, outputs, strict=True):
+        answers.append([])
+        for c in completions:
+            response = tokenizer.decode(c.tokens, skip_special=True)
+            reward, verdict = task.score(response, row["truth"])
+            result = {"response": response, "reward": reward, "verdict": verdict, "tokens": len(c.tokens), "cut": not c.finished}
+            answers[-1].append(result)
+    return answers
+
+
+def accuracy(answers: list[list[dict]]) -> float:
+    """Share of all answers that are right."""
+    solved = [a["reward"] == 1.0 for group in answers for a in group]
+    return sum(solved) / len(solved)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k answers is right, from `right` of n (Chen et al. 2021, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def main(argv: Sequence[str]) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    one_of(cfg, "dtype", ("float32", "bfloat16"))
+    require(cfg, "n", cfg.n >= 1, "at least 1 answer is wanted")
+    require(cfg, "n", cfg.n == 1 or cfg.temperature > 0, "greedy answers are all the same; give a --temperature")
+    task = load_task(cfg.task)
+    rows = load_rows(task, cfg.split, cfg.data_path, cfg.rows, cfg.style, cfg.sizes)
+    model = Transformer.from_pretrained(cfg.model, getattr(torch, cfg.dtype), pick_device(cfg.device))
+    tokenizer = Tokenizer.from_pretrained(cfg.model)
+    answers = answer(model, tokenizer, task, rows, cfg.n, cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.batch_size)
+    for row, group in list(zip(rows, answers, strict=True))[: cfg.show]:
+        print(f"--- {row['prompt'].strip()}\n{group[0]['response'].strip()}\n    -> {group[0]['verdict']}")
+    flat, rights = [a for g in answers for a in g], [sum(a["reward"] == 1.0 for a in g) for g in answers]
+    share = accuracy(answers)
+    low, high = wilson(share * len(rows), len(rows))
+    print(f"{cfg.task} {cfg.split}: accuracy {share:.1%} (95 % interval over problems {low:.1%} .. {high:.1%}), {len(rows)} problems")
+    print(f"mean reward {sum(a['reward'] for a in flat) / len(flat):.3f}, cut {sum(a['cut'] for a in flat) / len(flat):.1%}")
+    for k in [2**i for i in range(1, 11) if 2**i <= cfg.n]:
+        print(f"pass@{k} {sum(pass_at_k(cfg.n, r, k) for r in rights) / len(rows):.1%}")
+    if cfg.save:
+        with open(Path(cfg.save), "w", encoding="utf-8") as f:
+            for row, group in zip(rows, answers, strict=True):
+                f.write(json.dumps({"prompt": row["prompt"], "truth": row["truth"], "answers": group}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
