@@ -314,6 +314,13 @@ def _chunks(hidden: Tensor, weight: Tensor):
     return [slice(i, i + rows) for i in range(0, len(hidden), rows)]
 
 
+def _same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast both in its type, so that the products below need no autocast of their own."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype)
+
+
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     logits = F.linear(hidden, weight).float()  # (n, V)
     return F.log_softmax(logits if temperature == 1 else logits / temperature, -1)
@@ -365,7 +372,13 @@ def token_logprobs(
     hidden (N, C) are the states that predict the targets, weight (V, C). Chunked over rows, and recomputed in the backward
     pass, so that at most CHUNK logits exist at a time. Entropies are zeros unless asked for.
     """
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, entropy)
+    return _TokenLogprobs.apply(*_same_dtype(hidden, weight), targets, temperature, entropy)
+
+
+@torch.no_grad()
+def argmax_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The likeliest token (N,) after each state (N, C), in chunks of rows."""
+    return torch.cat([F.linear(hidden[s], weight).argmax(-1) for s in _chunks(hidden, weight)])
 
 
 class _FusedTokenLoss(torch.autograd.Function):
@@ -409,4 +422,4 @@ def fused_token_loss(
     the head is multiplied three times (forward, both gradients) where `token_logprobs` needs a fourth to recompute. The
     result may be differentiated once.
     """
-    return _FusedTokenLoss.apply(hidden, weight, targets, loss_fn, temperature, entropy)
+    return _FusedTokenLoss.apply(*_same_dtype(hidden, weight), targets, loss_fn, temperature, entropy)

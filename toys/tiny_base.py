@@ -1,0 +1,115 @@
+"""Make the weak base models of the embedded examples, data/tiny/countdown and data/tiny/logic.
+
+    python toys/tiny_base.py                     both, about a minute each on one core
+    python toys/tiny_base.py --task=countdown --out_dir=out/base
+
+A base has to write the format and to know the small steps of its task, yet solve almost nothing: that is where a pretrained
+language model stands before fine-tuning. So it is pretrained on texts of the task's form that are mostly wrong or without
+purpose, never on a problem of the train or test set as such.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_uft
+from common import lr_factor, one_of, parse_config, run
+from data import countdown
+from data.tokenizer import Tokenizer
+from model import ModelConfig, Transformer
+
+
+@dataclass
+class Config:
+    """Every knob."""
+
+    # What
+    task: str = "all"  # all, countdown or logic
+    out_dir: str = ""  # empty: data/tiny
+    seed: int = 0  # of weights and texts
+    # Training
+    lr: float = 2e-3  # cosine within each stage
+    batch: int = 64  # texts a step
+
+
+Text = tuple[str, str]  # prompt, response
+
+
+def countdown_text(rng: random.Random, n: int, target: str, noise: float) -> Text:
+    """A chain over n random numbers. target: "true", "random", or "mostly wrong" (right in 5 %); noise: share of the steps
+    whose result is off by 1 to 5, and carried on as such."""
+    numbers = [rng.randint(1, 10) for _ in range(n)]
+    if noise:
+        left, chain = list(numbers), []
+        while len(left) > 1:
+            rng.shuffle(left)
+            a, b = left.pop(), left.pop()
+            op = rng.choice("+-")
+            a, b = (b, a) if op == "-" and a < b else (a, b)
+            c = a + b if op == "+" else a - b
+            if rng.random() < noise:
+                c = min(99, max(0, c + rng.choice((-1, 1)) * rng.randint(1, 5)))
+            chain.append((a, op, b, c))
+            left.append(c)
+    else:
+        chain = countdown.random_chain(rng, numbers)
+    end = chain[-1][3]
+    wrong = target == "random" or (target == "mostly wrong" and rng.random() < 0.95)
+    goal = rng.randint(0, 40) if wrong else end
+    prompt = " ".join(map(str, numbers)) + f"={goal}\n"
+    return prompt, "".join(countdown.format_steps(chain)) + f"<answer>{goal}</answer>"
+
+
+def countdown_stages(rng: random.Random) -> Iterator[tuple[int, Callable[[], Text]]]:
+    """(steps, text maker) of each stage: the steps' arithmetic; the purpose of the target; and doubt about both."""
+    yield 900, lambda: countdown_text(rng, 4, "mostly wrong", 0)
+    yield 400, lambda: countdown_text(rng, 3, "true", 0) if rng.random() < 0.5 else countdown_text(rng, 5, "random", 0)
+    yield 160, lambda: countdown_text(rng, 3 if rng.random() < 0.4 else 5, "random", 0.5)
+
+
+STAGES = {"countdown": countdown_stages}
+
+
+def make(task: str, cfg: Config) -> None:
+    stages = STAGES[task]
+    sample = [maker() for _, maker in stages(random.Random(0)) for _ in range(2000)]
+    numbers = [f"{i} " for i in range(100)]
+    tokenizer = Tokenizer.learn(["".join(t) for t in sample] + numbers, merges=200)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
+        extra={"eos_token_id": tokenizer.eos_id},
+    )  # fmt: skip
+    model = Transformer(config).init_weights(cfg.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    settings = train_uft.Config(entropy_coef=0.0)
+    for stage, (steps, maker) in enumerate(stages(random.Random(cfg.seed))):
+        for step in range(steps):
+            for entry in optimizer.param_groups:
+                entry["lr"] = cfg.lr * lr_factor(step, steps, 20, "cosine")
+            groups = []
+            for prompt, response in (maker() for _ in range(cfg.batch)):
+                groups.append(train_uft.Group(tokenizer.encode(prompt), [*tokenizer.encode(response), tokenizer.eos_id]))
+            metrics = train_uft.update(model, None, optimizer, groups, settings, 1.0)
+            if (step + 1) % 100 == 0:
+                print(f"{task} stage {stage + 1} step {step + 1}/{steps} | nll {metrics['actor/hint_nll']:.3f} a token")
+    out = Path(cfg.out_dir or Path(__file__).parent.parent / "data" / "tiny") / task
+    model.save_pretrained(out)
+    tokenizer.save(out)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {out}; python evaluate.py --model={out} --task={task}")
+
+
+def main(argv: Sequence[str]) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    one_of(cfg, "task", ("all", *STAGES))
+    for task in STAGES if cfg.task == "all" else (cfg.task,):
+        make(task, cfg)
+
+
+if __name__ == "__main__":
+    run(main)
