@@ -1,0 +1,376 @@
+"""train_uft.py against recorded outputs of the published code of UFT (tests/vectors/uft/README.md).
+
+Where ours departs on purpose the test says so: the learning rate wastes no step at 0, equal rewards have no advantage, a
+huge log-ratio is capped, an overflowing k3 has a finite gradient, prompt logits are not clamped."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_uft
+from common import lr_factor
+from model import Transformer, fused_token_loss, token_logprobs
+from sampler import Completion
+from train_uft import (
+    Config, Group, Problem, cut_points, group_advantages, hint_length, hint_probability, kl_k3, policy_loss, uft_loss, update,
+)  # fmt: skip
+
+HERE = Path(__file__).parent / "vectors/uft"
+
+
+def read(name):
+    return json.loads((HERE / name).read_text(encoding="utf-8"))
+
+
+SLICING, CORE = read("hint_slicing.json"), read("core_algos.json")
+LOGITS, ACTOR = read("actor_from_logits.json"), load_file(HERE / "actor_from_logits.safetensors")
+E2E, E2E_TENSORS = read("actor_e2e.json"), load_file(HERE / "actor_e2e.safetensors")
+
+
+# ---- hints ----------------------------------------------------------------------------------------------------------
+
+
+def test_cut_points_are_the_published_slice_lengths():
+    for n, lengths in SLICING["segmentation"].items():
+        assert cut_points(int(n), 5) == lengths
+    assert cut_points(0, 5) == [0]  # the published code divides by zero
+
+
+def test_step_0_is_the_published_timestep_1():
+    for r in SLICING["schedule"]:
+        for timestep, p in zip(r["timestep"], r["prob"], strict=True):
+            ours = hint_probability(timestep - 1, r["T_hint"], r["lower_prob"], r["upper_prob"])
+            assert ours == pytest.approx(p or 0.0, abs=1e-12)  # null: past T_hint
+
+
+def binomial(m, p):
+    return [math.comb(m, k) * p**k * (1 - p) ** (m - k) for k in range(m + 1)]
+
+
+def test_binomial_over_segments_is_the_published_distribution_of_slice_lengths():
+    for r in SLICING["uft_distribution"]:
+        cuts = cut_points(r["len_hint"], 5)
+        p = hint_probability(r["timestep"] - 1, r["T_hint"], r["lower_prob"], r["upper_prob"])
+        published = dict(zip(r["slice_length"], r["pmf"], strict=True))
+        for length, probability in zip(cuts, binomial(len(cuts) - 1, p), strict=True):
+            assert probability == pytest.approx(published.get(length, 0.0), abs=1e-12)
+
+
+def chi_square(drawn, pmf):
+    counts, total = np.bincount(drawn, minlength=len(pmf)), len(drawn)
+    assert len(counts) == len(pmf)
+    return sum((c - total * p) ** 2 / (total * p) for c, p in zip(counts, pmf, strict=True))
+
+
+@pytest.mark.parametrize(("schedule", "step", "m"), [("cosine", 150, 5), ("cosine", 80, 3), ("uniform", 20, 5), ("target", 9, 4)])
+def test_hint_lengths_are_drawn_from_their_distribution(schedule, step, m):
+    cfg = Config(hint_steps=300)
+    drawn = [hint_length(schedule, step, m, cfg, np.random.default_rng((0, 3, step, i)), share=0.4) for i in range(4000)]
+    p = {"cosine": hint_probability(step, 300), "target": 0.4}.get(schedule)
+    pmf = [1 / (m + 1)] * (m + 1) if p is None else binomial(m, p)
+    assert chi_square(drawn, pmf) < 25.7  # 99.99 % quantile for 5 degrees of freedom
+
+
+def test_uniform_still_draws_all_lengths_after_hint_steps_and_the_others_stop():
+    cfg = Config(hint_steps=300)
+    for r in SLICING["uniform"]:
+        cuts, step = cut_points(r["len_hint"], 5), r["timestep"] - 1
+        draws = [hint_length("uniform", step, len(cuts) - 1, cfg, np.random.default_rng(i)) for i in range(200)]
+        assert sorted({cuts[k] for k in draws}) == r["slice_length"]
+        assert r["pmf"] == pytest.approx([1 / len(cuts)] * len(cuts), abs=1e-12)
+    for schedule in ("cosine", "stage", "target", "none", "on-failure"):
+        assert hint_length(schedule, 300, 5, cfg, np.random.default_rng(0), share=1.0) == 0
+
+
+def stage(step, m, hint_steps):
+    return hint_length("stage", step, m, Config(hint_steps=hint_steps), np.random.default_rng(0))
+
+
+def test_stage_by_a_hand_worked_table():
+    assert [stage(s, 5, 12) for s in range(14)] == [5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0, 0]
+    assert [stage(s, 2, 7) for s in range(8)] == [2, 2, 2, 1, 1, 0, 0, 0]  # 7/3 steps each
+    assert [stage(s, 5, 3) for s in range(4)] == [5, 3, 1, 0]  # fewer steps than stages: the published code divides by 0
+    assert [stage(s, 0, 5) for s in range(3)] == [0, 0, 0]
+
+
+def test_stage_is_the_published_one_a_step_later_where_the_stages_divide_hint_steps():
+    """The published step t (from 1) uses t where ours uses t - 1, so each of its stages begins a step early and the first
+    lasts a step less. Where m + 1 does not divide hint_steps it also rounds the width down, so they part."""
+    compared = 0
+    for r in SLICING["stage"]:
+        cuts = cut_points(r["len_hint"], 5)
+        if r["T_hint"] % len(cuts):
+            continue
+        for run in r["runs"]:
+            for timestep in range(run["first_timestep"], run["last_timestep"] + 1):
+                assert cuts[stage(timestep, len(cuts) - 1, r["T_hint"])] == run["slice_length"]
+                compared += 1
+    assert compared > 1000
+
+
+def test_hint_texts_of_real_rows_and_the_answer_is_never_in_them():
+    for r in SLICING["real_rows"]:
+        problem = Problem({"hint": r["hint"]}, [], cut_points(len(r["hint"]), 5))
+        for s in r["slices"]:
+            text = problem.hint(s["successes"])
+            assert text == s["sliced_hint"]
+            assert "<answer>" not in text
+
+
+# ---- the parts of the loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CORE["grpo_outcome_advantage"], ids=lambda c: c["note"])
+def test_group_advantages(case):
+    scores, mask = torch.tensor(case["token_level_rewards"]).sum(1), torch.tensor(case["eos_mask"])
+    published = torch.tensor(case["advantages"])
+    for name in dict.fromkeys(case["index"]):
+        rows = [i for i, x in enumerate(case["index"]) if x == name]
+        ours = group_advantages(scores[rows][None])[0, :, None] * mask[rows]
+        if "rounding" in case["note"]:  # equal rewards: 0, where the published has rounding noise times 1e6
+            assert torch.count_nonzero(ours) == 0
+        else:
+            torch.testing.assert_close(ours, published[rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CORE["policy_loss"], ids=lambda c: c.get("note", f"clip {c['cliprange']}"))
+def test_policy_loss(case):
+    logp, old, advantages = (torch.tensor(case[k]) for k in ("log_prob", "old_log_prob", "advantages"))
+    mask, clip = torch.tensor(case["eos_mask"]).bool(), case["cliprange"]
+    logp.requires_grad_()
+    loss, clipped = policy_loss(logp[mask], old[mask], advantages[mask], clip, clip)
+    (grad,) = torch.autograd.grad(loss.sum() / max(1, int(mask.sum())), logp)
+    if "huge" in case.get("note", "") or "overflowing" in case.get("note", ""):
+        assert loss.isfinite().all() and grad.isfinite().all()  # the log-ratio is capped at 20
+        return
+    n = max(1, int(mask.sum()))
+    assert loss.sum().item() / n == pytest.approx(case["pg_loss"], rel=1e-5, abs=1e-6)
+    assert clipped.sum().item() / n == pytest.approx(case["pg_clipfrac"], abs=1e-6)
+    torch.testing.assert_close(grad, torch.tensor(case["grad_log_prob"]), rtol=1e-5, atol=1e-7)
+
+
+def test_k3_and_a_finite_gradient_where_the_published_one_is_nan():
+    case = CORE["kl_low_var"]
+    logp, ref = torch.tensor(case["logprob"]).requires_grad_(), torch.tensor(case["ref_logprob"])
+    kl = kl_k3(logp, ref)
+    (grad,) = torch.autograd.grad(kl.sum(), logp)
+    torch.testing.assert_close(kl.detach(), torch.tensor(case["out"]), rtol=1e-5, atol=1e-6)
+    published = torch.tensor(case["grad_of_sum_wrt_logprob"])
+    assert published.isnan().any()
+    torch.testing.assert_close(grad, published.nan_to_num(0.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CORE["lr_schedules"], ids=lambda c: f"{c['schedule']} {c['num_warmup_steps']}")
+def test_learning_rate_is_the_published_one_without_its_step_at_0(case):
+    """The published warm-up takes i / warmup at update i, so its first update does nothing; ours is that of i + 1. After the
+    warm-up the two are the same at the same update."""
+    warmup, steps = case["num_warmup_steps"], case["num_training_steps"]
+    published = case["lr_factor_used_at_update"][:steps]
+    schedule = case["schedule"].split("_")[0]
+    assert warmup == 0 or published[0] == 0.0
+    for i in range(len(published) - 1):
+        wanted = published[i + 1] if i < warmup else published[i]
+        if schedule == "constant" and i == 0:
+            wanted = max(wanted, 1 / max(1, warmup))  # without a warm-up the published first update still is at 0
+        assert lr_factor(i, steps, warmup, schedule) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("batch", ["a", "b"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_logprobs_entropies_and_their_gradients(batch, fused):
+    t = {k[2:]: v for k, v in load_file(HERE / "core_logits.safetensors").items() if k.startswith(batch)}
+    V, mask = t["logits"].shape[-1], t["mask"].bool().flatten()
+    for what in ("logprob", "entropy"):
+        logits = t["logits"].clone().requires_grad_()
+        hidden, labels, eye = logits.flatten(0, 1)[mask], t["labels"].flatten()[mask], torch.eye(V, dtype=torch.float64)
+
+        def loss_fn(logp, entropy, _, pick=what, n=int(mask.sum())):
+            return (logp if pick == "logprob" else entropy).sum() / n
+
+        if fused:
+            mean, logp, entropy = fused_token_loss(hidden, eye, labels, loss_fn, 1.0, True)
+        else:
+            logp, entropy = token_logprobs(hidden, eye, labels, 1.0, True)
+            mean = loss_fn(logp, entropy, None)
+        mean.backward()
+        torch.testing.assert_close(logp.detach().double(), t["logprobs"].flatten()[mask], rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(entropy.detach().double(), t["entropy"].flatten()[mask], rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(logits.grad, t[f"grad_masked_mean_{what}"], rtol=0, atol=2e-7)
+
+
+# ---- the whole loss on given logits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOGITS["cases"])
+def test_uft_loss_and_gradient_on_given_logits(name):
+    """In float64. The prompt logits are clamped here, since ours are not; the weights are those of loss_norm = paper_code."""
+    case, config = LOGITS["cases"][name], LOGITS["cases"][name]["config"]
+    t = {k.split("/", 2)[2]: v for k, v in ACTOR.items() if k.startswith(case["batch"] + "/in/")}
+    logits = (t["logits"] * case["logits_scale"]).requires_grad_()
+    prompt, size = t["hint_mask"].shape[1], config["ppo_micro_batch_size"]
+    accumulation = config["ppo_mini_batch_size"] // size
+    nlls = []
+    for i, published in enumerate(case["loss_given_to_backward_per_micro_batch"]):
+        rows = slice(i * size, i * size + size)
+        tempered, ids = logits[rows] / case["temperature"], t["input_ids"][rows]
+        answer, hint = t["attention_mask"][rows, prompt:].bool(), t["hint_mask"][rows, :-1].bool()
+        all_logp = tempered[:, prompt - 1 : -1].log_softmax(-1)
+        logp = all_logp.gather(-1, ids[:, prompt:, None])[..., 0][answer]
+        entropy = -(all_logp.exp() * all_logp).sum(-1)[answer]
+        clamped = tempered[:, : prompt - 1].clamp(-100, 100).log_softmax(-1)
+        hint_logp = clamped.gather(-1, ids[:, 1:prompt, None])[..., 0][hint]
+        nlls.append(-hint_logp.mean().item() if len(hint_logp) else 0.0)
+        zeros = torch.zeros_like(hint_logp)
+        is_hint = torch.cat((torch.zeros_like(logp), zeros + 1)).bool()
+        loss = uft_loss(
+            torch.cat((logp, hint_logp)), torch.cat((entropy, zeros)),
+            torch.cat((t["old_log_probs"][rows][answer], zeros)), torch.cat((t["advantages"][rows][answer], zeros)),
+            torch.cat((t["ref_log_prob"][rows][answer], zeros)) if config["use_kl_loss"] else None,
+            torch.where(is_hint, 0.0, 1 / (len(logp) * accumulation)).double(),
+            torch.where(is_hint, config["sft_loss_coef"] / (max(1, len(hint_logp)) * accumulation), 0.0).double(),
+            config["clip_ratio"], config["clip_ratio"], config["kl_loss_coef"], config["entropy_coeff"],
+        )  # fmt: skip
+        if name != "logits_beyond_100":  # there some log-ratios exceed 20, where ours is capped
+            assert loss.item() == pytest.approx(published, abs=1e-6)
+        loss.backward()
+    assert nlls == pytest.approx(case["metrics"]["actor/sft_loss"], abs=1e-6)
+    if name != "logits_beyond_100":
+        torch.testing.assert_close(logits.grad.float(), ACTOR[f"{name}/grad_logits"], rtol=0, atol=1e-7)
+
+
+# ---- an optimiser step on tiny models -------------------------------------------------------------------------------
+
+
+def inputs(kind):
+    return {k.split("/", 2)[2]: v for k, v in E2E_TENSORS.items() if k.startswith(kind + "/in/")}
+
+
+def golden_groups(t, advantages, packed):
+    """The published left-padded rows: one completion each, or all rollouts of a problem in one group."""
+    groups = []
+    for i, ids in enumerate(t["input_ids"]):
+        width, h = t["hint_mask"].shape[1], int(t["hint_mask"][i].sum())
+        prompt = ids[:width][t["attention_mask"][i, :width].bool()].tolist()
+        answer = t["attention_mask"][i, width:].bool()
+        tokens, a = ids[width:][answer].tolist(), advantages[i][answer]
+        assert (a == a[0]).all()
+        completion = Completion(tokens, t["old_log_probs"][i][answer].tolist(), True)
+        prompt, hint = prompt[: len(prompt) - h], prompt[len(prompt) - h :]
+        if packed and groups and groups[-1].prompt == prompt:
+            groups[-1].completions.append(completion)
+            groups[-1].advantages.append(a[0].item())
+        else:
+            groups.append(Group(prompt, hint, [completion], [a[0].item()]))
+    assert len(groups) == (2 if packed else 8)
+    return groups
+
+
+def sampled(tensors):
+    """As the vectors were cut: every 17th number, and each tensor's norm."""
+    names = sorted(tensors)
+    return torch.cat([tensors[n].flatten() for n in names])[::17], torch.stack([tensors[n].norm() for n in names])
+
+
+def assert_gradients(model, key, tolerance=1e-4):
+    sample, norms = sampled({n: p.grad for n, p in model.named_parameters()})
+    published, published_norms = E2E_TENSORS[key], E2E_TENSORS[key + "_norms"]
+    torch.testing.assert_close(norms, published_norms, rtol=tolerance, atol=1e-6)
+    of_tensor = torch.cat([x.expand(p.numel()) for x, (_, p) in zip(norms, sorted(model.named_parameters()), strict=True)])[::17]
+    assert ((sample - published).abs() <= tolerance * of_tensor + 1e-7).all()
+
+
+@pytest.fixture
+def known_reference(monkeypatch):
+    """Make update() see given reference log-probs: they are looked up by the completion's old log-probs, all different."""
+
+    def install(t):
+        known = dict(zip(t["old_log_probs"].flatten().tolist(), t["ref_log_prob"].flatten().tolist(), strict=True))
+        rows = []
+
+        def recording(groups, device):
+            rows.append(make_rows(groups, device))
+            return rows[-1]
+
+        def recorded(h, weight, targets, *_):
+            assert torch.equal(targets, rows[-1].targets)
+            return torch.tensor([known.get(x, 0.0) for x in rows[-1].old_logp.tolist()]), None
+
+        make_rows = train_uft.make_rows
+        monkeypatch.setattr(train_uft, "make_rows", recording)
+        monkeypatch.setattr(train_uft, "token_logprobs", recorded)
+
+    return install
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one row a completion", "packed"])
+@pytest.mark.parametrize("name", E2E["llama"]["cases"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_update_is_the_published_optimiser_step(kind, name, packed, known_reference, monkeypatch):
+    case = E2E[kind]["cases"][name]
+    config, t = case["config"], inputs(kind)
+    if name == "strong_micro2":  # its micro-batches are of rows in the given order
+        if packed:
+            pytest.skip("two rows of a group cannot be packed apart from the other two")
+        monkeypatch.setattr(train_uft, "micro_batches", lambda groups, _: [groups[i : i + 2] for i in range(0, 8, 2)])
+    advantages = torch.zeros_like(t["advantages"]) if case["advantages"] == "all zero" else t["advantages"]
+    known_reference(t)
+    for clip in (1e9, 1.0):
+        cfg = Config(
+            loss_norm="paper_code", pack=packed, temperature=case["temperature"], grad_clip=clip, entropy_coef=config["entropy_coeff"],
+            kl_coef=config["kl_loss_coef"] if config["use_kl_loss"] else 0.0,
+        )  # fmt: skip
+        model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+        metrics = update(model, model, optimizer, golden_groups(t, advantages, packed), cfg, config["sft_loss_coef"])
+        if clip > 1:
+            assert_gradients(model, f"{kind}/{name}/grad")
+    assert metrics["actor/loss"] == pytest.approx(sum(case["loss_given_to_backward_per_micro_batch"]), abs=1e-4)
+    assert metrics["actor/grad_norm"] == pytest.approx(case["metrics"]["actor/grad_norm"][0], rel=1e-4)
+    if name != "strong_micro2":  # ours are means over the whole step, those of the published over each micro-batch
+        published = {k.split("/")[1]: v[0] if isinstance(v, list) else v for k, v in case["metrics"].items()}
+        assert metrics["actor/pg_loss"] == pytest.approx(published["pg_loss"], abs=1e-4)
+        assert metrics["actor/pg_clipfrac"] == pytest.approx(published["pg_clipfrac"], abs=1e-6)
+        assert metrics["actor/hint_nll"] == pytest.approx(published["sft_loss"], abs=1e-4)
+        if config["entropy_coeff"]:
+            assert metrics["actor/entropy"] == pytest.approx(published["entropy_loss"], abs=1e-4)
+        if config["use_kl_loss"]:
+            assert metrics["actor/kl_loss"] == pytest.approx(published["kl_loss"], abs=1e-4)
+    parameters, _ = sampled({n: p.detach() for n, p in model.named_parameters()})
+    torch.testing.assert_close(parameters, E2E_TENSORS[f"{kind}/{name}/params_after"], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_recomputed_old_logprobs_are_the_published_ones_at_the_sampling_temperature(kind, temperature):
+    t = inputs(kind)
+    model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
+    groups = golden_groups(t, t["advantages"], packed=True)
+    train_uft.recompute_old_logprobs(model, groups, Config(temperature=temperature))
+    ours = torch.tensor([p for g in groups for c in g.completions for p in c.logprobs])
+    answer = t["attention_mask"][:, t["hint_mask"].shape[1] :].bool()
+    published = E2E_TENSORS[f"{kind}/compute_log_prob/temp{temperature}"][answer]
+    torch.testing.assert_close(ours, published, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("micro", [False, True], ids=["whole batch", "two micro-batches"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_supervised_loss_is_a_hint_of_the_whole_solution(kind, micro, monkeypatch):
+    t, case = {k.split("/", 3)[3]: v for k, v in E2E_TENSORS.items() if k.startswith(f"sft/{kind}/in/")}, E2E["sft"][kind]
+    groups = []
+    for ids, attention, mask in zip(t["input_ids"], t["attention_mask"], t["loss_mask"], strict=True):
+        first, length = int(mask.nonzero()[0]) + 1, int(attention.sum())
+        groups.append(Group(ids[:first].tolist(), ids[first:length].tolist()))
+    assert sum(len(g.hint) for g in groups) == case["tokens"]
+    if micro:
+        monkeypatch.setattr(train_uft, "micro_batches", lambda groups, _: [groups[:2], groups[2:]])
+    model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
+    cfg = Config(algo="sft", grad_clip=1e9, loss_norm="paper_code" if micro else "tokens")
+    metrics = update(model, None, torch.optim.SGD(model.parameters(), lr=0.0), groups, cfg, 1.0)
+    assert metrics["actor/loss"] == pytest.approx(case["loss_two_micro_batches" if micro else "loss"], abs=1e-4)
+    assert metrics["actor/hint_nll"] == pytest.approx(case["loss"], abs=1e-4)
+    assert_gradients(model, f"sft/{kind}/" + ("grad_two_micro" if micro else "grad"))
