@@ -94,7 +94,7 @@ def _convert(key: str, value: Any, kind: Any, where: str) -> Any:
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         pass
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    name = wanted.get(kind, "whole numbers separated by commas")
+    name = wanted.get(kind, "a list separated by commas")
     raise UserError(f"{where}{key} = {value!r}: {name} is wanted")
 
 

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_uft
 from common import lr_factor, one_of, parse_config, run
-from data import countdown
+from data import countdown, logic
 from data.tokenizer import Tokenizer
 from model import ModelConfig, Transformer
 
@@ -72,7 +72,28 @@ def countdown_stages(rng: random.Random) -> Iterator[tuple[int, Callable[[], Tex
     yield 160, lambda: countdown_text(rng, 3 if rng.random() < 0.4 else 5, "random", 0.5)
 
 
-STAGES = {"countdown": countdown_stages}
+def logic_text(rng: random.Random, row: dict, noise: float) -> Text:
+    """A row's reasoning, of whose lines a share `noise` is replaced by any line at all; the answer says what the lines found."""
+    names, lines = row["truth"]["names"], []
+    for line in row["hint"]:
+        if rng.random() < noise:
+            end = rng.choice(["ok", *(f"no {n}" for n in names)])
+            line = f"{rng.choice(names)} {rng.choice(['knight', 'knave'])} {end}\n"
+        lines.append(line)
+    found = {n: rng.choice(["knight", "knave"]) for n in names}
+    found |= {words[0]: words[1] for words in map(str.split, lines) if words[-1] == "ok"}
+    return row["prompt"], "".join(lines) + "<answer>" + " ".join(f"{n} {found[n]}" for n in names) + "</answer>"
+
+
+def logic_stages(rng: random.Random) -> Iterator[tuple[int, Callable[[], Text]]]:
+    """The steps on problems of 3 people; then doubt, and 4 people (train problems of another seed, never a test problem)."""
+    three = logic.load("train", n=6000, seed=1, style="short", sizes=(3,))
+    four = logic.load("train", n=6000, seed=1, style="short", sizes=(4,))
+    yield 900, lambda: logic_text(rng, rng.choice(three), 0.0)
+    yield 160, lambda: logic_text(rng, rng.choice(three), 0.0) if rng.random() < 0.4 else logic_text(rng, rng.choice(four), 0.5)
+
+
+STAGES = {"countdown": countdown_stages, "logic": logic_stages}
 
 
 def make(task: str, cfg: Config) -> None:

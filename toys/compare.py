@@ -1,0 +1,153 @@
+"""Run every method of the UFT paper from the same base with several seeds; a table and the curves with intervals.
+
+    python toys/compare.py                                            Countdown: 7 methods x 5 seeds, 2 runs at a time
+    python toys/compare.py --args="--task=logic" --out_dir=out/compare-logic --methods=sft,uft
+    python toys/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
+
+Each run is `python train_uft.py --algo=... --seed=...`; a run that has finished is not repeated and an interrupted one goes
+on, so the command may be stopped and given again. `sft-long` is sft with as many steps as cost what uft costs. Intervals
+are 95 % t-intervals of the mean over seeds of the accuracy after the last step: the best step is never picked.
+"""
+
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from common import UserError, parse_config, require, run
+from train_uft import ALGOS
+
+T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided t by degrees of freedom + 1
+
+
+@dataclass
+class Config:
+    """Every knob."""
+
+    # What
+    methods: tuple[str, ...] = ("uft", "sft", "sft-long", "rft-cosine", "r3", "stage", "sft-rft", "rft")  # in this order
+    seeds: int = 5  # 0, 1, ..
+    sft_short: int = 313  # supervised steps before the reinforcement of sft-rft (5 epochs, as in the paper)
+    sft_long: int = 5000  # supervised steps that cost as much as uft
+    args: str = ""  # more flags for train_uft.py
+    # How
+    jobs: int = 2  # runs at a time, each on one thread
+    out_dir: str = "out/compare"  # where everything goes
+
+
+def flags(method: str, cfg: Config) -> list[str]:
+    """What train_uft.py is told for a method."""
+    algo = "sft" if method == "sft-long" else method
+    if algo not in ALGOS:
+        raise UserError(f"methods: '{method}' is not one of {', '.join(ALGOS)} or sft-long")
+    steps = {"sft-long": [f"--sft_steps={cfg.sft_long}"], "sft-rft": [f"--sft_steps={cfg.sft_short}"]}.get(method, [])
+    return [f"--algo={algo}", *steps, *shlex.split(cfg.args)]
+
+
+def train(method: str, seed: int, cfg: Config) -> str | None:
+    """One run, unless it is done; what went wrong, or None."""
+    out = Path(cfg.out_dir) / f"{method}-{seed}"
+    if (out / "done").exists():
+        return None
+    resume = ["--resume=true"] if (out / "resume").exists() else []
+    command = [sys.executable, str(ROOT / "train_uft.py"), *flags(method, cfg), f"--seed={seed}", f"--out_dir={out}", *resume]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "console.txt", "a") as console:
+        done = subprocess.run([*command, "--threads=1"], stdout=console, stderr=subprocess.PIPE, text=True, env=env)
+    if done.returncode:
+        return f"{method} seed {seed}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}"
+    (out / "done").touch()
+    return None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % t-interval."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, math.nan
+    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, T95[min(n, len(T95)) - 1] * sd / math.sqrt(n)
+
+
+def curves(method: str, cfg: Config) -> list[list[tuple[int, float, float]]]:
+    """Of each finished seed the validations (step, accuracy, seconds of training so far)."""
+    runs = []
+    for seed in range(cfg.seeds):
+        out = Path(cfg.out_dir) / f"{method}-{seed}"
+        if (out / "done").exists():
+            records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            runs.append([(r["step"], r["val/accuracy"], r["train_s"]) for r in records if "val/accuracy" in r])
+    return runs
+
+
+def report(cfg: Config) -> None:
+    lines = ["| method | test accuracy, mean ± 95 % | each seed | steps | seconds |", "|---|---|---|---|---|"]
+    for method in cfg.methods:
+        runs = curves(method, cfg)
+        if runs:
+            final = [100 * r[-1][1] for r in runs]
+            mean, half = interval(final)
+            seconds = sum(r[-1][2] for r in runs) / len(runs)
+            seeds = " ".join(f"{v:.1f}" for v in final)
+            lines.append(f"| {method} | {mean:.1f} ± {half:.1f} | {seeds} | {runs[0][-1][0]:,} | {seconds:.0f} |")
+    table = "\n".join(lines)
+    (Path(cfg.out_dir) / "table.md").write_text(table + "\n")
+    print(table)
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("the figure needs matplotlib: pip install -e '.[plot]'")
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for method in cfg.methods:
+        runs = curves(method, cfg)
+        if not runs:
+            continue
+        columns = list(zip(*runs, strict=True))
+        stats = [interval([100 * a for _, a, _ in column]) for column in columns]
+        mean, half = [m for m, _ in stats], [0.0 if math.isnan(h) else h for _, h in stats]
+        for axes, index in ((left, 0), (right, 2)):
+            x = [sum(v[index] for v in column) / len(column) for column in columns]
+            if axes is left and method == "sft-long":
+                continue  # its point is equal cost, not equal steps
+            (curve,) = axes.plot(x, mean, label=method, color=f"C{cfg.methods.index(method)}")
+            low, high = zip(*((m - h, m + h) for m, h in zip(mean, half, strict=True)), strict=True)
+            axes.fill_between(x, low, high, color=curve.get_color(), alpha=0.15, linewidth=0)
+    left.set(xlabel="step", ylabel="greedy test accuracy, %", title="equal steps")
+    right.set(xlabel="seconds of training, one core", title="equal cost")
+    left.set_ylim(bottom=0)
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(Path(cfg.out_dir) / "curves.png", dpi=110)
+    print(f"figure in {Path(cfg.out_dir) / 'curves.png'}")
+
+
+def main(argv: Sequence[str]) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    require(cfg, "jobs", cfg.jobs >= 1, "at least 1 is wanted")
+    require(cfg, "seeds", cfg.seeds >= 1, "at least 1 is wanted")
+    for method in cfg.methods:
+        flags(method, cfg)
+    todo = [(method, seed) for seed in range(cfg.seeds) for method in cfg.methods]
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        for (method, seed), failure in zip(todo, pool.map(lambda t: train(*t, cfg), todo), strict=True):
+            print(failure or f"{method} seed {seed} done", flush=True)
+    report(cfg)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,246 @@
+"""UFT's theorems 4.2 and 4.3 (arXiv 2505.16984) as an experiment: RFT searches exponentially long, UFT polynomially.
+
+    python toys/search_tree.py                               B = 2, 3, 4, H = 2..12, 20 seeds: some seconds on one core
+    python toys/search_tree.py --branching=2 --seeds=100 --betas=0,0.01 --out_dir=out/tree
+
+A tree of height H with B actions a state, one leaf of reward 1.0, all others 0.1 (the format's reward), softmax policy
+theta(s, a), uniform at the start and as reference. How many leaves are explored until the policy's pass@1, the
+probability of the right leaf, reaches 50 %? Theorem 4.2: any RFT needs B^H / 4. Theorem 4.3: UFT needs
+O(B H^5 (log B)^2 / gap^2). One step of Algorithm 2:
+    draw l from 0..H; from s*_l, l steps down the solution, roll out to a leaf;
+    at each state s on that way estimate Q(s, a) of every action a by one rollout; A = Q - E_pi[Q];
+    ascend sum_a pi(a|s) A(s, a) - beta KL(pi || pi_ref) at these states, and beta log pi(a*|s*) at the l hint states.
+"rft" is the same with l = 0 and beta = 0, "hints only" with beta = 0. The gradient is that of train_uft.uft_loss, where
+every pair (s, a) is a token that counts pi(a|s): the toy learns with the trainer's own function.
+
+What is simulated, and why that is the whole experiment:
+- Only the H states on the solution's path. Below any other state all leaves give 0.1, so there every A is 0, and a
+  policy that still equals pi_ref feels no KL; hints never go there. These states stay uniform for ever, and all that
+  is left of them is that their leaves count. The path is action 0 everywhere: nothing learnt depends on names.
+- Of a rollout from (s*_h, a*) only whether it ends at the right leaf: with probability prod_{j>h} pi(a*|s*_j).
+- rft goes from hit to hit, for without a hit all A are 0 and nothing changes. The number of steps up to the next one
+  with a hit is geometric; which states hit in it is drawn given that one does. Nothing of this is approximate.
+
+Leaves counted a step: B for each of the H - l states visited, and 1 for the way down, whose reward the method ignores.
+The count is taken after the step that reaches 50 %.
+
+Departures from the paper: a constant step size instead of 1 / sqrt(T) with T fixed beforehand, and a run ends at the
+first iterate that is good enough instead of returning the best of T. The KL term is the trainer's estimator k3 weighted
+by pi: equal in value to KL(pi || pi_ref), but its gradient in theta(s, a) is pi - pi_ref, that of KL(pi_ref || pi), not
+pi (log(pi / pi_ref) - KL); and it is clamped: an action with pi < pi_ref / 14 counts 10 and has no gradient.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import UserError, parse_config, require, run
+from train_uft import uft_loss
+
+WRONG, GAP = 0.1, 0.9  # reward of a wrong leaf, and what the right one has more
+
+
+@dataclass
+class Config:
+    """Every knob."""
+
+    # Trees
+    branching: tuple[int, ...] = (2, 3, 4)  # B, actions a state
+    heights: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # H, steps to a leaf
+    # Learning
+    betas: tuple[float, ...] = (0.001, 0.1, 0.0)  # of UFT's KL and hint terms; 0: hints only
+    step_size: float = 1.0  # of plain gradient ascent
+    max_steps: int = 100000  # give up a method that takes more updates
+    # What
+    seeds: int = 20  # runs of each method on each tree
+    seed: int = 0  # of everything random
+    out_dir: str = "out/search_tree"  # table.json and plot.png
+
+
+def check(cfg: Config) -> None:
+    require(cfg, "branching", len(cfg.branching) > 0 and min(cfg.branching) >= 2, "numbers from 2 on are wanted")
+    require(cfg, "heights", len(set(cfg.heights)) >= 2 and min(cfg.heights) >= 1, "two or more, from 1 on, are wanted")
+    require(cfg, "betas", len(cfg.betas) > 0 and min(cfg.betas) >= 0, "numbers from 0 on are wanted")
+    require(cfg, "step_size", cfg.step_size > 0, "a number above 0 is wanted")
+    require(cfg, "max_steps", cfg.max_steps >= 1, "at least 1 is wanted")
+    require(cfg, "seeds", cfg.seeds >= 2, "a standard error needs 2 or more")
+    require(cfg, "seed", cfg.seed >= 0, "a number from 0 on is wanted")
+
+
+# ---- one step of Algorithm 2, for R independent runs at once (states from a run's height on are padding) --------------
+
+
+def draw_step(p: Tensor, inside: Tensor, start: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The way down from s*_start (R,): which path states it visits, and at which of them the rollout that estimates
+    Q(s*, a*) ends at the right leaf. p (R, H): pi(a*|s*_h), 1 at padding; inside, visited and hit: (R, H) bool."""
+    h = torch.arange(p.shape[1])
+    moves = torch.rand(2, *p.shape, generator=generator, dtype=p.dtype)
+    stays = (moves[0] < p) | (h < start[:, None])
+    on_path = torch.cat([torch.ones_like(stays[:, :1]), stays[:, :-1].cumprod(1).bool()], 1)
+    visited = inside & (h >= start[:, None]) & on_path
+    return visited, visited & (moves[1] < right_after(p))
+
+
+def right_after(p: Tensor) -> Tensor:
+    """Probability (R, H) of the right leaf after a* in s*_h: prod_{j>h} pi(a*|s*_j)."""
+    below = p.flip(1).cumprod(1).flip(1)
+    return torch.cat([below[:, 1:], torch.ones_like(p[:, :1])], 1)
+
+
+def draw_hit(p: Tensor, inside: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """RFT's next step that has a hit: its visited and hit, and the number of steps (R,) up to and with it. States above
+    the first hit are left out of visited: A is 0 there."""
+    r = right_after(p)
+    no_hit_yet = (p * (1 - r)).cumprod(1)  # and still on the path
+    first = torch.cat([torch.ones_like(p[:, :1]), no_hit_yet[:, :-1]], 1) * r * inside  # probability that h hits first
+    u = 1 - torch.rand(len(p), generator=generator, dtype=p.dtype)
+    steps = (u.log() / torch.log1p(-first.sum(1).clamp(max=1))).ceil().clamp(min=1)
+    start = torch.multinomial(first, 1, generator=generator)
+    visited, hit = draw_step(p, inside, start[:, 0], generator)  # from there on nothing is known of the step
+    return visited, hit.scatter(1, start, True), steps
+
+
+def ascend(theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: float, step_size: float) -> Tensor:
+    """theta (R, H, B) after a step of gradient ascent on eq. 3.3; visited, hit and hint are (R, H) bool."""
+    theta = theta.detach().requires_grad_()
+    logp = theta.log_softmax(-1)
+    pi = logp.detach().exp()
+    right = torch.zeros_like(pi)
+    right[..., 0] = 1
+    q = WRONG + GAP * hit[..., None] * right
+    advantages = q - (pi * q).sum(-1, keepdim=True)
+    reference = torch.full_like(pi, -math.log(theta.shape[-1]))
+    rl_weight, hint_weight = visited[..., None] * pi, beta * hint[..., None] * right
+    tokens = (logp, torch.zeros_like(pi), logp.detach(), advantages, reference, rl_weight, hint_weight)
+    loss = uft_loss(*(t.flatten() for t in tokens), kl_coef=beta)
+    return (theta - step_size * torch.autograd.grad(loss, theta)[0]).detach()
+
+
+# ---- the experiment -------------------------------------------------------------------------------------------------
+
+
+def leaves_to_half(branching: int, heights: Tensor, beta: float | None, cfg: Config) -> Tensor:
+    """Leaves (R,) explored until pass@1 is 50 %, in trees of `heights` (R,); beta None is RFT. All methods draw
+    from the same stream, so that they differ less by luck."""
+    seed = np.random.SeedSequence((cfg.seed, branching)).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(seed))
+    inside = torch.arange(int(heights.max())) < heights[:, None]
+    theta = torch.zeros(*inside.shape, branching, dtype=torch.float64)
+    leaves, running = torch.zeros(len(heights), dtype=torch.float64), torch.ones(len(heights), dtype=torch.bool)
+    for _ in range(cfg.max_steps):
+        p = theta.softmax(-1)[..., 0].where(inside, 1)
+        running &= p.prod(1) < 0.5
+        if not running.any():
+            return leaves
+        if beta is None:
+            visited, hit, steps = draw_hit(p, inside, generator)
+            length, hint = torch.zeros_like(heights), torch.zeros_like(inside)
+        else:
+            length, steps = (torch.rand(len(heights), generator=generator) * (heights + 1)).long(), 1
+            visited, hit = draw_step(p, inside, length, generator)
+            hint = torch.arange(inside.shape[1]) < length[:, None]
+        leaves += running * steps * (branching * (heights - length) + 1)
+        theta = ascend(theta, visited, hit, hint, beta or 0.0, cfg.step_size)
+    name = "rft" if beta is None else f"beta = {beta}"
+    raise UserError(f"{name}, B = {branching}: pass@1 is under 50 % after max_steps = {cfg.max_steps} updates")
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Slope and R2 of the least-squares line."""
+    slope, offset = np.polyfit(x, y, 1)
+    rest = np.asarray(y) - slope * np.asarray(x) - offset
+    return float(slope), float(1 - (rest**2).sum() / ((y - np.mean(y)) ** 2).sum())
+
+
+def measure(cfg: Config) -> dict:
+    """{"rows": one for each tree, "fits": one for each B}: mean and standard error of the leaves of each method."""
+    heights = sorted(set(cfg.heights))
+    methods = {"rft": None} | {f"uft {b:g}" if b else "hints only": b for b in cfg.betas}
+    rows, fits = [], []
+    for branching in cfg.branching:
+        runs = torch.tensor(heights).repeat_interleave(cfg.seeds)
+        leaves = {m: leaves_to_half(branching, runs, b, cfg).view(-1, cfg.seeds) for m, b in methods.items()}
+        means = {m: t.mean(1).tolist() for m, t in leaves.items()}
+        errors = {m: (t.std(1) / math.sqrt(cfg.seeds)).tolist() for m, t in leaves.items()}
+        for i, height in enumerate(heights):
+            row = {"branching": branching, "height": height, "bound": branching**height / 4}
+            rows.append(row | {m: {"mean": means[m][i], "stderr": errors[m][i]} for m in methods})
+        rate, r2 = fit(heights, np.log(means["rft"]))
+        ratio = min(mean / (branching**h / 4) for h, mean in zip(heights, means["rft"], strict=True))
+        found = {"branching": branching, "rft": {"factor": math.exp(rate), "r2": r2, "least_over_bound": ratio}}
+        for m in list(methods)[1:]:
+            power, r2 = fit(np.log(heights), np.log(means[m]))
+            found[m] = {"power": power, "r2": r2}
+        fits.append(found)
+    return {"config": asdict(cfg), "rows": rows, "fits": fits}
+
+
+def show(table: dict) -> str:
+    """The table and what it says of the theorems, as text."""
+    methods = [m for m in table["rows"][0] if m not in ("branching", "height", "bound")]
+    lines = ["leaves explored until pass@1 is 50 %: mean +- standard error"]
+    lines += [f"{'B':>2} {'H':>3} {'B^H/4':>10}" + "".join(f"{m:>22}" for m in methods)]
+    for r in table["rows"]:
+        cells = (f"{r[m]['mean']:,.0f} +- {r[m]['stderr']:,.0f}" for m in methods)
+        lines += [f"{r['branching']:>2} {r['height']:>3} {r['bound']:>10,.0f}" + "".join(f"{c:>22}" for c in cells)]
+    for f in table["fits"]:
+        b, rft = f["branching"], f["rft"]
+        near = "within" if abs(rft["factor"] / b - 1) <= 0.05 else "NOT within"
+        above = "above" if rft["least_over_bound"] > 1 else "NOT above"
+        lines += [f"B = {b}: rft grows by {rft['factor']:.2f} a level (R2 {rft['r2']:.4f}), {near} 5 % of B"]
+        lines += [f"       rft's mean is {above} B^H/4 in every tree (at least {rft['least_over_bound']:.1f} times)"]
+        lines += [f"       {m} grows as H^{f[m]['power']:.2f} (R2 {f[m]['r2']:.4f}); H^5 is allowed" for m in methods[1:]]
+    return "\n".join(lines)
+
+
+def plot(table: dict, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: it needs matplotlib, the extra `plot` (pip install nanoft[plot])")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    n = len(table["fits"])
+    figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.6), sharey=True, squeeze=False)
+    for axis, f in zip(axes[0], table["fits"], strict=True):
+        rows = [r for r in table["rows"] if r["branching"] == f["branching"]]
+        x = [r["height"] for r in rows]
+        axis.plot(x, [r["bound"] for r in rows], "k--", linewidth=1, label="RFT's lower bound $B^H/4$")
+        for method, marker in zip((m for m in f if m != "branching"), "osv^Dx*<>" * len(f), strict=False):
+            means, errors = ([r[method][k] for r in rows] for k in ("mean", "stderr"))
+            name = method.replace("rft", "RFT").replace("uft ", r"UFT $\beta$ = ")
+            axis.errorbar(x, means, errors, marker=marker, markersize=4, linewidth=1.2, label=name)
+        axis.set(yscale="log", xlabel="height H", title=f"B = {f['branching']}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("leaves explored until pass@1 = 50 %")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    print(f"plot in {path}")
+
+
+def main(argv: Sequence[str]) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    check(cfg)
+    table = measure(cfg)
+    print(show(table))
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(f"table in {out / 'table.json'}")
+    plot(table, out / "plot.png")
+
+
+if __name__ == "__main__":
+    run(main)
