@@ -181,7 +181,7 @@ def test_k3_and_a_finite_gradient_where_the_published_one_is_nan():
 
 @pytest.mark.parametrize("case", CORE["lr_schedules"], ids=lambda c: f"{c['schedule']} {c['num_warmup_steps']}")
 def test_learning_rate_is_the_published_one_without_its_step_at_0(case):
-    """The published warm-up takes i / warmup at update i, so its first update does nothing; ours is that of i + 1. After
+    """The published warm-up takes i / warmup at update i: its first update does nothing. Ours is that of i + 1. After
     the warm-up the two are the same at the same update."""
     warmup, steps = case["num_warmup_steps"], case["num_training_steps"]
     published = case["lr_factor_used_at_update"][:steps]
@@ -222,7 +222,7 @@ def test_logprobs_entropies_and_their_gradients(batch, fused):
 
 @pytest.mark.parametrize("name", LOGITS["cases"])
 def test_uft_loss_and_gradient_on_given_logits(name):
-    """In float64, with the weights of loss_norm = paper_code. The prompt logits are clamped here, since ours are not."""
+    """In float64, weighted as loss_norm = paper_code. The prompt logits are clamped here, since ours are not."""
     case, config = LOGITS["cases"][name], LOGITS["cases"][name]["config"]
     t = {k.split("/", 2)[2]: v for k, v in ACTOR.items() if k.startswith(case["batch"] + "/in/")}
     logits = (t["logits"] * case["logits_scale"]).requires_grad_()
