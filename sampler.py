@@ -17,6 +17,7 @@ from torch import Tensor
 from common import UserError
 from model import KVCache, Transformer
 
+BLOCK = 128  # divides the vocabulary of every common model, and vectorises
 
 @dataclass
 class Completion:
@@ -58,24 +59,20 @@ def draw(logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, to
         p = ranked.softmax(-1)
         outside = (p.cumsum(-1) - p >= top_p).scatter(1, order, p.cumsum(-1) - p >= top_p)
         logits = logits.masked_fill(outside, -torch.inf)
-    n, V = logits.shape
-    top = logits.amax(-1, keepdim=True)
-    p = (logits - top).exp_()
-    size = max(8, round(V**0.5))
-    if V % size:
-        p = F.pad(p, (0, size - V % size))
-    p = p.view(n, -1, size)
-    blocks = p.sum(-1).cumsum(-1)  # (n, V / size)
-    total = blocks[:, -1]
-    target = (u * total).to(total.dtype)
-    block = torch.searchsorted(blocks, target[:, None], right=True).clamp_(max=blocks.shape[1] - 1)  # (n, 1)
+    p, (n, V) = logits.softmax(-1), logits.shape
+    if V % BLOCK:
+        p = F.pad(p, (0, BLOCK - V % BLOCK))
+    p = p.view(n, -1, BLOCK)
+    blocks = p.sum(-1).cumsum(-1)  # (n, V / BLOCK)
+    target = (u * blocks[:, -1]).to(p.dtype)[:, None]
+    block = torch.searchsorted(blocks, target, right=True).clamp_(max=blocks.shape[1] - 1)  # (n, 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0.0)
-    inside = p.gather(1, block[..., None].expand(-1, -1, size))[:, 0]  # (n, size)
-    within = torch.searchsorted(inside.cumsum(-1), target[:, None] - before, right=True)
+    inside = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]  # (n, BLOCK)
+    within = torch.searchsorted(inside.cumsum(-1), target - before, right=True)
     # rounding may point past the block's last token with mass: take that one, never a token of probability 0
-    last = size - 1 - (inside > 0).flip(-1).int().argmax(-1, keepdim=True)
-    token = (block * size + torch.minimum(within, last))[:, 0]
-    return token, logits.gather(1, token[:, None])[:, 0] - top[:, 0] - total.log()
+    last = BLOCK - 1 - (inside > 0).flip(-1).int().argmax(-1, keepdim=True)
+    within = torch.minimum(within, last)
+    return (block * BLOCK + within)[:, 0], inside.gather(1, within)[:, 0].log()
 
 
 def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int) -> Tensor:

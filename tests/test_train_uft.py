@@ -461,7 +461,7 @@ def test_same_seed_same_run_and_another_seed_another(tmp_path):
 
 RESUMED = [  # knobs, optimiser step at which the run is interrupted
     ("--algo=uft", 9),  # in step 5; checkpoint after step 3
-    ("--algo=uft --hint=target", 10),
+    ("--algo=uft --hint=target --train_rows=4 --hint_steps=20", 10),  # every row comes at every step
     ("--algo=sft-rft --kl_coef=0.01", 4),  # in the supervised phase: the checkpoint is before the phases meet
     ("--algo=sft-rft --kl_coef=0.01", 10),  # in step 7, checkpoint after step 6: the reference comes from the disk
     ("--algo=sft-rft --kl_coef=0.01 --save_every=4", 6),  # checkpoint exactly where the phases meet
@@ -531,6 +531,25 @@ def test_dead_groups_left_out(tmp_path, monkeypatch):
     go(tmp_path / "keep", "--steps=2")
     after = load_file(tmp_path / "keep/model/model.safetensors")
     assert any(not torch.equal(base[k], after[k]) for k in base)
+
+
+def test_target_remembers_each_problem(tmp_path):
+    go(tmp_path, "--hint=target", "--train_rows=4", "--hint_steps=20", "--steps=3", "--target_eta=0.1")
+    shares = outcome(tmp_path)["shares"]
+    assert len(shares) == 4 and any(abs(x - 0.95) > 1e-9 for x in shares)
+
+
+def test_a_supervised_solution_ends_with_its_answer_and_the_stop_token(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_uft, "update", lambda *args: seen.append(args[3]) or update(*args))
+    go(tmp_path, "--algo=sft", "--sft_steps=1")
+    tokenizer = train_uft.Tokenizer.from_pretrained(Path(train_uft.HERE) / "data/tiny/countdown")
+    rows = data.countdown.load("train", n=32, style="short")
+    solutions = {r["prompt"]: "".join(r["hint"]) + r["answer"] for r in rows}
+    assert len(seen) == 1 and len(seen[0]) == 4  # one optimiser step of the whole batch
+    for g in seen[0]:
+        assert g.hint[-1] == tokenizer.eos_id and not g.completions
+        assert tokenizer.decode(g.hint[:-1]) == solutions[tokenizer.decode(g.prompt)]
 
 
 def test_hints_drive_what_is_trained(tmp_path, monkeypatch):
