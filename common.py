@@ -153,14 +153,15 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 class Log:
-    """metrics.jsonl and samples.jsonl of a run; what a resumed run will write again is cut off first."""
+    """metrics.jsonl and samples.jsonl of a run; `step` counts the steps done. What a run resumed after `steps_done` will
+    write again is cut off first, and so is a last line that was not written to its end."""
 
-    def __init__(self, out_dir: Path, first_step: int):
+    def __init__(self, out_dir: Path, steps_done: int):
         self.out_dir = out_dir
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = out_dir / name
-            lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and first_step else []
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() and steps_done else []
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= steps_done]
             path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, name: str, step: int, record: dict) -> None:

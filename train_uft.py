@@ -357,7 +357,9 @@ def update(
                     h = reference.hidden(r.ids, positions=r.positions, mask=r.mask).flatten(0, 1)[r.states]
                     ref_logp = token_logprobs(h, reference.head_weight, r.targets, cfg.temperature)[0]
             if hint_coef and n_hint and cfg.hint_loss == "ift":
-                ift_hint_loss(model, batch, hint, cfg).backward()
+                hint_loss = ift_hint_loss(model, batch, hint, cfg)
+                hint_loss.backward()
+                sums["loss"] += hint_loss.item()
                 hint_weight = torch.zeros_like(hint_weight)
 
             def token_loss(logp: Tensor, entropy: Tensor, s: slice) -> Tensor:
@@ -403,7 +405,8 @@ def ift_hint_loss(model: Transformer, groups: list[Group], weight: float, cfg: C
         predicted = argmax_tokens(model.hidden(r.ids).flatten(0, 1)[r.states], model.head_weight)
     embeddings = model.model.embed_tokens(r.ids).flatten(0, 1)
     fed = r.states + 1  # where each hint token is fed; the last one of a row is not
-    fed_next = torch.cat([torch.diff(r.states) == 1, torch.zeros(1, dtype=torch.bool, device=fed.device)])
+    row = r.states // r.ids.shape[1]
+    fed_next = torch.cat([torch.diff(row) == 0, torch.zeros(1, dtype=torch.bool, device=fed.device)])
     own = model.model.embed_tokens(predicted[fed_next])
     mixed = embeddings.index_put((fed[fed_next],), (1 - cfg.ift_lambda) * embeddings[fed[fed_next]] + cfg.ift_lambda * own)
     h = model.hidden(inputs_embeds=mixed.view(*r.ids.shape, -1)).flatten(0, 1)[r.states]
@@ -471,6 +474,7 @@ def main(argv: Sequence[str]) -> None:
     model = Transformer.from_pretrained(base, torch.float32, device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{base}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}")
+    require(cfg, "problems", cfg.problems <= len(train_rows), f"there are only {len(train_rows)} training problems")
     problems = encode_problems(train_rows, tokenizer, cfg, cfg.data_path or f"{cfg.task} train")
     encode_problems(test_rows, tokenizer, cfg, cfg.data_path or f"{cfg.task} test")
     optimizer = torch.optim.AdamW(
@@ -483,7 +487,10 @@ def main(argv: Sequence[str]) -> None:
     else:
         if (out / "resume").exists() and any((out / "resume").iterdir()):
             raise UserError(f"out_dir = {cfg.out_dir!r} holds a run already: --resume=true continues it, another --out_dir starts one")
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"out_dir = {cfg.out_dir!r}: cannot be made ({e.strerror})") from None
         write_toml(cfg, out / "config.toml")
     log = Log(out, state["step"])
     reference = None
@@ -586,10 +593,12 @@ def main(argv: Sequence[str]) -> None:
                 "dead_groups": dead.float().mean().item(),
             }
             if step % cfg.eval_every == 0:
-                log.write("samples", step, {"prompt": problems[chosen[-1]].row["prompt"], "hint_segments": segments[-1],
+                log.write("samples", step + 1, {"prompt": problems[chosen[-1]].row["prompt"], "hint_segments": segments[-1],
                                             "response": responses[-1], "rewards": rewards[-1].tolist()})  # fmt: skip
-            if cfg.drop_dead:
-                groups = [g for g, d in zip(groups, dead.tolist(), strict=True) if not d]
+            if cfg.drop_dead:  # a dead group's hint still teaches
+                for g in (g for g, d in zip(groups, dead.tolist(), strict=True) if d):
+                    g.completions, g.advantages = [], []
+                groups = [g for g in groups if g.completions or (g.hint and hint_coef)]
             mini_batch = cfg.mini_batch
             if cfg.rollout_dtype != "float32":
                 recompute_old_logprobs(model, groups, cfg)
@@ -607,7 +616,7 @@ def main(argv: Sequence[str]) -> None:
         state["step"], state["train_s"] = step + 1, state["train_s"] + seconds
         tokens = sum(g.length() for g in groups)
         metrics |= {"lr": lr, "timing_s/gen": t_rollout, "timing_s/update": seconds - t_rollout, "tokens_per_s": tokens / seconds}
-        log.write("metrics", step, metrics)
+        log.write("metrics", step + 1, metrics)
         if (step + 1) % cfg.print_every == 0:
             print(console_line(step + 1, total, metrics))
         if step + 1 == sft_steps and reinforced:
