@@ -164,7 +164,11 @@ def main(argv: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             for name in cfg.what:
-                made = grpo(cfg, model, Path(folder)) if name == "grpo" else generation(cfg, model, Path(folder), name == "geometric")
+                made = (
+                    grpo(cfg, model, Path(folder))
+                    if name == "grpo"
+                    else generation(cfg, model, Path(folder), name == "geometric")
+                )
                 times: dict[str, list[float]] = {who: [] for who in made}
                 for _ in range(cfg.repeats):
                     for who, call in made.items():

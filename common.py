@@ -199,11 +199,7 @@ def save_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, state: d
     new.mkdir(parents=True)
     names = {p: n for n, p in model.named_parameters()}
     save_file({n: p.detach().contiguous() for p, n in names.items()}, new / "parameters.safetensors")
-    moments = {
-        f"{key}/{names[p]}": value.contiguous()
-        for p, entry in optimizer.state.items()
-        for key, value in entry.items()
-    }
+    moments = {f"{key}/{names[p]}": value.contiguous() for p, entry in optimizer.state.items() for key, value in entry.items()}
     save_file(moments, new / "optimizer.safetensors")
     (new / "state.json").write_text(json.dumps(state | {"config": asdict(config)}), encoding="utf-8")
     replace_dir(new, out_dir / "resume")
@@ -230,7 +226,11 @@ def load_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, config: 
             if parameters.get(name) is None or parameters[name].shape != p.shape:
                 raise UserError(f"{folder / 'parameters.safetensors'}: {name} is missing or has another shape")
             p.copy_(parameters[name])
-            entry = {k: v.to(p.device) for k in ("step", "exp_avg", "exp_avg_sq", "square_avg") if (v := moments.get(f"{k}/{name}")) is not None}
+            entry = {
+                k: v.to(p.device)
+                for k in ("step", "exp_avg", "exp_avg_sq", "square_avg")
+                if (v := moments.get(f"{k}/{name}")) is not None
+            }
             if entry:
                 optimizer.state[p] = entry
     return state

@@ -75,7 +75,13 @@ def answer(
         for c in completions:
             response = tokenizer.decode(c.tokens, skip_special=True)
             reward, verdict = task.score(response, row["truth"])
-            result = {"response": response, "reward": reward, "verdict": verdict, "tokens": len(c.tokens), "cut": not c.finished}
+            result = {
+                "response": response,
+                "reward": reward,
+                "verdict": verdict,
+                "tokens": len(c.tokens),
+                "cut": not c.finished,
+            }
             answers[-1].append(result)
     return answers
 
@@ -106,14 +112,18 @@ def main(argv: Sequence[str]) -> None:
     flat, rights = [a for g in answers for a in g], [sum(a["reward"] == 1.0 for a in g) for g in answers]
     share = accuracy(answers)
     low, high = wilson(share * len(rows), len(rows))
-    print(f"{cfg.task} {cfg.split}: accuracy {share:.1%} (95 % interval over problems {low:.1%} .. {high:.1%}), {len(rows)} problems")
+    print(
+        f"{cfg.task} {cfg.split}: accuracy {share:.1%} (95 % interval {low:.1%} .. {high:.1%}) on {len(rows)} problems"
+    )
     print(f"mean reward {sum(a['reward'] for a in flat) / len(flat):.3f}, cut {sum(a['cut'] for a in flat) / len(flat):.1%}")
     for k in [2**i for i in range(1, 11) if 2**i <= cfg.n]:
         print(f"pass@{k} {sum(pass_at_k(cfg.n, r, k) for r in rights) / len(rows):.1%}")
     if cfg.save:
         with open(Path(cfg.save), "w", encoding="utf-8") as f:
             for row, group in zip(rows, answers, strict=True):
-                f.write(json.dumps({"prompt": row["prompt"], "truth": row["truth"], "answers": group}, ensure_ascii=False) + "\n")
+                f.write(
+                    json.dumps({"prompt": row["prompt"], "truth": row["truth"], "answers": group}, ensure_ascii=False) + "\n"
+                )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, heads, T, D); cos, sin (B, 1, T, D), the first half of sin negated: the halves' swap is a roll."""
+    """Rotary embedding of x (B, heads, T, D); cos, sin (B, 1, T, D), sin's first half negated: swapping halves is a roll."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -271,7 +271,9 @@ class Transformer(nn.Module):
                         if parameter is None:
                             raise UserError(f"{dir / shard}: tensor {name} is not part of a {config.model_type} model")
                         if shape != tuple(parameter.shape):
-                            raise UserError(f"{dir / shard}: tensor {name} has shape {shape}, config.json wants {tuple(parameter.shape)}")
+                            raise UserError(
+                                f"{dir / shard}: tensor {name} has shape {shape}, config.json wants {tuple(parameter.shape)}"
+                            )
                         owner, _, leaf = name.rpartition(".")
                         tensor = file.get_tensor(name).to(device=device, dtype=dtype)
                         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))

@@ -20,6 +20,7 @@ from model import KVCache, Transformer
 
 BLOCK = 128  # divides the vocabulary of every common model, and vectorises
 
+
 @dataclass
 class Completion:
     tokens: list[int]  # the sampled ids, the stop id included

@@ -31,8 +31,20 @@ from torch import Tensor
 
 import evaluate
 from common import (
-    Log, UserError, load_resume, load_task, lr_factor, one_of, parse_config, pick_device, require, run, save_model, save_resume,
-    wilson, write_toml,
+    Log,
+    UserError,
+    load_resume,
+    load_task,
+    lr_factor,
+    one_of,
+    parse_config,
+    pick_device,
+    require,
+    run,
+    save_model,
+    save_resume,
+    wilson,
+    write_toml,
 )  # fmt: skip
 from data.tokenizer import Tokenizer
 from model import Transformer, argmax_tokens, fused_token_loss, token_logprobs
@@ -251,7 +263,9 @@ class Group:
 
     def unpack(self) -> "list[Group]":
         """One group a completion; the hint's likelihood stays with the first."""
-        rest = [Group(self.prompt + self.hint, [], [c], [a]) for c, a in zip(self.completions, self.advantages, strict=True)][1:]
+        rest = [Group(self.prompt + self.hint, [], [c], [a]) for c, a in zip(self.completions, self.advantages, strict=True)][
+            1:
+        ]
         return [Group(self.prompt, self.hint, self.completions[:1], self.advantages[:1]), *rest]
 
 
@@ -305,8 +319,8 @@ def make_rows(groups: list[Group], device: torch.device) -> Rows:
         return torch.as_tensor(x, dtype=dtype, device=device)
 
     return Rows(
-        put(ids, torch.long), put(positions, torch.long), mask, put(np.concatenate(states), torch.long), put(targets, torch.long),
-        put(old, torch.float32), put(advantages, torch.float32), put(is_hint, torch.bool),
+        put(ids, torch.long), put(positions, torch.long), mask, put(np.concatenate(states), torch.long),
+        put(targets, torch.long), put(old, torch.float32), put(advantages, torch.float32), put(is_hint, torch.bool),
     )  # fmt: skip
 
 
@@ -383,7 +397,9 @@ def update(
             sums["kl"] += kl_k3(logp, ref_logp)[~r.is_hint].sum().item()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
     if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
-        raise UserError(f"the loss is {sums['loss']} and the gradient norm {grad_norm}: stopped before the update; try a lower lr")
+        raise UserError(
+            f"the loss is {sums['loss']} and the gradient norm {grad_norm}: stopped before the update; try a lower lr"
+        )
     optimizer.step()
     n = max(1, completion_tokens)
     return {
@@ -467,7 +483,9 @@ def main(argv: Sequence[str]) -> None:
     test_rows = evaluate.load_rows(task, "test", cfg.data_path, cfg.test_rows, cfg.style, cfg.sizes)
     base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task
     if not base.exists():
-        raise UserError(f"model = {str(base)!r}: no such directory" + ("" if cfg.model else "; python toys/tiny_base.py makes it"))
+        raise UserError(
+            f"model = {str(base)!r}: no such directory" + ("" if cfg.model else "; python toys/tiny_base.py makes it")
+        )
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(f"{base / 'tokenizer_config.json'}: no eos_token, without which no answer ends")
@@ -477,16 +495,21 @@ def main(argv: Sequence[str]) -> None:
     require(cfg, "problems", cfg.problems <= len(train_rows), f"there are only {len(train_rows)} training problems")
     problems = encode_problems(train_rows, tokenizer, cfg, cfg.data_path or f"{cfg.task} train")
     encode_problems(test_rows, tokenizer, cfg, cfg.data_path or f"{cfg.task} test")
+    longest = max(len(p.prompt) + len(tokenizer.encode(p.hint(len(p.cuts) - 1))) for p in problems) + cfg.max_new_tokens
+    window = model.config.max_position_embeddings
+    require(cfg, "max_new_tokens", longest <= window, f"with the longest prompt and hint {longest} tokens, the model has {window}")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
     )
     state = {"step": 0, "shares": [cfg.p_high] * len(problems), "train_s": 0.0}
     if cfg.resume:
-        may_differ = ("resume", "out_dir", "device", "threads", "eval_every", "save_every", "print_every", "show", "rollout_batch")
-        state = load_resume(out, model, optimizer, cfg, may_differ)
+        reports = ("eval_every", "save_every", "print_every", "show")
+        state = load_resume(out, model, optimizer, cfg, ("resume", "out_dir", "device", "threads", "rollout_batch", *reports))
     else:
         if (out / "resume").exists() and any((out / "resume").iterdir()):
-            raise UserError(f"out_dir = {cfg.out_dir!r} holds a run already: --resume=true continues it, another --out_dir starts one")
+            raise UserError(
+                f"out_dir = {cfg.out_dir!r} holds a run already: --resume=true continues it, another --out_dir starts one"
+            )
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -499,15 +522,15 @@ def main(argv: Sequence[str]) -> None:
     rollout_model = model
     if cfg.rollout_dtype != "float32":
         rollout_model = copy.deepcopy(model).to(getattr(torch, cfg.rollout_dtype)).requires_grad_(False)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{cfg.algo} on {cfg.task}: {len(problems)} train and {len(test_rows)} test problems, {n_parameters:,} parameters on {device}")
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
+    print(f"{cfg.algo} on {cfg.task}: {len(problems)} train, {len(test_rows)} test problems, {size}")
 
     def progress(finished: int, tokens: int) -> None:
         print(f"\r  {finished} answers, {tokens} tokens", end="\r", flush=True)
 
     live = progress if sys.stdout.isatty() else None
 
-    def validate(step: int, show: int) -> float:
+    def validate(step: int, show: int) -> None:
         start = time.perf_counter()
         answers = evaluate.answer(
             model, tokenizer, task, test_rows, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.rollout_batch, progress=live
@@ -522,7 +545,6 @@ def main(argv: Sequence[str]) -> None:
         for row, (a,) in list(zip(test_rows, answers, strict=True))[:show]:
             print(f"    {row['prompt'].strip()!r} -> {a['response'].strip()!r}: {a['verdict']}")
             log.write("samples", step, {"prompt": row["prompt"], **a})
-        return share
 
     def sample(chosen: list[int], segments: list[int], step: int, attempt: int) -> tuple[list[Group], Tensor, list[str]]:
         """Roll out rows with their hints: groups without advantages, rewards (P, n), and the last response of each."""
@@ -530,7 +552,8 @@ def main(argv: Sequence[str]) -> None:
         groups = [Group(problems[i].prompt, tokenizer.encode(h)) for i, h in zip(chosen, hints, strict=True)]
         outputs = generate(
             rollout_model, [g.prompt + g.hint for g in groups], cfg.rollouts, cfg.max_new_tokens, cfg.temperature,
-            tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch, keys=chosen, progress=live,
+            tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch, keys=chosen,
+            progress=live,
         )  # fmt: skip
         rewards, last = [], []
         for i, hint, group, completions in zip(chosen, hints, groups, outputs, strict=True):
@@ -553,6 +576,8 @@ def main(argv: Sequence[str]) -> None:
             groups = [Group(problems[i].prompt, [*s, tokenizer.eos_id]) for i, s in zip(chosen, solutions, strict=True)]
             mini_batch, t_rollout = cfg.problems, 0.0  # one optimiser step a batch
         else:
+            if step == sft_steps:
+                optimizer.state.clear()  # reinforcement begins afresh from the result of the supervised phase
             lr, coef = cfg.lr * lr_factor(step - sft_steps, cfg.steps, cfg.warmup, cfg.lr_schedule), hint_coef
             if rollout_model is not model:
                 with torch.no_grad():
@@ -615,7 +640,8 @@ def main(argv: Sequence[str]) -> None:
         seconds = time.perf_counter() - start
         state["step"], state["train_s"] = step + 1, state["train_s"] + seconds
         tokens = sum(g.length() for g in groups)
-        metrics |= {"lr": lr, "timing_s/gen": t_rollout, "timing_s/update": seconds - t_rollout, "tokens_per_s": tokens / seconds}
+        metrics |= {"lr": lr, "timing_s/gen": t_rollout, "timing_s/update": seconds - t_rollout}
+        metrics["tokens_per_s"] = tokens / seconds
         log.write("metrics", step + 1, metrics)
         if (step + 1) % cfg.print_every == 0:
             print(console_line(step + 1, total, metrics))

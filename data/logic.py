@@ -184,9 +184,7 @@ def trace(names: Sequence[str], statements: tuple) -> list[str]:
         name = names[person]
         if kind == "back":
             exhausted = _listing([names[p] for p in rest[0]])
-            sentences.append(
-                f"We have exhausted all possibilities for {exhausted}, so let us go back and reconsider {name}.\n"
-            )
+            sentences.append(f"We have exhausted all possibilities for {exhausted}, so let us go back and reconsider {name}.\n")
             continue
         is_knight, speaker = rest
         # a claim is false when a knave makes it: the person under consideration, or a speaker settled earlier
@@ -198,9 +196,7 @@ def trace(names: Sequence[str], statements: tuple) -> list[str]:
             sentences.append("No contradiction is found in their " + claim % "")
         else:
             owner = " of their own" if speaker == person else f" of {names[speaker]}"
-            sentences.append(
-                f"{name} cannot be a {role[is_knight]}, because this would contradict the {claim % owner}"
-            )
+            sentences.append(f"{name} cannot be a {role[is_knight]}, because this would contradict the {claim % owner}")
     lines = _solution_lines(names, [solution[p] for p in range(len(names))])
     return [*sentences, "Therefore, " + lines[0], *lines[1:]]
 

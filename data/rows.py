@@ -79,7 +79,12 @@ def read_rows(path: str | Path, split: str, needs: dict[str, type | tuple[type, 
                 answer = answer[len("".join(hint)) :]
         else:
             prompt, hint, answer, truth = (r.get(k) for k in ("prompt", "hint", "answer", "truth"))
-        for name, value, kind in (("prompt", prompt, str), ("hint", hint, list), ("answer", answer, str), ("truth", truth, dict)):
+        for name, value, kind in (
+            ("prompt", prompt, str),
+            ("hint", hint, list),
+            ("answer", answer, str),
+            ("truth", truth, dict),
+        ):
             if not isinstance(value, kind):
                 raise UserError(f"{where}: field '{name}' is missing or not a {kind.__name__}")
         if not all(isinstance(s, str) for s in hint):

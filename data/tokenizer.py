@@ -66,7 +66,10 @@ class Tokenizer:
         else:
             special = added
         self.encoding = tiktoken.Encoding(
-            "from_file", pat_str=_pattern(description.get("pre_tokenizer"), where), mergeable_ranks=ranks, special_tokens=special
+            "from_file",
+            pat_str=_pattern(description.get("pre_tokenizer"), where),
+            mergeable_ranks=ranks,
+            special_tokens=special,
         )
         self._bytes = {i: t for t, i in vocab.items()} | {i: t.encode() for t, i in added.items()}
         self._special_ids = {t["id"] for t in description.get("added_tokens", []) if t.get("special")}
@@ -92,7 +95,9 @@ class Tokenizer:
         stop = read["generation_config.json"].get("eos_token_id") or []
         where = str(dir / "tokenizer.json")
         try:
-            tokenizer = cls(read["tokenizer.json"], read["tokenizer_config.json"], [stop] if isinstance(stop, int) else stop, where)
+            tokenizer = cls(
+                read["tokenizer.json"], read["tokenizer_config.json"], [stop] if isinstance(stop, int) else stop, where
+            )
         except (KeyError, TypeError) as e:
             raise UserError(f"{where}: not a tokenizer description ({type(e).__name__}: {e})") from None
         tokenizer.source = dir

@@ -73,7 +73,7 @@ def countdown_stages(rng: random.Random) -> Iterator[tuple[int, Callable[[], Tex
 
 
 def logic_text(rng: random.Random, row: dict, noise: float) -> Text:
-    """A row's reasoning, of whose lines a share `noise` is replaced by any line at all; the answer says what the lines found."""
+    """A row's reasoning, of whose lines a share `noise` is replaced by any line; the answer says what the lines found."""
     names, lines = row["truth"]["names"], []
     for line in row["hint"]:
         if rng.random() < noise:
