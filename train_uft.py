@@ -497,7 +497,7 @@ def main(argv: Sequence[str]) -> None:
     encode_problems(test_rows, tokenizer, cfg, cfg.data_path or f"{cfg.task} test")
     longest = max(len(p.prompt) + len(tokenizer.encode(p.hint(len(p.cuts) - 1))) for p in problems) + cfg.max_new_tokens
     window = model.config.max_position_embeddings
-    require(cfg, "max_new_tokens", longest <= window, f"with the longest prompt and hint {longest} tokens, the model has {window}")
+    require(cfg, "max_new_tokens", longest <= window, f"the longest prompt and hint make it {longest}, the model has {window}")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
     )
