@@ -558,8 +558,8 @@ def main(argv: Sequence[str]) -> None:
         rewards, last = [], []
         for i, hint, group, completions in zip(chosen, hints, groups, outputs, strict=True):
             group.completions = completions
-            last += [hint + tokenizer.decode(c.tokens, skip_special=True) for c in completions[-1:]]
             texts = [hint + tokenizer.decode(c.tokens, skip_special=True) for c in completions]
+            last.append(texts[-1])
             rewards.append([task.score(t, problems[i].row["truth"])[0] for t in texts])
         return groups, torch.tensor(rewards), last
 
