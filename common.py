@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -128,6 +129,31 @@ def write_toml(config: Any, path: Path) -> None:
         return "[" + ", ".join(map(text, v)) + "]" if isinstance(v, tuple) else json.dumps(v, ensure_ascii=False)
 
     path.write_text("".join(f"{k} = {text(v)}\n" for k, v in asdict(config).items()), encoding="utf-8")
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
+    """Rows of a step: a stream of shuffled epochs of n rows without gaps, whatever n / size is."""
+    first, orders = step * size, {}
+    for k in range(first, first + size):
+        epoch = k // n
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng((seed, 1, epoch)).permutation(n)
+    return [int(orders[k // n][k % n]) for k in range(first, first + size)]
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices sorted by length and cut into micro-batches whose rows x longest stay within the budget of padded tokens."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > budget:
+            raise UserError(f"token_budget = {budget}: one row has {lengths[i]} tokens; give at least as much")
+        if batches[-1] and lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 # ---- small shared mathematics ---------------------------------------------------------------------------------------

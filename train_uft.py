@@ -33,6 +33,7 @@ import evaluate
 from common import (
     Log,
     UserError,
+    batch_rows,
     load_resume,
     load_task,
     lr_factor,
@@ -43,9 +44,10 @@ from common import (
     run,
     save_model,
     save_resume,
+    token_batches,
     wilson,
     write_toml,
-)  # fmt: skip
+)
 from data.tokenizer import Tokenizer
 from model import Transformer, argmax_tokens, fused_token_loss, token_logprobs
 from sampler import Completion, generate
@@ -326,14 +328,7 @@ def make_rows(groups: list[Group], device: torch.device) -> Rows:
 
 def micro_batches(groups: list[Group], token_budget: int) -> list[list[Group]]:
     """Groups sorted by length and cut so that rows x longest stays within the budget of padded tokens."""
-    batches: list[list[Group]] = [[]]
-    for g in sorted(groups, key=Group.length, reverse=True):
-        if g.length() > token_budget:
-            raise UserError(f"token_budget = {token_budget}: one row has {g.length()} tokens; give at least as much")
-        if batches[-1] and batches[-1][0].length() * (len(batches[-1]) + 1) > token_budget:
-            batches.append([])
-        batches[-1].append(g)
-    return batches
+    return [[groups[i] for i in batch] for batch in token_batches([g.length() for g in groups], token_budget)]
 
 
 # ---- one optimiser step ---------------------------------------------------------------------------------------------
@@ -450,16 +445,6 @@ def encode_problems(rows: list[dict], tokenizer: Tokenizer, cfg: Config, where: 
         if len(p.prompt) > cfg.max_prompt:
             raise UserError(f"{where} row {i}: its prompt has {len(p.prompt)} tokens, max_prompt is {cfg.max_prompt}")
     return problems
-
-
-def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
-    """Rows of a step: a stream of shuffled epochs without gaps, whatever n / size is."""
-    first, orders = step * size, {}
-    for k in range(first, first + size):
-        epoch = k // n
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng((seed, 1, epoch)).permutation(n)
-    return [int(orders[k // n][k % n]) for k in range(first, first + size)]
 
 
 def sampling_seed(seed: int, step: int, attempt: int) -> int:
