@@ -201,8 +201,8 @@ class Log:
 def replace_dir(new: Path, target: Path) -> None:
     """Put a finished folder in the place of another. At every moment either `target` or `target`.old is whole."""
     old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
     os.replace(new, target)
     shutil.rmtree(old, ignore_errors=True)

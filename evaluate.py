@@ -101,6 +101,13 @@ def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
     one_of(cfg, "dtype", ("float32", "bfloat16"))
     require(cfg, "n", cfg.n >= 1, "at least 1 answer is wanted")
+    require(cfg, "temperature", cfg.temperature >= 0, "0 or above is wanted")
+    require(cfg, "rows", cfg.rows >= 0, "0 (all) or above is wanted")
+    if cfg.save:
+        try:
+            Path(cfg.save).touch()
+        except OSError as e:
+            raise UserError(f"save = {cfg.save!r}: cannot be written ({e.strerror})") from None
     require(cfg, "n", cfg.n == 1 or cfg.temperature > 0, "greedy answers are all the same; give a --temperature")
     task = load_task(cfg.task)
     rows = load_rows(task, cfg.split, cfg.data_path, cfg.rows, cfg.style, cfg.sizes)

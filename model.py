@@ -56,11 +56,16 @@ class ModelConfig:
             raise UserError(f"{where}: model_type {d.get('model_type')!r} is not supported, only {', '.join(QKV_BIAS)}")
         rope = d.pop("rope_parameters", None)  # the transformers-5 spelling of rope_theta and rope_scaling
         if rope:
-            d["rope_theta"] = rope["rope_theta"]
+            d["rope_theta"] = rope.get("rope_theta")
             d["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         scaling = d.get("rope_scaling")
         if scaling and scaling.get("rope_type", scaling.get("type")) != "llama3":
             raise UserError(f"{where}: rope_scaling {scaling} is not supported, only rope_type llama3")
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if scaling else ():
+            if not isinstance(scaling.get(key), int | float):
+                raise UserError(f"{where}: rope_scaling lacks {key}")
+        if not isinstance(d.get("rope_theta", 1.0), int | float):
+            raise UserError(f"{where}: rope_theta is missing or not a number")
         for key, only in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
             if d.get(key, only) != only:
                 raise UserError(f"{where}: {key} = {d[key]!r} is not supported, only {only!r}")
@@ -258,7 +263,12 @@ class Transformer(nn.Module):
             model = cls(config)
         wanted = dict(model.named_parameters())
         index = dir / "model.safetensors.index.json"
-        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        shards = ["model.safetensors"]
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index}: weight_map is missing")
+            shards = sorted(set(weight_map.values()))
         for shard in shards:
             try:
                 with safe_open(dir / shard, framework="pt") as file:
@@ -299,11 +309,14 @@ class Transformer(nn.Module):
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a Hugging Face model directory is wanted") from None
     except ValueError as e:
         raise UserError(f"{path}: not JSON ({e})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: an object is wanted, not {type(content).__name__}")
+    return content
 
 
 # ---- log-probs without a (B, T, V) tensor ----------------------------------------------------------------------------
@@ -381,6 +394,35 @@ def token_logprobs(
 def argmax_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
     """The likeliest token (N,) after each state (N, C), in chunks of rows."""
     return torch.cat([F.linear(hidden[s], weight).argmax(-1) for s in _chunks(hidden, weight)])
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight):
+        kl = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        for s in _chunks(hidden, weight):
+            lp, ref = _log_softmax(hidden[s], weight, 1.0), _log_softmax(ref_hidden[s], ref_weight, 1.0)
+            kl[s] = (ref.exp() * (ref - lp)).sum(-1)
+        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight)
+        return kl
+
+    @staticmethod
+    def backward(ctx, g):
+        hidden, weight, ref_hidden, ref_weight = ctx.saved_tensors
+        g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        for s in _chunks(hidden, weight):
+            dz = _log_softmax(hidden[s], weight, 1.0).exp_().sub_(_log_softmax(ref_hidden[s], ref_weight, 1.0).exp_())
+            dz = dz.mul_(g[s, None]).to(hidden.dtype)
+            torch.mm(dz, weight, out=g_hidden[s])
+            g_weight.addmm_(dz.T, hidden[s])
+        return g_hidden, g_weight, None, None
+
+
+def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    """KL(ref || model) in nats of the whole next-token distribution at each of N states, (N,) float32; chunked over rows
+    and recomputed in the backward pass like token_logprobs. No gradient for the reference."""
+    hidden, weight = _same_dtype(hidden, weight)
+    return _TokenKL.apply(hidden, weight, *_same_dtype(ref_hidden, ref_weight))
 
 
 class _FusedTokenLoss(torch.autograd.Function):

@@ -3,8 +3,8 @@
 A prompt is prefilled once and its keys and values are copied to the slots of its n completions. Every decode step runs the
 first `active` slots of one preallocated cache; a finished row's slot is overwritten by the last active row (so the batch
 stays dense and shrinks) or by a waiting prompt (so it stays full). A sampled token is a pure function of (seed, row,
-position, logits), a row being a completion's (prompt key, index): batch size, slot order and number of processes do not
-change the text, beyond what rounding of the logits can flip.
+position, logits), a row being key x n + index for completion `index` of a prompt: batch size, slot order and number of
+processes do not change the text, beyond what rounding of the logits can flip.
 """
 
 import copy
@@ -59,14 +59,17 @@ def draw(logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, to
     if top_p < 1:
         ranked, order = logits.sort(-1, descending=True)
         p = ranked.softmax(-1)
-        outside = (p.cumsum(-1) - p >= top_p).scatter(1, order, p.cumsum(-1) - p >= top_p)
+        beyond = p.cumsum(-1) - p >= top_p
+        outside = torch.empty_like(beyond).scatter(1, order, beyond)
         logits = logits.masked_fill(outside, -torch.inf)
     p, (n, V) = logits.softmax(-1), logits.shape
     if V % BLOCK:
         p = F.pad(p, (0, BLOCK - V % BLOCK))
     p = p.view(n, -1, BLOCK)
     blocks = p.sum(-1).cumsum(-1)  # (n, V / BLOCK)
-    target = (u * blocks[:, -1]).to(p.dtype)[:, None]
+    total = blocks[:, -1:]
+    # strictly below the total even where float32 rounds up, or the last block would be taken though it may be empty
+    target = torch.minimum((u[:, None] * total).to(p.dtype), total.nextafter(torch.zeros_like(total)))
     block = torch.searchsorted(blocks, target, right=True).clamp_(max=blocks.shape[1] - 1)  # (n, 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0.0)
     inside = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]  # (n, BLOCK)
@@ -117,11 +120,16 @@ def generate(
 ) -> list[list[Completion]]:
     """For each prompt (a list of ids) a list of n completions.
 
-    batch_size: the most rows decoded at a time (0: all of them); keys: one int a prompt, what its random numbers depend on
-    instead of its place in this call; progress(finished rows, tokens) is called after every decode step.
+    batch_size: the most rows decoded at a time, but never fewer than n (0: all of them); keys: one int a prompt, what its
+    random numbers depend on instead of its place in this call; progress(finished rows, tokens) is called after every
+    decode step. UserError for an empty prompt and for values out of range.
     """
     if n < 1 or max_new_tokens < 1:
         raise UserError(f"n and max_new_tokens must be at least 1, not {n} and {max_new_tokens}")
+    for name, value, ok in (("temperature", temperature, temperature >= 0), ("top_p", top_p, 0 < top_p <= 1),
+                            ("top_k", top_k, top_k >= 0), ("batch_size", batch_size, batch_size >= 0)):  # fmt: skip
+        if not ok:
+            raise UserError(f"{name} = {value} is out of range")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {i} has no tokens; a completion needs at least one to continue from")

@@ -52,7 +52,7 @@ def read_records(path: str | Path, split: str) -> list[tuple[str, dict]]:
                 if line.strip():
                     records.append(json.loads(line))
             except json.JSONDecodeError as e:
-                raise UserError(f"{path} line {n}: not JSON ({e.msg} at column {e.colno})") from None
+                raise UserError(f"{path} line {n + e.lineno - 1}: not JSON ({e.msg} at column {e.colno})") from None
         if path.suffix == ".json":
             records = records[0] if records and isinstance(records[0], list) else records
     else:

@@ -3,13 +3,17 @@
 `Tokenizer.from_pretrained(dir)` reads the tokenizer.json of GPT-2, Llama 3, Qwen2.5 and whatever else is made of the same
 parts; a part it does not know is refused by name. `Tokenizer.learn(texts)` makes a small one, which `save` writes in the
 same format, so that checkpoints trained here open elsewhere too.
+
+`chat` writes a conversation by the checkpoint's own chat template, or by one of TEMPLATES for base models, which have none.
 """
 
 import json
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import regex
@@ -22,6 +26,18 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 TINY_PATTERN = r" ?\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]"  # words keep their space; every number up to 99 can be one token
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 END = "<|endoftext|>"
+TEMPLATES = {  # chat templates for base models; bos_token is empty where the tokenizer puts none in front of a text
+    # "plain" has no token of its own but the eos that ends an answer. The space before the answer is the answer's, since
+    # words carry their space.
+    "plain": """{{ bos_token }}{% for m in messages -%}
+        {{ {"user": "User: ", "assistant": "Assistant: "}.get(m.role, "") + m.content }}
+        {{- eos_token if m.role == "assistant" }}{{ "\n" }}
+    {%- endfor %}{{ "Assistant:" if add_generation_prompt }}""",
+    "chatml": """{{ bos_token }}{% for m in messages %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}
+    {%- endfor %}{{ "<|im_start|>assistant\n" if add_generation_prompt }}""",
+    "zephyr": """{{ bos_token }}{% for m in messages %}{{ "<|" + m.role + "|>\n" + m.content + eos_token + "\n" }}
+    {%- endfor %}{{ "<|assistant|>\n" if add_generation_prompt }}""",
+}
 
 
 def _printable() -> dict[int, str]:
@@ -45,6 +61,13 @@ class Tokenizer:
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             kind = "byte fallback (SentencePiece)" if model.get("byte_fallback") else model.get("type")
             raise UserError(f"{where}: a tokenizer of kind {kind} is not supported, only byte-level BPE")
+        for flag in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(flag):
+                raise UserError(f"{where}: {flag} = {model[flag]!r} is not supported")
+        for token in description.get("added_tokens", []):
+            for flag in ("lstrip", "rstrip", "single_word"):
+                if token.get(flag):
+                    raise UserError(f"{where}: added token {token['content']!r} has {flag}, which is not supported")
         added = {t["content"]: t["id"] for t in description.get("added_tokens", [])}
         vocab = {_to_bytes(t, where): i for t, i in model["vocab"].items() if t not in added}
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
@@ -59,18 +82,11 @@ class Tokenizer:
         merged_ids = [vocab[t] for t in order[256:]]
         self._id_of_rank = None if merged_ids == sorted(merged_ids) else [vocab[t] for t in order]
         ranks = vocab if self._id_of_rank is None else {t: r for r, t in enumerate(order)}
-        if self._id_of_rank is not None:
-            shift = len(order)  # added tokens get ranks above the vocabulary's
-            self._id_of_rank += list(added.values())
-            special = {t: shift + n for n, t in enumerate(added)}
-        else:
-            special = added
-        self.encoding = tiktoken.Encoding(
-            "from_file",
-            pat_str=_pattern(description.get("pre_tokenizer"), where),
-            mergeable_ranks=ranks,
-            special_tokens=special,
-        )
+        pattern = _pattern(description.get("pre_tokenizer"), where)
+        self.encoding = tiktoken.Encoding("from_file", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        # Added tokens are cut out here: of two that begin alike the longer one wins, an order that tiktoken leaves open.
+        self._added = added
+        self._added_pattern = regex.compile("|".join(map(regex.escape, sorted(added, key=len, reverse=True))) or "(?!)")
         self._bytes = {i: t for t, i in vocab.items()} | {i: t.encode() for t, i in added.items()}
         self._special_ids = {t["id"] for t in description.get("added_tokens", []) if t.get("special")}
         name = config.get("eos_token")
@@ -92,6 +108,8 @@ class Tokenizer:
                 read[name] = {}
             except ValueError as e:
                 raise UserError(f"{dir / name}: not JSON ({e})") from None
+        if (dir / "chat_template.jinja").exists():  # newer checkpoints keep it apart, and then it is the one that counts
+            read["tokenizer_config.json"]["chat_template"] = (dir / "chat_template.jinja").read_text(encoding="utf-8")
         stop = read["generation_config.json"].get("eos_token_id") or []
         where = str(dir / "tokenizer.json")
         try:
@@ -172,15 +190,76 @@ class Tokenizer:
         one and it does not stand there already."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        ids = self.encoding.encode(text, allowed_special="all")
-        if self._id_of_rank is not None:
-            ids = [self._id_of_rank[r] for r in ids]
+        ids, end = [], 0
+        for found in self._added_pattern.finditer(text):
+            ids += self._encode_words(text[end : found.start()])
+            ids.append(self._added[found.group()])
+            end = found.end()
+        ids += self._encode_words(text[end:])
         return [self.bos_id, *ids] if bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
+
+    def _encode_words(self, text: str) -> list[int]:
+        ids = self.encoding.encode_ordinary(text)
+        return ids if self._id_of_rank is None else [self._id_of_rank[r] for r in ids]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ids; half characters become U+FFFD, ids past the vocabulary nothing. skip_special drops bos, eos etc."""
         skip = self._special_ids if skip_special else ()
         return b"".join(self._bytes.get(i, b"") for i in ids if i not in skip).decode("utf-8", "replace")
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, template: str = "auto", **variables: str) -> str:
+        """The text of a conversation: a list of {"role": ..., "content": ...}. template: a name in TEMPLATES or of the
+        checkpoint's own; auto: the checkpoint's default one, or "plain". variables: what else the template may read."""
+        own = self.config.get("chat_template") or {}
+        if isinstance(own, str):
+            own = {"default": own}
+        elif isinstance(own, list):
+            own = {t["name"]: t["template"] for t in own}
+        name = template if template != "auto" else "default" if own else "plain"
+        if name not in TEMPLATES | own:
+            raise UserError(f"template = {template!r}: no such chat template; there are {', '.join(own | TEMPLATES)}")
+        # as transformers: all tokens that the configuration names, and none that it does not ("None" would be printed)
+        tokens = {k: v for k, v in self.config.items() if k.endswith("_token") and isinstance(v, (str, dict))}
+        tokens = {k: v if isinstance(v, str) else v["content"] for k, v in tokens.items()}
+        if name not in own:
+            tokens["bos_token"] = "" if self.bos_id is None else self.decode([self.bos_id])
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        try:
+            return _compile_template((TEMPLATES | own)[name])(**tokens | given | variables)
+        except Exception as e:  # a template is a program that came with the checkpoint: it can fail in any way
+            raise UserError(f"chat template '{name}': {e}") from None
+
+    def chat(self, messages: list[dict], add_generation_prompt: bool = True, template: str = "auto") -> list[int]:
+        """Ids of a conversation, by default ready for the assistant to go on. The template decides about bos."""
+        return self.encode(self.render(messages, add_generation_prompt, template))
+
+
+@cache
+def _compile_template(source: str) -> Callable[..., str]:
+    """A chat template as a function of its variables, in the environment that transformers gives to templates."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks for TRL what is trained on; here it only has to be read."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    env.filters["tojson"] = tojson  # jinja2's own escapes HTML
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return env.from_string(source).render
 
 
 def _merge(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes, ...]:
@@ -212,6 +291,8 @@ def _pattern(part: dict | None, where: str) -> str:
     parts = part["pretokenizers"] if part and part["type"] == "Sequence" else [part or {"type": "none"}]
     pattern = None
     for p in parts:
+        if p["type"] == "Split" and p.get("invert"):
+            raise UserError(f"{where}: a pre_tokenizer Split with invert is not supported")
         if p["type"] == "Split" and p["behavior"] == "Isolated" and "Regex" in p["pattern"] and pattern is None:
             pattern = p["pattern"]["Regex"]
         elif p["type"] == "ByteLevel" and not p.get("add_prefix_space"):

@@ -287,7 +287,6 @@ def test_a_kill_between_the_renamings_leaves_the_old_folder(call, tmp_path, monk
     assert wholes(target) == {"a"}
 
 
-@pytest.mark.xfail(strict=True, reason="resume.old is removed first, though after such a kill it is the only whole one")
 def test_a_second_kill_leaves_the_old_folder_too(tmp_path, monkeypatch):
     target = tmp_path / "resume"
     folder(tmp_path / "resume.old", "a")  # what the first kill left

@@ -134,7 +134,6 @@ def test_bad_knobs(args, wanted, capsys, monkeypatch):
     assert wanted in refused(capsys, monkeypatch, args)
 
 
-@pytest.mark.xfail(strict=True, reason="negative ones are taken; --save is opened after all the work")
 @pytest.mark.parametrize(
     ("args", "wanted"), [("--temperature=-1", "temperature"), ("--rows=-3", "rows"), ("--save=/nowhere/a.jsonl", "/nowhere")]
 )

@@ -112,7 +112,6 @@ def test_broken_lines_are_numbered(tmp_path):
         read_records(path, "train")
 
 
-@pytest.mark.xfail(strict=True, reason="says line 1 wherever it is")
 def test_a_broken_line_of_a_json_file_is_numbered(tmp_path):
     (tmp_path / "rows.json").write_text('[\n{"prompt": "x"},\n{"prompt": }\n]')
     with pytest.raises(UserError, match=r"rows\.json line 3: not JSON .*column 12"):

@@ -148,7 +148,6 @@ def test_a_token_of_probability_0_is_never_drawn(holders):
     assert set(ids.tolist()) == set(holders) and logp.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="u is rounded up to 1 in float32: the last block is taken though it has no mass")
 @pytest.mark.parametrize("vocab", [300, 384, 512])
 def test_u_close_to_1_neither_leaves_the_vocabulary_nor_takes_probability_0(vocab):
     u = torch.tensor([LAST, 1 - 2.0**-26, 1 - 2.0**-25], dtype=torch.float64)
@@ -223,13 +222,6 @@ def test_text_depends_neither_on_batch_size_nor_on_the_order_of_prompts():
     alone = generate(model, [prompts[4]], 3, 15, 1.0, stop, seed=1, keys=[4])
     assert texts(alone) == [texts(whole)[4]]
     assert texts(generate(model, prompts, 3, 15, 1.0, stop, seed=2)) != texts(whole)
-
-
-@pytest.mark.xfail(strict=True, reason="a row's number is key * n + index, which depends on n")
-def test_the_first_completions_do_not_depend_on_how_many_are_asked_for():
-    model, prompts = tiny(), ragged(3)
-    two, four = (texts(generate(model, prompts, n, 8)) for n in (2, 4))
-    assert [g[:2] for g in four] == two
 
 
 def test_rows_of_equal_prompts_differ_and_keys_tell_them_apart():
@@ -319,7 +311,6 @@ def test_what_cannot_be_generated():
             generate(model, [[1]], **knobs)
 
 
-@pytest.mark.xfail(strict=True, reason="negative temperatures prefer unlikely tokens, top_p = 0 draws from NaN")
 @pytest.mark.parametrize("knobs", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"batch_size": -1}])
 def test_impossible_sampling_knobs_are_refused(knobs):
     with pytest.raises(UserError, match=next(iter(knobs))):

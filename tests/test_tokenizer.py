@@ -172,7 +172,6 @@ SILENT = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="read as if it were not there: other ids than tokenizers', without a word")
 @pytest.mark.parametrize("part", SILENT)
 def test_parts_that_change_the_ids_are_refused_or_heeded(part, tmp_path):
     d = SILENT[part]
@@ -263,7 +262,6 @@ def test_nfc_is_applied_where_the_file_says_so():
             assert ours.encode(text) == theirs.encode(text).ids
 
 
-@pytest.mark.xfail(strict=True, reason="tiktoken takes the first alternative of its own order, tokenizers the longest")
 def test_one_added_token_that_begins_another():
     d = description(added=[("<a", 256, True), ("<a>", 257, True), ("<a>b", 258, False), ("<ab", 259, True)])
     for text in ("<a>b<a><a<ab", "<a>ab", "x<a>b<ab>"):
