@@ -396,6 +396,22 @@ def argmax_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(hidden[s], weight).argmax(-1) for s in _chunks(hidden, weight)])
 
 
+@torch.no_grad()
+def sample_tokens(hidden: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+    """A token (N,) drawn after each state (N, C) by the inverse of the cumulative distribution at u (N,) in [0, 1)."""
+    drawn = []
+    for s in _chunks(hidden, weight):
+        total = _log_softmax(hidden[s], weight, 1.0).exp_().cumsum(-1)
+        drawn.append(torch.searchsorted(total, (u[s] * total[:, -1]).to(total.dtype)[:, None]).clamp_(max=len(weight) - 1))
+    return torch.cat(drawn)[:, 0]
+
+
+@torch.no_grad()
+def expected_rows(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """Expectation (N, C) of the rows of `table` (V, C) under the next-token distribution after each state (N, C)."""
+    return torch.cat([_log_softmax(hidden[s], weight, 1.0).exp_().to(table.dtype) @ table for s in _chunks(hidden, weight)])
+
+
 class _TokenKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight):

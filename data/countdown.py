@@ -167,6 +167,22 @@ def chain_results(numbers: tuple[int, ...]) -> Counter:
     return counts
 
 
+def other_start(row: dict, rng: Random) -> str | None:
+    """Style short: a legal first step that is not the reference's, and from which the target can still be reached. What a
+    model does after it shows whether it can go on from a state of its own rather than the reference's."""
+    numbers, target = row["truth"]["numbers"], row["truth"]["target"]
+    steps = []
+    for i, x in enumerate(numbers):
+        for j, y in enumerate(numbers[:i]):
+            rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+            a, b = max(x, y), min(x, y)
+            steps += [(a, "+", b, a + b, rest), (a, "-", b, a - b, rest)]
+    steps = [s for s in steps if target in chain_results(tuple(sorted([*s[4], s[3]])))]
+    steps = [line for a, op, b, c, _ in steps for line in format_steps([(a, op, b, c)])]
+    steps = sorted({s for s in steps if sorted(s) != sorted(row["hint"][0])})  # 3+5=8 and 5+3=8 are one step
+    return rng.choice(steps) if steps else None
+
+
 def format_steps(chain: list[tuple[int, str, int, int]]) -> list[str]:
     """The hint sentences of style short, one operation per line."""
     return [f"{a}{op}{b}={c}\n" for a, op, b, c in chain]

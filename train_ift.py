@@ -1,0 +1,522 @@
+"""IFT, Intuitive Fine-Tuning (arXiv 2405.11870), and the methods its paper compares it with.
+
+    python train_ift.py                                                     the embedded example: sft and ift side by side
+    python train_ift.py --loss=ift --task=countdown --out_dir=out/ift        ift, sft, dpo, ipo, tdpo, orpo or simpo
+    python train_ift.py config/ift-mistral-7b.toml --model=DIR --data_path=FILE --out_dir=out/mistral
+    python train_ift.py ... --resume=true                                    continue after an interruption
+    python train_ift.py --help                                               every knob
+
+Departures from the paper and its published code:
+- The weights of relation propagation are Algorithm 1's as the published code reads it, gamma^(i - t); equation 21 and the
+  paper's alpha^(N - t) say something else.
+- side = "right" adds an example's own smallest non-zero sum before it inverts; the published code adds the smallest of
+  the whole batch, so that an example's loss depends on its neighbours.
+- An example whose losses are all 0, or which has no target, has weights of one, or none; there both are NaN.
+- The input embedding is trained (train_embedding = true); in the published code it never is.
+- Averages run over the whole optimiser step, whatever the micro-batches.
+"""
+
+import copy
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import evaluate
+from common import (
+    Log,
+    UserError,
+    batch_rows,
+    load_resume,
+    load_task,
+    lr_factor,
+    one_of,
+    parse_config,
+    pick_device,
+    require,
+    run,
+    save_model,
+    save_resume,
+    token_batches,
+    wilson,
+    write_toml,
+)
+from data import chat
+from data.chat import Example
+from data.tokenizer import Tokenizer
+from model import Transformer, argmax_tokens, expected_rows, sample_tokens, token_kl, token_logprobs
+from sampler import uniform
+
+HERE = Path(__file__).parent
+LOSSES = ("ift", "sft", "dpo", "ipo", "tdpo", "orpo", "simpo")
+PAIRS = ("dpo", "ipo", "tdpo", "orpo", "simpo")  # losses of (chosen, rejected) pairs
+REFERENCED = ("dpo", "ipo", "tdpo")  # and those that need the starting model
+
+
+@dataclass
+class Config:
+    """Every knob. The defaults are the embedded example; config/ has the paper's runs."""
+
+    # What
+    loss: tuple[str, ...] = ("sft", "ift")  # ift, sft, dpo, ipo, tdpo, orpo, simpo; several run one after another
+    model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
+    task: str = "countdown"  # a file of data/ whose rows are (prompt, answer); empty: data_path holds conversations
+    style: str = "short"  # the task's prompt: paper, or short for tiny models
+    data_path: str = ""  # file or folder of rows; empty: made by the task
+    template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml or zephyr
+    train_rows: int = 0  # the first so many rows; 0: all
+    test_rows: int = 0  # likewise
+    sizes: tuple[int, ...] = ()  # numbers or people of made problems; empty: the task's default
+    out_dir: str = "out/ift"  # where everything goes
+    resume: bool = False  # continue the run in out_dir
+    seed: int = 0  # of everything random
+    # Schedule
+    epochs: float = 16.0  # passes over the training rows
+    batch: int = 32  # rows an optimiser step
+    max_length: int = 1024  # longest row in tokens; longer ones lose their end
+    # Temporal residual (ift)
+    lam: float = 0.2  # lambda, the share of the model's own prediction in the embeddings
+    lam_low: float = 0.0  # where a linear schedule begins
+    lam_schedule: str = "static"  # static, or linear from lam_low over the warm-up
+    lam_disturb: float = 0.0  # Gaussian disturbance of lambda, as a share of it; 0.5 in the published options
+    own: str = "argmax"  # the model's own prediction: argmax, sampled, or soft (the expected embedding)
+    train_embedding: bool = True  # gradient into the input embeddings; the published code has none
+    # Relation propagation (ift)
+    gamma: float = 0.95  # discount of later losses; 0: weights of 1
+    quantity: str = "loss"  # what is propagated: loss, logps or mask
+    side: str = "left"  # left (what comes after) or right
+    norm: str = "L1"  # L1, L2, softmax or log
+    # Baselines
+    average: str = "example"  # of sft and ift: each example alike, or each token alike
+    beta: float = 0.1  # of dpo, ipo, tdpo; the paper has 0.25 for orpo and 2.0 for simpo
+    gamma_beta: float = 0.8  # simpo's margin as a share of beta
+    label_smoothing: float = 0.0  # of dpo
+    tdpo_alpha: float = 0.5  # of tdpo's difference of divergences
+    # Optimiser
+    optimizer: str = "adamw"  # adamw, or rmsprop as in the paper
+    lr: float = 5e-4  # peak learning rate
+    warmup_ratio: float = 0.1  # share of the steps
+    lr_schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
+    weight_decay: float = 0.0  # decoupled, adamw only
+    grad_clip: float = 1.0  # largest gradient norm; 10 in the paper
+    # Speed
+    token_budget: int = 16384  # padded tokens of a micro-batch
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "float32"  # of the arithmetic: float32, or bfloat16 over float32 weights
+    threads: int = 0  # CPU threads; 0: torch's choice
+    # Reports
+    max_new_tokens: int = 64  # longest answer in validation
+    eval_every: int = 250  # steps between validations
+    save_every: int = 250  # steps between checkpoints
+    print_every: int = 50  # steps between console lines
+    show: int = 3  # answers printed at the end
+
+
+def check(cfg: Config) -> None:
+    """Refuse values that cannot work, naming the knob."""
+    for name in cfg.loss or ("",):
+        if name not in LOSSES:
+            raise UserError(f"loss: {name!r} is not one of {', '.join(LOSSES)}")
+    one_of(cfg, "lam_schedule", ("static", "linear"))
+    one_of(cfg, "own", ("argmax", "sampled", "soft"))
+    one_of(cfg, "quantity", ("loss", "logps", "mask"))
+    one_of(cfg, "side", ("left", "right"))
+    one_of(cfg, "norm", ("L1", "L2", "softmax", "log"))
+    one_of(cfg, "average", ("example", "token"))
+    one_of(cfg, "optimizer", ("adamw", "rmsprop"))
+    one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
+    one_of(cfg, "dtype", ("float32", "bfloat16"))
+    for key in ("batch", "max_length", "token_budget", "max_new_tokens", "eval_every", "save_every", "print_every"):
+        require(cfg, key, getattr(cfg, key) >= 1, "at least 1 is wanted")
+    for key in ("lam", "lam_low", "gamma", "warmup_ratio", "label_smoothing"):
+        require(cfg, key, 0 <= getattr(cfg, key) <= 1, "a share from 0 to 1 is wanted")
+    for key in ("epochs", "lr", "grad_clip", "beta"):
+        require(cfg, key, getattr(cfg, key) > 0, "a number above 0 is wanted")
+    pairs = [name for name in cfg.loss if name in PAIRS]
+    require(cfg, "task", not (pairs and cfg.task), f"{'/'.join(pairs)} needs pairs: --task= --data_path=FILE")
+    require(cfg, "data_path", bool(cfg.task or cfg.data_path), "without a task a file of rows is wanted")
+
+
+# ---- relation propagation (section 4.3 and Algorithm 1) -------------------------------------------------------------
+
+
+def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
+    """y[t] = sum over i >= t ("left", what comes after) or i <= t ("right") of gamma^|i - t| x[i], for x (B, T), in
+    log2(T) doublings: sums over windows of 2^k positions make those of 2^(k + 1)."""
+    y, reach = x if side == "left" else x.flip(1), 1
+    while reach < x.shape[1]:
+        y = y + gamma**reach * F.pad(y[:, reach:], (0, reach))
+        reach *= 2
+    return y if side == "left" else y.flip(1)
+
+
+def propagation_weights(
+    nll: Tensor,
+    mask: Tensor,
+    gamma: float,
+    quantity: str = "loss",
+    side: str = "left",
+    norm: str = "L1",
+    floor: Tensor | float | None = None,
+) -> Tensor:
+    """Weight (B, T) of each token's loss in relation propagation; of an example they average 1 over its targets.
+
+    nll, mask (B, T): losses and whether a position is a target. The weight is the discounted sum (Algorithm 1) of the
+    quantity: `loss` (nll / targets of the example), `logps` (nll, undivided) or `mask` (ones). side "left" sums over the
+    later tokens; "right" over the earlier ones and inverts, the more they weigh the less the token does. norm: L1, L2,
+    softmax or log (of 1 + sum). Gradients flow through the weights. gamma = 0 is no propagation: weights of 1.
+    floor: what "right" adds before inverting, default the example's smallest non-zero sum.
+    """
+    mask = mask.to(nll.dtype)
+    if gamma == 0:
+        return mask
+    count = mask.sum(1, keepdim=True)
+    x = {"loss": nll * mask / count.clamp(min=1), "logps": nll * mask, "mask": mask}[quantity]
+    s = discounted_sum(x, gamma, side) * mask
+    target = mask > 0
+    if side == "right":
+        if floor is None:
+            floor = s.detach().masked_fill(s <= 0, math.inf).amin(1, keepdim=True)
+            floor = torch.where(floor.isinf(), 1.0, floor)
+        s = torch.where(target, s + floor, 1.0)
+        s = 1 / (s.log1p() if norm == "log" else s)
+    elif norm == "log":
+        s = s.log1p()
+    if norm == "L2":
+        s = s * s
+    if norm == "softmax":
+        w = torch.where(target, s, -torch.inf).masked_fill(count == 0, 0.0).softmax(1) * mask
+    else:
+        w = s * mask
+    total = w.sum(1, keepdim=True)
+    return torch.where(total > 0, w * count / torch.where(total > 0, total, 1.0), mask)
+
+
+def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
+    """Loss of each example (B,): the mean over its targets of weight x nll (Algorithm 1), 0 for one without a target.
+    With gamma = 0 it is the mean nll, SFT's loss."""
+    weights = propagation_weights(nll, mask, gamma, **options)
+    return (weights * nll * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+# ---- temporal residual (section 4.2) --------------------------------------------------------------------------------
+
+
+def mix_embeddings(embeddings: Tensor, own: Tensor, mask: Tensor, share: Tensor | float) -> Tensor:
+    """(1 - lambda) E[x] + lambda E[y] where mask, E[x] elsewhere: embeddings, own (B, T, C), mask (B, T)."""
+    return torch.where(mask[..., None].bool(), (1 - share) * embeddings + share * own, embeddings)
+
+
+def residual_share(
+    step: int, low: float, high: float, schedule: str, warmup: int, disturb: float = 0.0, noise: float = 0.0
+) -> float:
+    """lambda at `step` (from 0): static at high, or linear from low to high over the warm-up; plus noise (a standard normal
+    draw) x disturb x lambda; clamped to 0..1."""
+    share = high if schedule == "static" or step >= warmup else low + (high - low) * step / warmup
+    return min(1.0, max(0.0, share + noise * disturb * share))
+
+
+# ---- losses of pairs: arguments (B,) are summed log-probs of the answers, results (B,) ------------------------------
+
+
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """DPO (arXiv 2305.18290, eq. 7), with label smoothing the conservative one (arXiv 2306.02858): losses and the implicit
+    rewards of chosen and rejected."""
+    rewards, others = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    margin = rewards - others
+    losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return losses, rewards.detach(), others.detach()
+
+
+def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+    """IPO (arXiv 2310.12036, eq. 17): (margin of log-ratios - 1 / (2 beta))^2."""
+    return ((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 * beta)) ** 2
+
+
+def tdpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, kl_chosen: Tensor, kl_rejected: Tensor,
+    beta: float, alpha: float = 0.5,
+) -> Tensor:  # fmt: skip
+    """TDPO2 (arXiv 2404.11999, eq. 17): DPO's margin less alpha times the difference of the sequential KL(ref || policy) of
+    the answers, summed over their tokens, no gradient through the chosen one's."""
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return -F.logsigmoid(margin - alpha * beta * (kl_rejected - kl_chosen.detach()))
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, without cancellation near 0 nor underflow far from it."""
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    near = x > -math.log(2)
+    return torch.where(near, (-torch.expm1(torch.where(near, x, -1.0))).log(), torch.log1p(-torch.where(near, -1.0, x).exp()))
+
+
+def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """ORPO (arXiv 2403.07691, eq. 6) from mean log-probs a token: SFT's loss plus beta x -log sigmoid of the log odds ratio."""
+    odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+    return -chosen - beta * F.logsigmoid(odds)
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta: float) -> Tensor:
+    """SimPO (arXiv 2405.14734, eq. 6) from mean log-probs a token; gamma_beta is the target margin as a share of beta."""
+    return -F.logsigmoid(beta * (chosen - rejected - gamma_beta))
+
+
+# ---- one optimiser step ---------------------------------------------------------------------------------------------
+
+
+def to_rows(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (B, T) and target mask (B, T) bool; the first token of a row is never a target."""
+    T = max(len(e.ids) for e in examples)
+    ids, mask = np.zeros((len(examples), T), np.int64), np.zeros((len(examples), T), bool)
+    for b, e in enumerate(examples):
+        ids[b, : len(e.ids)], mask[b, 1 : len(e.ids)] = e.ids, e.mask[1:]
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def own_embeddings(model: Transformer, ids: Tensor, mask: Tensor, kind: str, u: Tensor | None = None) -> Tensor:
+    """E[y] (N, C) for the N targets in row-major order: the embedding of what the model predicts there (Algorithm 1, line
+    3), from one pass without gradient whose logits exist for the targets only, a chunk at a time. u (N,): uniform draws."""
+    table = model.model.embed_tokens.weight
+    with torch.no_grad():
+        h = model.hidden(ids).flatten(0, 1)[(mask.flatten().nonzero()[:, 0] - 1)]
+        if kind == "soft":
+            return expected_rows(h, model.head_weight, table)
+        y = argmax_tokens(h, model.head_weight) if kind == "argmax" else sample_tokens(h, model.head_weight, u)
+    return F.embedding(y, table)
+
+
+def target_nll(model: Transformer, ids: Tensor, mask: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood (B, T) of each target, 0 elsewhere."""
+    where = mask.flatten().nonzero()[:, 0]
+    h = model.hidden(None if inputs_embeds is not None else ids, inputs_embeds).flatten(0, 1)[where - 1]
+    logp = token_logprobs(h, model.head_weight, ids.flatten()[where])[0]
+    return torch.zeros(ids.numel(), device=ids.device).index_put((where,), -logp).view(ids.shape)
+
+
+def ift_nll(model: Transformer, ids: Tensor, mask: Tensor, share: float, cfg: Config, u: Tensor | None = None) -> Tensor:
+    """target_nll on the mixed embeddings of the temporal residual; with share 0 one plain pass."""
+    if share == 0:
+        return target_nll(model, ids, mask)
+    own = own_embeddings(model, ids, mask, cfg.own, u)
+    embeddings = model.model.embed_tokens(ids)
+    spread = torch.zeros_like(embeddings).index_put((mask,), own.to(embeddings.dtype))
+    mixed = mix_embeddings(embeddings, spread, mask, share)
+    return target_nll(model, ids, mask, mixed if cfg.train_embedding else mixed.detach())
+
+
+def row_loss(
+    loss: str, model: Transformer, reference: Transformer | None, ids: Tensor, mask: Tensor, share: float, cfg: Config,
+    u: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss of each row or pair (B,), and the nll (B, T) behind it. Of pairs the B chosen rows come first, then B rejected."""
+    if loss == "ift":
+        nll = ift_nll(model, ids, mask, share, cfg, u)
+        return ift_loss(nll, mask, cfg.gamma, quantity=cfg.quantity, side=cfg.side, norm=cfg.norm), nll
+    if loss == "tdpo":
+        where = mask.flatten().nonzero()[:, 0]
+        h, ref_h = (m.hidden(ids).flatten(0, 1)[where - 1] for m in (model, reference))
+        kl = token_kl(h, model.head_weight, ref_h.detach(), reference.head_weight)
+        divergence = torch.zeros(len(ids), device=ids.device).index_add(0, where // ids.shape[1], kl)
+        logp = token_logprobs(h, model.head_weight, ids.flatten()[where])[0]
+        nll = torch.zeros(ids.numel(), device=ids.device).index_put((where,), -logp).view(ids.shape)
+    else:
+        nll = target_nll(model, ids, mask)
+    if loss == "sft":
+        return nll.sum(1) / mask.sum(1).clamp(min=1), nll
+    sums = -nll.sum(1)
+    chosen, rejected = (sums / mask.sum(1) if loss in ("orpo", "simpo") else sums).chunk(2)
+    if loss in ("orpo", "simpo"):
+        simpo = loss == "simpo"
+        return (simpo_loss(chosen, rejected, cfg.beta, cfg.gamma_beta) if simpo else orpo_loss(chosen, rejected, cfg.beta)), nll
+    with torch.no_grad():
+        ref_chosen, ref_rejected = (-target_nll(reference, ids, mask).sum(1)).chunk(2)
+    arguments = (chosen, rejected, ref_chosen, ref_rejected)
+    match loss:
+        case "dpo":
+            return dpo_loss(*arguments, cfg.beta, cfg.label_smoothing)[0], nll
+        case "ipo":
+            return ipo_loss(*arguments, cfg.beta), nll
+    return tdpo_loss(*arguments, *divergence.chunk(2), cfg.beta, cfg.tdpo_alpha), nll
+
+
+def update(
+    loss: str, model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, batch: list, share: float,
+    cfg: Config, seed: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """Gradients of all micro-batches of the step's examples (or pairs of them), one clipped optimiser step, metrics."""
+    device, pairs = model.head_weight.device, loss in PAIRS
+    flat = [e for row in batch for e in (row if pairs else (row,))]
+    tokens = sum(sum(e.mask[1:]) for e in flat)
+    lengths = [2 * max(len(e.ids) for e in row) if pairs else len(row.ids) for row in batch]
+    total_loss = total_nll = 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for chosen in token_batches(lengths, cfg.token_budget):
+        rows = [batch[i] for i in chosen]
+        ids, mask = to_rows([r[side] for side in (0, 1) for r in rows] if pairs else rows, device)
+        u = (
+            uniform(seed, torch.tensor(chosen, device=device)[mask.nonzero()[:, 0]], mask.nonzero()[:, 1])
+            if loss == "ift"
+            else None
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            losses, nll = row_loss(loss, model, reference, ids, mask, share, cfg, u)
+        counts = mask.sum(1)
+        weights = counts / tokens if cfg.average == "token" and not pairs else torch.full_like(losses, 1 / len(batch))
+        value = (losses * weights).sum()
+        value.backward()
+        total_loss += value.item()
+        total_nll += nll.sum().item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+    if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"the loss is {total_loss} and the gradient norm {grad_norm}: stopped before the update; try a lower lr"
+        )
+    optimizer.step()
+    return {
+        "loss": total_loss,
+        "nll": total_nll / max(1, tokens),
+        "grad_norm": grad_norm,
+        "tokens": sum(len(e.ids) for e in flat),
+    }
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
+    """One method from the starting model to out; the last validation."""
+    device = pick_device(cfg.device)
+    base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task
+    if not base.exists():
+        raise UserError(
+            f"model = {str(base)!r}: no such directory" + ("" if cfg.model else "; python toys/tiny_base.py makes it")
+        )
+    tokenizer = Tokenizer.from_pretrained(base)
+    model = Transformer.from_pretrained(base, torch.float32, device)
+    reference = copy.deepcopy(model).requires_grad_(False) if loss in REFERENCED else None
+    task = load_task(cfg.task) if cfg.task else None
+    if task:
+        problems = [
+            evaluate.load_rows(task, split, cfg.data_path, n, cfg.style, cfg.sizes)
+            for split, n in (("train", cfg.train_rows), ("test", cfg.test_rows))
+        ]
+        splits = [chat.rows_of_task(rows) for rows in problems]
+    else:
+        splits = [
+            chat.load(split, cfg.data_path)[: n or None] for split, n in (("train", cfg.train_rows), ("test", cfg.test_rows))
+        ]
+    examples, test = [], []
+    for name, rows, into in (("train", splits[0], examples), ("test", splits[1], test)):
+        kept, counts = chat.encode_rows(rows, tokenizer, cfg.max_length, cfg.template, pairs=loss in PAIRS)
+        into += kept
+        print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n))
+        if not kept:
+            raise UserError(f"{cfg.data_path or cfg.task}: no {name} row is left to use")
+    steps = max(1, round(cfg.epochs * len(examples) / cfg.batch))
+    warmup = round(cfg.warmup_ratio * steps)
+    if cfg.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
+        )
+    else:
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=cfg.lr)
+    state = {"step": 0, "train_s": 0.0}
+    if cfg.resume:
+        reports = ("eval_every", "save_every", "print_every", "show")
+        state = load_resume(out, model, optimizer, cfg, ("resume", "out_dir", "device", "threads", *reports))
+    else:
+        if (out / "resume").exists():
+            raise UserError(f"{out} holds a run already: --resume=true continues it, another --out_dir starts one")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{out}: cannot be made ({e.strerror})") from None
+        write_toml(cfg, out / "config.toml")
+    log = Log(out, state["step"])
+    print(f"{loss}: {steps} steps of {cfg.batch}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+
+    def validate(step: int, show: int = 0) -> dict[str, float]:
+        record = {"val/loss": validation_nll(model, test, cfg)}
+        line = f"{loss} step {step}/{steps} | test nll {record['val/loss']:.4f}"
+        if task:
+            answers = evaluate.answer(model, tokenizer, task, problems[1], max_new_tokens=cfg.max_new_tokens)
+            record["val/accuracy"] = evaluate.accuracy(answers)
+            record["val/low"], record["val/high"] = wilson(record["val/accuracy"] * len(answers), len(answers))
+            line += f" | accuracy {record['val/accuracy']:.1%} ({record['val/low']:.1%} .. {record['val/high']:.1%})"
+            if hasattr(task, "other_start"):
+                started = [r | {"start": s} for i, r in enumerate(problems[1]) if (s := task.other_start(r, random.Random(i)))]
+                others = evaluate.answer(model, tokenizer, task, started, max_new_tokens=cfg.max_new_tokens)
+                record["val/other_start"] = evaluate.accuracy(others)
+                line += f" | from another first step {record['val/other_start']:.1%}"
+            for row, (a,) in list(zip(problems[1], answers, strict=True))[:show]:
+                line += f"\n    {row['prompt'].strip()!r} -> {a['response'].strip()!r}: {a['verdict']}"
+                log.write("samples", step, {"prompt": row["prompt"], **a})
+        print(line)
+        log.write("metrics", step, record | {"train_s": state["train_s"]})
+        return record
+
+    last = validate(0) if state["step"] == 0 else {}
+    for step in range(state["step"], steps):
+        start = time.perf_counter()
+        lr = cfg.lr * lr_factor(step, steps, warmup, cfg.lr_schedule)
+        noise = float(np.random.default_rng((cfg.seed, 4, step)).normal())
+        share = residual_share(step, cfg.lam_low, cfg.lam, cfg.lam_schedule, warmup, cfg.lam_disturb, noise)
+        for entry in optimizer.param_groups:
+            entry["lr"] = lr
+        batch = [examples[i] for i in batch_rows(step, cfg.batch, len(examples), cfg.seed)]
+        try:
+            metrics = update(loss, model, reference, optimizer, batch, share, cfg, cfg.seed * 1_000_003 + step)
+        except UserError as e:
+            raise UserError(f"step {step + 1}: {e}") from None
+        seconds = time.perf_counter() - start
+        state["step"], state["train_s"] = step + 1, state["train_s"] + seconds
+        metrics |= {"lr": lr, "lambda": share, "timing_s/step": seconds, "tokens_per_s": metrics.pop("tokens") / seconds}
+        log.write("metrics", step + 1, metrics)
+        if (step + 1) % cfg.print_every == 0:
+            print(
+                f"{loss} step {step + 1}/{steps} | loss {metrics['loss']:.4f} | nll {metrics['nll']:.4f} | "
+                f"gnorm {metrics['grad_norm']:.2f} | lr {lr:.2e} | {seconds:.2f}s | tok/s {metrics['tokens_per_s']:.0f}"
+            )
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:
+            last = validate(step + 1, cfg.show if step + 1 == steps else 0)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+            save_model(out, model, tokenizer)
+            save_resume(out, model, optimizer, state, cfg)
+    return last | {"seconds": state["train_s"]}
+
+
+@torch.no_grad()
+def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
+    """Mean nll of the targets (of pairs: of the chosen answers), in nats a token."""
+    rows = [e[0] if isinstance(e[0], Example) else e for e in examples]
+    total = tokens = 0.0
+    for chosen in token_batches([len(e.ids) for e in rows], cfg.token_budget):
+        ids, mask = to_rows([rows[i] for i in chosen], model.head_weight.device)
+        total, tokens = total + target_nll(model, ids, mask).sum().item(), tokens + mask.sum().item()
+    return total / max(1, tokens)
+
+
+def main(argv: Sequence[str]) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    check(cfg)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    out = Path(cfg.out_dir)
+    results = {loss: train(loss, out / loss if len(cfg.loss) > 1 else out, cfg) for loss in cfg.loss}
+    keys = list(dict.fromkeys(k for r in results.values() for k in r))
+    print("\n" + "  ".join(f"{k:>15}" for k in ("method", *keys)))
+    for loss, r in results.items():
+        print("  ".join(f"{v:>15}" for v in (loss, *(f"{r[k]:.4f}" if k in r else "-" for k in keys))))
+
+
+if __name__ == "__main__":
+    run(main)
