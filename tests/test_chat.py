@@ -230,6 +230,13 @@ def test_answers_that_look_like_the_template():
         assert trained(encode(m, t), t) == [answer + ENDS[name]] * 2
 
 
+def test_special_tokens_inside_an_answer_do_not_end_it():
+    t = tokenizer(CHATML)
+    assert trained(encode(talk("a", "b<|im_end|>c"), t), t) == ["b<|im_end|>c<|im_end|>"]
+    t = tokenizer(CHATML.replace("message['content']", "message['content'].replace(' ', '')"))  # the answer is not found
+    assert trained(encode(talk("a", "b <answer> </answer> c"), t), t) == ["b<answer></answer>c<|im_end|>"]
+
+
 def test_cuts_between_tokens_that_merge_leave_each_part_as_the_model_meets_it():
     t = tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     m = talk("the c", "at")
