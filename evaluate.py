@@ -87,6 +87,12 @@ def answer(
     return answers
 
 
+def brief(text: str, most: int = 200) -> str:
+    """One line for the console: all of a short text, both ends of a long one."""
+    text = text.strip()
+    return repr(text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}")
+
+
 def accuracy(answers: list[list[dict]]) -> float:
     """Share of all answers that are right."""
     solved = [a["reward"] == 1.0 for group in answers for a in group]

@@ -458,7 +458,7 @@ def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
                 record["val/other_start"] = evaluate.accuracy(others)
                 line += f" | from another first step {record['val/other_start']:.1%}"
             for row, (a,) in list(zip(problems[1], answers, strict=True))[:show]:
-                line += f"\n    {row['prompt'].strip()!r} -> {a['response'].strip()!r}: {a['verdict']}"
+                line += f"\n    {evaluate.brief(row['prompt'])} -> {evaluate.brief(a['response'])}: {a['verdict']}"
                 log.write("samples", step, {"prompt": row["prompt"], **a})
         print(line)
         log.write("metrics", step, record | {"train_s": state["train_s"]})

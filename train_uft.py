@@ -528,7 +528,7 @@ def main(argv: Sequence[str]) -> None:
         log.write("metrics", step, record)
         print(f"step {step}/{total} | test accuracy {share:.1%} (95 % interval {low:.1%} .. {high:.1%}) on {n} problems")
         for row, (a,) in list(zip(test_rows, answers, strict=True))[:show]:
-            print(f"    {row['prompt'].strip()!r} -> {a['response'].strip()!r}: {a['verdict']}")
+            print(f"    {evaluate.brief(row['prompt'])} -> {evaluate.brief(a['response'])}: {a['verdict']}")
             log.write("samples", step, {"prompt": row["prompt"], **a})
 
     def sample(chosen: list[int], segments: list[int], step: int, attempt: int) -> tuple[list[Group], Tensor, list[str]]:
