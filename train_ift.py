@@ -2,7 +2,7 @@
 
     python train_ift.py                                                     the embedded example: sft and ift side by side
     python train_ift.py --loss=ift --task=countdown --out_dir=out/ift        ift, sft, dpo, ipo, tdpo, orpo or simpo
-    python train_ift.py config/ift-mistral-7b.toml --model=DIR --data_path=FILE --out_dir=out/mistral
+    python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR --out_dir=out/ift
     python train_ift.py ... --resume=true                                    continue after an interruption
     python train_ift.py --help                                               every knob
 
