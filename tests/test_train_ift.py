@@ -805,6 +805,23 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b") != outcome(tmp_path / "c")
 
 
+def test_every_step_has_its_own_lambda_and_its_own_draws(tmp_path, monkeypatch):
+    def watching(*args):
+        seen.append((args[5], args[7]))
+        return update(*args)
+
+    seen = []
+    monkeypatch.setattr(train_ift, "update", watching)
+    linear = ["--loss=ift", "--lam_schedule=linear", "--lam_low=0.1", "--lam=0.4", "--warmup_ratio=0.6"]
+    go(tmp_path / "a", *linear)
+    assert [share for share, _ in seen] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    seen.clear()
+    go(tmp_path / "b", *linear, "--lam_disturb=0.5", "--seed=1")
+    assert len({share for share, _ in seen}) == 5
+    assert len({seed for _, seed in seen}) == 5
+    assert [line["lambda"] for line in metrics(tmp_path / "b") if "lambda" in line] == [share for share, _ in seen]
+
+
 def interrupt(monkeypatch, call):
     """Ctrl-C at the `call`-th optimiser step."""
     calls = []
