@@ -402,7 +402,8 @@ def sample_tokens(hidden: Tensor, weight: Tensor, u: Tensor) -> Tensor:
     drawn = []
     for s in _chunks(hidden, weight):
         total = _log_softmax(hidden[s], weight, 1.0).exp_().cumsum(-1)
-        drawn.append(torch.searchsorted(total, (u[s] * total[:, -1]).to(total.dtype)[:, None]).clamp_(max=len(weight) - 1))
+        target = (u[s] * total[:, -1]).to(total.dtype)
+        drawn.append(torch.searchsorted(total, target[:, None], right=True).clamp_(max=len(weight) - 1))
     return torch.cat(drawn)[:, 0]
 
 

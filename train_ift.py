@@ -124,6 +124,7 @@ def check(cfg: Config) -> None:
     for name in cfg.loss or ("",):
         if name not in LOSSES:
             raise UserError(f"loss: {name!r} is not one of {', '.join(LOSSES)}")
+    require(cfg, "loss", len(set(cfg.loss)) == len(cfg.loss), "each method once")
     one_of(cfg, "lam_schedule", ("static", "linear"))
     one_of(cfg, "own", ("argmax", "sampled", "soft"))
     one_of(cfg, "quantity", ("loss", "logps", "mask"))
@@ -137,6 +138,8 @@ def check(cfg: Config) -> None:
         require(cfg, key, getattr(cfg, key) >= 1, "at least 1 is wanted")
     for key in ("lam", "lam_low", "gamma", "warmup_ratio", "label_smoothing"):
         require(cfg, key, 0 <= getattr(cfg, key) <= 1, "a share from 0 to 1 is wanted")
+    for key in ("train_rows", "test_rows", "seed", "threads", "weight_decay", "lam_disturb", "tdpo_alpha"):
+        require(cfg, key, getattr(cfg, key) >= 0, "a number from 0 on is wanted")
     for key in ("epochs", "lr", "grad_clip", "beta"):
         require(cfg, key, getattr(cfg, key) > 0, "a number above 0 is wanted")
     pairs = [name for name in cfg.loss if name in PAIRS]
@@ -185,8 +188,10 @@ def propagation_weights(
         if floor is None:
             floor = s.detach().masked_fill(s <= 0, math.inf).amin(1, keepdim=True)
             floor = torch.where(floor.isinf(), 1.0, floor)
-        s = torch.where(target, s + floor, 1.0)
+        s = torch.where(target, s + floor, 1.0).clamp(min=torch.finfo(s.dtype).tiny)
         s = 1 / (s.log1p() if norm == "log" else s)
+        if norm != "softmax":  # the scale cancels below; without it squares and sums of large inverses overflow
+            s = s / (s * mask).detach().amax(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
     elif norm == "log":
         s = s.log1p()
     if norm == "L2":
@@ -305,7 +310,7 @@ def target_nll(model: Transformer, ids: Tensor, mask: Tensor, inputs_embeds: Ten
 def ift_nll(model: Transformer, ids: Tensor, mask: Tensor, share: float, cfg: Config, u: Tensor | None = None) -> Tensor:
     """target_nll on the mixed embeddings of the temporal residual; with share 0 one plain pass."""
     if share == 0:
-        return target_nll(model, ids, mask)
+        return target_nll(model, ids, mask, None if cfg.train_embedding else model.model.embed_tokens(ids).detach())
     own = own_embeddings(model, ids, mask, cfg.own, u)
     embeddings = model.model.embed_tokens(ids)
     spread = torch.zeros_like(embeddings).index_put((mask,), own.to(embeddings.dtype))
@@ -395,6 +400,7 @@ def update(
 def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
     """One method from the starting model to out; the last validation."""
     device = pick_device(cfg.device)
+    task = load_task(cfg.task) if cfg.task else None
     base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task
     if not base.exists():
         raise UserError(
@@ -403,7 +409,6 @@ def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
     tokenizer = Tokenizer.from_pretrained(base)
     model = Transformer.from_pretrained(base, torch.float32, device)
     reference = copy.deepcopy(model).requires_grad_(False) if loss in REFERENCED else None
-    task = load_task(cfg.task) if cfg.task else None
     if task:
         problems = [
             evaluate.load_rows(task, split, cfg.data_path, n, cfg.style, cfg.sizes)
@@ -430,7 +435,7 @@ def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
     else:
         optimizer = torch.optim.RMSprop(model.parameters(), lr=cfg.lr)
     state = {"step": 0, "train_s": 0.0}
-    if cfg.resume:
+    if cfg.resume and any((out / name).exists() for name in ("resume", "resume.old")):  # of several, some may not have begun
         reports = ("eval_every", "save_every", "print_every", "show")
         state = load_resume(out, model, optimizer, cfg, ("resume", "out_dir", "device", "threads", *reports))
     else:
@@ -464,7 +469,8 @@ def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
         log.write("metrics", step, record | {"train_s": state["train_s"]})
         return record
 
-    last = validate(0) if state["step"] == 0 else {}
+    if state["step"] == 0:
+        state["last"] = validate(0)
     for step in range(state["step"], steps):
         start = time.perf_counter()
         lr = cfg.lr * lr_factor(step, steps, warmup, cfg.lr_schedule)
@@ -487,11 +493,11 @@ def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
                 f"gnorm {metrics['grad_norm']:.2f} | lr {lr:.2e} | {seconds:.2f}s | tok/s {metrics['tokens_per_s']:.0f}"
             )
         if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:
-            last = validate(step + 1, cfg.show if step + 1 == steps else 0)
+            state["last"] = validate(step + 1, cfg.show if step + 1 == steps else 0)
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save_model(out, model, tokenizer)
             save_resume(out, model, optimizer, state, cfg)
-    return last | {"seconds": state["train_s"]}
+    return state["last"] | {"seconds": state["train_s"]}
 
 
 @torch.no_grad()
@@ -510,8 +516,10 @@ def main(argv: Sequence[str]) -> None:
     check(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    out = Path(cfg.out_dir)
-    results = {loss: train(loss, out / loss if len(cfg.loss) > 1 else out, cfg) for loss in cfg.loss}
+    folders = {loss: Path(cfg.out_dir) / (loss if len(cfg.loss) > 1 else "") for loss in cfg.loss}
+    begun = any((f / name).exists() for f in folders.values() for name in ("resume", "resume.old"))
+    require(cfg, "resume", begun or not cfg.resume, f"{cfg.out_dir} has no checkpoint to resume from")
+    results = {loss: train(loss, folder, cfg) for loss, folder in folders.items()}
     keys = list(dict.fromkeys(k for r in results.values() for k in r))
     print("\n" + "  ".join(f"{k:>15}" for k in ("method", *keys)))
     for loss, r in results.items():

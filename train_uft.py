@@ -154,7 +154,8 @@ def check(cfg: Config) -> None:
     require(cfg, "mini_batch", cfg.problems % cfg.mini_batch == 0, f"must divide problems = {cfg.problems}")
     for key in ("lr", "sft_lr", "grad_clip"):
         require(cfg, key, getattr(cfg, key) > 0, "a number above 0 is wanted")
-    for key in ("hint_coef", "kl_coef", "entropy_coef", "clip_low", "clip_high", "weight_decay", "warmup"):
+    for key in ("train_rows", "test_rows", "seed", "threads", "rollout_batch", "hint_coef", "kl_coef", "entropy_coef",
+                "clip_low", "clip_high", "weight_decay", "warmup"):  # fmt: skip
         require(cfg, key, getattr(cfg, key) >= 0, "a number from 0 on is wanted")
 
 
