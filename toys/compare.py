@@ -99,7 +99,8 @@ def report(cfg: Config) -> None:
             mean, half = interval(final)
             seconds = min(r[-1][2] for r in runs)
             seeds = " ".join(f"{v:.1f}" for v in final)
-            lines.append(f"| {method} | {mean:.1f} ± {half:.1f} | {seeds} | {runs[0][-1][0]:,} | {seconds:.0f} |")
+            spread = "" if math.isnan(half) else f" ± {half:.1f}"
+            lines.append(f"| {method} | {mean:.1f}{spread} | {seeds} | {runs[0][-1][0]:,} | {seconds:.0f} |")
     table = "\n".join(lines)
     (Path(cfg.out_dir) / "table.md").write_text(table + "\n")
     print(table)
