@@ -7,7 +7,7 @@
 Each run is `python train_uft.py --algo=... --seed=...`; a run that has finished is not repeated and an interrupted one goes
 on, so the command may be stopped and given again. `sft-long` is sft with as many steps as cost what uft costs. Intervals
 are 95 % t-intervals of the mean over seeds of the accuracy after the last step: the best step is never picked. Seconds are
-those of the fastest seed, which other programs disturbed least.
+those of the fastest seed, which other programs disturbed least. The figure draws intervals and cost from three seeds on.
 """
 
 import json
@@ -112,7 +112,7 @@ def report(cfg: Config) -> None:
     except ImportError:
         print("the figure needs matplotlib: pip install -e '.[plot]'")
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for method in cfg.methods:
         runs = curves(method, cfg)
         if not runs:
@@ -120,21 +120,22 @@ def report(cfg: Config) -> None:
         columns = list(zip(*runs, strict=True))
         speed = min(r[-1][2] / r[-1][0] for r in runs)  # seconds a step of the run that was disturbed least
         stats = [interval([100 * a for _, a, _ in column]) for column in columns]
-        mean, half = [m for m, _ in stats], [0.0 if math.isnan(h) else h for _, h in stats]
+        mean, half = zip(*stats, strict=True)
         for axes, unit in ((left, 1.0), (right, speed)):
             x = [unit * column[0][0] for column in columns]
-            if axes is left and method == "sft-long":
-                continue  # its point is equal cost, not equal steps
+            if (axes is left and method == "sft-long") or (axes is right and len(runs) < 3):
+                continue  # the first one's point is equal cost; seconds of one or two runs say little
             (curve,) = axes.plot(x, mean, label=method, color=f"C{cfg.methods.index(method)}")
-            low, high = zip(*((m - h, m + h) for m, h in zip(mean, half, strict=True)), strict=True)
-            axes.fill_between(x, low, high, color=curve.get_color(), alpha=0.15, linewidth=0)
+            if len(runs) >= 3:
+                low, high = zip(*((m - h, m + h) for m, h in zip(mean, half, strict=True)), strict=True)
+                axes.fill_between(x, low, high, color=curve.get_color(), alpha=0.15, linewidth=0)
     left.set(xlabel="step", ylabel="greedy test accuracy, %", title="equal steps")
     right.set(xlabel="seconds of training, one core", title="equal cost")
     left.set_ylim(bottom=0)
-    right.legend(fontsize=8)
+    drawn = {label: h for axes in (left, right) for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(Path(cfg.out_dir) / "curves.png", dpi=110)
     print(f"figure in {Path(cfg.out_dir) / 'curves.png'}")
 
