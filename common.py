@@ -208,6 +208,17 @@ def replace_dir(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def begin_run(out_dir: Path, config: Any) -> None:
+    """Make out_dir and write config.toml; a folder that holds a run already is refused."""
+    if (out_dir / "resume").exists():
+        raise UserError(f"out_dir = {str(out_dir)!r} holds a run already: --resume=true continues it, or give another")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"out_dir = {str(out_dir)!r}: cannot be made ({e.strerror})") from None
+    write_toml(config, out_dir / "config.toml")
+
+
 def save_model(out_dir: Path, model, tokenizer) -> None:
     """out_dir/model, a Hugging Face directory."""
     new = out_dir / "model.new"

@@ -34,6 +34,7 @@ from common import (
     Log,
     UserError,
     batch_rows,
+    begin_run,
     load_resume,
     load_task,
     lr_factor,
@@ -46,7 +47,6 @@ from common import (
     save_resume,
     token_batches,
     wilson,
-    write_toml,
 )
 from data import chat
 from data.chat import Example
@@ -439,13 +439,7 @@ def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
         reports = ("eval_every", "save_every", "print_every", "show")
         state = load_resume(out, model, optimizer, cfg, ("resume", "out_dir", "device", "threads", *reports))
     else:
-        if (out / "resume").exists():
-            raise UserError(f"{out} holds a run already: --resume=true continues it, another --out_dir starts one")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"{out}: cannot be made ({e.strerror})") from None
-        write_toml(cfg, out / "config.toml")
+        begin_run(out, cfg)
     log = Log(out, state["step"])
     print(f"{loss}: {steps} steps of {cfg.batch}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
 

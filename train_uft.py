@@ -34,6 +34,7 @@ from common import (
     Log,
     UserError,
     batch_rows,
+    begin_run,
     load_resume,
     load_task,
     lr_factor,
@@ -46,7 +47,6 @@ from common import (
     save_resume,
     token_batches,
     wilson,
-    write_toml,
 )
 from data.tokenizer import Tokenizer
 from model import Transformer, argmax_tokens, fused_token_loss, token_logprobs
@@ -492,15 +492,7 @@ def main(argv: Sequence[str]) -> None:
         reports = ("eval_every", "save_every", "print_every", "show")
         state = load_resume(out, model, optimizer, cfg, ("resume", "out_dir", "device", "threads", "rollout_batch", *reports))
     else:
-        if (out / "resume").exists() and any((out / "resume").iterdir()):
-            raise UserError(
-                f"out_dir = {cfg.out_dir!r} holds a run already: --resume=true continues it, another --out_dir starts one"
-            )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"out_dir = {cfg.out_dir!r}: cannot be made ({e.strerror})") from None
-        write_toml(cfg, out / "config.toml")
+        begin_run(out, cfg)
     log = Log(out, state["step"])
     reference = None
     if cfg.kl_coef and reinforced and state["step"] >= sft_steps:
