@@ -223,7 +223,7 @@ def save_model(out_dir: Path, model, tokenizer) -> None:
     """out_dir/model, a Hugging Face directory."""
     new = out_dir / "model.new"
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
+    model.save_pretrained(new, stop_ids=tokenizer.stop_ids)
     tokenizer.save(new)
     replace_dir(new, out_dir / "model")
 

@@ -1,8 +1,9 @@
 """The transformer: configuration, forward pass from ids or embeddings, KV cache, token log-probs, Hugging Face directories.
 
-A decoder of the Llama / Qwen2 kind: RMSNorm before attention and MLP, rotary positions, grouped-query attention, SwiGLU,
-optional q/k/v bias, tied or untied head. Parameter names are the checkpoint's and configuration fields are config.json's,
-so loading and saving need no translation table. It knows no task, no tokenizer and no optimiser.
+A decoder of the Llama kind: RMSNorm before attention and MLP, rotary positions, grouped-query attention, gated MLP, tied or
+untied head; FAMILIES has the settings in which Llama, Mistral, Qwen2, Qwen3 and Gemma differ. Parameter names are the
+checkpoint's and configuration fields are config.json's, so loading and saving need no translation table. It knows no task,
+no tokenizer and no optimiser.
 
 Shapes: B rows, T positions, N tokens picked out of a batch, C hidden size, H query heads, K key/value heads, D head size,
 V vocabulary.
@@ -10,8 +11,9 @@ V vocabulary.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +24,27 @@ from torch import Tensor, nn
 
 from common import UserError
 
-QKV_BIAS = {"llama": False, "qwen2": True}  # the supported model types; what else differs between them is in config.json
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a model type apart beyond its config.json."""
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every query and key head
+    window: bool = False  # heeds sliding_window
+    acts: tuple[str, ...] = ("silu",)  # the names of hidden_act that mean this family's activation
+    gemma: bool = False  # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C), tied unless said
+    head_dim: int = 0  # where config.json gives none; 0: hidden_size / num_attention_heads
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM", window=True),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
+    "gemma": Family("GemmaForCausalLM", gemma=True, acts=("gelu", "gelu_pytorch_tanh"), head_dim=256),
+}
 
 
 @dataclass
@@ -46,18 +68,29 @@ class ModelConfig:
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.head_dim = self.head_dim or self.family.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def window(self) -> int:
+        """How many positions a token sees, itself included; 0: all before it."""
+        return self.extra.get("sliding_window") or 0 if self.family.window else 0
 
     @classmethod
     def from_dict(cls, d: dict, where: str = "config.json") -> "ModelConfig":
         """From the content of a config.json, written by transformers 4 or 5. Raises UserError for what is not supported."""
         d = dict(d)
-        if d.get("model_type") not in QKV_BIAS:
-            raise UserError(f"{where}: model_type {d.get('model_type')!r} is not supported, only {', '.join(QKV_BIAS)}")
+        family = FAMILIES.get(d.get("model_type"))
+        if family is None:
+            raise UserError(f"{where}: model_type {d.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
         rope = d.pop("rope_parameters", None)  # the transformers-5 spelling of rope_theta and rope_scaling
         if rope:
             d["rope_theta"] = rope.get("rope_theta")
-            d["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+            scaled = rope.get("rope_type", "default") != "default"
+            d["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
         scaling = d.get("rope_scaling")
         if scaling and scaling.get("rope_type", scaling.get("type")) != "llama3":
             raise UserError(f"{where}: rope_scaling {scaling} is not supported, only rope_type llama3")
@@ -66,11 +99,16 @@ class ModelConfig:
                 raise UserError(f"{where}: rope_scaling lacks {key}")
         if not isinstance(d.get("rope_theta", 1.0), int | float):
             raise UserError(f"{where}: rope_theta is missing or not a number")
-        for key, only in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
-            if d.get(key, only) != only:
-                raise UserError(f"{where}: {key} = {d[key]!r} is not supported, only {only!r}")
-        if d.get("attention_bias", QKV_BIAS[d["model_type"]]) != QKV_BIAS[d["model_type"]]:
-            raise UserError(f"{where}: attention_bias = {d['attention_bias']} is not supported for {d['model_type']}")
+        allowed = {
+            "hidden_act": family.acts, "mlp_bias": (False,), "use_sliding_window": (False,), "partial_rotary_factor": (1.0,),
+            "attention_bias": (family.qkv_bias,),
+        }  # fmt: skip
+        for key, values in allowed.items():
+            if d.get(key, values[0]) not in values:
+                raise UserError(f"{where}: {key} = {d[key]!r} is not supported for {d['model_type']}, only {values[0]!r}")
+        if family.gemma and d.get("hidden_activation") not in (None, "gelu_pytorch_tanh"):
+            raise UserError(f"{where}: hidden_activation = {d['hidden_activation']!r} is not supported, only gelu_pytorch_tanh")
+        d.setdefault("tie_word_embeddings", family.gemma)
         d.setdefault("num_key_value_heads", d.get("num_attention_heads"))
         names = {f.name for f in fields(cls)} - {"extra"}
         missing = [f.name for f in fields(cls)[:6] if not isinstance(d.get(f.name), int)]
@@ -82,16 +120,18 @@ class ModelConfig:
     def to_dict(self) -> dict:
         d = asdict(self)
         extra = d.pop("extra")
-        architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.model_type]
-        return {"architectures": [architecture], "hidden_act": "silu"} | extra | d
+        return {"architectures": [self.family.architecture], "hidden_act": self.family.acts[-1]} | extra | d
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, config: ModelConfig):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.offset, self.eps = float(config.family.gemma), config.rms_norm_eps
+        self.weight = nn.Parameter(torch.full((size,), 1 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.offset:  # 1 + weight would lose the weight's digits in bfloat16
+            return F.rms_norm(x.float(), self.weight.shape, self.offset + self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -139,29 +179,47 @@ class KVCache:
             whole[target] = whole[source]
 
 
+class Prefix:
+    """Keys and values of earlier positions, as `hidden(cache=[...])` collected them, gradient included, and those positions
+    (B, P). What comes after attends to both, as far as `mask` lets it."""
+
+    def __init__(self, states: list[tuple[Tensor, Tensor]], positions: Tensor):
+        self.states, self.positions = states, positions
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, P + T, D) of all positions, from those of the new ones, k and v (B, K, T, D)."""
+        return torch.cat((self.states[layer][0], k), 2), torch.cat((self.states[layer][1], v), 2)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        c, d, bias = config.hidden_size, config.head_dim, QKV_BIAS[config.model_type]
+        c, d, bias = config.hidden_size, config.head_dim, config.family.qkv_bias
         self.layer, self.head_dim = layer, d
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
+        if config.family.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(d, config), RMSNorm(d, config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if isinstance(cache, KVCache):  # one new token a row: a kv head's G query heads become G queries of that head
             k, v = cache.update(self.layer, k, v)
             q = q.reshape(B, -1, self.groups, self.head_dim)
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask).reshape(B, T, -1)
         else:
-            if cache is not None:
+            if isinstance(cache, Prefix):
+                k, v = cache.extend(self.layer, k, v)
+            elif cache is not None:
                 cache.append((k, v))
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups > 1)
             y = y.transpose(1, 2).reshape(B, T, -1)
@@ -174,17 +232,18 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = partial(F.gelu, approximate="tanh") if config.family.gemma else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
@@ -199,7 +258,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
 
 class Transformer(nn.Module):
@@ -212,14 +271,14 @@ class Transformer(nn.Module):
         self.frequencies = rotary_frequencies(config)  # float32 whatever the model's dtype, and no part of a checkpoint
 
     def init_weights(self, seed: int = 0) -> "Transformer":
-        """Normal weights of config.initializer_range, zero biases, unit norms: a pure function of the seed."""
+        """Normal weights of config.initializer_range, zero biases, norms that scale by one: a pure function of the seed."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             with torch.no_grad():
                 if name.endswith("bias"):
                     p.zero_()
                 elif p.dim() == 1:
-                    p.fill_(1.0)
+                    p.fill_(0.0 if self.config.family.gemma else 1.0)
                 else:
                     p.copy_(torch.empty(p.shape).normal_(0, self.config.initializer_range, generator=generator))
         return self
@@ -235,12 +294,16 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,  # (B, T, C), instead of ids
         positions: Tensor | None = None,  # (B, T), default 0..T-1
         mask: Tensor | None = None,  # (B, 1, T, keys) bool, True = may attend; default causal
-        cache: "KVCache | list | None" = None,  # a KVCache: decode one token a row; a list: collect each layer's (k, v)
+        cache: "KVCache | Prefix | list | None" = None,  # KVCache: decode a token a row; list: collect each layer's (k, v)
     ) -> Tensor:
         """Final hidden states (B, T, C), after the last norm. Right-padded batches need no mask: attention is causal."""
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
+        if self.config.family.gemma:
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # rounded as in training
+        if self.config.window:
+            mask = self.window_mask(positions, mask, cache)
         angles = positions[..., None].float() * self.frequencies.to(x.device)  # (B, T, D/2)
         cos, sin = angles.cos(), angles.sin()
         cos = torch.cat((cos, cos), -1).unsqueeze(1).to(x.dtype)  # (B, 1, T, D)
@@ -248,6 +311,19 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             x = block(x, cos, sin, mask, cache)
         return self.model.norm(x)
+
+    def window_mask(self, positions: Tensor, mask: Tensor | None, cache) -> Tensor | None:
+        """mask, or the causal one, without what lies out of the sliding window; None where nothing does."""
+        keys = positions
+        if isinstance(cache, KVCache):
+            keys = torch.arange(cache.length, device=positions.device)[None]
+        elif isinstance(cache, Prefix):
+            keys = torch.cat((cache.positions.expand(len(positions), -1), positions), 1)
+        if keys.shape[1] <= self.config.window and mask is None:
+            return None
+        back = (positions[:, :, None] - keys[:, None, :])[:, None]  # (B, 1, T, keys)
+        near = back < self.config.window
+        return near & (back >= 0) if mask is None else near & mask
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kw) -> Tensor:
         """Logits (B, T, V) at every position. The trainers never call this: they take log-probs from `hidden`."""
@@ -293,18 +369,44 @@ class Transformer(nn.Module):
             raise UserError(f"{dir}: tensor {next(iter(wanted))} is missing ({len(wanted)} in all)")
         return model
 
-    def save_pretrained(self, dir: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json, generation_config.json and model.safetensors as transformers, vLLM and others read them."""
+    def save_pretrained(
+        self, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (), shard_bytes: int = 5 * 10**9
+    ) -> None:
+        """Write config.json, generation_config.json and the weights as transformers 4 and 5, vLLM and others read them.
+
+        dtype None keeps the parameters'; stop_ids are added to config.json's eos_token_id in generation_config.json. Weights
+        go to model.safetensors, or to files of at most shard_bytes (or one tensor) with an index; no tied head among them.
+        """
         dir = Path(dir)
         dir.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().to("cpu", dtype, copy=False).contiguous() for k, v in self.named_parameters()}
-        name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        config = self.config.to_dict() | {"torch_dtype": name}
-        config.pop("dtype", None)  # transformers 5's name for torch_dtype
+        parameters = dict(self.named_parameters())
+        dtype = dtype or next(iter(parameters.values())).dtype
+        config = self.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        config.pop("dtype", None)  # transformers 5's name for torch_dtype, which 4 does not know
         (dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
+        eos = config.get("eos_token_id")
+        eos = sorted({*(eos if isinstance(eos, list) else [] if eos is None else [eos]), *stop_ids})
+        ids = {k: config[k] for k in ("bos_token_id", "pad_token_id") if config.get(k) is not None}
+        ids |= {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {}
         (dir / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        save_file(tensors, dir / "model.safetensors", metadata={"format": "pt"})
+        shards, room = [[]], shard_bytes
+        for name, p in parameters.items():
+            size = p.numel() * dtype.itemsize
+            if size > room and shards[-1]:
+                shards, room = [*shards, []], shard_bytes
+            shards[-1].append(name)
+            room -= size
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        else:
+            total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for file, shard in zip(names, shards, strict=True):
+            tensors = {name: parameters[name].detach().to("cpu", dtype).contiguous() for name in shard}
+            save_file(tensors, dir / file, metadata={"format": "pt"})
 
 
 def read_json(path: Path) -> dict:
@@ -444,10 +546,10 @@ def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Ten
 
 class _FusedTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss_fn, temperature, want_entropy):
+    def forward(ctx, hidden, weight, targets, loss_fn, temperature, want_entropy, chunks):
         g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         total, stats = hidden.new_zeros((), dtype=torch.float32), []
-        for s in _chunks(hidden, weight):
+        for s in chunks or _chunks(hidden, weight):
             lp = _log_softmax(hidden[s], weight, temperature)
             logp = lp.gather(1, targets[s, None])[:, 0].requires_grad_()
             entropy = -(lp.exp() * lp).sum(-1) if want_entropy else torch.zeros_like(logp)
@@ -469,18 +571,19 @@ class _FusedTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         g_hidden, g_weight = ctx.saved_tensors
-        return g_hidden.mul_(g), g_weight.mul_(g), None, None, None, None
+        return g_hidden.mul_(g), g_weight.mul_(g), None, None, None, None, None
 
 
 def fused_token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor,
     loss_fn: Callable[[Tensor, Tensor, slice], Tensor],
-    temperature: float = 1.0, entropy: bool = False,
+    temperature: float = 1.0, entropy: bool = False, chunks: list[slice] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """sum of loss_fn(logp (n,), entropy (n,), rows) over chunks of rows, with log-probs and entropies (N,) for the metrics.
+    chunks: which rows go together, in order and all of them; default as many as CHUNK logits allow.
 
     For losses that are sums over tokens: their gradient with respect to the logits is known as soon as the logits are, so
     the head is multiplied three times (forward, both gradients) where `token_logprobs` needs a fourth to recompute. The
     result may be differentiated once.
     """
-    return _FusedTokenLoss.apply(*_same_dtype(hidden, weight), targets, loss_fn, temperature, entropy)
+    return _FusedTokenLoss.apply(*_same_dtype(hidden, weight), targets, loss_fn, temperature, entropy, chunks)

@@ -51,7 +51,17 @@ from common import (
 from data import chat
 from data.chat import Example
 from data.tokenizer import Tokenizer
-from model import Transformer, argmax_tokens, expected_rows, sample_tokens, token_kl, token_logprobs
+from model import (
+    CHUNK,
+    Prefix,
+    Transformer,
+    argmax_tokens,
+    expected_rows,
+    fused_token_loss,
+    sample_tokens,
+    token_kl,
+    token_logprobs,
+)
 from sampler import uniform
 
 HERE = Path(__file__).parent
@@ -287,56 +297,120 @@ def to_rows(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, 
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def own_embeddings(model: Transformer, ids: Tensor, mask: Tensor, kind: str, u: Tensor | None = None) -> Tensor:
-    """E[y] (N, C) for the N targets in row-major order: the embedding of what the model predicts there (Algorithm 1, line
-    3), from one pass without gradient whose logits exist for the targets only, a chunk at a time. u (N,): uniform draws."""
+def target_states(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states (N, C) that predict the N targets, in row-major order."""
+    return model.hidden(ids).flatten(0, 1)[mask.flatten().nonzero()[:, 0] - 1]
+
+
+def own_embeddings(model: Transformer, states: Tensor, kind: str, u: Tensor | None = None) -> Tensor:
+    """E[y] (N, C): the embedding of what the model predicts after each state (N, C) (Algorithm 1, line 3), with logits of a
+    chunk of states at a time and a gradient to E alone. kind: argmax, sampled by u (N,) in [0, 1), or soft, the expectation."""
     table = model.model.embed_tokens.weight
+    if kind == "soft":
+        return expected_rows(states, model.head_weight, table)
+    choice = argmax_tokens(states, model.head_weight) if kind == "argmax" else sample_tokens(states, model.head_weight, u)
+    return F.embedding(choice, table)
+
+
+def ift_states(model: Transformer, ids: Tensor, mask: Tensor, share: float, cfg: Config, u: Tensor | None = None) -> Tensor:
+    """target_states on the mixed embeddings of the temporal residual, u (N,) for own = sampled; one plain pass for share 0.
+
+    What stands before an answer is the same in both passes. It is run once, and both passes over the answers, the first
+    without gradient, attend to its keys and values: IFT costs 1/3 of the answers' share more than SFT, not 1/3 of all.
+    """
+    embeddings = model.model.embed_tokens(ids)
+    embeddings = embeddings if cfg.train_embedding else embeddings.detach()
+    row, column = mask.nonzero(as_tuple=True)  # of the targets
+    if share == 0 or not len(row):
+        return model.hidden(inputs_embeds=embeddings)[row, column - 1]
+    (B, T), places = ids.shape, torch.arange(ids.shape[1], device=ids.device)
+    last = torch.where(mask, places, 0).amax(1)  # the last target is not fed
+    start = (torch.where(mask, places, T).amin(1) - 1).clamp(max=last)  # the answers' part begins with what predicts the first
+    P, A = int(start.max()), int((last - start).max())
+    prefix = attend = None
+    if P:
+        states: list[tuple[Tensor, Tensor]] = []
+        model.hidden(inputs_embeds=embeddings[:, :P], cache=states)
+        prefix = Prefix(states, places[None, :P])
+        before = (places[:P] < start[:, None])[:, None, None].expand(-1, 1, A, -1)
+        attend = torch.cat((before, torch.ones(A, A, dtype=torch.bool, device=ids.device).tril().expand(B, 1, -1, -1)), -1)
+    positions = (start[:, None] + places[:A]).clamp(max=T - 1)  # (B, A)
+    part = embeddings.gather(1, positions[..., None].expand(-1, -1, embeddings.shape[2]))
+    place = column - 1 - start[row]  # in the part, of the state that predicts each target
     with torch.no_grad():
-        h = model.hidden(ids).flatten(0, 1)[(mask.flatten().nonzero()[:, 0] - 1)]
-        if kind == "soft":
-            return expected_rows(h, model.head_weight, table)
-        y = argmax_tokens(h, model.head_weight) if kind == "argmax" else sample_tokens(h, model.head_weight, u)
-    return F.embedding(y, table)
+        h = model.hidden(inputs_embeds=part, positions=positions, mask=attend, cache=prefix)[row, place]
+    own = own_embeddings(model, h, cfg.own, u)
+    own = own if cfg.train_embedding else own.detach()
+    fed = column < last[row]
+    where = (row[fed], place[fed] + 1)
+    spread = torch.zeros_like(part).index_put(where, own[fed].to(part.dtype))
+    mixed = mix_embeddings(part, spread, torch.zeros_like(positions, dtype=torch.bool).index_put(where, fed[fed]), share)
+    return model.hidden(inputs_embeds=mixed, positions=positions, mask=attend, cache=prefix)[row, place]
 
 
-def target_nll(model: Transformer, ids: Tensor, mask: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood (B, T) of each target, 0 elsewhere."""
+def target_nll(model: Transformer, ids: Tensor, mask: Tensor, states: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood (B, T) of each target, 0 elsewhere. states: default target_states."""
     where = mask.flatten().nonzero()[:, 0]
-    h = model.hidden(None if inputs_embeds is not None else ids, inputs_embeds).flatten(0, 1)[where - 1]
-    logp = token_logprobs(h, model.head_weight, ids.flatten()[where])[0]
+    states = target_states(model, ids, mask) if states is None else states
+    logp = token_logprobs(states, model.head_weight, ids.flatten()[where])[0]
     return torch.zeros(ids.numel(), device=ids.device).index_put((where,), -logp).view(ids.shape)
 
 
-def ift_nll(model: Transformer, ids: Tensor, mask: Tensor, share: float, cfg: Config, u: Tensor | None = None) -> Tensor:
-    """target_nll on the mixed embeddings of the temporal residual; with share 0 one plain pass."""
-    if share == 0:
-        return target_nll(model, ids, mask, None if cfg.train_embedding else model.model.embed_tokens(ids).detach())
-    own = own_embeddings(model, ids, mask, cfg.own, u)
-    embeddings = model.model.embed_tokens(ids)
-    spread = torch.zeros_like(embeddings).index_put((mask,), own.to(embeddings.dtype))
-    mixed = mix_embeddings(embeddings, spread, mask, share)
-    return target_nll(model, ids, mask, mixed if cfg.train_embedding else mixed.detach())
+FUSED = 1 << 26  # logits of one example up to which its loss and gradient are taken in one go, 256 MB
 
 
-def row_loss(
-    loss: str, model: Transformer, reference: Transformer | None, ids: Tensor, mask: Tensor, share: float, cfg: Config,
+def example_chunks(counts: Sequence[int], vocab: int) -> list[slice] | None:
+    """Whole examples of `counts` targets each, as many as CHUNK logits allow but at least one; None if one exceeds FUSED."""
+    if max(counts) * vocab > FUSED:
+        return None
+    slices, begin, end = [], 0, 0
+    for n in counts:
+        if end > begin and (end + n - begin) * vocab > CHUNK:
+            slices.append(slice(begin, end))
+            begin = end
+        end += n
+    return [*slices, slice(begin, end)]
+
+
+def supervised_loss(
+    loss: str, model: Transformer, ids: Tensor, mask: Tensor, weights: Tensor, share: float, cfg: Config,
     u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss of each row or pair (B,), and the nll (B, T) behind it. Of pairs the B chosen rows come first, then B rejected."""
-    if loss == "ift":
-        nll = ift_nll(model, ids, mask, share, cfg, u)
-        return ift_loss(nll, mask, cfg.gamma, quantity=cfg.quantity, side=cfg.side, norm=cfg.norm), nll
+    """sum of weights (B,) x the loss of each example, SFT's mean nll or IFT's, and the log-probs (N,) of the targets.
+
+    A token's gradient is known as soon as the losses of its example are, so logits are computed once, a few whole examples
+    at a time; of an example too long for that they are computed again in the backward pass.
+    """
+    ift = loss == "ift"
+    h = ift_states(model, ids, mask, share, cfg, u) if ift else target_states(model, ids, mask)
+    row, column = mask.nonzero(as_tuple=True)
+    rows, targets, gamma = row.tolist(), ids[mask], cfg.gamma if ift else 0.0
+
+    def chunk_loss(logp: Tensor, _, s: slice) -> Tensor:
+        first, last = rows[s][0], rows[s][-1] + 1
+        nll = torch.zeros(last - first, ids.shape[1], device=ids.device).index_put((row[s] - first, column[s]), -logp)
+        losses = ift_loss(nll, mask[first:last], gamma, quantity=cfg.quantity, side=cfg.side, norm=cfg.norm)
+        return (weights[first:last] * losses).sum()
+
+    if not rows:
+        return 0.0 * h.sum(), h.new_zeros(0)
+    chunks = example_chunks(mask.sum(1).tolist(), model.config.vocab_size) if gamma else None
+    if gamma and chunks is None:
+        logp = token_logprobs(h, model.head_weight, targets)[0]
+        return chunk_loss(logp, None, slice(0, len(rows))), logp.detach()
+    return fused_token_loss(h, model.head_weight, targets, chunk_loss, chunks=chunks)[:2]
+
+
+def pair_loss(loss: str, model: Transformer, reference: Transformer | None, ids: Tensor, mask: Tensor, cfg: Config):
+    """Loss of each pair (B,) and the nll (2B, T) behind it; the B chosen rows come first, then the B rejected."""
     if loss == "tdpo":
         where = mask.flatten().nonzero()[:, 0]
-        h, ref_h = (m.hidden(ids).flatten(0, 1)[where - 1] for m in (model, reference))
+        h, ref_h = (target_states(m, ids, mask) for m in (model, reference))
         kl = token_kl(h, model.head_weight, ref_h.detach(), reference.head_weight)
         divergence = torch.zeros(len(ids), device=ids.device).index_add(0, where // ids.shape[1], kl)
-        logp = token_logprobs(h, model.head_weight, ids.flatten()[where])[0]
-        nll = torch.zeros(ids.numel(), device=ids.device).index_put((where,), -logp).view(ids.shape)
+        nll = target_nll(model, ids, mask, h)
     else:
         nll = target_nll(model, ids, mask)
-    if loss == "sft":
-        return nll.sum(1) / mask.sum(1).clamp(min=1), nll
     sums = -nll.sum(1)
     chosen, rejected = (sums / mask.sum(1) if loss in ("orpo", "simpo") else sums).chunk(2)
     if loss in ("orpo", "simpo"):
@@ -373,13 +447,18 @@ def update(
             else None
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            losses, nll = row_loss(loss, model, reference, ids, mask, share, cfg, u)
-        counts = mask.sum(1)
-        weights = counts / tokens if cfg.average == "token" and not pairs else torch.full_like(losses, 1 / len(batch))
-        value = (losses * weights).sum()
+            if pairs:
+                losses, nll = pair_loss(loss, model, reference, ids, mask, cfg)
+                value, nll_sum = losses.sum() / len(batch), nll.sum()
+            else:
+                weights = (
+                    mask.sum(1) / tokens if cfg.average == "token" else torch.full((len(ids),), 1 / len(batch), device=device)
+                )
+                value, logp = supervised_loss(loss, model, ids, mask, weights, share, cfg, u)
+                nll_sum = -logp.sum()
         value.backward()
         total_loss += value.item()
-        total_nll += nll.sum().item()
+        total_nll += nll_sum.item()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
     if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
         raise UserError(

@@ -198,7 +198,7 @@ def test_broken_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama, qwen2"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama, mistral, qwen2, qwen3, gemma"),
         ({"model_type": None}, "model_type None"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling .*linear"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling .*yarn"),

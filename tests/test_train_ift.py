@@ -30,7 +30,7 @@ from train_ift import (
     discounted_sum,
     dpo_loss,
     ift_loss,
-    ift_nll,
+    ift_states,
     ipo_loss,
     log1mexp,
     mix_embeddings,
@@ -38,9 +38,10 @@ from train_ift import (
     own_embeddings,
     propagation_weights,
     residual_share,
-    row_loss,
     simpo_loss,
+    supervised_loss,
     target_nll,
+    target_states,
     tdpo_loss,
     to_rows,
     update,
@@ -58,9 +59,7 @@ def tensors(name):
     return load_file(HERE / f"{name}.safetensors")
 
 
-WEIGHTS, LOGITS, PAIR_LOGITS, E2E = (
-    read(n) for n in ("cumsum_weight", "loss_from_logits", "preference_from_logits", "e2e")
-)
+WEIGHTS, LOGITS, PAIR_LOGITS, E2E = (read(n) for n in ("cumsum_weight", "loss_from_logits", "preference_from_logits", "e2e"))
 LOGITS_T, PAIR_LOGITS_T, E2E_T = (tensors(n) for n in ("loss_from_logits", "preference_from_logits", "e2e"))
 
 
@@ -437,14 +436,15 @@ def test_both_passes_are_the_published_ones(kind, name):
     model, case = tiny(kind), E2E[kind][name]
     ids, mask, _ = published_rows(kind)
     cfg = Config(**knobs(case))
-    nll = ift_nll(model, ids, mask, cfg.lam, cfg)
+    nll = target_nll(model, ids, mask, ift_states(model, ids, mask, cfg.lam, cfg))
     key = f"{case['propagation_type']}/{case['propagation_side']}/{case['propagation_norm']}/{case['gamma']}"
     gamma, kw = with_floor(nll, mask, key)
     loss = ift_loss(nll, mask, gamma, **kw).mean()
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=2e-5)
     assert ift_loss(nll, mask, 0.0).mean().item() == pytest.approx(case["loss_further"], abs=2e-5)
-    assert row_loss("sft", model, None, ids, mask, 0, cfg)[0].mean().item() == pytest.approx(case["loss_sft"], abs=2e-5)
+    weights = torch.full((len(ids),), 1 / len(ids))
+    assert supervised_loss("sft", model, ids, mask, weights, 0, cfg)[0].item() == pytest.approx(case["loss_sft"], abs=2e-5)
     torch.testing.assert_close(-nll.detach()[:, 1:], E2E_T[f"{kind}/{name}/logps"] * mask[:, 1:], rtol=0, atol=2e-5)
     weights = propagation_weights(nll.detach(), mask, gamma, **kw)
     published = E2E_T[f"{kind}/{name}/weights"]
@@ -470,21 +470,33 @@ def test_first_pass_and_residual_are_the_published_ones_at_answer_positions_only
     ids, mask, _ = published_rows(kind)
 
     def watching(self, input_ids=None, inputs_embeds=None, **kw):
-        seen.append((torch.is_grad_enabled(), inputs_embeds))
+        seen.append((torch.is_grad_enabled(), inputs_embeds, kw.get("positions")))
         return hidden(self, input_ids, inputs_embeds, **kw)
 
     monkeypatch.setattr(Transformer, "hidden", watching)
+    plain = model.model.embed_tokens(ids).detach()
     for lam in (0.2, 0.5, 1.0):
         seen.clear()
-        ift_nll(model, ids, mask, lam, Config())
-        assert [g for g, _ in seen] == [False, True] and seen[0][1] is None
-        mixed = seen[1][1].detach()
-        plain = model.model.embed_tokens(ids).detach()
-        assert torch.equal(mixed[~mask], plain[~mask]) and (mixed[mask] != plain[mask]).any(-1).all()
+        ift_states(model, ids, mask, lam, Config())
+        assert [g for g, _, _ in seen] == [True, False, True]  # what stands before the answers, then both passes over them
+        assert torch.equal(seen[0][1], plain[:, : seen[0][1].shape[1]])
+        mixed = plain.clone()
+        for b, (row, at) in enumerate(zip(seen[2][1].detach(), seen[2][2], strict=True)):
+            assert torch.equal(seen[1][1][b], plain[b, at])
+            inside = at <= mask[b].nonzero().max()
+            mixed[b, at[inside]] = row[inside]
+        last = torch.arange(ids.shape[1]) == mask.int().mul(torch.arange(ids.shape[1])).amax(1, keepdim=True)
+        fed = mask & ~last  # nothing comes after an example's last target
+        assert torch.equal(mixed[~fed], plain[~fed]) and (mixed[fed] != plain[fed]).any(-1).all()
         published = E2E_T.get(f"{kind}/default/lam{lam}/frozen/inputs_embeds")
         if published is not None:
-            torch.testing.assert_close(mixed.flatten()[::7], published, rtol=0, atol=1e-6)
-        own = own_embeddings(model, ids, mask, "argmax")
+            whole = torch.zeros_like(mixed).flatten()
+            whole[::7] = published
+            every = torch.zeros(mixed.numel(), dtype=torch.bool)
+            every[::7] = True
+            every = every.view_as(mixed) & ~last[..., None]
+            torch.testing.assert_close(mixed[every], whole.view_as(mixed)[every], rtol=0, atol=1e-6)
+        own = own_embeddings(model, target_states(model, ids, mask), "argmax")
         pass2 = E2E_T[f"{kind}/pass2/input_ids"][mask]
         assert torch.equal(own, model.model.embed_tokens(pass2))
 
@@ -621,27 +633,29 @@ def test_pair_losses_are_those_of_the_model_run_on_each_answer(loss):
 def test_a_soft_prediction_of_a_peaked_model_is_its_argmax():
     model = tiny()
     ids, mask = to_rows(some_examples(), torch.device("cpu"))
-    argmax, soft = (own_embeddings(model, ids, mask, k) for k in ("argmax", "soft"))
+    states = target_states(model, ids, mask).detach()
+    argmax, soft = (own_embeddings(model, states, k) for k in ("argmax", "soft"))
     assert (soft - argmax).abs().max() > 0.01
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    torch.testing.assert_close(own_embeddings(model, ids, mask, "soft"), argmax, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own_embeddings(model, states, "soft"), argmax, rtol=1e-5, atol=1e-6)
     u = uniform(1, torch.arange(len(argmax)), torch.arange(len(argmax)))
-    torch.testing.assert_close(own_embeddings(model, ids, mask, "sampled", u), argmax, rtol=0, atol=0)
+    torch.testing.assert_close(own_embeddings(model, states, "sampled", u), argmax, rtol=0, atol=0)
 
 
 def test_a_row_without_target_is_0_and_moves_nothing():
     model, batch = tiny(), some_examples(3)
     ids, mask = to_rows([*batch, Example([5, 6, 7], [0, 0, 0], False, 0), Example([9], [1], False, 0)], torch.device("cpu"))
-    for kw in ({}, {"side": "right"}, {"norm": "softmax"}):
-        losses, nll = row_loss("ift", model, None, ids, mask, 0.3, Config(**kw))
-        assert losses[3:].tolist() == [0, 0] and not nll[3:].any()
-        model.zero_grad()
-        losses.sum().backward()
-        with_them = {n: p.grad.clone() for n, p in model.named_parameters()}
-        model.zero_grad()
-        row_loss("ift", model, None, *to_rows(batch, torch.device("cpu")), 0.3, Config(**kw))[0].sum().backward()
-        assert_same(with_them, {n: p.grad for n, p in model.named_parameters()}, 1e-6)
+    for kw in ({}, {"side": "right"}, {"norm": "softmax"}, {"gamma": 0.0}):
+        grads, values = [], []
+        for rows in ((ids, mask), to_rows(batch, torch.device("cpu"))):
+            model.zero_grad()
+            value, logp = supervised_loss("ift", model, *rows, torch.ones(len(rows[0])), 0.3, Config(**kw))
+            value.backward()
+            grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+            values.append((value.item(), len(logp)))
+        assert values[0] == pytest.approx(values[1])
+        assert_same(*grads, 1e-6)
 
 
 class Watch(TorchDispatchMode):
@@ -665,11 +679,11 @@ def test_no_tensor_of_all_logits(own, monkeypatch):
     ids, mask = to_rows(some_examples(20), torch.device("cpu"))
     n = int(mask.sum())
     u = uniform(0, *mask.nonzero().T)
-    whole = ift_nll(model, ids, mask, 0.4, Config(own=own), u).detach()
+    whole = target_nll(model, ids, mask, ift_states(model, ids, mask, 0.4, Config(own=own), u)).detach()
     monkeypatch.setattr(model_file, "CHUNK", 97 * 16)
     assert n > 80
     with Watch(97, 32) as watch:
-        nll = ift_nll(model, ids, mask, 0.4, Config(own=own), u)
+        nll = target_nll(model, ids, mask, ift_states(model, ids, mask, 0.4, Config(own=own), u))
         nll.sum().backward()
     assert 0 < watch.largest <= 97 * 16
     torch.testing.assert_close(nll.detach(), whole, rtol=1e-5, atol=1e-5)
