@@ -126,9 +126,7 @@ def main(argv: Sequence[str]) -> None:
     flat, rights = [a for g in answers for a in g], [sum(a["reward"] == 1.0 for a in g) for g in answers]
     share = accuracy(answers)
     low, high = wilson(share * len(rows), len(rows))
-    print(
-        f"{cfg.task} {cfg.split}: accuracy {share:.1%} (95 % interval {low:.1%} .. {high:.1%}) on {len(rows)} problems"
-    )
+    print(f"{cfg.task} {cfg.split}: accuracy {share:.1%} (95 % interval {low:.1%} .. {high:.1%}) on {len(rows)} problems")
     print(f"mean reward {sum(a['reward'] for a in flat) / len(flat):.3f}, cut {sum(a['cut'] for a in flat) / len(flat):.1%}")
     for k in [2**i for i in range(1, 11) if 2**i <= cfg.n]:
         print(f"pass@{k} {sum(pass_at_k(cfg.n, r, k) for r in rights) / len(rows):.1%}")

@@ -1,19 +1,28 @@
-"""Byte-level BPE through tiktoken: read from a checkpoint's tokenizer.json, or learned here for models trained here.
+"""BPE through tiktoken: read from a checkpoint's tokenizer.json, or learned here for models trained here.
 
-`Tokenizer.from_pretrained(dir)` reads the tokenizer.json of GPT-2, Llama 3, Qwen2.5 and whatever else is made of the same
-parts; a part it does not know is refused by name. `Tokenizer.learn(texts)` makes a small one, which `save` writes in the
-same format, so that checkpoints trained here open elsewhere too.
+`Tokenizer.from_pretrained(dir)` reads the tokenizer.json of GPT-2, Llama 3, Qwen2.5 (byte level), Mistral, Gemma
+(SentencePiece with byte fallback) and whatever else is made of the same parts; a part it does not know is refused by name.
+`Tokenizer.learn(texts)` makes a small byte-level one, which `save` writes in the same format, so that checkpoints trained
+here open elsewhere too.
 
 `chat` writes a conversation by the checkpoint's own chat template, or by one of TEMPLATES for base models, which have none.
+
+A tokenizer.json lists which pairs of tokens merge, in order; tiktoken merges any neighbours that together are a token, the
+token of lowest rank first. The two are the same: inside a longer text a token's own text is merged step by step as it is
+alone, so the two parts that a token is made of are always the same two, and of the pairs listed for it only one counts.
+SentencePiece begins with characters, tiktoken with bytes. So the first ranks are given to the characters of the vocabulary
+and to their beginnings in UTF-8. A character that it lacks stays bytes, or such a beginning and bytes; and a beginning
+stands for the ids of its bytes, which are what byte fallback gives.
 """
 
 import json
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
+from itertools import chain, groupby
 from pathlib import Path
 
 import regex
@@ -24,6 +33,9 @@ from common import UserError
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TINY_PATTERN = r" ?\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]"  # words keep their space; every number up to 99 can be one token
+PIECE_PATTERN = r"▁*[^▁]+|▁+"  # SentencePiece has none of its own; cuts where no token goes on, so words are looked up
+WHOLE_PATTERN = r"(?s).+"
+BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 END = "<|endoftext|>"
 TEMPLATES = {  # chat templates for base models; bos_token is empty where the tokenizer puts none in front of a text
@@ -55,44 +67,30 @@ class Tokenizer:
     """ids <-> text. `eos_id` ends a completion, `stop_ids` are all ids that do, `bos_id` (or None) begins a text."""
 
     def __init__(self, description: dict, config: dict, stop_ids: Iterable[int] = (), where: str = "tokenizer.json"):
-        """description: the content of tokenizer.json; config: of tokenizer_config.json."""
+        """description: the content of tokenizer.json; config: of tokenizer_config.json. UserError: a part is not known."""
         self.description, self.config, self.source = description, config, None
-        model, self.nfc = description["model"], _normalizer(description.get("normalizer"), where)
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-            kind = "byte fallback (SentencePiece)" if model.get("byte_fallback") else model.get("type")
-            raise UserError(f"{where}: a tokenizer of kind {kind} is not supported, only byte-level BPE")
-        for flag in ("continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(flag):
-                raise UserError(f"{where}: {flag} = {model[flag]!r} is not supported")
-        for token in description.get("added_tokens", []):
-            for flag in ("lstrip", "rstrip", "single_word"):
-                if token.get(flag):
-                    raise UserError(f"{where}: added token {token['content']!r} has {flag}, which is not supported")
-        added = {t["content"]: t["id"] for t in description.get("added_tokens", [])}
-        vocab = {_to_bytes(t, where): i for t, i in model["vocab"].items() if t not in added}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        order = [bytes([b]) for b in range(256)] + [_to_bytes(a + b, where) for a, b in merges]
-        order = list(dict.fromkeys(order))
-        ordered = set(order)
-        missing = next((t for t in order if t not in vocab), None)
-        if missing is not None:
-            raise UserError(f"{where}: the vocabulary lacks {missing!r}, a byte or the result of a merge")
-        order += [t for t in vocab if t not in ordered]  # whole words that no merge makes (ignore_merges)
-        # tiktoken merges the pair of lowest rank. Ids are ranks in most files; elsewhere they are translated.
-        merged_ids = [vocab[t] for t in order[256:]]
-        self._id_of_rank = None if merged_ids == sorted(merged_ids) else [vocab[t] for t in order]
-        ranks = vocab if self._id_of_rank is None else {t: r for r, t in enumerate(order)}
-        pattern = _pattern(description.get("pre_tokenizer"), where)
-        self.encoding = tiktoken.Encoding("from_file", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        model, tokens = description["model"], description.get("added_tokens", [])
+        _refuse(model, tokens, where)
+        pieces, added = bool(model.get("byte_fallback")), {t["content"]: t["id"] for t in tokens}
+        names = model["vocab"] | added
+        spelled = {t: _spell(t, pieces, t in added, where) for t in names}
+        table = _table(model, spelled, added, where)
+        pattern = _pattern(description.get("pre_tokenizer"), where) if not pieces else _piece_pattern(description, table, where)
+        self.encoding, self._ids_of_rank = _encoding(table, pattern, bool(model.get("ignore_merges")))
+        self._steps = _normalizer(description.get("normalizer"), where)
         # Added tokens are cut out here: of two that begin alike the longer one wins, an order that tiktoken leaves open.
-        self._added = added
-        self._added_pattern = regex.compile("|".join(map(regex.escape, sorted(added, key=len, reverse=True))) or "(?!)")
-        self._bytes = {i: t for t, i in vocab.items()} | {i: t.encode() for t, i in added.items()}
-        self._special_ids = {t["id"] for t in description.get("added_tokens", []) if t.get("special")}
+        # Some are looked for before the text is normalised; the others afterwards, in the form that normalising gives them.
+        raw = {t["content"]: [t["id"]] for t in tokens if not t.get("normalized")}
+        normalized = {self._normalize(t["content"]): [t["id"]] for t in tokens if t.get("normalized")}
+        self._added = [(_alternatives(ids), ids) for ids in (raw, normalized)]
+        self._byte_ids = {i for t, i in names.items() if pieces and t in BYTE_TOKENS}
+        self._strip = _decoder(description.get("decoder"), pieces, where)
+        self._bytes = {i: spelled[t].replace(b"\xe2\x96\x81", b" ") if pieces else spelled[t] for t, i in names.items()}
+        self._special_ids = {t["id"] for t in tokens if t.get("special")}
         name = config.get("eos_token")
         self.eos_id = added.get(name["content"] if isinstance(name, dict) else name)
         self.stop_ids = tuple(sorted({*stop_ids, *([] if self.eos_id is None else [self.eos_id])}))
-        self.bos_id = _bos(description.get("post_processor"), added)
+        self.bos_id = _bos(description.get("post_processor"), added, where)
         self.vocab_size = max(self._bytes) + 1
 
     @classmethod
@@ -116,7 +114,7 @@ class Tokenizer:
             tokenizer = cls(
                 read["tokenizer.json"], read["tokenizer_config.json"], [stop] if isinstance(stop, int) else stop, where
             )
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
             raise UserError(f"{where}: not a tokenizer description ({type(e).__name__}: {e})") from None
         tokenizer.source = dir
         return tokenizer
@@ -188,24 +186,42 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of a text, in which the text of an added token becomes that token. bos: begin with the bos id, if there is
         one and it does not stand there already."""
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        ids, end = [], 0
-        for found in self._added_pattern.finditer(text):
-            ids += self._encode_words(text[end : found.start()])
-            ids.append(self._added[found.group()])
-            end = found.end()
-        ids += self._encode_words(text[end:])
+        ids: list[int] = []
+        for part, token in _cut(text, *self._added[0]):
+            for words, normalized_token in _cut(self._normalize(part), *self._added[1]):
+                ids += self._encode_words(words)
+                ids += normalized_token
+            ids += token
         return [self.bos_id, *ids] if bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
+    def _normalize(self, text: str) -> str:
+        for step in self._steps:
+            text = step(text)
+        return text
+
     def _encode_words(self, text: str) -> list[int]:
-        ids = self.encoding.encode_ordinary(text)
-        return ids if self._id_of_rank is None else [self._id_of_rank[r] for r in ids]
+        ranks = self.encoding.encode_ordinary(text)
+        return ranks if self._ids_of_rank is None else list(chain.from_iterable(map(self._ids_of_rank.__getitem__, ranks)))
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of ids; half characters become U+FFFD, ids past the vocabulary nothing. skip_special drops bos, eos etc."""
+        """Text of ids; half characters become U+FFFD, ids past the vocabulary nothing. skip_special drops bos, eos etc.
+
+        With byte fallback, a run of byte tokens that is no text becomes one U+FFFD a byte. Mistral's decoder drops a space in
+        front of a text, which its encoder puts there."""
         skip = self._special_ids if skip_special else ()
-        return b"".join(self._bytes.get(i, b"") for i in ids if i not in skip).decode("utf-8", "replace")
+        ids = [i for i in ids if i in self._bytes and i not in skip]
+        runs = groupby(ids, self._byte_ids.__contains__) if self._byte_ids else [(False, ids)]
+        text = "".join(self._decode_run(list(run), in_bytes) for in_bytes, run in runs)
+        for _ in range(self._strip):
+            text = text.removeprefix(" ")
+        return text
+
+    def _decode_run(self, ids: list[int], in_bytes: bool) -> str:
+        run = b"".join(map(self._bytes.__getitem__, ids))
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run) if in_bytes else run.decode("utf-8", "replace")
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, template: str = "auto", **variables: str) -> str:
         """The text of a conversation: a list of {"role": ..., "content": ...}. template: a name in TEMPLATES or of the
@@ -271,19 +287,126 @@ def _merge(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes, .
     return tuple(out)
 
 
-def _to_bytes(token: str, where: str) -> bytes:
+def _alternatives(texts: Iterable[str]) -> regex.Pattern:
+    return regex.compile("|".join(map(regex.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _cut(text: str, pattern: regex.Pattern, ids: dict[str, list[int]]) -> Iterator[tuple[str, list[int]]]:
+    """The parts of a text between matches of the pattern, each with the ids of the match after it."""
+    end = 0
+    for found in pattern.finditer(text):
+        yield text[end : found.start()], ids[found.group()]
+        end = found.end()
+    yield text[end:], []
+
+
+def _refuse(model: dict, tokens: list[dict], where: str) -> None:
+    """UserError for what would change the ids and is not heeded here."""
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"{where}: a tokenizer of kind {model.get('type')} is not supported, only BPE")
+    odd = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+    for flag in [*odd, "ignore_merges"] if model.get("byte_fallback") else odd:
+        if model.get(flag):
+            raise UserError(f"{where}: {flag} = {model[flag]!r} is not supported")
+    for token in tokens:
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag):
+                raise UserError(f"{where}: added token {token['content']!r} has {flag}, which is not supported")
+
+
+def _spell(token: str, pieces: bool, added: bool, where: str) -> bytes:
+    """The bytes of a token; those of added ones and of pieces are written as they are, but for <0x00> to <0xFF>."""
+    if pieces and token in BYTE_TOKENS:
+        return bytes([BYTE_TOKENS[token]])
+    if pieces or added:
+        return token.encode()
     try:
         return bytes(CHAR_TO_BYTE[c] for c in token)
     except KeyError:
         raise UserError(f"{where}: token {token!r} is not written in the byte-level alphabet") from None
 
 
-def _normalizer(part: dict | None, where: str) -> bool:
-    if part is None:
-        return False
-    if part["type"] == "NFC":
-        return True
-    raise UserError(f"{where}: normalizer {part['type']} is not supported, only NFC or none")
+def _table(model: dict, spelled: dict[str, bytes], added: dict[str, int], where: str) -> dict[bytes, tuple[int, ...]]:
+    """What merging begins with and makes, in order of rank, with the ids that each stands for."""
+    vocab, pieces = model["vocab"], bool(model.get("byte_fallback"))
+    try:
+        if pieces:  # an ASCII character may be a token of its own, besides its byte
+            byte_ids = [vocab[chr(b) if b < 128 and chr(b) in vocab else f"<0x{b:02X}>"] for b in range(256)]
+        else:
+            byte_ids = [vocab[BYTE_TO_CHAR[b]] for b in range(256)]
+        table = {bytes([b]): (i,) for b, i in enumerate(byte_ids)}
+        for char in (t for t in vocab if pieces and len(t) == 1 and ord(t) > 127):
+            for n in range(2, len(spelled[char])):
+                table[spelled[char][:n]] = tuple(byte_ids[b] for b in spelled[char][:n])
+            table[spelled[char]] = (vocab[char],)
+        made = b""
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            last, made = made, spelled[left] + spelled[right]
+            if made == last:
+                continue
+            if made in table:
+                raise UserError(f"{where}: the merges that make {left + right!r} do not follow each other")
+            table[made] = (vocab[left + right],)
+    except KeyError as e:
+        raise UserError(f"{where}: the vocabulary lacks {e.args[0]!r}, a byte or a part or the result of a merge") from None
+    if model.get("ignore_merges"):  # words that no merge makes
+        table |= {spelled[t]: (i,) for t, i in vocab.items() if t not in added and spelled[t] not in table}
+    return table
+
+
+def _encoding(
+    table: dict[bytes, tuple[int, ...]], pattern: str, ignore_merges: bool
+) -> tuple[tiktoken.Encoding, list[tuple[int, ...]] | None]:
+    """The encoding and the ids of its ranks, or None where ranks are ids. tiktoken looks whole words up before it merges;
+    without ignore_merges the tokens that merging does not make of their own text have to go."""
+    ids = list(table.values())
+    direct = all(len(i) == 1 for i in ids) and ids[256:] == sorted(ids[256:])
+    ranks = {t: i[0] if direct else r for r, (t, i) in enumerate(table.items())}
+    encoding = tiktoken.Encoding("from_file", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    if not ignore_merges:
+        # FF is in no text, so it merges with nothing, and behind it nothing is a whole word
+        unmade = {t for t in table if len(encoding._encode_single_piece(t + b"\xff")) > 2}
+        if unmade:
+            return _encoding({t: i for t, i in table.items() if t not in unmade}, pattern, True)
+    return encoding, None if direct else ids
+
+
+def _normalizer(part: dict | None, where: str) -> list[Callable[[str], str]]:
+    """What is done to a text before it is cut into words, one after the other."""
+    kind = part["type"] if part else "none"
+    if kind == "none":
+        return []
+    if kind == "Sequence":
+        return [step for p in part["normalizers"] for step in _normalizer(p, where)]
+    if kind == "NFC":
+        return [lambda text: unicodedata.normalize("NFC", text)]
+    if kind == "Prepend":
+        return [lambda text: text and part["prepend"] + text]
+    if kind == "Replace" and "String" in part["pattern"]:
+        return [lambda text: text.replace(part["pattern"]["String"], part["content"])]
+    raise UserError(f"{where}: normalizer {kind} is not supported, only NFC, Prepend and Replace of a string")
+
+
+def _decoder(part: dict | None, pieces: bool, where: str) -> int:
+    """How many spaces in front of a text are dropped."""
+    parts = part["decoders"] if part and part["type"] == "Sequence" else [part or {"type": "none"}]
+    kinds = [p["type"] for p in parts]
+    if not pieces and kinds == ["ByteLevel"]:
+        return 0
+    if pieces and kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] == ["Strip"] * len(kinds[3:]):
+        if (parts[0]["pattern"], parts[0]["content"]) == ({"String": "▁"}, " "):
+            if all(p["content"] == " " and not p["stop"] for p in parts[3:]):
+                return sum(p["start"] for p in parts[3:])
+    raise UserError(f"{where}: decoder {', '.join(kinds)} is not supported here")
+
+
+def _piece_pattern(description: dict, table: dict, where: str) -> str:
+    if description.get("pre_tokenizer"):
+        kind = description["pre_tokenizer"]["type"]
+        raise UserError(f"{where}: pre_tokenizer {kind} is not supported with byte fallback (SentencePiece), only none")
+    inside = any(b"\xff" in t.replace("▁".encode(), b"\xff").lstrip(b"\xff") for t in table)
+    return WHOLE_PATTERN if inside else PIECE_PATTERN
 
 
 def _pattern(part: dict | None, where: str) -> str:
@@ -299,12 +422,15 @@ def _pattern(part: dict | None, where: str) -> str:
             pattern = pattern or (GPT2_PATTERN if p.get("use_regex", True) else None)
         else:
             raise UserError(f"{where}: pre_tokenizer {p['type']} is not supported here, only Split by a regex and ByteLevel")
-    return pattern or r"(?s).+"
+    return pattern or WHOLE_PATTERN
 
 
-def _bos(part: dict | None, added: dict[str, int]) -> int | None:
+def _bos(part: dict | None, added: dict[str, int], where: str) -> int | None:
     """The id that the post-processor puts in front of a text, or None."""
-    for p in (part or {}).get("processors", [part] if part else []):
+    parts = part["processors"] if part and part["type"] == "Sequence" else [part] if part else []
+    for p in parts:
+        if p["type"] not in ("TemplateProcessing", "ByteLevel"):
+            raise UserError(f"{where}: post_processor {p['type']} is not supported, only TemplateProcessing and ByteLevel")
         if p["type"] == "TemplateProcessing" and "SpecialToken" in p["single"][0]:
             return added[p["single"][0]["SpecialToken"]["id"]]
     return None

@@ -58,8 +58,10 @@ def check_vectors(path: Path) -> int:
             assert not ("<answer>" in last_line and "</answer>" in last_line) or prompt_lacks_marker or nested, r["id"]
         else:  # and stricter only about operators that are not allowed, and inexact values
             assert r["score"] == r["correct_score"], r["id"]
-            assert verdict == "malformed" and ("**" in equation or "//" in equation) or (
-                verdict == "wrong" and r["id"] == "countdown-dev-0414"
+            assert (
+                verdict == "malformed"
+                and ("**" in equation or "//" in equation)
+                or (verdict == "wrong" and r["id"] == "countdown-dev-0414")
             ), r["id"]
     return departures
 

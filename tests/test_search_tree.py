@@ -111,9 +111,7 @@ def whole_tree(branching: int, height: int, beta: float, hints: bool, rng: rando
             pi = policy(s)
             value = sum(x * y for x, y in zip(pi, q, strict=True))
             kl = sum(x * math.log(x * branching) for x in pi)
-            gradients[s] = [
-                x * (y - value - beta * (math.log(x * branching) - kl)) for x, y in zip(pi, q, strict=True)
-            ]
+            gradients[s] = [x * (y - value - beta * (math.log(x * branching) - kl)) for x, y in zip(pi, q, strict=True)]
         for h in range(length):
             pi = policy(right_leaf[:h])
             gradients[right_leaf[:h]] = [beta * ((a == right_leaf[h]) - x) for a, x in enumerate(pi)]

@@ -91,9 +91,7 @@ def plain_gradients(model, groups, coef, cfg, reference=None):
             logp = logp_of(model, ids)[first:-1]
             for t, (token, old) in enumerate(zip(c.tokens, c.logprobs, strict=True)):
                 ratio = (logp[t, token] - old).exp()
-                surrogate = torch.minimum(
-                    ratio * advantage, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantage
-                )
+                surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantage)
                 entropy = -(logp[t].exp() * logp[t]).sum()
                 loss = loss - (surrogate + cfg.entropy_coef * entropy) / n_completion
                 if reference is not None:
@@ -145,9 +143,7 @@ def test_packing_and_micro_batches_change_nothing_but_in_paper_code():
 
 
 def test_budget_is_kept_and_no_group_is_dropped():
-    groups = [
-        Group([1] * k, [2, 3], [Completion([4] * 5, [0.0] * 5, True)] * 2, [0.0, 0.0]) for k in (3, 9, 1, 20, 4, 7)
-    ]
+    groups = [Group([1] * k, [2, 3], [Completion([4] * 5, [0.0] * 5, True)] * 2, [0.0, 0.0]) for k in (3, 9, 1, 20, 4, 7)]
     batches = train_uft.micro_batches(groups, 40)
     assert sorted(id(g) for b in batches for g in b) == sorted(map(id, groups))
     assert all(len(b) * max(g.length() for g in b) <= 40 for b in batches)

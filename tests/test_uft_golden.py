@@ -82,9 +82,7 @@ def chi_square(drawn, pmf):
 )
 def test_hint_lengths_are_drawn_from_their_distribution(schedule, step, m):
     cfg = Config(hint_steps=300)
-    drawn = [
-        hint_length(schedule, step, m, cfg, np.random.default_rng((0, 3, step, i)), share=0.4) for i in range(4000)
-    ]
+    drawn = [hint_length(schedule, step, m, cfg, np.random.default_rng((0, 3, step, i)), share=0.4) for i in range(4000)]
     p = {"cosine": hint_probability(step, 300), "target": 0.4}.get(schedule)
     pmf = [1 / (m + 1)] * (m + 1) if p is None else binomial(m, p)
     assert chi_square(drawn, pmf) < 25.7  # 99.99 % quantile for 5 degrees of freedom

@@ -1,13 +1,15 @@
-"""Run every method of the UFT paper from the same base with several seeds; a table and the curves with intervals.
+"""Run every method of a paper from the same base with several seeds; a table, and for UFT the curves with intervals.
 
     python toys/compare.py                                            Countdown: 7 methods x 5 seeds, 2 runs at a time
     python toys/compare.py --args="--task=logic" --out_dir=out/compare-logic --methods=sft,uft
     python toys/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
+    python toys/compare.py --paper=ift --out_dir=out/compare-ift      SFT, IFT, its two parts alone, other lambdas
 
-Each run is `python train_uft.py --algo=... --seed=...`; a run that has finished is not repeated and an interrupted one goes
-on, so the command may be stopped and given again. `sft-long` is sft with as many steps as cost what uft costs. Intervals
-are 95 % t-intervals of the mean over seeds of the accuracy after the last step: the best step is never picked. Seconds are
-those of the fastest seed, which other programs disturbed least. The figure draws intervals and cost from three seeds on.
+Each run is `python train_uft.py --algo=... --seed=...` or `python train_ift.py --loss=... --seed=...`; a run that has finished
+is not repeated and an interrupted one goes on, so the command may be stopped and given again. `sft-long` is sft with as many
+steps as cost what uft costs. Intervals are 95 % t-intervals of the mean over seeds of the figure after the last step: the
+best step is never picked. Seconds are those of the fastest seed, which other programs disturbed least. The figure draws
+intervals and cost from three seeds on.
 """
 
 import json
@@ -23,9 +25,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from common import UserError, parse_config, require, run
-from train_uft import ALGOS
+from common import UserError, one_of, parse_config, require, run
 
+UFT = ("uft", "sft", "sft-long", "rft-cosine", "r3", "stage", "sft-rft", "rft")
+IFT = {
+    "sft": "--loss=sft", "ift": "--loss=ift", "propagation": "--loss=ift --lam=0", "residual": "--loss=ift --gamma=0",
+    "frozen": "--loss=ift --train_embedding=false",
+    **{f"lambda-{lam}": f"--loss=ift --lam={lam}" for lam in (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
+}  # fmt: skip
+COLUMNS = {  # of the table: title, key of metrics.jsonl, factor, digits
+    "uft": (("test accuracy", "val/accuracy", 100, 1),),
+    "ift": (
+        ("test accuracy", "val/accuracy", 100, 1),
+        ("from another first step", "val/other_start", 100, 1),
+        ("test nll", "val/loss", 1, 3),
+    ),
+}
 T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided t by degrees of freedom + 1
 
 
@@ -34,23 +49,26 @@ class Config:
     """Every knob."""
 
     # What
-    methods: tuple[str, ...] = ("uft", "sft", "sft-long", "rft-cosine", "r3", "stage", "sft-rft", "rft")  # in this order
+    paper: str = "uft"  # uft or ift
+    methods: tuple[str, ...] = ()  # in this order; empty: all of the paper
     seeds: int = 5  # 0, 1, ..
     sft_short: int = 313  # supervised steps before the reinforcement of sft-rft (5 epochs, as in the paper)
     sft_long: int = 5000  # supervised steps that cost as much as uft
-    args: str = ""  # more flags for train_uft.py
+    args: str = ""  # more flags for train_uft.py or train_ift.py
     # How
     jobs: int = 2  # runs at a time, each on one thread
     out_dir: str = "out/compare"  # where everything goes
 
 
 def flags(method: str, cfg: Config) -> list[str]:
-    """What train_uft.py is told for a method."""
-    algo = "sft" if method == "sft-long" else method
-    if algo not in ALGOS:
-        raise UserError(f"methods: '{method}' is not one of {', '.join(ALGOS)} or sft-long")
+    """What the trainer is told for a method."""
+    known = IFT if cfg.paper == "ift" else UFT
+    if method not in known:
+        raise UserError(f"methods: '{method}' is not one of {', '.join(known)}")
+    if cfg.paper == "ift":
+        return [*IFT[method].split(), *shlex.split(cfg.args)]
     steps = {"sft-long": [f"--sft_steps={cfg.sft_long}"], "sft-rft": [f"--sft_steps={cfg.sft_short}"]}.get(method, [])
-    return [f"--algo={algo}", *steps, *shlex.split(cfg.args)]
+    return [f"--algo={'sft' if method == 'sft-long' else method}", *steps, *shlex.split(cfg.args)]
 
 
 def train(method: str, seed: int, cfg: Config) -> str | None:
@@ -59,7 +77,14 @@ def train(method: str, seed: int, cfg: Config) -> str | None:
     if (out / "done").exists():
         return None
     resume = ["--resume=true"] if (out / "resume").exists() else []
-    command = [sys.executable, str(ROOT / "train_uft.py"), *flags(method, cfg), f"--seed={seed}", f"--out_dir={out}", *resume]
+    command = [
+        sys.executable,
+        str(ROOT / f"train_{cfg.paper}.py"),
+        *flags(method, cfg),
+        f"--seed={seed}",
+        f"--out_dir={out}",
+        *resume,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "console.txt", "a") as console:
@@ -79,31 +104,40 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, T95[min(n, len(T95)) - 1] * sd / math.sqrt(n)
 
 
-def curves(method: str, cfg: Config) -> list[list[tuple[int, float, float]]]:
-    """Of each finished seed the validations (step, accuracy, seconds of training so far)."""
+def curves(method: str, cfg: Config) -> list[list[dict]]:
+    """Of each finished seed the records of its validations."""
     runs = []
     for seed in range(cfg.seeds):
         out = Path(cfg.out_dir) / f"{method}-{seed}"
         if (out / "done").exists():
             records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            runs.append([(r["step"], r["val/accuracy"], r["train_s"]) for r in records if "val/accuracy" in r])
+            runs.append([r for r in records if "val/accuracy" in r])
     return runs
 
 
 def report(cfg: Config) -> None:
-    lines = ["| method | test accuracy, mean ± 95 % | each seed | steps | seconds, least |", "|---|---|---|---|---|"]
+    columns, first = COLUMNS[cfg.paper], f"{cfg.seeds} seeds, ± 95 % of their mean"
+    titles = [first, *(title for title, *_ in columns), "each seed", "steps", "seconds, least"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for method in cfg.methods:
         runs = curves(method, cfg)
         if runs:
-            final = [100 * r[-1][1] for r in runs]
-            mean, half = interval(final)
-            seconds = min(r[-1][2] for r in runs)
-            seeds = " ".join(f"{v:.1f}" for v in final)
-            spread = "" if math.isnan(half) else f" ± {half:.1f}"
-            lines.append(f"| {method} | {mean:.1f}{spread} | {seeds} | {runs[0][-1][0]:,} | {seconds:.0f} |")
+            cells = [method]
+            for _, key, factor, digits in columns:
+                mean, half = interval([factor * r[-1][key] for r in runs])
+                cells.append(f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
+            cells.append(" ".join(f"{100 * r[-1]['val/accuracy']:.1f}" for r in runs))
+            cells += [f"{runs[0][-1]['step']:,}", f"{min(r[-1]['train_s'] for r in runs):.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
     table = "\n".join(lines)
     (Path(cfg.out_dir) / "table.md").write_text(table + "\n")
     print(table)
+    if cfg.paper == "uft":
+        draw(cfg)
+
+
+def draw(cfg: Config) -> None:
+    """The curves over steps and over cost, out_dir/curves.png."""
     try:
         import matplotlib
 
@@ -118,11 +152,11 @@ def report(cfg: Config) -> None:
         if not runs:
             continue
         columns = list(zip(*runs, strict=True))
-        speed = min(r[-1][2] / r[-1][0] for r in runs)  # seconds a step of the run that was disturbed least
-        stats = [interval([100 * a for _, a, _ in column]) for column in columns]
+        speed = min(r[-1]["train_s"] / r[-1]["step"] for r in runs)  # seconds a step of the run that was disturbed least
+        stats = [interval([100 * r["val/accuracy"] for r in column]) for column in columns]
         mean, half = zip(*stats, strict=True)
         for axes, unit in ((left, 1.0), (right, speed)):
-            x = [unit * column[0][0] for column in columns]
+            x = [unit * column[0]["step"] for column in columns]
             if (axes is left and method == "sft-long") or (axes is right and len(runs) < 3):
                 continue  # the first one's point is equal cost; seconds of one or two runs say little
             (curve,) = axes.plot(x, mean, label=method, color=f"C{cfg.methods.index(method)}")
@@ -142,6 +176,8 @@ def report(cfg: Config) -> None:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
+    one_of(cfg, "paper", tuple(COLUMNS))
+    cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
     require(cfg, "jobs", cfg.jobs >= 1, "at least 1 is wanted")
     require(cfg, "seeds", cfg.seeds >= 1, "at least 1 is wanted")
     for method in cfg.methods:
