@@ -321,9 +321,8 @@ class Transformer(nn.Module):
             keys = torch.cat((cache.positions.expand(len(positions), -1), positions), 1)
         if keys.shape[1] <= self.config.window and mask is None:
             return None
-        back = (positions[:, :, None] - keys[:, None, :])[:, None]  # (B, 1, T, keys)
-        near = back < self.config.window
-        return near & (back >= 0) if mask is None else near & mask
+        near = ((positions[:, :, None] - keys[:, None, :]) < self.config.window)[:, None]  # (B, 1, T, keys)
+        return near.tril() if mask is None else near & mask
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kw) -> Tensor:
         """Logits (B, T, V) at every position. The trainers never call this: they take log-probs from `hidden`."""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_file
 from common import UserError
-from model import KVCache, ModelConfig, Transformer, argmax_tokens, fused_token_loss, token_logprobs
+from model import KVCache, ModelConfig, Prefix, Transformer, argmax_tokens, fused_token_loss, token_logprobs
 from sampler import decode_one_token, generate, prefill
 
 FIXTURES = Path(os.environ.get("NANOFT_CHECKPOINTS", "")).absolute()
@@ -25,6 +25,10 @@ VARIANTS = {
     "llama3-scaling": ("llama", {"num_key_value_heads": 1}, 300.0, LLAMA3),
     "qwen2-tied": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}, 1e6, None),
     "qwen2-untied": ("qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": False}, 1e4, None),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True}, 1e6, None),
+    "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 13, "tie_word_embeddings": False}, 1e4, None),
+    "mistral-full": ("mistral", {"num_key_value_heads": 2, "sliding_window": None, "tie_word_embeddings": False}, 1e4, None),
+    "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 12, "tie_word_embeddings": True}, 1e4, None),
 }  # fmt: skip
 
 
@@ -35,7 +39,7 @@ def theirs(kind, knobs, theta, scaling, seed=0):
         rope = {"rope_theta": theta, "rope_scaling": scaling and {"rope_type": "llama3", **scaling}}
     else:
         rope = {"rope_parameters": {"rope_theta": theta, "rope_type": "llama3" if scaling else "default", **(scaling or {})}}
-    make = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind]
+    make = getattr(transformers, f"{kind.capitalize()}Config")
     config = make(**SIZES, **knobs, **rope, max_position_embeddings=192, initializer_range=0.2)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -47,8 +51,8 @@ def theirs(kind, knobs, theta, scaling, seed=0):
 
 
 def ours(seed=0, **knobs):
-    knobs = SIZES | {"num_key_value_heads": 2, "initializer_range": 0.2} | knobs
-    return Transformer(ModelConfig(**knobs)).init_weights(seed)
+    knobs = SIZES | {"num_key_value_heads": 2, "initializer_range": 0.2, "model_type": "llama"} | knobs
+    return Transformer(ModelConfig.from_dict(knobs)).init_weights(seed)
 
 
 def some_ids(*shape, seed=1):
@@ -72,6 +76,21 @@ def test_logits_equal_transformers_in_both_directions(variant, tmp_path):
     back = type(peer).from_pretrained(tmp_path / "ours", dtype=torch.float32)
     torch.testing.assert_close(back(ids, attention_mask=mask.long()).logits, wanted, rtol=0, atol=1e-6)
     assert back.config.tie_word_embeddings == peer.config.tie_word_embeddings
+    with torch.enable_grad():
+        assert_same_after_one_step(model, peer, ids, mask)
+
+
+def assert_same_after_one_step(model, peer, ids, mask):
+    """The mean loss's AdamW step gives the same weights."""
+    peer(ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100)).loss.backward()
+    at = mask[:, 1:].flatten().nonzero()[:, 0]
+    hidden = model.hidden(ids)[:, :-1].flatten(0, 1)[at]
+    (-token_logprobs(hidden, model.head_weight, ids[:, 1:].flatten()[at])[0].mean()).backward()
+    for m in (model, peer):
+        torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-3).step()  # without eps a gradient near 0 makes a whole step
+    theirs = dict(peer.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, theirs[name], rtol=0, atol=1e-5, msg=name)
 
 
 def test_config_in_the_spelling_of_transformers_4_and_5_is_the_same():
@@ -134,6 +153,23 @@ def test_shards_with_an_index(tmp_path):
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00003.safetensors"):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_writing_in_shards(tmp_path):
+    model = ours(model_type="qwen2")
+    model.save_pretrained(tmp_path, stop_ids=[7, 3], shard_bytes=12_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
+    sizes = {f: sum(t.nbytes for t in load_file(tmp_path / f).values()) for f in files}
+    assert all(size <= 12_000 or len(load_file(tmp_path / f)) == 1 for f, size in sizes.items())
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [3, 7]}
+    again = Transformer.from_pretrained(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert (peer(some_ids(1, 9)).logits - model(some_ids(1, 9))).abs().max() < 1e-4
 
 
 def test_a_tied_checkpoint_may_repeat_the_head_and_hold_old_buffers(tmp_path):
@@ -268,12 +304,30 @@ def test_right_padding_needs_no_mask():
     assert torch.equal(model(ids)[0, :11], model(other)[0, :11])
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama3-scaling", "qwen2-tied"])
+def variant_of_ours(variant):
+    kind, knobs, theta, scaling = VARIANTS[variant]
+    return ours(model_type=kind, rope_theta=theta, rope_scaling=scaling and {"rope_type": "llama3", **scaling}, **knobs)
+
+
+@pytest.mark.parametrize("variant", ["llama3-scaling", "qwen2-tied", "qwen3", "mistral-window", "gemma"])
+@torch.no_grad()
+def test_a_prefix_stands_for_the_positions_before(variant):
+    """Ragged prefixes: row b's first n[b] tokens are in the prefix, the others are fed behind it."""
+    model, ids, n, states = variant_of_ours(variant), some_ids(3, 40), torch.tensor([20, 3, 11]), []
+    model.hidden(ids[:, :20], cache=states)
+    positions = n[:, None] + torch.arange(20)
+    before = (torch.arange(20) < n[:, None])[:, None, None].expand(-1, 1, 20, -1)
+    mask = torch.cat((before, torch.ones(20, 20).tril().bool().expand(3, 1, -1, -1)), -1)
+    prefix = Prefix(states, torch.arange(20)[None])
+    hidden = model.hidden(ids.gather(1, positions), positions=positions, mask=mask, cache=prefix)
+    wanted = model.hidden(ids).gather(1, positions[..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(hidden, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama3-scaling", "qwen2-tied", "qwen3", "mistral-window", "gemma"])
 @torch.no_grad()
 def test_cached_decoding_is_the_full_forward(variant):
-    kind, knobs, theta, scaling = VARIANTS[variant]
-    scaling = scaling and {"rope_type": "llama3", **scaling}
-    model = ours(model_type=kind, rope_theta=theta, rope_scaling=scaling, **knobs)
+    model = variant_of_ours(variant)
     ids, lengths = some_ids(3, 40), [17, 3, 9]
     cache = KVCache(model.config, 5, 40, torch.float32, torch.device("cpu"))
     for whole in (*cache.k, *cache.v):
@@ -355,7 +409,9 @@ def test_argmax_and_logprobs_in_chunks_equal_plain_ones_and_none_of_none(monkeyp
 
 
 @pytest.mark.skipif("NANOFT_CHECKPOINTS" not in os.environ, reason="NANOFT_CHECKPOINTS names no folder of checkpoints")
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied-bf16", "llama3.2-tied", "llama3-sharded"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-tied", "qwen2-untied-bf16", "llama3.2-tied", "llama3-sharded", "mistral-window", "gemma-mqa"]
+)
 def test_recorded_checkpoints(name, tmp_path):
     """Logits, padded batches, loss, gradient norms and greedy tokens as transformers had them."""
     expected = load_file(FIXTURES / f"{name}.expected.safetensors")

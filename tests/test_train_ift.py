@@ -673,6 +673,40 @@ class Watch(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
+@pytest.mark.parametrize("embedding", [True, False])
+def test_sharing_the_prompt_and_fusing_change_nothing(kind, embedding, monkeypatch):
+    """Against two whole passes and plain autograd; with one example a chunk; and with examples too long to fuse."""
+    model, batch = tiny("llama" if kind == "window" else kind), some_examples(12)
+    if kind == "window":
+        model.config.model_type, model.config.extra["sliding_window"] = "mistral", 3
+    ids, mask = to_rows(batch, torch.device("cpu"))
+    table = model.model.embed_tokens.weight if embedding else model.model.embed_tokens.weight.detach()
+    own = torch.zeros_like(ids)
+    own[:, 1:] = model(ids).argmax(-1)[:, :-1]
+    mixed = torch.where(mask[..., None], 0.7 * table[ids] + 0.3 * table[own], table[ids])
+    logp = model(inputs_embeds=mixed)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    nll = torch.cat((torch.zeros(len(ids), 1), -logp), 1) * mask
+    loss = ift_loss(nll, mask, 0.95).mean()
+    parameters = [p for n, p in model.named_parameters() if embedding or "embed" not in n]
+    wanted = torch.autograd.grad(loss, parameters)
+    for module, limit, value in ((train_ift, "CHUNK", 1 << 22), (train_ift, "CHUNK", 1), (train_ift, "FUSED", 1)):
+        monkeypatch.setattr(module, limit, value)
+        model.zero_grad()
+        metrics, ours = gradients("ift", model, batch, train_embedding=embedding)
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        names = [n for n, _ in model.named_parameters() if embedding or "embed" not in n]
+        assert_same({n: ours[n] for n in names}, dict(zip(names, wanted, strict=True)), 1e-5)
+
+
+def test_examples_are_cut_into_chunks_whole(monkeypatch):
+    monkeypatch.setattr(train_ift, "CHUNK", 100)
+    assert train_ift.example_chunks([5, 0, 4, 1, 20, 3, 7], 10) == [slice(0, 10), slice(10, 30), slice(30, 40)]
+    assert train_ift.example_chunks([5], 1) == [slice(0, 5)]
+    monkeypatch.setattr(train_ift, "FUSED", 199)
+    assert train_ift.example_chunks([5, 0, 4, 1, 20, 3, 7], 10) is None
+
+
 @pytest.mark.parametrize("own", ["argmax", "sampled", "soft"])
 def test_no_tensor_of_all_logits(own, monkeypatch):
     model = tiny()

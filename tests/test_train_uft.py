@@ -126,8 +126,11 @@ def test_update_is_the_objective_written_down_again(kind, temperature, kl, pack)
     assert_same(ours, plain, 1e-5)
 
 
-def test_packing_and_micro_batches_change_nothing_but_in_paper_code():
+@pytest.mark.parametrize("window", [0, 4])
+def test_packing_and_micro_batches_change_nothing_but_in_paper_code(window):
     model = tiny()
+    if window:  # of positions, not of places in a packed row
+        model.config.model_type, model.config.extra["sliding_window"] = "mistral", window
     groups = some_groups(model)
     knobs = {"entropy_coef": 0.01}
     whole, wanted = gradients(model, groups, **knobs)
