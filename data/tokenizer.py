@@ -33,8 +33,9 @@ from common import UserError
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TINY_PATTERN = r" ?\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]"  # words keep their space; every number up to 99 can be one token
-PIECE_PATTERN = r"▁*[^▁]+|▁+"  # SentencePiece has none of its own; cuts where no token goes on, so words are looked up
+PIECE_PATTERN = r"▁*[^▁]+|▁+"  # SentencePiece has none; this one cuts where no token goes on, so that words are found whole
 WHOLE_PATTERN = r"(?s).+"
+SPACE = "▁".encode()  # SentencePiece's
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 END = "<|endoftext|>"
@@ -75,7 +76,7 @@ class Tokenizer:
         names = model["vocab"] | added
         spelled = {t: _spell(t, pieces, t in added, where) for t in names}
         table = _table(model, spelled, added, where)
-        pattern = _pattern(description.get("pre_tokenizer"), where) if not pieces else _piece_pattern(description, table, where)
+        pattern = (_piece_pattern if pieces else _pattern)(description.get("pre_tokenizer"), table, where)
         self.encoding, self._ids_of_rank = _encoding(table, pattern, bool(model.get("ignore_merges")))
         self._steps = _normalizer(description.get("normalizer"), where)
         # Added tokens are cut out here: of two that begin alike the longer one wins, an order that tiktoken leaves open.
@@ -85,7 +86,7 @@ class Tokenizer:
         self._added = [(_alternatives(ids), ids) for ids in (raw, normalized)]
         self._byte_ids = {i for t, i in names.items() if pieces and t in BYTE_TOKENS}
         self._strip = _decoder(description.get("decoder"), pieces, where)
-        self._bytes = {i: spelled[t].replace(b"\xe2\x96\x81", b" ") if pieces else spelled[t] for t, i in names.items()}
+        self._bytes = {i: spelled[t].replace(SPACE, b" ") if pieces else spelled[t] for t, i in names.items()}
         self._special_ids = {t["id"] for t in tokens if t.get("special")}
         name = config.get("eos_token")
         self.eos_id = added.get(name["content"] if isinstance(name, dict) else name)
@@ -401,15 +402,14 @@ def _decoder(part: dict | None, pieces: bool, where: str) -> int:
     raise UserError(f"{where}: decoder {', '.join(kinds)} is not supported here")
 
 
-def _piece_pattern(description: dict, table: dict, where: str) -> str:
-    if description.get("pre_tokenizer"):
-        kind = description["pre_tokenizer"]["type"]
-        raise UserError(f"{where}: pre_tokenizer {kind} is not supported with byte fallback (SentencePiece), only none")
-    inside = any(b"\xff" in t.replace("▁".encode(), b"\xff").lstrip(b"\xff") for t in table)
+def _piece_pattern(part: dict | None, table: dict, where: str) -> str:
+    if part:
+        raise UserError(f"{where}: pre_tokenizer {part['type']} is not supported with byte fallback (SentencePiece), only none")
+    inside = any(b"\xff" in t.replace(SPACE, b"\xff").lstrip(b"\xff") for t in table)
     return WHOLE_PATTERN if inside else PIECE_PATTERN
 
 
-def _pattern(part: dict | None, where: str) -> str:
+def _pattern(part: dict | None, table: dict, where: str) -> str:
     """The regular expression that cuts a text into words before merging."""
     parts = part["pretokenizers"] if part and part["type"] == "Sequence" else [part or {"type": "none"}]
     pattern = None
