@@ -12,13 +12,18 @@ import tomllib
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 C = TypeVar("C")
 
@@ -32,7 +37,7 @@ def run(main) -> NoReturn:
     try:
         main(sys.argv[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}" if rank() == 0 else f"error (process {rank()}): {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; --resume=true continues from the last checkpoint", file=sys.stderr)
@@ -156,6 +161,120 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
+# ---- processes: torchrun starts them, each calls start_process() -----------------------------------------------------------
+
+
+def start_process(device: str, threads: int) -> torch.device:
+    """This process's device. Under torchrun it joins the others, takes the GPU of its local rank, and only rank 0 prints."""
+    if threads:
+        torch.set_num_threads(threads)
+    picked = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        local = int(os.environ["LOCAL_RANK"])
+        if picked.type == "cuda":
+            if local >= torch.cuda.device_count():
+                raise UserError(f"process {local} of this machine finds only {torch.cuda.device_count()} GPUs; start as many")
+            picked = torch.device("cuda", local)
+            torch.cuda.set_device(picked)
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+    return picked
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shard_model(model, dtype: str = "float32") -> None:
+    """FSDP2 over all processes, a unit a block. bfloat16: blocks are gathered in it; gradients are always summed in float32.
+    `run` and `hidden` count as forward passes. Gradients come out averaged: losses have to be multiplied by world()."""
+    policy = MixedPrecisionPolicy(torch.bfloat16 if dtype == "bfloat16" else None, torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=True)  # parameters() are the shards, always
+    register_fsdp_forward_method(model, "run")
+
+
+def sharding(dtype: str):
+    """What Transformer.from_pretrained needs as `shard`: shard_model, or None if there is one process."""
+    return partial(shard_model, dtype=dtype) if world() > 1 else None
+
+
+def full(p: torch.Tensor) -> torch.Tensor:
+    """All of a parameter that is sharded over processes; all of them have to ask."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def whole_copy(model, dtype: torch.dtype):
+    """What generates: the model itself if it is whole and of that dtype, else a copy for refresh() to fill."""
+    p = model.head_weight
+    if world() == 1 and p.dtype == dtype:
+        return model
+    with torch.device("meta"):
+        copy = type(model)(model.config).to(dtype)
+    return copy.to_empty(device=p.device).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(copy, model) -> None:
+    """Fill a whole_copy with the weights of now."""
+    if copy is not model:
+        for a, b in zip(copy.parameters(), model.parameters(), strict=True):
+            a.copy_(full(b))
+
+
+def step_optimizer(model, optimizer: torch.optim.Optimizer, grad_clip: float, loss: float) -> float:
+    """One clipped step; the gradient norm before clipping. UserError, and no step, if it or the step's loss is not finite."""
+    grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise UserError(f"the loss is {loss} and the gradient norm {grad_norm}: stopped before the update; try a lower lr")
+    optimizer.step()
+    return grad_norm
+
+
+def share(items: Sequence) -> Sequence:
+    """This process's part: every world()-th."""
+    return items[rank() :: world()]
+
+
+def collect(mine: Any) -> list:
+    """What every process gave, by rank."""
+    parts = [mine] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, mine)
+    return parts
+
+
+def gather(mine: list) -> list:
+    """What the processes made of their shares, in the order of the whole."""
+    parts = collect(mine)
+    return [parts[i % world()][i // world()] for i in range(sum(map(len, parts)))]
+
+
+def add_up(sums: dict[str, float]) -> dict[str, float]:
+    """Each value summed over all processes."""
+    parts = collect(sums)
+    return {k: sum(p[k] for p in parts) for k in sums}
+
+
+def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], float]]:
+    """token_batches of this process's share of the rows, each with weight 1.0. All processes get equally many, or FSDP would
+    wait for ever: those that have too few repeat the shortest row with weight 0.0."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts = []
+    for r in range(world()):
+        rows = order[r :: world()]
+        cut = token_batches([lengths[i] for i in rows], budget) if rows else []
+        parts.append([([rows[i] for i in batch], 1.0) for batch in cut])
+    return parts[rank()] + [(order[-1:], 0.0)] * (max(map(len, parts)) - len(parts[rank()]))
+
+
 # ---- small shared mathematics ---------------------------------------------------------------------------------------
 
 
@@ -184,6 +303,8 @@ class Log:
 
     def __init__(self, out_dir: Path, steps_done: int):
         self.out_dir = out_dir
+        if rank():
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = out_dir / name
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() and steps_done else []
@@ -191,6 +312,8 @@ class Log:
             path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, name: str, step: int, record: dict) -> None:
+        if rank():
+            return
         with open(self.out_dir / f"{name}.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step} | record, ensure_ascii=False) + "\n")
 
@@ -199,7 +322,12 @@ class Log:
 
 
 def replace_dir(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of another. At every moment either `target` or `target`.old is whole."""
+    """Put a folder that all processes have finished in the place of another. At every moment either `target` or `target`.old
+    is whole."""
+    if world() > 1:
+        dist.barrier()
+    if rank():
+        return
     old = target.with_name(target.name + ".old")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -216,53 +344,92 @@ def begin_run(out_dir: Path, config: Any) -> None:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"out_dir = {str(out_dir)!r}: cannot be made ({e.strerror})") from None
-    write_toml(config, out_dir / "config.toml")
+    if rank() == 0:
+        write_toml(config, out_dir / "config.toml")
 
 
-def save_model(out_dir: Path, model, tokenizer) -> None:
-    """out_dir/model, a Hugging Face directory."""
-    new = out_dir / "model.new"
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new, stop_ids=tokenizer.stop_ids)
-    tokenizer.save(new)
-    replace_dir(new, out_dir / "model")
+def empty_dir(folder: Path) -> None:
+    """Make an empty folder for all processes to write to."""
+    if rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    if world() > 1:
+        dist.barrier()
+
+
+def save_model(out_dir: Path, model, tokenizer, name: str = "model") -> None:
+    """out_dir/model (or another name), a Hugging Face directory."""
+    new = out_dir / f"{name}.new"
+    empty_dir(new)
+    model.save_pretrained(new, stop_ids=tokenizer.stop_ids, write=rank() == 0)
+    if rank() == 0:
+        tokenizer.save(new)
+    replace_dir(new, out_dir / name)
+    if world() > 1:
+        dist.barrier()  # before anybody reads it
 
 
 def save_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, state: dict, config: Any) -> None:
     """out_dir/resume: parameters, optimiser state by parameter name, and `state` (JSON: the next step and what the
-    trainer remembers). Random numbers are functions of (seed, step, row), so there is no generator to keep."""
+    trainer remembers). Random numbers are functions of (seed, step, row), so there is no generator to keep. Several processes
+    write a distributed checkpoint, each its own part."""
     new = out_dir / "resume.new"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    names = {p: n for n, p in model.named_parameters()}
-    save_file({n: p.detach().contiguous() for p, n in names.items()}, new / "parameters.safetensors")
-    moments = {f"{key}/{names[p]}": value.contiguous() for p, entry in optimizer.state.items() for key, value in entry.items()}
-    save_file(moments, new / "optimizer.safetensors")
-    (new / "state.json").write_text(json.dumps(state | {"config": asdict(config)}), encoding="utf-8")
+    empty_dir(new)
+    parameters, moments = _tensors(model, optimizer)
+    if world() > 1:
+        dcp.save(parameters | moments, checkpoint_id=new / "shards")
+    else:
+        save_file({n: p.contiguous() for n, p in parameters.items()}, new / "parameters.safetensors")
+        save_file({n: m.contiguous() for n, m in moments.items()}, new / "optimizer.safetensors")
+    if rank() == 0:
+        content = state | {"config": asdict(config), "sharded": world() > 1, "moments": sorted(moments)}
+        (new / "state.json").write_text(json.dumps(content), encoding="utf-8")
     replace_dir(new, out_dir / "resume")
+
+
+def _tensors(model, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameters by name, and optimiser state by moment/name."""
+    names = {p: n for n, p in model.named_parameters()}
+    moments = {f"{key}/{names[p]}": value for p, entry in optimizer.state.items() for key, value in entry.items()}
+    return {n: p.detach() for p, n in names.items()}, moments
 
 
 def load_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, config: Any, may_differ: Sequence[str]) -> dict:
     """Fill model and optimiser from out_dir/resume and return the state. The configuration must be the saved one but for
-    the knobs in `may_differ`."""
+    the knobs in `may_differ`; one process reads what one wrote, any number of several what several wrote."""
     folder = next((f for f in (out_dir / "resume", out_dir / "resume.old") if (f / "state.json").exists()), None)
     if folder is None:
         raise UserError(f"{out_dir / 'resume'}: no checkpoint to resume from; start without --resume=true")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        parameters, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
-    except (SafetensorError, OSError, ValueError) as e:
+        saved, sharded, named = state.pop("config"), state.pop("sharded", False), state.pop("moments", [])
+        if sharded != (world() > 1):
+            raise UserError(
+                f"{folder}: was written by {'several processes' if sharded else 'one process'}; resume with the same"
+            )
+        for f in fields(config):
+            now, then = getattr(config, f.name), saved.get(f.name)
+            if f.name not in may_differ and (list(now) if isinstance(now, tuple) else now) != then:
+                raise UserError(
+                    f"{folder}: was saved with {f.name} = {then!r}, not {now!r}; resume with the same configuration"
+                )
+        if sharded:
+            parameters, _ = _tensors(model, optimizer)
+            moments = {
+                k: torch.zeros(()) if k.startswith("step/") else torch.zeros_like(parameters[k.partition("/")[2]])
+                for k in named
+            }
+            dcp.load(parameters | moments, checkpoint_id=folder / "shards")
+        else:
+            parameters, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
+    except (SafetensorError, OSError, ValueError, KeyError, dcp.api.CheckpointException) as e:
         raise UserError(f"{folder}: cannot be read ({e})") from None
-    saved = state.pop("config")
-    for f in fields(config):
-        now, then = getattr(config, f.name), saved.get(f.name)
-        if f.name not in may_differ and (list(now) if isinstance(now, tuple) else now) != then:
-            raise UserError(f"{folder}: was saved with {f.name} = {then!r}, not {now!r}; resume with the same configuration")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if parameters.get(name) is None or parameters[name].shape != p.shape:
                 raise UserError(f"{folder / 'parameters.safetensors'}: {name} is missing or has another shape")
-            p.copy_(parameters[name])
+            if not sharded:
+                p.copy_(parameters[name])
             entry = {
                 k: v.to(p.device)
                 for k in ("step", "exp_avg", "exp_avg_sq", "square_avg")
@@ -271,6 +438,14 @@ def load_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, config: 
             if entry:
                 optimizer.state[p] = entry
     return state
+
+
+def require_model(folder: Path, given: str) -> None:
+    """UserError unless the directory to start from exists. given: the knob model, empty for the tiny base."""
+    if not folder.exists():
+        raise UserError(
+            f"model = {str(folder)!r}: no such directory" + ("" if given else "; python toys/tiny_base.py makes it")
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common import UserError
+from common import UserError, full
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,18 @@ class KVCache:
 
 
 class Prefix:
-    """Keys and values of earlier positions, as `hidden(cache=[...])` collected them, gradient included, and those positions
-    (B, P). What comes after attends to both, as far as `mask` lets it."""
+    """Keys and values of earlier positions (B, P), gradient included. The first forward pass fills it; what comes after
+    attends to them and to itself, as far as its mask lets it."""
 
-    def __init__(self, states: list[tuple[Tensor, Tensor]], positions: Tensor):
-        self.states, self.positions = states, positions
+    def __init__(self, positions: Tensor):
+        self.positions = positions
+        self.states: list[tuple[Tensor, Tensor]] = []  # of each layer k and v (B, K, P, D)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, P + T, D) of all positions, from those of the new ones, k and v (B, K, T, D)."""
+        if layer == len(self.states):
+            self.states.append((k, v))
+            return k, v
         return torch.cat((self.states[layer][0], k), 2), torch.cat((self.states[layer][1], v), 2)
 
 
@@ -217,10 +222,8 @@ class Attention(nn.Module):
             q = q.reshape(B, -1, self.groups, self.head_dim)
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask).reshape(B, T, -1)
         else:
-            if isinstance(cache, Prefix):
+            if cache is not None:
                 k, v = cache.extend(self.layer, k, v)
-            elif cache is not None:
-                cache.append((k, v))
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups > 1)
             y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o_proj(y)
@@ -294,7 +297,7 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,  # (B, T, C), instead of ids
         positions: Tensor | None = None,  # (B, T), default 0..T-1
         mask: Tensor | None = None,  # (B, 1, T, keys) bool, True = may attend; default causal
-        cache: "KVCache | Prefix | list | None" = None,  # KVCache: decode a token a row; list: collect each layer's (k, v)
+        cache: KVCache | Prefix | None = None,  # KVCache: decode a token a row; Prefix: fill it, or go on after it
     ) -> Tensor:
         """Final hidden states (B, T, C), after the last norm. Right-padded batches need no mask: attention is causal."""
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -317,25 +320,39 @@ class Transformer(nn.Module):
         keys = positions
         if isinstance(cache, KVCache):
             keys = torch.arange(cache.length, device=positions.device)[None]
-        elif isinstance(cache, Prefix):
+        elif isinstance(cache, Prefix) and cache.states:
             keys = torch.cat((cache.positions.expand(len(positions), -1), positions), 1)
         if keys.shape[1] <= self.config.window and mask is None:
             return None
         near = ((positions[:, :, None] - keys[:, None, :]) < self.config.window)[:, None]  # (B, 1, T, keys)
         return near.tril() if mask is None else near & mask
 
+    def run(self, function: Callable, *args):
+        """function(*args), as one forward pass: around it FSDP gathers the weights that `function` uses outside of blocks."""
+        return function(*args)
+
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kw) -> Tensor:
         """Logits (B, T, V) at every position. The trainers never call this: they take log-probs from `hidden`."""
         return F.linear(self.hidden(input_ids, inputs_embeds, **kw), self.head_weight)
 
     @classmethod
-    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = None, device=None) -> "Transformer":
+    def from_pretrained(
+        cls,
+        dir: str | Path,
+        dtype: torch.dtype | None = None,
+        device=None,
+        shard: "Callable[[Transformer], None] | None" = None,
+    ) -> "Transformer":
         """Read a Hugging Face directory. dtype None keeps the file's. The model is laid out without memory and filled
-        tensor by tensor, so the peak is the model plus one tensor. UserError names a missing, extra or misshapen tensor."""
+        tensor by tensor, so the peak is the model plus one tensor; `shard` is given the model in between, and each process
+        then keeps its part of a tensor. UserError names a missing, extra or misshapen tensor."""
         dir = Path(dir)
         config = ModelConfig.from_dict(read_json(dir / "config.json"), str(dir / "config.json"))
         with torch.device("meta"):
             model = cls(config)
+        if shard:
+            shard(model.to(dtype))
+            model.to_empty(device=device)
         wanted = dict(model.named_parameters())
         index = dir / "model.safetensors.index.json"
         shards = ["model.safetensors"]
@@ -361,7 +378,11 @@ class Transformer(nn.Module):
                             )
                         owner, _, leaf = name.rpartition(".")
                         tensor = file.get_tensor(name).to(device=device, dtype=dtype)
-                        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+                        if isinstance(parameter, DTensor):
+                            part = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                            parameter.data.copy_(part)
+                        else:
+                            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
             except (SafetensorError, OSError) as e:
                 raise UserError(f"{dir / shard}: cannot be read as safetensors ({e})") from None
         if wanted:
@@ -369,25 +390,25 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(
-        self, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (), shard_bytes: int = 5 * 10**9
-    ) -> None:
+        self, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (), shard_bytes: int = 5 * 10**9,
+        write: bool = True,
+    ) -> None:  # fmt: skip
         """Write config.json, generation_config.json and the weights as transformers 4 and 5, vLLM and others read them.
 
         dtype None keeps the parameters'; stop_ids are added to config.json's eos_token_id in generation_config.json. Weights
         go to model.safetensors, or to files of at most shard_bytes (or one tensor) with an index; no tied head among them.
+        Of a sharded model every process has to call this, one of them with write; it gathers one file's tensors at a time.
         """
         dir = Path(dir)
-        dir.mkdir(parents=True, exist_ok=True)
         parameters = dict(self.named_parameters())
         dtype = dtype or next(iter(parameters.values())).dtype
         config = self.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # transformers 5's name for torch_dtype, which 4 does not know
-        (dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         eos = config.get("eos_token_id")
         eos = sorted({*(eos if isinstance(eos, list) else [] if eos is None else [eos]), *stop_ids})
         ids = {k: config[k] for k in ("bos_token_id", "pad_token_id") if config.get(k) is not None}
         ids |= {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {}
-        (dir / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        described = {"config.json": config, "generation_config.json": ids}
         shards, room = [[]], shard_bytes
         for name, p in parameters.items():
             size = p.numel() * dtype.itemsize
@@ -402,10 +423,19 @@ class Transformer(nn.Module):
             total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
             weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            described["model.safetensors.index.json"] = index
+        if write:
+            dir.mkdir(parents=True, exist_ok=True)
+            for file, content in described.items():
+                (dir / file).write_text(json.dumps(content, indent=2) + "\n")
         for file, shard in zip(names, shards, strict=True):
-            tensors = {name: parameters[name].detach().to("cpu", dtype).contiguous() for name in shard}
-            save_file(tensors, dir / file, metadata={"format": "pt"})
+            tensors = {}
+            for name in shard:
+                whole = full(parameters[name].detach())
+                if write:
+                    tensors[name] = whole.to("cpu", dtype).contiguous()
+            if write:
+                save_file(tensors, dir / file, metadata={"format": "pt"})
 
 
 def read_json(path: Path) -> dict:

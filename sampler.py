@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError
-from model import KVCache, Transformer
+from model import KVCache, Prefix, Transformer
 
 BLOCK = 128  # divides the vocabulary of every common model, and vectorises
 
@@ -87,10 +87,10 @@ def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], slots:
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    states: list[tuple[Tensor, Tensor]] = []
-    hidden = model.hidden(ids.to(device), cache=states)
+    prefix = Prefix(torch.arange(ids.shape[1], device=device)[None])
+    hidden = model.hidden(ids.to(device), cache=prefix)
     target = (torch.tensor(slots, device=device)[:, None] + torch.arange(n, device=device)).flatten()
-    for layer, (k, v) in enumerate(states):
+    for layer, (k, v) in enumerate(prefix.states):
         cache.k[layer][target, :, : ids.shape[1]] = k.repeat_interleave(n, 0).to(cache.k[layer].dtype)
         cache.v[layer][target, :, : ids.shape[1]] = v.repeat_interleave(n, 0).to(cache.v[layer].dtype)
     return F.linear(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)

@@ -16,7 +16,6 @@ Departures from the paper and its published code:
 - Averages run over the whole optimiser step, whatever the micro-batches.
 """
 
-import copy
 import math
 import random
 import time
@@ -33,20 +32,27 @@ import evaluate
 from common import (
     Log,
     UserError,
+    add_up,
     batch_rows,
     begin_run,
     load_resume,
     load_task,
     lr_factor,
+    my_batches,
     one_of,
     parse_config,
-    pick_device,
+    refresh,
     require,
+    require_model,
     run,
     save_model,
     save_resume,
-    token_batches,
+    sharding,
+    start_process,
+    step_optimizer,
+    whole_copy,
     wilson,
+    world,
 )
 from data import chat
 from data.chat import Example
@@ -329,13 +335,14 @@ def ift_states(model: Transformer, ids: Tensor, mask: Tensor, share: float, cfg:
     P, A = int(start.max()), int((last - start).max())
     prefix = attend = None
     if P:
-        states: list[tuple[Tensor, Tensor]] = []
-        model.hidden(inputs_embeds=embeddings[:, :P], cache=states)
-        prefix = Prefix(states, places[None, :P])
+        prefix = Prefix(places[None, :P])
+        end = model.hidden(inputs_embeds=embeddings[:, :P], cache=prefix)
         before = (places[:P] < start[:, None])[:, None, None].expand(-1, 1, A, -1)
         attend = torch.cat((before, torch.ones(A, A, dtype=torch.bool, device=ids.device).tril().expand(B, 1, -1, -1)), -1)
     positions = (start[:, None] + places[:A]).clamp(max=T - 1)  # (B, A)
     part = embeddings.gather(1, positions[..., None].expand(-1, -1, embeddings.shape[2]))
+    if P and world() > 1:  # FSDP gathers a block for its backward pass when the gradient of its output comes: let one come
+        part = part + 0 * end[:, -1:]
     place = column - 1 - start[row]  # in the part, of the state that predicts each target
     with torch.no_grad():
         h = model.hidden(inputs_embeds=part, positions=positions, mask=attend, cache=prefix)[row, place]
@@ -436,9 +443,9 @@ def update(
     flat = [e for row in batch for e in (row if pairs else (row,))]
     tokens = sum(sum(e.mask[1:]) for e in flat)
     lengths = [2 * max(len(e.ids) for e in row) if pairs else len(row.ids) for row in batch]
-    total_loss = total_nll = 0.0
+    sums = {"loss": 0.0, "nll": 0.0}
     optimizer.zero_grad(set_to_none=True)
-    for chosen in token_batches(lengths, cfg.token_budget):
+    for chosen, counted in my_batches(lengths, cfg.token_budget):
         rows = [batch[i] for i in chosen]
         ids, mask = to_rows([r[side] for side in (0, 1) for r in rows] if pairs else rows, device)
         u = (
@@ -448,26 +455,22 @@ def update(
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             if pairs:
-                losses, nll = pair_loss(loss, model, reference, ids, mask, cfg)
+                losses, nll = model.run(pair_loss, loss, model, reference, ids, mask, cfg)
                 value, nll_sum = losses.sum() / len(batch), nll.sum()
             else:
                 weights = (
                     mask.sum(1) / tokens if cfg.average == "token" else torch.full((len(ids),), 1 / len(batch), device=device)
                 )
-                value, logp = supervised_loss(loss, model, ids, mask, weights, share, cfg, u)
+                value, logp = model.run(supervised_loss, loss, model, ids, mask, weights, share, cfg, u)
                 nll_sum = -logp.sum()
-        value.backward()
-        total_loss += value.item()
-        total_nll += nll_sum.item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
-    if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"the loss is {total_loss} and the gradient norm {grad_norm}: stopped before the update; try a lower lr"
-        )
-    optimizer.step()
+        (value * (counted * world())).backward()
+        sums["loss"] += counted * value.item()
+        sums["nll"] += counted * nll_sum.item()
+    sums = add_up(sums)
+    grad_norm = step_optimizer(model, optimizer, cfg.grad_clip, sums["loss"])
     return {
-        "loss": total_loss,
-        "nll": total_nll / max(1, tokens),
+        "loss": sums["loss"],
+        "nll": sums["nll"] / max(1, tokens),
         "grad_norm": grad_norm,
         "tokens": sum(len(e.ids) for e in flat),
     }
@@ -476,18 +479,17 @@ def update(
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
-def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
+def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, float]:
     """One method from the starting model to out; the last validation."""
-    device = pick_device(cfg.device)
     task = load_task(cfg.task) if cfg.task else None
     base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task
-    if not base.exists():
-        raise UserError(
-            f"model = {str(base)!r}: no such directory" + ("" if cfg.model else "; python toys/tiny_base.py makes it")
-        )
+    require_model(base, cfg.model)
     tokenizer = Tokenizer.from_pretrained(base)
-    model = Transformer.from_pretrained(base, torch.float32, device)
-    reference = copy.deepcopy(model).requires_grad_(False) if loss in REFERENCED else None
+    model = Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype))
+    reference = None
+    if loss in REFERENCED:
+        reference = Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype)).requires_grad_(False)
+    sampler = whole_copy(model, torch.float32)
     if task:
         problems = [
             evaluate.load_rows(task, split, cfg.data_path, n, cfg.style, cfg.sizes)
@@ -526,13 +528,14 @@ def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
         record = {"val/loss": validation_nll(model, test, cfg)}
         line = f"{loss} step {step}/{steps} | test nll {record['val/loss']:.4f}"
         if task:
-            answers = evaluate.answer(model, tokenizer, task, problems[1], max_new_tokens=cfg.max_new_tokens)
+            refresh(sampler, model)
+            answers = evaluate.answer(sampler, tokenizer, task, problems[1], max_new_tokens=cfg.max_new_tokens)
             record["val/accuracy"] = evaluate.accuracy(answers)
             record["val/low"], record["val/high"] = wilson(record["val/accuracy"] * len(answers), len(answers))
             line += f" | accuracy {record['val/accuracy']:.1%} ({record['val/low']:.1%} .. {record['val/high']:.1%})"
             if hasattr(task, "other_start"):
                 started = [r | {"start": s} for i, r in enumerate(problems[1]) if (s := task.other_start(r, random.Random(i)))]
-                others = evaluate.answer(model, tokenizer, task, started, max_new_tokens=cfg.max_new_tokens)
+                others = evaluate.answer(sampler, tokenizer, task, started, max_new_tokens=cfg.max_new_tokens)
                 record["val/other_start"] = evaluate.accuracy(others)
                 line += f" | from another first step {record['val/other_start']:.1%}"
             for row, (a,) in list(zip(problems[1], answers, strict=True))[:show]:
@@ -577,22 +580,23 @@ def train(loss: str, out: Path, cfg: Config) -> dict[str, float]:
 def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
     """Mean nll of the targets (of pairs: of the chosen answers), in nats a token."""
     rows = [e[0] if isinstance(e[0], Example) else e for e in examples]
-    total = tokens = 0.0
-    for chosen in token_batches([len(e.ids) for e in rows], cfg.token_budget):
+    sums = {"nll": 0.0, "tokens": 0.0}
+    for chosen, counted in my_batches([len(e.ids) for e in rows], cfg.token_budget):
         ids, mask = to_rows([rows[i] for i in chosen], model.head_weight.device)
-        total, tokens = total + target_nll(model, ids, mask).sum().item(), tokens + mask.sum().item()
-    return total / max(1, tokens)
+        sums["nll"] += counted * model.run(target_nll, model, ids, mask).sum().item()
+        sums["tokens"] += counted * mask.sum().item()
+    sums = add_up(sums)
+    return sums["nll"] / max(1, sums["tokens"])
 
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
     check(cfg)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    device = start_process(cfg.device, cfg.threads)
     folders = {loss: Path(cfg.out_dir) / (loss if len(cfg.loss) > 1 else "") for loss in cfg.loss}
     begun = any((f / name).exists() for f in folders.values() for name in ("resume", "resume.old"))
     require(cfg, "resume", begun or not cfg.resume, f"{cfg.out_dir} has no checkpoint to resume from")
-    results = {loss: train(loss, folder, cfg) for loss, folder in folders.items()}
+    results = {loss: train(loss, folder, cfg, device) for loss, folder in folders.items()}
     keys = list(dict.fromkeys(k for r in results.values() for k in r))
     print("\n" + "  ".join(f"{k:>15}" for k in ("method", *keys)))
     for loss, r in results.items():

@@ -17,7 +17,6 @@ Departures from the paper and its published code:
 - A prompt too long for the window is refused; the published code cuts its end off, and with it the hint.
 """
 
-import copy
 import math
 import sys
 import time
@@ -33,20 +32,30 @@ import evaluate
 from common import (
     Log,
     UserError,
+    add_up,
     batch_rows,
     begin_run,
+    collect,
+    gather,
     load_resume,
     load_task,
     lr_factor,
+    my_batches,
     one_of,
     parse_config,
-    pick_device,
+    refresh,
     require,
+    require_model,
     run,
     save_model,
     save_resume,
-    token_batches,
+    sharding,
+    share,
+    start_process,
+    step_optimizer,
+    whole_copy,
     wilson,
+    world,
 )
 from data.tokenizer import Tokenizer
 from model import Transformer, argmax_tokens, fused_token_loss, token_logprobs
@@ -327,9 +336,10 @@ def make_rows(groups: list[Group], device: torch.device) -> Rows:
     )  # fmt: skip
 
 
-def micro_batches(groups: list[Group], token_budget: int) -> list[list[Group]]:
-    """Groups sorted by length and cut so that rows x longest stays within the budget of padded tokens."""
-    return [[groups[i] for i in batch] for batch in token_batches([g.length() for g in groups], token_budget)]
+def micro_batches(groups: list[Group], token_budget: int) -> list[tuple[list[Group], float]]:
+    """This process's groups sorted by length and cut so that rows x longest stays within the budget of padded tokens, each
+    micro-batch with what it counts, 1.0, or 0.0 where a process only keeps in step with the others."""
+    return [([groups[i] for i in rows], counted) for rows, counted in my_batches([g.length() for g in groups], token_budget)]
 
 
 # ---- one optimiser step ---------------------------------------------------------------------------------------------
@@ -348,12 +358,13 @@ def update(
     hint_tokens = sum(len(g.hint) for g in groups)
     sums: dict[str, float] = dict.fromkeys(("loss", "pg", "clipped", "entropy", "kl", "hint_nll"), 0.0)
     optimizer.zero_grad(set_to_none=True)
-    for batch in batches:
+    n_batches = len(batches) * world()
+    for batch, counted in batches:
         r = make_rows(batch, device)
         n_rl, n_hint = int((~r.is_hint).sum()), int(r.is_hint.sum())
         match cfg.loss_norm:
             case "paper_code":
-                rl, hint = 1 / (max(1, n_rl) * len(batches)), hint_coef / (max(1, n_hint) * len(batches))
+                rl, hint = 1 / (max(1, n_rl) * n_batches), hint_coef / (max(1, n_hint) * n_batches)
             case "constant":
                 rl, hint = 1 / (cfg.mini_batch * cfg.rollouts * cfg.max_new_tokens), hint_coef / max(1, hint_tokens)
             case _:
@@ -364,12 +375,11 @@ def update(
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             if reference is not None and cfg.kl_coef and n_rl:
                 with torch.no_grad():
-                    h = reference.hidden(r.ids, positions=r.positions, mask=r.mask).flatten(0, 1)[r.states]
-                    ref_logp = token_logprobs(h, reference.head_weight, r.targets, cfg.temperature)[0]
+                    ref_logp = reference.run(row_logprobs, reference, r, cfg.temperature)
             if hint_coef and n_hint and cfg.hint_loss == "ift":
-                hint_loss = ift_hint_loss(model, batch, hint, cfg)
-                hint_loss.backward()
-                sums["loss"] += hint_loss.item()
+                hint_loss = model.run(ift_hint_loss, model, batch, hint, cfg)
+                (hint_loss * (counted * world())).backward()
+                sums["loss"] += counted * hint_loss.item()
                 hint_weight = torch.zeros_like(hint_weight)
 
             def token_loss(logp: Tensor, entropy: Tensor, s: slice) -> Tensor:
@@ -379,24 +389,24 @@ def update(
                     rl_weight[s], w, cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.entropy_coef,  # noqa: B023
                 )  # fmt: skip
 
-            h = model.hidden(r.ids, positions=r.positions, mask=r.mask).flatten(0, 1)[r.states]
             want_entropy = cfg.entropy_coef > 0 and n_rl > 0
-            loss, logp, entropy = fused_token_loss(h, model.head_weight, r.targets, token_loss, cfg.temperature, want_entropy)
-        loss.backward()
+
+            def batch_loss() -> tuple[Tensor, Tensor, Tensor]:
+                h = model.hidden(r.ids, positions=r.positions, mask=r.mask).flatten(0, 1)[r.states]  # noqa: B023
+                return fused_token_loss(h, model.head_weight, r.targets, token_loss, cfg.temperature, want_entropy)  # noqa: B023
+
+            loss, logp, entropy = model.run(batch_loss)
+        (loss * (counted * world())).backward()
         pg, clipped = policy_loss(logp, r.old_logp, r.advantages, cfg.clip_low, cfg.clip_high)
-        sums["loss"] += loss.item()
-        sums["pg"] += pg[~r.is_hint].sum().item()
-        sums["clipped"] += clipped[~r.is_hint].sum().item()
-        sums["entropy"] += entropy[~r.is_hint].sum().item()
-        sums["hint_nll"] -= logp[r.is_hint].sum().item()
+        sums["loss"] += counted * loss.item()
+        sums["pg"] += counted * pg[~r.is_hint].sum().item()
+        sums["clipped"] += counted * clipped[~r.is_hint].sum().item()
+        sums["entropy"] += counted * entropy[~r.is_hint].sum().item()
+        sums["hint_nll"] -= counted * logp[r.is_hint].sum().item()
         if ref_logp is not None:
-            sums["kl"] += kl_k3(logp, ref_logp)[~r.is_hint].sum().item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
-    if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"the loss is {sums['loss']} and the gradient norm {grad_norm}: stopped before the update; try a lower lr"
-        )
-    optimizer.step()
+            sums["kl"] += counted * kl_k3(logp, ref_logp)[~r.is_hint].sum().item()
+    sums = add_up(sums)
+    grad_norm = step_optimizer(model, optimizer, cfg.grad_clip, sums["loss"])
     n = max(1, completion_tokens)
     return {
         "actor/loss": sums["loss"],
@@ -407,6 +417,12 @@ def update(
         "actor/hint_nll": sums["hint_nll"] / max(1, hint_tokens),
         "actor/grad_norm": grad_norm,
     }
+
+
+def row_logprobs(model: Transformer, r: Rows, temperature: float) -> Tensor:
+    """Log-probs (N,) of a micro-batch's targets."""
+    h = model.hidden(r.ids, positions=r.positions, mask=r.mask).flatten(0, 1)[r.states]
+    return token_logprobs(h, model.head_weight, r.targets, temperature)[0]
 
 
 def ift_hint_loss(model: Transformer, groups: list[Group], weight: float, cfg: Config) -> Tensor:
@@ -460,22 +476,18 @@ def main(argv: Sequence[str]) -> None:
     hint_coef = cfg.hint_coef if trains_hint else 0.0
     sft_steps = cfg.sft_steps if supervised else 0
     total = sft_steps + (cfg.steps if reinforced else 0)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device, out = pick_device(cfg.device), Path(cfg.out_dir)
+    device, out = start_process(cfg.device, cfg.threads), Path(cfg.out_dir)
 
     task = load_task(cfg.task)
     train_rows = evaluate.load_rows(task, "train", cfg.data_path, cfg.train_rows, cfg.style, cfg.sizes)
     test_rows = evaluate.load_rows(task, "test", cfg.data_path, cfg.test_rows, cfg.style, cfg.sizes)
     base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task
-    if not base.exists():
-        raise UserError(
-            f"model = {str(base)!r}: no such directory" + ("" if cfg.model else "; python toys/tiny_base.py makes it")
-        )
+    require_model(base, cfg.model)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(f"{base / 'tokenizer_config.json'}: no eos_token, without which no answer ends")
-    model = Transformer.from_pretrained(base, torch.float32, device)
+    shard = sharding(cfg.dtype)
+    model = Transformer.from_pretrained(base, torch.float32, device, shard)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{base}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}")
     require(cfg, "problems", cfg.problems <= len(train_rows), f"there are only {len(train_rows)} training problems")
@@ -496,10 +508,10 @@ def main(argv: Sequence[str]) -> None:
     log = Log(out, state["step"])
     reference = None
     if cfg.kl_coef and reinforced and state["step"] >= sft_steps:
-        reference = Transformer.from_pretrained(out / "sft" if sft_steps else base, torch.float32, device).requires_grad_(False)
-    rollout_model = model
-    if cfg.rollout_dtype != "float32":
-        rollout_model = copy.deepcopy(model).to(getattr(torch, cfg.rollout_dtype)).requires_grad_(False)
+        start_dir = out / "sft" if sft_steps else base
+        reference = Transformer.from_pretrained(start_dir, torch.float32, device, shard).requires_grad_(False)
+    rollout_model = whole_copy(model, getattr(torch, cfg.rollout_dtype))
+    judged_model = rollout_model if cfg.rollout_dtype == "float32" else whole_copy(model, torch.float32)
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
     print(f"{cfg.algo} on {cfg.task}: {len(problems)} train, {len(test_rows)} test problems, {size}")
 
@@ -510,36 +522,39 @@ def main(argv: Sequence[str]) -> None:
 
     def validate(step: int, show: int) -> None:
         start = time.perf_counter()
+        refresh(judged_model, model)
         answers = evaluate.answer(
-            model, tokenizer, task, test_rows, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.rollout_batch, progress=live
-        )
-        share, n = evaluate.accuracy(answers), len(test_rows)
-        low, high = wilson(share * n, n)
+            judged_model, tokenizer, task, share(test_rows), max_new_tokens=cfg.max_new_tokens, batch_size=cfg.rollout_batch,
+            progress=live,
+        )  # fmt: skip
+        answers = gather(answers)
+        solved, n = evaluate.accuracy(answers), len(test_rows)
+        low, high = wilson(solved * n, n)
         reward = sum(a["reward"] for (a,) in answers) / n
-        record = {"val/accuracy": share, "val/low": low, "val/high": high, "val/reward": reward}
+        record = {"val/accuracy": solved, "val/low": low, "val/high": high, "val/reward": reward}
         record |= {"timing_s/testing": time.perf_counter() - start, "train_s": state["train_s"]}
         log.write("metrics", step, record)
-        print(f"step {step}/{total} | test accuracy {share:.1%} (95 % interval {low:.1%} .. {high:.1%}) on {n} problems")
+        print(f"step {step}/{total} | test accuracy {solved:.1%} (95 % interval {low:.1%} .. {high:.1%}) on {n} problems")
         for row, (a,) in list(zip(test_rows, answers, strict=True))[:show]:
             print(f"    {evaluate.brief(row['prompt'])} -> {evaluate.brief(a['response'])}: {a['verdict']}")
             log.write("samples", step, {"prompt": row["prompt"], **a})
 
     def sample(chosen: list[int], segments: list[int], step: int, attempt: int) -> tuple[list[Group], Tensor, list[str]]:
         """Roll out rows with their hints: groups without advantages, rewards (P, n), and the last response of each."""
-        hints = [problems[i].hint(k) for i, k in zip(chosen, segments, strict=True)]
-        groups = [Group(problems[i].prompt, tokenizer.encode(h)) for i, h in zip(chosen, hints, strict=True)]
+        hints = [problems[i].hint(k) for i, k in share(list(zip(chosen, segments, strict=True)))]
+        groups = [Group(problems[i].prompt, tokenizer.encode(h)) for i, h in zip(share(chosen), hints, strict=True)]
         outputs = generate(
             rollout_model, [g.prompt + g.hint for g in groups], cfg.rollouts, cfg.max_new_tokens, cfg.temperature,
-            tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch, keys=chosen,
+            tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch, keys=share(chosen),
             progress=live,
         )  # fmt: skip
         rewards, last = [], []
-        for i, hint, group, completions in zip(chosen, hints, groups, outputs, strict=True):
+        for i, hint, group, completions in zip(share(chosen), hints, groups, outputs, strict=True):
             group.completions = completions
             texts = [hint + tokenizer.decode(c.tokens, skip_special=True) for c in completions]
             last.append(texts[-1])
             rewards.append([task.score(t, problems[i].row["truth"])[0] for t in texts])
-        return groups, torch.tensor(rewards), last
+        return gather(groups), torch.tensor(gather(rewards)), gather(last)
 
     if state["step"] == 0:
         validate(0, cfg.show)
@@ -557,10 +572,7 @@ def main(argv: Sequence[str]) -> None:
             if step == sft_steps:
                 optimizer.state.clear()  # reinforcement begins afresh from the result of the supervised phase
             lr, coef = cfg.lr * lr_factor(step - sft_steps, cfg.steps, cfg.warmup, cfg.lr_schedule), hint_coef
-            if rollout_model is not model:
-                with torch.no_grad():
-                    for a, b in zip(rollout_model.parameters(), model.parameters(), strict=True):
-                        a.copy_(b)
+            refresh(rollout_model, model)
             rngs = [np.random.default_rng((cfg.seed, 3, step, i)) for i in chosen]
             segments = [
                 hint_length(schedule, step - sft_steps, len(problems[i].cuts) - 1, cfg, rng, state["shares"][i])
@@ -568,12 +580,12 @@ def main(argv: Sequence[str]) -> None:
             ]
             groups, rewards, responses = sample(chosen, segments, step, 0)
             if schedule == "on-failure" and step - sft_steps < cfg.hint_steps:
-                for attempt, share in enumerate((0.25, 0.5, 0.75), 1):  # only groups that all failed try again, with a hint
+                for attempt, part in enumerate((0.25, 0.5, 0.75), 1):  # only groups that all failed try again, with a hint
                     failed = [j for j in range(len(chosen)) if (rewards[j] < 1).all() and len(problems[chosen[j]].cuts) > 1]
                     if not failed:
                         break
                     for j in failed:
-                        segments[j] = max(1, round(share * (len(problems[chosen[j]].cuts) - 1)))
+                        segments[j] = max(1, round(part * (len(problems[chosen[j]].cuts) - 1)))
                     again, new, _ = sample([chosen[j] for j in failed], [segments[j] for j in failed], step, attempt)
                     for k, j in enumerate(failed):
                         groups[j], rewards[j] = again[k], new[k]
@@ -624,10 +636,9 @@ def main(argv: Sequence[str]) -> None:
         if (step + 1) % cfg.print_every == 0:
             print(console_line(step + 1, total, metrics))
         if step + 1 == sft_steps and reinforced:
-            model.save_pretrained(out / "sft")
-            tokenizer.save(out / "sft")
+            save_model(out, model, tokenizer, "sft")
             if cfg.kl_coef:
-                reference = copy.deepcopy(model).requires_grad_(False)
+                reference = Transformer.from_pretrained(out / "sft", torch.float32, device, shard).requires_grad_(False)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
             validate(step + 1, cfg.show if step + 1 == total else 0)
         if (step + 1) % cfg.save_every == 0 or step + 1 == total:
@@ -639,14 +650,19 @@ def main(argv: Sequence[str]) -> None:
 @torch.no_grad()
 def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config) -> None:
     """Replace the sampler's log-probs by the training model's, where the two compute at different precision."""
-    for batch in micro_batches(groups, cfg.token_budget):
+    mine: dict[int, list[float]] = {}  # of each group all completions' log-probs
+    for rows, _ in my_batches([g.length() for g in groups], cfg.token_budget):
+        batch = [groups[i] for i in rows]
         r = make_rows(batch, model.head_weight.device)
         with torch.autocast(r.ids.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            h = model.hidden(r.ids, positions=r.positions, mask=r.mask).flatten(0, 1)[r.states]
-            logp = token_logprobs(h, model.head_weight, r.targets, cfg.temperature)[0]
+            logp = model.run(row_logprobs, model, r, cfg.temperature)
         values = iter(logp[~r.is_hint].tolist())
-        for c in (c for g in batch for c in g.completions):
-            c.logprobs = [next(values) for _ in c.tokens]
+        mine |= {i: [next(values) for c in g.completions for _ in c.tokens] for i, g in zip(rows, batch, strict=True)}
+    for part in collect(mine):
+        for i, logprobs in part.items():
+            values = iter(logprobs)
+            for c in groups[i].completions:
+                c.logprobs = [next(values) for _ in c.tokens]
 
 
 def console_line(step: int, total: int, m: dict[str, float]) -> str:

@@ -313,12 +313,12 @@ def variant_of_ours(variant):
 @torch.no_grad()
 def test_a_prefix_stands_for_the_positions_before(variant):
     """Ragged prefixes: row b's first n[b] tokens are in the prefix, the others are fed behind it."""
-    model, ids, n, states = variant_of_ours(variant), some_ids(3, 40), torch.tensor([20, 3, 11]), []
-    model.hidden(ids[:, :20], cache=states)
+    model, ids, n = variant_of_ours(variant), some_ids(3, 40), torch.tensor([20, 3, 11])
+    prefix = Prefix(torch.arange(20)[None])
+    model.hidden(ids[:, :20], cache=prefix)
     positions = n[:, None] + torch.arange(20)
     before = (torch.arange(20) < n[:, None])[:, None, None].expand(-1, 1, 20, -1)
     mask = torch.cat((before, torch.ones(20, 20).tril().bool().expand(3, 1, -1, -1)), -1)
-    prefix = Prefix(states, torch.arange(20)[None])
     hidden = model.hidden(ids.gather(1, positions), positions=positions, mask=mask, cache=prefix)
     wanted = model.hidden(ids).gather(1, positions[..., None].expand(-1, -1, 32))
     torch.testing.assert_close(hidden, wanted, rtol=0, atol=2e-5)

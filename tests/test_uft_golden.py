@@ -332,7 +332,7 @@ def test_update_is_the_published_optimiser_step(kind, name, packed, known_refere
     if name == "strong_micro2":  # its micro-batches are of rows in the given order
         if packed:
             pytest.skip("two rows of a group cannot be packed apart from the other two")
-        monkeypatch.setattr(train_uft, "micro_batches", lambda groups, _: [groups[i : i + 2] for i in range(0, 8, 2)])
+        monkeypatch.setattr(train_uft, "micro_batches", lambda groups, _: [(groups[i : i + 2], 1.0) for i in range(0, 8, 2)])
     advantages = torch.zeros_like(t["advantages"]) if case["advantages"] == "all zero" else t["advantages"]
     known_reference(t)
     for clip in (1e9, 1.0):
@@ -387,7 +387,7 @@ def test_supervised_loss_is_a_hint_of_the_whole_solution(kind, micro, monkeypatc
         groups.append(Group(ids[:first].tolist(), ids[first:length].tolist()))
     assert sum(len(g.hint) for g in groups) == case["tokens"]
     if micro:
-        monkeypatch.setattr(train_uft, "micro_batches", lambda groups, _: [groups[:2], groups[2:]])
+        monkeypatch.setattr(train_uft, "micro_batches", lambda groups, _: [(groups[:2], 1.0), (groups[2:], 1.0)])
     model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
     cfg = Config(algo="sft", grad_clip=1e9, loss_norm="paper_code" if micro else "tokens")
     metrics = update(model, None, torch.optim.SGD(model.parameters(), lr=0.0), groups, cfg, 1.0)
