@@ -143,7 +143,7 @@ def test_bad_knobs_to_come(args, wanted, capsys, monkeypatch):
 
 # ---- bench ----------------------------------------------------------------------------------------------------------
 
-TINY = ["--rows=3", "--prompt=4", "--new=5", "--problems=1", "--repeats=2", "--device=cpu", "--threads=1"]
+TINY = ["--rows=3", "--prompt=4", "--length=8", "--new=5", "--problems=1", "--repeats=2", "--device=cpu", "--threads=1"]
 
 
 @pytest.fixture
@@ -157,20 +157,21 @@ def small_shape(monkeypatch):
 def test_bench_measures_every_workload(small_shape, capsys):
     bench.main(TINY)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["generate", "geometric", "grpo"]
+    assert [line.split()[0] for line in lines[:-1]] == ["generate", "geometric", "grpo", "sft", "ift"]
     report = json.loads(lines[-1])
     assert report["torch"] == torch.__version__ and report["rows"] == 3
     for r in report["results"]:
-        assert list(r["seconds"]) == ["nanoFT"] and r["ratio"] == {"nanoFT": 1.0}
+        assert list(r["median"]) == ["nanoFT", "ift"][: 1 + (r["workload"] == "ift")] and r["ratio"]["nanoFT"] == 1.0
         assert len(r["all"]["nanoFT"]) == 2 and min(r["all"]["nanoFT"]) > 0
 
 
 def test_bench_beside_transformers(small_shape, capsys):
     pytest.importorskip("transformers")
-    bench.main([*TINY, "--what=generate,geometric", "--peers=true", "--repeats=1"])
+    bench.main([*TINY, "--what=generate,geometric,sft", "--peers=true", "--only=transformers", "--repeats=1"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     for r in report["results"]:
-        assert set(r["seconds"]) == {"nanoFT", "transformers"} and r["ratio"]["transformers"] > 0
+        wanted = {"transformers"} if r["workload"] == "sft" else {"nanoFT", "transformers"}
+        assert set(r["median"]) == wanted and r["ratio"]["transformers"] > 0
 
 
 def test_bench_generation_really_makes_all_the_tokens(small_shape, monkeypatch, capsys):
