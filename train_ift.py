@@ -455,7 +455,8 @@ def update(
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             if pairs:
-                losses, nll = model.run(pair_loss, loss, model, reference, ids, mask, cfg)
+                arguments = (pair_loss, loss, model, reference, ids, mask, cfg)
+                losses, nll = model.run(reference.run, *arguments) if reference else model.run(*arguments)
                 value, nll_sum = losses.sum() / len(batch), nll.sum()
             else:
                 weights = (

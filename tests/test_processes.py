@@ -40,10 +40,13 @@ def metrics(out):
     "flags",
     [
         UFT,
-        f"{UFT} --algo=sft-rft --sft_steps=2 --kl_coef=0.1 --rollout_dtype=bfloat16 --hint=on-failure",
+        pytest.param(
+            f"{UFT} --algo=sft-rft --sft_steps=2 --kl_coef=0.1 --rollout_dtype=bfloat16 --hint=on-failure",
+            marks=pytest.mark.slow,
+        ),
         f"{IFT} --loss=ift",
-        f"{IFT} --loss=ift --average=token --own=sampled --gamma=0",
-        f"{IFT} --loss=tdpo --task= --data_path=PAIRS --model=data/tiny/countdown",
+        pytest.param(f"{IFT} --loss=ift --average=token --own=sampled --gamma=0", marks=pytest.mark.slow),
+        pytest.param(f"{IFT} --loss=tdpo --task= --data_path=PAIRS --model=data/tiny/countdown", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_do_what_one_does(flags, tmp_path):
@@ -66,6 +69,7 @@ def test_two_processes_do_what_one_does(flags, tmp_path):
         assert not torch.equal(one[name], moved[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [f"{UFT} --hint=target", f"{IFT} --loss=ift --optimizer=rmsprop --lr=1e-4"])
 def test_two_processes_resume_as_if_never_stopped(flags, tmp_path):
     assert start(flags, tmp_path / "whole", 2).returncode == 0
