@@ -4,6 +4,7 @@
     python train_ift.py --loss=ift --task=countdown --out_dir=out/ift        ift, sft, dpo, ipo, tdpo, orpo or simpo
     python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR --out_dir=out/ift
     python train_ift.py ... --resume=true                                    continue after an interruption
+    torchrun --nproc-per-node=8 train_ift.py config/ift-llama-3-8b.toml ...  on 8 GPUs, or 8 processes
     python train_ift.py --help                                               every knob
 
 Departures from the paper and its published code:

@@ -4,6 +4,7 @@
     python train_uft.py --algo=sft --out_dir=out/sft                 sft, rft, sft-rft, r3, stage, rft-cosine or uft
     python train_uft.py config/countdown.toml --model=DIR --data_path=DIR --out_dir=out/qwen
     python train_uft.py config/countdown.toml ... --resume=true      continue after an interruption
+    torchrun --nproc-per-node=8 train_uft.py config/countdown.toml ...   on 8 GPUs, or 8 processes
     python train_uft.py --help                                       every knob
 
 Departures from the paper and its published code:
