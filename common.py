@@ -68,7 +68,9 @@ def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
             key = _known(key.replace("-", "_"), types_of, "")
-            if not equals:
+            if not equals and types_of[key] is bool:
+                text = "true"
+            elif not equals:
                 raise UserError(f"--{key} needs a value: --{key}=...")
             values[key] = (text, "")
     return cls(**{k: _convert(k, v, types_of[k], where) for k, (v, where) in values.items()})

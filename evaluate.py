@@ -1,26 +1,28 @@
-"""Evaluate a checkpoint on a task: accuracy with a 95 % interval, pass@k, saved answers.
+"""Evaluate a checkpoint on a task: accuracy with a 95 % interval, pass@k, saved answers. Or talk to it.
 
     python evaluate.py --model=out/countdown/model --task=countdown --style=short
     python evaluate.py --model=DIR --task=logic --data_path=DIR_OR_FILE --n=8 --temperature=1.0     (pass@1 .. pass@8)
     python evaluate.py --model=DIR --task=countdown --save=answers.jsonl
+    python evaluate.py --model=DIR --chat --temperature=0.7         talk to it: /new forgets, an empty line or Ctrl-D ends
+    python evaluate.py --chat --template=none                       the tiny base goes on after a text such as 3 4 5=2
 
 Answers are greedy unless a temperature is given, prompts carry no hint, and the response the checker sees is what the
 trainers reward: the decoded completion without special tokens.
-"""  # fmt: skip
+"""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from common import UserError, load_task, one_of, parse_config, pick_device, require, run, wilson
+from common import UserError, load_task, one_of, parse_config, pick_device, require, require_model, run, wilson
 from data.tokenizer import Tokenizer
 from model import Transformer
-from sampler import generate
+from sampler import generate, stream
 
 
 @dataclass
@@ -43,6 +45,10 @@ class Config:
     seed: int = 0  # of the sampled tokens
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # of weights and arithmetic: float32 or bfloat16
+    # Talk
+    chat: bool = False  # read turns from the terminal and write the answers as they come, instead of a task
+    template: str = "auto"  # of the conversation: auto (the checkpoint's, or plain), plain, chatml, zephyr; none: bare text
+    system: str = ""  # what the conversation begins with, as a system turn
     # Output
     save: str = ""  # JSONL file for the answers
     show: int = 3  # answers printed
@@ -104,6 +110,51 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids bit by bit as they come; a character in several tokens waits for the last of them."""
+    seen, shown = [], 0
+    for i in ids:
+        seen.append(i)
+        text = tokenizer.decode(seen, skip_special=True)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(seen, skip_special=True)[shown:]
+
+
+def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
+    """A conversation in the terminal, until an empty line or the end of the input."""
+    first = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    messages = list(first)
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            said = ""
+        if not said:
+            return
+        if said == "/new":
+            messages = list(first)
+            continue
+        messages.append({"role": "user", "content": said if cfg.template != "none" else said + "\n"})
+        if cfg.template == "none":
+            prompt = tokenizer.encode("".join(m["content"] for m in messages), bos=True)
+        else:
+            prompt = tokenizer.chat(messages, template=cfg.template)
+        room = min(cfg.max_new_tokens, model.config.max_position_embeddings - len(prompt))
+        if room < 1:
+            print(f"the conversation fills the model's {model.config.max_position_embeddings} positions; /new begins another")
+            messages.pop()
+            continue
+        answer = ""
+        ids = stream(model, prompt, room, cfg.temperature, tokenizer.stop_ids, cfg.seed + len(messages))
+        for piece in pieces(tokenizer, ids):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer.strip() if cfg.template != "none" else answer + "\n"})
+
+
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
     one_of(cfg, "dtype", ("float32", "bfloat16"))
@@ -116,6 +167,10 @@ def main(argv: Sequence[str]) -> None:
         except OSError as e:
             raise UserError(f"save = {cfg.save!r}: cannot be written ({e.strerror})") from None
     require(cfg, "n", cfg.n == 1 or cfg.temperature > 0, "greedy answers are all the same; give a --temperature")
+    if cfg.chat:
+        require_model(Path(cfg.model), cfg.model)
+        tokenizer = Tokenizer.from_pretrained(cfg.model)
+        return talk(Transformer.from_pretrained(cfg.model, getattr(torch, cfg.dtype), pick_device(cfg.device)), tokenizer, cfg)
     task = load_task(cfg.task)
     rows = load_rows(task, cfg.split, cfg.data_path, cfg.rows, cfg.style, cfg.sizes)
     model = Transformer.from_pretrained(cfg.model, getattr(torch, cfg.dtype), pick_device(cfg.device))

@@ -8,7 +8,7 @@ processes do not change the text, beyond what rounding of the logits can flip.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,25 @@ def decode_one_token(model: Transformer, cache: KVCache, tokens: Tensor, positio
     mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]  # (n, 1, 1, length)
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache.view(positions, length))
     return F.linear(hidden[:, 0], model.head_weight)
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer, prompt: Sequence[int], max_new_tokens: int = 256, temperature: float = 1.0, stop_ids: Sequence[int] = (),
+    seed: int = 0, top_k: int = 0, top_p: float = 1.0,
+) -> Iterator[int]:  # fmt: skip
+    """The tokens of generate(model, [prompt], ..), one by one as they come, without the stop token."""
+    device = model.head_weight.device
+    cache = KVCache(model.config, 1, len(prompt) + max_new_tokens, model.head_weight.dtype, device)
+    logits, row = prefill(model, cache, [list(prompt)], [0], 1), torch.zeros(1, dtype=torch.long, device=device)
+    for length in range(len(prompt), len(prompt) + max_new_tokens):
+        position = torch.full_like(row, length)
+        token, _ = draw(logits, uniform(seed, row, position), temperature, top_k, top_p)
+        if token.item() in stop_ids:
+            return
+        yield int(token)
+        if length + 1 < len(prompt) + max_new_tokens:
+            logits = decode_one_token(model, cache, token, position, length + 1)
 
 
 @torch.inference_mode()

@@ -15,8 +15,9 @@ import common
 import evaluate
 from data import countdown
 from data.tokenizer import Tokenizer
-from evaluate import accuracy, answer, pass_at_k
+from evaluate import accuracy, answer, pass_at_k, pieces
 from model import Transformer
+from sampler import generate, stream
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/tiny/countdown"
@@ -108,6 +109,40 @@ def test_a_file_of_rows_instead_of_made_ones(tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     evaluate.main([*SMALL, f"--data_path={tmp_path}", "--rows=0"])
     assert "on 3 problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streamed_tokens_are_those_of_generate(temperature):
+    model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
+    prompt = tokenizer.encode("3 4 5=2\n")
+    for most in (1, 5, 40):
+        ((whole,),) = generate(model, [prompt], 1, most, temperature, tokenizer.stop_ids, seed=3)
+        ids = list(stream(model, prompt, most, temperature, tokenizer.stop_ids, seed=3))
+        assert ids == (whole.tokens[:-1] if whole.finished else whole.tokens)
+
+
+def test_pieces_wait_for_whole_characters_and_lose_nothing():
+    tokenizer = Tokenizer.learn(["a b"], merges=0)
+    text = "né 你好 🙂 end"
+    parts = list(pieces(tokenizer, tokenizer.encode(text)))
+    assert "".join(parts) == text and not any("\ufffd" in p for p in parts) and len(parts) > 8
+    assert "".join(pieces(tokenizer, tokenizer.encode(text)[:-1] + tokenizer.encode("你")[:1])).endswith("\ufffd")
+
+
+def test_chat_streams_and_forgets(capsys, monkeypatch):
+    lines = iter(["3 4 5=2", "/new", "3 4 5=2", "7 1=6"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    evaluate.main([f"--model={BASE}", "--chat", "--template=none", "--max_new_tokens=40"])
+    first, second, third = capsys.readouterr().out.split("</answer>\n")[:3]
+    assert first == second and first.startswith(("3", "4", "5")) and third != first
+
+
+def test_chat_by_a_template_fills_the_window(capsys, monkeypatch):
+    lines = iter(["1 " * 600, "3 4 5=2"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    evaluate.main([f"--model={BASE}", "--chat", "--system=add", "--max_new_tokens=10"])
+    out = capsys.readouterr().out
+    assert "fills the model's 512 positions" in out and len(out.splitlines()) >= 2
 
 
 def test_bfloat16_evaluates(capsys):
