@@ -56,14 +56,8 @@ def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
     types_of, values = get_type_hints(cls), {}
     for arg in argv:
         if not arg.startswith("--"):
-            path = Path(arg)
-            try:
-                content = tomllib.loads(path.read_text(encoding="utf-8"))
-            except OSError as e:
-                raise UserError(f"{path}: cannot be read ({e.strerror}); arguments are [file.toml] --key=value") from None
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-                raise UserError(f"{path}: not TOML ({e})") from None
-            values |= {_known(k, types_of, f"{path}: "): (v, f"{path}: ") for k, v in content.items()}
+            for path, content in _read_toml(Path(arg)):
+                values |= {_known(k, types_of, f"{path}: "): (v, f"{path}: ") for k, v in content.items()}
     for arg in argv:
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
@@ -74,6 +68,22 @@ def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
                 raise UserError(f"--{key} needs a value: --{key}=...")
             values[key] = (text, "")
     return cls(**{k: _convert(k, v, types_of[k], where) for k, (v, where) in values.items()})
+
+
+def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
+    """The content of a TOML file after that of the file beside it that its key `include` names, which it overrides."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); arguments are [file.toml] --key=value") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not TOML ({e})") from None
+    include = content.pop("include", None)
+    if include is None:
+        return [(path, content)]
+    if not isinstance(include, str) or path in within:
+        raise UserError(f"{path}: include = {include!r}: the name of another TOML file in its folder is wanted")
+    return [*_read_toml(path.parent / include, (*within, path)), (path, content)]
 
 
 def _known(key: str, types_of: dict, where: str) -> str:
@@ -442,12 +452,17 @@ def load_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, config: 
     return state
 
 
-def require_model(folder: Path, given: str) -> None:
-    """UserError unless the directory to start from exists. given: the knob model, empty for the tiny base."""
-    if not folder.exists():
-        raise UserError(
-            f"model = {str(folder)!r}: no such directory" + ("" if given else "; python toys/tiny_base.py makes it")
-        )
+def require_model(folder: Path, given: str, hub: str = "") -> None:
+    """UserError unless the directory to start from exists. given: the knob model, empty for the tiny base; hub: where the
+    model is to be had, if that is known, else what looks like it, OWNER/NAME."""
+    if folder.exists():
+        return
+    if not given:
+        raise UserError(f"model = {str(folder)!r}: no such directory; python toys/tiny_base.py makes it")
+    if not hub and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        hub = given
+    get = f"hf download {hub or 'OWNER/NAME'} --local-dir={given}"
+    raise UserError(f"model = {given!r}: no such directory; download it with: {get}")
 
 
 def pick_device(name: str) -> torch.device:

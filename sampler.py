@@ -105,8 +105,8 @@ def decode_one_token(model: Transformer, cache: KVCache, tokens: Tensor, positio
 
 @torch.inference_mode()
 def stream(
-    model: Transformer, prompt: Sequence[int], max_new_tokens: int = 256, temperature: float = 1.0, stop_ids: Sequence[int] = (),
-    seed: int = 0, top_k: int = 0, top_p: float = 1.0,
+    model: Transformer, prompt: Sequence[int], max_new_tokens: int = 256, temperature: float = 1.0,
+    stop_ids: Sequence[int] = (), seed: int = 0, top_k: int = 0, top_p: float = 1.0,
 ) -> Iterator[int]:  # fmt: skip
     """The tokens of generate(model, [prompt], ..), one by one as they come, without the stop token."""
     device = model.head_weight.device

@@ -84,6 +84,7 @@ class Config:
     # What
     loss: tuple[str, ...] = ("sft", "ift")  # ift, sft, dpo, ipo, tdpo, orpo, simpo; several run one after another
     model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
+    hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, for the message that says how to download it
     task: str = "countdown"  # a file of data/ whose rows are (prompt, answer); empty: data_path holds conversations
     style: str = "short"  # the task's prompt: paper, or short for tiny models
     data_path: str = ""  # file or folder of rows; empty: made by the task
@@ -485,7 +486,7 @@ def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, 
     """One method from the starting model to out; the last validation."""
     task = load_task(cfg.task) if cfg.task else None
     base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task
-    require_model(base, cfg.model)
+    require_model(base, cfg.model, cfg.hub)
     tokenizer = Tokenizer.from_pretrained(base)
     model = Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype))
     reference = None

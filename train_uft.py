@@ -81,6 +81,7 @@ class Config:
     # What
     algo: str = "uft"  # sft, rft, sft-rft, r3, stage, rft-cosine or uft
     model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
+    hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, for the message that says how to download it
     task: str = "countdown"  # a file of data/
     style: str = "short"  # prompt: paper, or short for tiny models
     data_path: str = ""  # folder or file of published rows; empty: problems made by the task
@@ -483,7 +484,7 @@ def main(argv: Sequence[str]) -> None:
     train_rows = evaluate.load_rows(task, "train", cfg.data_path, cfg.train_rows, cfg.style, cfg.sizes)
     test_rows = evaluate.load_rows(task, "test", cfg.data_path, cfg.test_rows, cfg.style, cfg.sizes)
     base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task
-    require_model(base, cfg.model)
+    require_model(base, cfg.model, cfg.hub)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(f"{base / 'tokenizer_config.json'}: no eos_token, without which no answer ends")

@@ -15,7 +15,21 @@ import pytest
 import torch
 
 import common
-from common import Log, UserError, load_resume, lr_factor, one_of, parse_config, replace_dir, require, save_resume, wilson
+import train_ift
+import train_uft
+from common import (
+    Log,
+    UserError,
+    load_resume,
+    lr_factor,
+    one_of,
+    parse_config,
+    replace_dir,
+    require,
+    require_model,
+    save_resume,
+    wilson,
+)
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -54,9 +68,43 @@ def test_defaults_then_file_then_flags_wherever_they_stand(tmp_path):
     assert type(parse(a).lr) is float
 
 
+def test_a_file_overrides_what_it_includes(tmp_path):
+    (tmp_path / "base.toml").write_text('steps = 3\nname = "base"\n')
+    (tmp_path / "a.toml").write_text('include = "base.toml"\nname = "a"\n')
+    assert parse(str(tmp_path / "a.toml")) == Config("a", 3)
+    assert parse(str(tmp_path / "a.toml"), "--steps=5") == Config("a", 5)
+
+
+@pytest.mark.parametrize("include", ['"a.toml"', '"none.toml"', "3"])
+def test_an_include_that_cannot_be_followed_is_one_line(tmp_path, include):
+    (tmp_path / "a.toml").write_text(f"include = {include}\n")
+    with pytest.raises(UserError, match=r"(a|none)\.toml: "):
+        parse(str(tmp_path / "a.toml"))
+
+
+CONFIGS = sorted((HERE.parent / "config").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_configs_in_the_repository_are_complete(path):
+    trainer = train_ift if path.stem.startswith("ift") else train_uft
+    cfg = parse_config(trainer.Config, [str(path)], "usage")
+    trainer.check(cfg)
+    if cfg.hub:
+        assert cfg.model == cfg.hub.split("/")[1] and cfg.out_dir == f"out/{path.stem}"
+        assert f"config/{path.name}" in path.read_text()  # the command is this file's
+
+
+def test_a_missing_model_says_how_to_download_it(tmp_path):
+    for given, hub, wanted in (("a/b/c", "o/m", "o/m"), ("o/m", "", "o/m"), ("/x/y/z", "", "OWNER/NAME")):
+        with pytest.raises(UserError, match=f"no such directory; download it with: hf download {wanted} --local-dir={given}$"):
+            require_model(tmp_path / given, given, hub)
+
+
 @pytest.mark.parametrize(
     ("arg", "key", "value"),
     [
+        ("--resume", "resume", True),
         ("--name=a=b=c", "name", "a=b=c"),
         ("--name=", "name", ""),
         ("--name=true", "name", "true"),
