@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 import sys
+import time
 import tomllib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -148,6 +150,18 @@ def write_toml(config: Any, path: Path) -> None:
     path.write_text("".join(f"{k} = {text(v)}\n" for k, v in asdict(config).items()), encoding="utf-8")
 
 
+@contextmanager
+def memory_advice(doing: str, knob: str, value: int) -> Iterator[None]:
+    """Turns running out of memory into a UserError that names the knob to turn and a value to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(e):
+            raise
+        reason = (str(e).strip().splitlines() or ["out of memory"])[0]
+        raise UserError(f"out of memory {doing}: try {knob} = {value} ({reason})") from None
+
+
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -182,13 +196,20 @@ def start_process(device: str, threads: int) -> torch.device:
         torch.set_num_threads(threads)
     picked = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+        if missing:
+            raise UserError(f"WORLD_SIZE is set but {', '.join(missing)} not: start several processes with torchrun")
         local = int(os.environ["LOCAL_RANK"])
         if picked.type == "cuda":
             if local >= torch.cuda.device_count():
                 raise UserError(f"process {local} of this machine finds only {torch.cuda.device_count()} GPUs; start as many")
             picked = torch.device("cuda", local)
             torch.cuda.set_device(picked)
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        except (dist.DistError, RuntimeError, ValueError) as e:
+            reason = (str(e).strip().splitlines() or [""])[0]
+            raise UserError(f"the {os.environ['WORLD_SIZE']} processes did not find each other: {reason}") from None
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
     return picked
@@ -221,6 +242,42 @@ def sharding(dtype: str):
 def full(p: torch.Tensor) -> torch.Tensor:
     """All of a parameter that is sharded over processes; all of them have to ask."""
     return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def speed_up(model, cfg: Any, device: torch.device) -> None:
+    """What the knobs compile and gradient_checkpointing say; one warning if a compiler is missing or fails."""
+    if device.type == "cuda" and "bfloat16" in (cfg.dtype, getattr(cfg, "rollout_dtype", "")):
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(f"dtype: {torch.cuda.get_device_name(device)} has no bfloat16; give --dtype=float32 and the like")
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    if cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda":
+        problem = model.compile_blocks()
+        if problem:
+            print(f"warning: torch.compile failed, going on without ({problem})", file=sys.stderr)
+
+
+@cache
+def peak_flops(device: torch.device) -> float:
+    """Floating-point operations a second of a large bfloat16 product here, the best of ten: what MFU is a share of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b, best = *(torch.randn(n, n, device=device).bfloat16() for _ in range(2)), math.inf
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
+    """Share of the devices' peak that training on so many tokens in rows took, forward and backward once each; CUDA only."""
+    device = model.head_weight.device
+    if device.type != "cuda":
+        return None
+    return model.flops_per_token(tokens / rows) * tokens / seconds / world() / peak_flops(device)
 
 
 def whole_copy(model, dtype: torch.dtype):
@@ -406,9 +463,15 @@ def _tensors(model, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
     return {n: p.detach() for p, n in names.items()}, moments
 
 
-def load_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, config: Any, may_differ: Sequence[str]) -> dict:
+MAY_DIFFER = (  # knobs that a resumed run may have otherwise
+    "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing",
+    "eval_every", "save_every", "print_every", "show",
+)  # fmt: skip
+
+
+def load_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, config: Any) -> dict:
     """Fill model and optimiser from out_dir/resume and return the state. The configuration must be the saved one but for
-    the knobs in `may_differ`; one process reads what one wrote, any number of several what several wrote."""
+    the knobs in MAY_DIFFER; one process reads what one wrote, any number of several what several wrote."""
     folder = next((f for f in (out_dir / "resume", out_dir / "resume.old") if (f / "state.json").exists()), None)
     if folder is None:
         raise UserError(f"{out_dir / 'resume'}: no checkpoint to resume from; start without --resume=true")
@@ -421,7 +484,7 @@ def load_resume(out_dir: Path, model, optimizer: torch.optim.Optimizer, config: 
             )
         for f in fields(config):
             now, then = getattr(config, f.name), saved.get(f.name)
-            if f.name not in may_differ and (list(now) if isinstance(now, tuple) else now) != then:
+            if f.name not in MAY_DIFFER and (list(now) if isinstance(now, tuple) else now) != then:
                 raise UserError(
                     f"{folder}: was saved with {f.name} = {then!r}, not {now!r}; resume with the same configuration"
                 )

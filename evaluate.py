@@ -69,12 +69,13 @@ def load_rows(task: ModuleType, split: str, data_path: str, n: int, style: str, 
 def answer(
     model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], n: int = 1, max_new_tokens: int = 256,
     temperature: float = 0.0, seed: int = 0, batch_size: int = 0, progress: Callable | None = None,
+    compile: bool | None = None,
 ) -> list[list[dict]]:  # fmt: skip
     """For each row n dicts: response, reward, verdict, tokens (how many), cut (no stop token came in time). A row's "start",
     if it has one, is the beginning of the response that the model has to go on from."""
     outputs = generate(
         model, [encode_prompt(tokenizer, r) + tokenizer.encode(r.get("start", "")) for r in rows], n, max_new_tokens,
-        temperature, tokenizer.stop_ids, seed, batch_size=batch_size, progress=progress,
+        temperature, tokenizer.stop_ids, seed, batch_size=batch_size, progress=progress, compile=compile,
     )  # fmt: skip
     answers = []
     for row, completions in zip(rows, outputs, strict=True):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError, full
 
@@ -158,7 +159,7 @@ class KVCache:
     a layer. `view(n, length)` says what the next forward pass sees: the first n slots up to `length` positions."""
 
     def __init__(self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (rows, config.num_key_value_heads, length, config.head_dim)
+        self.room, shape = length, (rows, config.num_key_value_heads, length, config.head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
@@ -248,8 +249,13 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
         self.mlp = MLP(config)
+        self.compiled: Callable | None = None  # compute() by torch.compile, see compile_blocks
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
+        compute = self.compiled if self.compiled and cache is None else self.compute
+        return compute(x, cos, sin, mask, cache)
+
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -271,6 +277,7 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False  # keep a block's input alone and run the block again in the backward pass
         self.frequencies = rotary_frequencies(config)  # float32 whatever the model's dtype, and no part of a checkpoint
 
     def init_weights(self, seed: int = 0) -> "Transformer":
@@ -311,8 +318,12 @@ class Transformer(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         cos = torch.cat((cos, cos), -1).unsqueeze(1).to(x.dtype)  # (B, 1, T, D)
         sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(x.dtype)
+        again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for block in self.model.layers:
-            x = block(x, cos, sin, mask, cache)
+            if again:
+                x = checkpoint(block, x, cos, sin, mask, None, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache)
         return self.model.norm(x)
 
     def window_mask(self, positions: Tensor, mask: Tensor | None, cache) -> Tensor | None:
@@ -326,6 +337,29 @@ class Transformer(nn.Module):
             return None
         near = ((positions[:, :, None] - keys[:, None, :]) < self.config.window)[:, None]  # (B, 1, T, keys)
         return near.tril() if mask is None else near & mask
+
+    def compile_blocks(self) -> str:
+        """torch.compile of every block's pass over whole rows, one program for all lengths and layers; what went wrong, in
+        which case nothing is compiled, or an empty text. It is tried out at once, forward and backward."""
+        p = self.head_weight
+        x = torch.zeros(2, 16, self.config.hidden_size, dtype=p.dtype, device=p.device, requires_grad=True)
+        angle = torch.zeros(1, 1, 16, self.config.head_dim, dtype=p.dtype, device=p.device)
+        trial = Block(self.config, 0).to(p.device, p.dtype)
+        try:
+            torch.compile(trial.compute, dynamic=True)(x, angle, angle, None, None).sum().backward()
+        except Exception as e:  # whatever the compiler and its tools may raise
+            return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
+        for block in self.model.layers:
+            block.compiled = torch.compile(block.compute, dynamic=True)
+        return ""
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of one forward and backward pass, a token of a row of `length`: 6 a parameter that
+        multiplies (the head does, an embedding table does not), and causal attention's 6 x layers x H x D x length."""
+        c = self.config
+        table = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+        n = sum(p.numel() for p in self.parameters()) - table
+        return 6.0 * n + 6.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
 
     def run(self, function: Callable, *args):
         """function(*args), as one forward pass: around it FSDP gathers the weights that `function` uses outside of blocks."""

@@ -8,6 +8,8 @@ processes do not change the text, beyond what rounding of the logits can flip.
 """
 
 import copy
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError
+from common import UserError, memory_advice
 from model import KVCache, Prefix, Transformer
 
 BLOCK = 128  # divides the vocabulary of every common model, and vectorises
+PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: programs are made for multiples of these
+CHECK_EVERY = 8  # CUDA: decode steps between two looks at what has been sampled
+FREE_SHARE = 0.5  # of the free memory that keys and values may take if no batch size is given
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Completion:
     finished: bool  # a stop id came; False: cut at max_new_tokens
 
 
-def uniform(seed: int, rows: Tensor, positions: Tensor) -> Tensor:
+def uniform(seed: int | Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """(n,) float64 in [0, 1): a hash (splitmix64's finaliser, in wrapping int64) of seed, rows (n,) and positions (n,)."""
 
     def mix(z: Tensor) -> Tensor:
@@ -80,20 +85,31 @@ def draw(logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, to
     return (block * BLOCK + within)[:, 0], inside.gather(1, within)[:, 0].log()
 
 
-def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int) -> Tensor:
-    """Run ragged prompts once, put each one's keys and values into n slots from slots[i] on; last logits (prompts, V)."""
+def prefill(
+    model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int, states: Callable | None = None
+) -> Tensor:
+    """Run ragged prompts once, put each one's keys and values into n slots from slots[i] on; last logits (prompts, V).
+    states: prompt_states or what torch.compile made of it."""
     device = model.head_weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    longest = max(map(len, prompts))
+    if device.type == "cuda":  # few shapes, and aligned ones
+        longest = min(-(-longest // PROMPT_BUCKET) * PROMPT_BUCKET, cache.room)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    prefix = Prefix(torch.arange(ids.shape[1], device=device)[None])
-    hidden = model.hidden(ids.to(device), cache=prefix)
+    hidden, filled = (states or prompt_states)(model, ids.to(device))
     target = (torch.tensor(slots, device=device)[:, None] + torch.arange(n, device=device)).flatten()
-    for layer, (k, v) in enumerate(prefix.states):
-        cache.k[layer][target, :, : ids.shape[1]] = k.repeat_interleave(n, 0).to(cache.k[layer].dtype)
-        cache.v[layer][target, :, : ids.shape[1]] = v.repeat_interleave(n, 0).to(cache.v[layer].dtype)
+    for layer, (k, v) in enumerate(filled):
+        cache.k[layer][target, :, :longest] = k.repeat_interleave(n, 0).to(cache.k[layer].dtype)
+        cache.v[layer][target, :, :longest] = v.repeat_interleave(n, 0).to(cache.v[layer].dtype)
     return F.linear(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
+
+
+def prompt_states(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Hidden states (prompts, T, C), and of each layer keys and values, of right-padded ids (prompts, T)."""
+    prefix = Prefix(torch.arange(ids.shape[1], device=ids.device)[None])
+    return model.hidden(ids, cache=prefix), prefix.states
 
 
 def decode_one_token(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
@@ -122,6 +138,137 @@ def stream(
             logits = decode_one_token(model, cache, token, position, length + 1)
 
 
+class Engine:
+    """The slots of a batch, each with keys and values, its last token and where it stands, and the decode step over them.
+
+    On CUDA the step, sampling included, is compiled and replayed as a CUDA graph, one for each number of rows and span of
+    positions, both rounded up; elsewhere it is called as it is.
+    """
+
+    def __init__(self, model: Transformer, rows: int, room: int, dtype: torch.dtype, sampling: tuple, compile: bool):
+        device = model.head_weight.device
+        self.model, self.sampling, self.graphs = model, sampling, {}
+        self.cache = KVCache(model.config, rows, room, dtype, device)
+        self.row, self.position, self.end, self.token = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
+        self.logprob, self.seed = torch.zeros(rows, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        self.on_cuda = device.type == "cuda"
+        self.step, self.states = self.decode, prompt_states
+        if compile:
+            self.step, self.states = _compiled(self.decode), _compiled(prompt_states)
+
+    def draw(self, logits: Tensor, slots: slice) -> None:
+        """Sample a token for each of the slots from logits (slots, V)."""
+        u = uniform(self.seed, self.row[slots], self.position[slots])
+        token, logprob = draw(logits, u, *self.sampling)
+        self.token[slots].copy_(token)
+        self.logprob[slots].copy_(logprob)
+
+    def decode(self, n: int, length: int) -> None:
+        """Feed the first n slots their last token and sample the next; none stands at `length` or after it."""
+        logits = decode_one_token(self.model, self.cache, self.token[:n], self.position[:n], length)
+        self.position[:n].add_(1)
+        self.draw(logits, slice(0, n))
+
+    def advance(self, n: int, length: int) -> None:
+        if not self.on_cuda:
+            return self.step(n, length)
+        n = min(-(-n // ROW_BUCKET) * ROW_BUCKET if n > 16 else 16, len(self.token))
+        length = min(-(-length // SPAN_BUCKET) * SPAN_BUCKET, self.cache.room)
+        if (n, length) not in self.graphs:
+            self.graphs[n, length] = self.capture(n, length)
+        self.graphs[n, length].replay()
+
+    def capture(self, n: int, length: int) -> "torch.cuda.CUDAGraph":
+        """A CUDA graph of decode(n, length). What trying it out samples is undone; what it writes is written again."""
+        token, position = self.token.clone(), self.position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.step(n, length)
+                self.token.copy_(token)
+                self.position.copy_(position)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=next(iter(self.graphs.values())).pool() if self.graphs else None):
+            self.step(n, length)
+        return graph
+
+    def admit(self, slots: slice, prompts: list[list[int]], rows: list[int], n: int, max_new_tokens: int) -> None:
+        """Fill slots with n completions of each prompt, and sample the first token of each."""
+        logits = prefill(self.model, self.cache, prompts, list(range(slots.start, slots.stop, n)), n, self.states)
+        self.row[slots] = torch.tensor(rows, device=self.row.device)
+        self.position[slots] = torch.tensor([len(p) for p in prompts for _ in range(n)], device=self.row.device)
+        self.end[slots] = self.position[slots] + max_new_tokens
+        self.draw(logits.repeat_interleave(n, 0), slots)
+
+    def close_gaps(self, keep: Tensor, active: int) -> Tensor:
+        """Move survivors, `keep` (n,) of the slots, from the far end into the gaps before them; which slot's row each of the
+        first n slots now has."""
+        order = torch.arange(len(keep), device=keep.device)
+        gone = torch.ones(active, dtype=torch.bool, device=keep.device)
+        gone[keep] = False
+        holes, movers = order[gone[: len(keep)]], keep[keep >= len(keep)]
+        if len(holes):
+            self.cache.copy_rows(movers, holes)
+            order[holes] = movers
+            for x in (self.row, self.position, self.end, self.token):
+                x[holes] = x[movers]
+        if self.on_cuda:  # a graph may run more slots than are active: let them not walk off
+            self.position[len(keep) :] = 0
+        return order
+
+
+def _compiled(function: Callable) -> Callable:
+    """torch.compile of a function for all shapes; one warning, and the function itself, if that does not work here."""
+    state = {"run": torch.compile(function, dynamic=True)}
+
+    def call(*args):
+        if state["run"] is not function:
+            try:
+                return state["run"](*args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:  # whatever the compiler and its tools may raise
+                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                    raise
+                reason = str(e).strip().split("\n")[0]
+                print(f"warning: torch.compile of {function.__name__} failed, going on without ({reason})", file=sys.stderr)
+                state["run"] = function
+        return function(*args)
+
+    return call
+
+
+def fitting_rows(model: Transformer, room: int, dtype: torch.dtype) -> int:
+    """How many slots of `room` positions FREE_SHARE of the free memory holds; elsewhere than on CUDA, no limit."""
+    device, c = model.head_weight.device, model.config
+    if device.type != "cuda":
+        return sys.maxsize
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * room * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, int(FREE_SHARE * free) // row)
+
+
+_ENGINES: "weakref.WeakKeyDictionary[Transformer, tuple[tuple, Engine]]" = weakref.WeakKeyDictionary()
+
+
+def engine_for(model: Transformer, rows: int, room: int, dtype: torch.dtype, sampling: tuple, compile: bool) -> Engine:
+    """A new engine; on CUDA the model's last one, with its graphs, as long as it fits the wish."""
+    if model.head_weight.device.type != "cuda":
+        return Engine(model, rows, room, dtype, sampling, compile)
+    wish, weights = (dtype, sampling, compile), model.head_weight.data_ptr()
+    had, engine = _ENGINES.get(model, (None, None))
+    if had == (*wish, weights) and len(engine.token) >= rows and engine.cache.room >= room:
+        return engine
+    _ENGINES.pop(model, None)
+    del engine  # before the new one takes its memory
+    engine = Engine(model, rows, room, dtype, sampling, compile)
+    engine.model = weakref.proxy(model)
+    _ENGINES[model] = ((*wish, weights), engine)
+    return engine
+
+
 @torch.inference_mode()
 def generate(
     model: Transformer,
@@ -136,12 +283,16 @@ def generate(
     batch_size: int = 0,
     keys: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    compile: bool | None = None,
+    check_every: int = 0,
 ) -> list[list[Completion]]:
     """For each prompt (a list of ids) a list of n completions.
 
-    batch_size: the most rows decoded at a time, but never fewer than n (0: all of them); keys: one int a prompt, what its
-    random numbers depend on instead of its place in this call; progress(finished rows, tokens) is called after every
-    decode step. UserError for an empty prompt and for values out of range.
+    batch_size: the most rows decoded at a time, but never fewer than n (0: all of them, on CUDA as many as half of the free
+    memory holds); keys: one int a prompt, what its random numbers depend on instead of its place in this call;
+    progress(finished rows, tokens) is called whenever it is looked at what was sampled, every check_every steps (0: every
+    step, on CUDA every CHECK_EVERY); compile: torch.compile the steps (None: on CUDA). UserError for an empty prompt and for
+    values out of range.
     """
     if n < 1 or max_new_tokens < 1:
         raise UserError(f"n and max_new_tokens must be at least 1, not {n} and {max_new_tokens}")
@@ -158,66 +309,59 @@ def generate(
     if device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         # without bfloat16 arithmetic a processor takes 8 times as long for the same products as in float32
         model, dtype = copy.deepcopy(model).float(), torch.float32
-    room = max(len(p) for p in prompts) + max_new_tokens
-    rows = min(len(prompts), max(1, batch_size // n) if batch_size else len(prompts)) * n
-    cache = KVCache(model.config, rows, room, dtype, device)
-    keys = range(len(prompts)) if keys is None else keys
-    stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # popped from the end: the longest first
-    results = [[Completion([], [], False) for _ in range(n)] for _ in prompts]
-
-    # One entry an active slot: the completion it writes, its random row, its length so far and its budget's end.
-    owner: list[Completion] = []
-    row, position, end, token = (torch.zeros(0, dtype=torch.long, device=device) for _ in range(4))
-    history: list[tuple[list[Completion], Tensor, Tensor]] = []  # emptied whenever a row finishes
-    finished = count = 0
-
-    def step(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return draw(logits, uniform(seed, row, position), temperature, top_k, top_p)
-
-    while waiting or owner:
-        active = len(owner)
-        # Admit waiting prompts in sizeable portions: a prefill of one prompt wastes most of its time.
-        if waiting and rows - active >= n * min(len(waiting), max(1, rows // (8 * n))):
-            new = [waiting.pop() for _ in range(min(len(waiting), (rows - active) // n))]
-            logits = prefill(model, cache, [prompts[i] for i in new], [active + j * n for j in range(len(new))], n)
-            logits = logits.repeat_interleave(n, 0)
-            old = row, position, end, token
-            row = torch.tensor([keys[i] * n + j for i in new for j in range(n)], device=device)
-            position = torch.tensor([len(prompts[i]) for i in new for _ in range(n)], device=device)
-            end = position + max_new_tokens
-            fresh = [c for i in new for c in results[i]]
-            token, logprob = step(logits)
-            history.append((fresh, token, logprob))
-            owner = owner + fresh
-            row, position, end, token = (torch.cat(x) for x in zip(old, (row, position, end, token), strict=True))
-        else:
-            length = int(position.max()) + 1
-            logits = decode_one_token(model, cache, token, position, length)
-            position = position + 1
-            token, logprob = step(logits)
-            history.append((owner, token, logprob))
-        count += len(history[-1][0])
-        stopped = torch.isin(token, stop)
-        done = stopped | (position + 1 >= end)
-        if done.any():
-            for completions, ids, logprobs in history:
-                for c, i, p in zip(completions, ids.tolist(), logprobs.tolist(), strict=True):
-                    c.tokens.append(i)
-                    c.logprobs.append(p)
-            history.clear()
-            for i in stopped.nonzero()[:, 0].tolist():
-                owner[i].finished = True
-            # Close the gaps: survivors from the far end move into the slots of finished rows.
-            keep = (~done).nonzero()[:, 0]
-            order = torch.arange(len(keep), device=device)
-            holes, movers = order[done[: len(keep)]], keep[keep >= len(keep)]
-            if len(holes):
-                cache.copy_rows(movers, holes)
-                order[holes] = movers
-            finished += len(owner) - len(keep)
-            owner = [owner[i] for i in order.tolist()]
-            row, position, end, token = row[order], position[order], end[order], token[order]
-        if progress:
-            progress(finished, count)
+    on_cuda = device.type == "cuda"
+    check_every = check_every or (CHECK_EVERY if on_cuda else 1)
+    room = max(len(p) for p in prompts) + max_new_tokens + check_every - 1  # a row may go on until it is looked at
+    rows = min(len(prompts), max(1, (batch_size or fitting_rows(model, room, dtype)) // n)) * n
+    with memory_advice(f"generating {rows} rows at a time", "batch_size (rollout_batch)", max(n, rows // 2)):
+        engine = engine_for(model, rows, room, dtype, (temperature, top_k, top_p), on_cuda if compile is None else compile)
+        engine.seed.fill_(seed)
+        keys = range(len(prompts)) if keys is None else keys
+        stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        stops = frozenset(stop_ids)
+        waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # popped from the end: the longest first
+        results = [[Completion([], [], False) for _ in range(n)] for _ in prompts]
+        owner: list[Completion] = []  # of each active slot, the completion it writes
+        lengths: list[int] = []  # and its position, as the engine's
+        history: list[tuple[list[Completion], Tensor, Tensor]] = []  # (owners, (k, slots) ids, log-probs); emptied at a finish
+        finished = count = 0
+        while waiting or owner:
+            active = len(owner)
+            # Admit waiting prompts in sizeable portions: a prefill of one prompt wastes most of its time.
+            if waiting and rows - active >= n * min(len(waiting), max(1, rows // (8 * n))):
+                new = [waiting.pop() for _ in range(min(len(waiting), (rows - active) // n))]
+                slots = slice(active, active + len(new) * n)
+                rows_of_new = [keys[i] * n + j for i in new for j in range(n)]
+                engine.admit(slots, [list(prompts[i]) for i in new], rows_of_new, n, max_new_tokens)
+                fresh = [c for i in new for c in results[i]]
+                owner, lengths = owner + fresh, lengths + [len(prompts[i]) for i in new for _ in range(n)]
+                active = len(owner)
+                history.append((fresh, engine.token[None, slots].clone(), engine.logprob[None, slots].clone()))
+            else:
+                ids, logprobs = [], []
+                for _ in range(check_every):
+                    engine.advance(active, max(lengths) + 1)
+                    lengths = [length + 1 for length in lengths]
+                    ids.append(engine.token[:active].clone())
+                    logprobs.append(engine.logprob[:active].clone())
+                history.append((owner, torch.stack(ids), torch.stack(logprobs)))
+            count += history[-1][1].numel()
+            done = engine.position[:active] + 1 >= engine.end[:active]
+            done[active - history[-1][1].shape[1] :] |= torch.isin(history[-1][1], stop).any(0)
+            if done.any():
+                for completions, ids, logprobs in history:
+                    for c, own_ids, own_logprobs in zip(completions, ids.T.tolist(), logprobs.T.tolist(), strict=True):
+                        for i, p in zip(own_ids, own_logprobs, strict=True):
+                            if c.finished or len(c.tokens) == max_new_tokens:
+                                break
+                            c.tokens.append(i)
+                            c.logprobs.append(p)
+                            c.finished = i in stops
+                history.clear()
+                keep = (~done).nonzero()[:, 0]
+                finished += active - len(keep)
+                order = engine.close_gaps(keep, active).tolist()
+                owner, lengths = [owner[i] for i in order], [lengths[i] for i in order]
+            if progress:
+                progress(finished, count)
     return results

@@ -39,6 +39,8 @@ from common import (
     load_resume,
     load_task,
     lr_factor,
+    memory_advice,
+    mfu,
     my_batches,
     one_of,
     parse_config,
@@ -49,6 +51,7 @@ from common import (
     save_model,
     save_resume,
     sharding,
+    speed_up,
     start_process,
     step_optimizer,
     whole_copy,
@@ -126,6 +129,8 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm; 10 in the paper
     # Speed
     token_budget: int = 16384  # padded tokens of a micro-batch
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
+    compile: str = "auto"  # torch.compile: true, false, or auto, on CUDA
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # of the arithmetic: float32, or bfloat16 over float32 weights
     threads: int = 0  # CPU threads; 0: torch's choice
@@ -152,6 +157,7 @@ def check(cfg: Config) -> None:
     one_of(cfg, "optimizer", ("adamw", "rmsprop"))
     one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
     one_of(cfg, "dtype", ("float32", "bfloat16"))
+    one_of(cfg, "compile", ("auto", "true", "false"))
     for key in ("batch", "max_length", "token_budget", "max_new_tokens", "eval_every", "save_every", "print_every"):
         require(cfg, key, getattr(cfg, key) >= 1, "at least 1 is wanted")
     for key in ("lam", "lam_low", "gamma", "warmup_ratio", "label_smoothing"):
@@ -334,6 +340,8 @@ def ift_states(model: Transformer, ids: Tensor, mask: Tensor, share: float, cfg:
     (B, T), places = ids.shape, torch.arange(ids.shape[1], device=ids.device)
     last = torch.where(mask, places, 0).amax(1)  # the last target is not fed
     start = (torch.where(mask, places, T).amin(1) - 1).clamp(max=last)  # the answers' part begins with what predicts the first
+    if model.gradient_checkpointing:  # keys and values kept for later would be all that it saves: the part is the whole row
+        start = torch.zeros_like(start)
     P, A = int(start.max()), int((last - start).max())
     prefix = attend = None
     if P:
@@ -489,6 +497,7 @@ def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, 
     require_model(base, cfg.model, cfg.hub)
     tokenizer = Tokenizer.from_pretrained(base)
     model = Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype))
+    speed_up(model, cfg, device)
     reference = None
     if loss in REFERENCED:
         reference = Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype)).requires_grad_(False)
@@ -520,8 +529,7 @@ def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, 
         optimizer = torch.optim.RMSprop(model.parameters(), lr=cfg.lr)
     state = {"step": 0, "train_s": 0.0}
     if cfg.resume and any((out / name).exists() for name in ("resume", "resume.old")):  # of several, some may not have begun
-        reports = ("eval_every", "save_every", "print_every", "show")
-        state = load_resume(out, model, optimizer, cfg, ("resume", "out_dir", "device", "threads", *reports))
+        state = load_resume(out, model, optimizer, cfg)
     else:
         begin_run(out, cfg)
     log = Log(out, state["step"])
@@ -559,17 +567,22 @@ def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, 
             entry["lr"] = lr
         batch = [examples[i] for i in batch_rows(step, cfg.batch, len(examples), cfg.seed)]
         try:
-            metrics = update(loss, model, reference, optimizer, batch, share, cfg, cfg.seed * 1_000_003 + step)
+            with memory_advice("in the update", "gradient_checkpointing = true, or token_budget", cfg.token_budget // 2):
+                metrics = update(loss, model, reference, optimizer, batch, share, cfg, cfg.seed * 1_000_003 + step)
         except UserError as e:
             raise UserError(f"step {step + 1}: {e}") from None
         seconds = time.perf_counter() - start
         state["step"], state["train_s"] = step + 1, state["train_s"] + seconds
-        metrics |= {"lr": lr, "lambda": share, "timing_s/step": seconds, "tokens_per_s": metrics.pop("tokens") / seconds}
+        tokens = metrics.pop("tokens")
+        metrics |= {"lr": lr, "lambda": share, "timing_s/step": seconds, "tokens_per_s": tokens / seconds}
+        if (share_of_peak := mfu(model, tokens, len(batch), seconds)) is not None:
+            metrics["mfu"] = share_of_peak
         log.write("metrics", step + 1, metrics)
         if (step + 1) % cfg.print_every == 0:
             print(
                 f"{loss} step {step + 1}/{steps} | loss {metrics['loss']:.4f} | nll {metrics['nll']:.4f} | "
                 f"gnorm {metrics['grad_norm']:.2f} | lr {lr:.2e} | {seconds:.2f}s | tok/s {metrics['tokens_per_s']:.0f}"
+                + (f" | mfu {metrics['mfu']:.0%}" if "mfu" in metrics else "")
             )
         if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:
             state["last"] = validate(step + 1, cfg.show if step + 1 == steps else 0)

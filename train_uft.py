@@ -41,6 +41,8 @@ from common import (
     load_resume,
     load_task,
     lr_factor,
+    memory_advice,
+    mfu,
     my_batches,
     one_of,
     parse_config,
@@ -52,6 +54,7 @@ from common import (
     save_resume,
     sharding,
     share,
+    speed_up,
     start_process,
     step_optimizer,
     whole_copy,
@@ -133,6 +136,8 @@ class Config:
     # Speed
     token_budget: int = 16384  # padded tokens of a micro-batch
     pack: bool = True  # a group's completions share their prompt in one row
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
+    compile: str = "auto"  # torch.compile: true, false, or auto, on CUDA
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # of the training arithmetic: float32, or bfloat16 over float32 weights
     rollout_dtype: str = "float32"  # of the weights that generate
@@ -154,6 +159,7 @@ def check(cfg: Config) -> None:
     one_of(cfg, "loss_norm", ("tokens", "constant", "paper_code"))
     one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
     one_of(cfg, "dtype", ("float32", "bfloat16"))
+    one_of(cfg, "compile", ("auto", "true", "false"))
     one_of(cfg, "rollout_dtype", ("float32", "bfloat16"))
     for key in ("steps", "sft_steps", "problems", "rollouts", "mini_batch", "hint_steps", "segments", "max_prompt",
                 "max_new_tokens", "token_budget", "eval_every", "save_every", "print_every"):  # fmt: skip
@@ -498,13 +504,13 @@ def main(argv: Sequence[str]) -> None:
     longest = max(len(p.prompt) + len(tokenizer.encode(p.hint(len(p.cuts) - 1))) for p in problems) + cfg.max_new_tokens
     window = model.config.max_position_embeddings
     require(cfg, "max_new_tokens", longest <= window, f"the longest prompt and hint make it {longest}, the model has {window}")
+    speed_up(model, cfg, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
     )
     state = {"step": 0, "shares": [cfg.p_high] * len(problems), "train_s": 0.0}
     if cfg.resume:
-        reports = ("eval_every", "save_every", "print_every", "show")
-        state = load_resume(out, model, optimizer, cfg, ("resume", "out_dir", "device", "threads", "rollout_batch", *reports))
+        state = load_resume(out, model, optimizer, cfg)
     else:
         begin_run(out, cfg)
     log = Log(out, state["step"])
@@ -520,6 +526,7 @@ def main(argv: Sequence[str]) -> None:
     def progress(finished: int, tokens: int) -> None:
         print(f"\r  {finished} answers, {tokens} tokens", end="\r", flush=True)
 
+    may_compile = False if cfg.compile == "false" else None
     live = progress if sys.stdout.isatty() else None
 
     def validate(step: int, show: int) -> None:
@@ -527,7 +534,7 @@ def main(argv: Sequence[str]) -> None:
         refresh(judged_model, model)
         answers = evaluate.answer(
             judged_model, tokenizer, task, share(test_rows), max_new_tokens=cfg.max_new_tokens, batch_size=cfg.rollout_batch,
-            progress=live,
+            progress=live, compile=may_compile,
         )  # fmt: skip
         answers = gather(answers)
         solved, n = evaluate.accuracy(answers), len(test_rows)
@@ -548,7 +555,7 @@ def main(argv: Sequence[str]) -> None:
         outputs = generate(
             rollout_model, [g.prompt + g.hint for g in groups], cfg.rollouts, cfg.max_new_tokens, cfg.temperature,
             tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch, keys=share(chosen),
-            progress=live,
+            progress=live, compile=may_compile,
         )  # fmt: skip
         rewards, last = [], []
         for i, hint, group, completions in zip(share(chosen), hints, groups, outputs, strict=True):
@@ -624,7 +631,8 @@ def main(argv: Sequence[str]) -> None:
         updates = []
         for first in range(0, len(groups), mini_batch):
             try:
-                updates.append(update(model, reference, optimizer, groups[first : first + mini_batch], cfg, coef))
+                with memory_advice("in the update", "gradient_checkpointing = true, or token_budget", cfg.token_budget // 2):
+                    updates.append(update(model, reference, optimizer, groups[first : first + mini_batch], cfg, coef))
             except UserError as e:
                 kept = f"{out / 'resume'} is the last good checkpoint" if (out / "resume").exists() else "no checkpoint yet"
                 raise UserError(f"step {step + 1}: {e} ({kept})") from None
@@ -634,6 +642,8 @@ def main(argv: Sequence[str]) -> None:
         tokens = sum(g.length() for g in groups)
         metrics |= {"lr": lr, "timing_s/gen": t_rollout, "timing_s/update": seconds - t_rollout}
         metrics["tokens_per_s"] = tokens / seconds
+        if groups and (share_of_peak := mfu(model, tokens, len(groups), seconds - t_rollout)) is not None:
+            metrics["mfu"] = share_of_peak
         log.write("metrics", step + 1, metrics)
         if (step + 1) % cfg.print_every == 0:
             print(console_line(step + 1, total, metrics))
@@ -676,7 +686,7 @@ def console_line(step: int, total: int, m: dict[str, float]) -> str:
         ("pg", "actor/pg_loss", "{:.3f}".format), ("hint_nll", "actor/hint_nll", "{:.2f}".format),
         ("kl", "actor/kl_loss", "{:.3f}".format), ("gnorm", "actor/grad_norm", "{:.2f}".format),
         ("gen", "timing_s/gen", "{:.2f}s".format), ("upd", "timing_s/update", "{:.2f}s".format),
-        ("tok/s", "tokens_per_s", "{:.0f}".format),
+        ("tok/s", "tokens_per_s", "{:.0f}".format), ("mfu", "mfu", "{:.0%}".format),
     ]  # fmt: skip
     return " | ".join(parts + [f"{short} {show(m[key])}" for short, key, show in names if key in m])
 

@@ -448,3 +448,42 @@ def test_recorded_checkpoints(name, tmp_path):
     kept.save_pretrained(tmp_path)
     again = Transformer.from_pretrained(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(kept.parameters(), again.parameters(), strict=True))
+
+
+# ---- speed and memory -----------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_changes_no_bit():
+    ids = torch.randint(0, 90, (3, 17), generator=torch.Generator().manual_seed(0))
+    grads = []
+    for again in (False, True):
+        model = Transformer(ModelConfig(90, 32, 48, 2, 4, 2)).init_weights(0)
+        model.gradient_checkpointing = again
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):  # noqa: B023
+            loss = model(ids).logsumexp(-1).sum()
+        loss.backward()
+        grads.append((sum(saved), [p.grad for p in model.parameters()]))
+    assert grads[1][0] < 0.5 * grads[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(grads[0][1], grads[1][1], strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_agree_with_eager_ones_at_any_length():
+    model, eager = (Transformer(ModelConfig(90, 32, 48, 2, 4, 2)).init_weights(0) for _ in range(2))
+    assert model.compile_blocks() == ""
+    for T in (17, 9, 30):
+        ids = torch.randint(0, 90, (3, T))
+        for m in (model, eager):
+            m.zero_grad()
+            m(ids).logsumexp(-1).sum().backward()
+        for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_flops_of_a_token_by_hand():
+    """Qwen2.5-0.5B: 357,898,112 parameters in blocks (biases and norms too) and 136,134,656 in the tied head."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(151936, 896, 4864, 24, 14, 2, model_type="qwen2", tie_word_embeddings=True))
+    assert sum(p.numel() for p in model.parameters()) == 494_032_768
+    assert model.flops_per_token(4096) == 6 * 494_032_768 + 6 * 24 * 14 * 64 * 4096

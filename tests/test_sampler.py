@@ -264,9 +264,9 @@ def watch(monkeypatch):
         steps.append(len(tokens))
         return decode(model, cache, tokens, positions, length)
 
-    def prefill(model, cache, prompts, slots, n):
+    def prefill(model, cache, prompts, slots, n, states=None):
         prefills.append([tuple(p) for p in prompts])
-        return fill(model, cache, prompts, slots, n)
+        return fill(model, cache, prompts, slots, n, states)
 
     monkeypatch.setattr(sampler, "decode_one_token", decode_one_token)
     monkeypatch.setattr(sampler, "prefill", prefill)
@@ -292,6 +292,49 @@ def test_freed_slots_are_refilled_and_each_prompt_is_prefilled_once(monkeypatch)
     assert max(steps) <= 16
     # a prompt waits for both slots of a pair and the end is ragged, so not quite the ideal
     assert len(steps) <= 1.4 * (sum(lengths) / 16) + 30
+
+
+@pytest.mark.parametrize("check_every", [2, 3, 8])
+def test_looking_less_often_changes_no_text(check_every):
+    """As on CUDA, where rows go on for some steps after their end; what they sample there belongs to nobody."""
+    model, prompts, stop = tiny(), ragged(9), [1, 2, 3, 4, 5, 6]
+    knobs = {"n": 2, "max_new_tokens": 30, "stop_ids": stop, "seed": 4, "batch_size": 6}
+    one, other = generate(model, prompts, **knobs), generate(model, prompts, **knobs, check_every=check_every)
+    assert texts(one) == texts(other)
+    for group, same in zip(one, other, strict=True):
+        assert [c.finished for c in group] == [c.finished for c in same]
+        for c, d in zip(group, same, strict=True):
+            assert c.logprobs == pytest.approx(d.logprobs, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_samples_the_same_text():
+    model, prompts = tiny(), ragged(9)
+    knobs = {"n": 2, "max_new_tokens": 30, "stop_ids": [1, 2, 3, 4, 5, 6], "seed": 4, "batch_size": 6}
+    assert texts(generate(model, prompts, **knobs, compile=True, check_every=4)) == texts(generate(model, prompts, **knobs))
+
+
+def test_a_compiler_that_fails_costs_one_warning(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler here\nmore")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: broken)
+    model, prompts = tiny(), ragged(3)
+    assert texts(generate(model, prompts, 1, 9, compile=True)) == texts(generate(model, prompts, 1, 9))
+    err = capsys.readouterr().err.splitlines()
+    assert err == [
+        f"warning: torch.compile of {f} failed, going on without (no compiler here)" for f in ("prompt_states", "decode")
+    ]
+    assert model.compile_blocks() == "RuntimeError: no compiler here" and not any(b.compiled for b in model.model.layers)
+
+
+def test_running_out_of_memory_names_the_knob(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(sampler, "decode_one_token", full)
+    with pytest.raises(UserError, match=r"out of memory generating 8 rows at a time: try batch_size \(rollout_batch\) = 4"):
+        generate(tiny(), ragged(4), 2, 9)
 
 
 def test_progress_counts_rows_and_tokens():
