@@ -4,6 +4,7 @@
     python bench.py --peers=true --threads=1              with transformers and TRL (pip install -e '.[bench]')
     python bench.py --what=generate,geometric --dtype=bfloat16 --peers=true
     python bench.py --what=memory --shape=30m-152k --rows=4 --peers=true
+    python bench.py --what=fit                            memory that the papers' models need, computed
 
 `ift` compares with our own sft step on the same batch, the first half of each row being the prompt. `memory` is the peak of
 a process of its own that makes sft steps; its ratio is ours to theirs, the smaller the better.
@@ -32,15 +33,23 @@ import train_ift
 import train_uft
 from common import UserError, one_of, parse_config, pick_device, require, run
 from data.chat import Example
-from model import ModelConfig, Transformer
+from model import CHUNK, ModelConfig, Transformer
 from sampler import generate
 
-SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary, tied
-    "30m": (512, 768, 8, 8, 2, 32000, True),
-    "30m-152k": (512, 768, 8, 8, 2, 151936, True),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+SHAPES = {  # model type, hidden, intermediate, layers, heads, kv heads, head size, vocabulary, tied
+    "30m": ("qwen2", 512, 768, 8, 8, 2, 64, 32000, True),
+    "30m-152k": ("qwen2", 512, 768, 8, 8, 2, 64, 151936, True),
+    "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "qwen2.5-1.5b": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
+    "qwen2.5-3b": ("qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True),
+    "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 64, 128256, True),
+    "llama-3.2-3b": ("llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
+    "gemma-2b": ("gemma", 2048, 16384, 18, 8, 1, 256, 256000, True),
+    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 128, 32000, False),
+    "llama-3-8b": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
 }
+IFT_SHAPES = ("gemma-2b", "mistral-7b", "llama-3-8b")  # what IFT's configs train; UFT's the ones of 0.5 to 3 B
+GPUS = (24, 48, 80, 141)  # GB
 
 
 @dataclass
@@ -48,8 +57,8 @@ class Config:
     """Every knob."""
 
     # What
-    what: tuple[str, ...] = ("generate", "geometric", "grpo", "sft", "ift")  # the workloads, or memory
-    shape: str = "30m"  # 30m, 30m-152k, qwen2.5-0.5b or qwen2.5-1.5b
+    what: tuple[str, ...] = ("generate", "geometric", "grpo", "sft", "ift")  # the workloads, memory, or fit
+    shape: str = "30m"  # 30m, 30m-152k, qwen2.5-0.5b .. 3b, llama-3.2-1b, -3b, llama-3-8b, gemma-2b or mistral-7b
     dtype: str = "float32"  # weights of generate and geometric: float32 or bfloat16
     peers: bool = False  # run transformers and TRL too
     only: str = ""  # run this one alone: nanoFT, transformers or TRL
@@ -66,9 +75,66 @@ class Config:
 
 
 def build(cfg: Config, device: torch.device) -> Transformer:
-    c, i, layers, h, k, v, tied = SHAPES[cfg.shape]
-    config = ModelConfig(v, c, i, layers, h, k, model_type="qwen2", tie_word_embeddings=tied)
-    return Transformer(config).init_weights(0).to(device)
+    return Transformer(shape_config(cfg.shape)).init_weights(0).to(device)
+
+
+def shape_config(name: str) -> ModelConfig:
+    kind, c, i, layers, h, k, d, v, tied = SHAPES[name]
+    return ModelConfig(v, c, i, layers, h, k, model_type=kind, head_dim=d, tie_word_embeddings=tied)
+
+
+def activation_bytes(c: ModelConfig, gradient_checkpointing: bool) -> int:
+    """What autograd keeps of a token in bfloat16 training: of each block two float32 residuals, two normalised, two bfloat16
+    inputs of products (20 C), queries and outputs, keys and values, the MLP's four inner tensors, and statistics. With
+    gradient checkpointing the residual of each block, and all of one block."""
+    h, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    block = 20 * c.hidden_size + 4 * h + 4 * k + 8 * c.intermediate_size + 4 * c.num_attention_heads + 8
+    return 4 * c.hidden_size * c.num_hidden_layers + block if gradient_checkpointing else block * c.num_hidden_layers
+
+
+def needs(name: str, gpus: int, rows: int = 64, positions: int = 2048, tokens: int = 16384) -> dict[str, float]:
+    """GB that training a shape needs on each of so many GPUs: UFT's with AdamW, a reference model and rollouts of `rows` x
+    `positions` at a time over all GPUs, or IFT's with RMSprop; bfloat16 over float32 weights, micro-batches of `tokens`, with
+    gradient checkpointing."""
+    c, ift = shape_config(name), name in IFT_SHAPES
+    with torch.device("meta"):
+        model = Transformer(c)
+    n, table = sum(p.numel() for p in model.parameters()), c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    gathered = 2 * n if gpus == 1 else 2 * 2 * block + 2 * 4 * table  # bfloat16 weights; FSDP: two blocks, head and embedding
+    position = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    kv = 0 if ift else position * positions * -(-rows // gpus)
+    parts = {
+        "weights": 4 * n / gpus,
+        "gradients": 4 * n / gpus,
+        "optimiser": (4 if ift else 8) * n / gpus,
+        "reference": 0 if ift else 4 * n / gpus,
+        "rollout weights": 0 if ift else 2 * n,
+        "KV cache": kv,
+        "activations": activation_bytes(c, True) * tokens,
+        "in use": gathered + 2 * 4 * c.vocab_size * c.hidden_size + 6 * 4 * CHUNK,  # the head's gradient twice, some logits
+    }
+    return {k: v / 1e9 for k, v in parts.items()} | {"all": sum(parts.values()) / 1e9}
+
+
+def fit() -> None:
+    """What each model of the papers' configs needs, and how many GPUs of a size it takes (5 % and 1 GB left free)."""
+    names = list(needs("30m", 1))
+    print("| GB on one GPU | parameters | " + " | ".join(names) + " | GPUs of " + " / ".join(map(str, GPUS)) + " GB |")
+    print("|---" * (len(names) + 3) + "|")
+    for shape in list(SHAPES)[2:]:
+        with torch.device("meta"):
+            n = sum(p.numel() for p in Transformer(shape_config(shape)).parameters())
+        alone = needs(shape, 1)
+        counts = [next((str(k) for k in (1, 2, 4, 8, 16, 32) if needs(shape, k)["all"] < 0.95 * g - 1), "-") for g in GPUS]
+        cells = [f"{alone[k]:.1f}" for k in names]
+        print(
+            f"| {shape} ({'IFT' if shape in IFT_SHAPES else 'UFT'}) | {n / 1e9:.2f} B | "
+            + " | ".join(cells)
+            + " | "
+            + " / ".join(counts)
+            + " |"
+        )
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -252,6 +318,8 @@ def main(argv: Sequence[str]) -> None:
         "ift": lambda model, folder: supervised(cfg, model, folder, True),
         "memory": lambda *_: memory(cfg),
     }
+    if cfg.what == ("fit",):
+        return fit()
     for name in cfg.what:
         if name not in workloads:
             raise UserError(f"what: '{name}' is not one of {', '.join(workloads)}")

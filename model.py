@@ -197,6 +197,12 @@ class Prefix:
         return torch.cat((self.states[layer][0], k), 2), torch.cat((self.states[layer][1], v), 2)
 
 
+def _to_autocast(x: Tensor) -> Tensor:
+    """Under autocast, x in its type: else each layer that shares x would keep a copy of its own for the backward pass."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -212,6 +218,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
         B, T, _ = x.shape
+        x = _to_autocast(x)
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -239,6 +246,7 @@ class MLP(nn.Module):
         self.act = partial(F.gelu, approximate="tanh") if config.family.gemma else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
+        x = _to_autocast(x)
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -496,9 +504,9 @@ def _chunks(hidden: Tensor, weight: Tensor):
 
 def _same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast both in its type, so that the products below need no autocast of their own."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return hidden.to(dtype), weight.to(dtype)
+    if torch.is_autocast_enabled(hidden.device.type):
+        return _to_autocast(hidden), _to_autocast(weight)
+    return hidden.to(weight.dtype), weight
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -240,14 +240,15 @@ def _compiled(function: Callable) -> Callable:
     return call
 
 
-def fitting_rows(model: Transformer, room: int, dtype: torch.dtype) -> int:
-    """How many slots of `room` positions FREE_SHARE of the free memory holds; elsewhere than on CUDA, no limit."""
+def fitting_rows(model: Transformer, room: int, dtype: torch.dtype, reserve: int = 0) -> int:
+    """How many slots of `room` positions FREE_SHARE of the free memory holds after `reserve` bytes; elsewhere than on CUDA, no
+    limit."""
     device, c = model.head_weight.device, model.config
     if device.type != "cuda":
         return sys.maxsize
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * room * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, int(FREE_SHARE * free) // row)
+    return max(1, int(FREE_SHARE * (free - reserve)) // row)
 
 
 _ENGINES: "weakref.WeakKeyDictionary[Transformer, tuple[tuple, Engine]]" = weakref.WeakKeyDictionary()
@@ -285,14 +286,15 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     compile: bool | None = None,
     check_every: int = 0,
+    reserve: int = 0,
 ) -> list[list[Completion]]:
     """For each prompt (a list of ids) a list of n completions.
 
     batch_size: the most rows decoded at a time, but never fewer than n (0: all of them, on CUDA as many as half of the free
-    memory holds); keys: one int a prompt, what its random numbers depend on instead of its place in this call;
-    progress(finished rows, tokens) is called whenever it is looked at what was sampled, every check_every steps (0: every
-    step, on CUDA every CHECK_EVERY); compile: torch.compile the steps (None: on CUDA). UserError for an empty prompt and for
-    values out of range.
+    memory holds once `reserve` bytes are left for what is still to come); keys: one int a prompt, what its random numbers
+    depend on instead of its place in this call; progress(finished rows, tokens) is called whenever it is looked at what was
+    sampled, every check_every steps (0: every step, on CUDA every CHECK_EVERY); compile: torch.compile the steps (None: on
+    CUDA). UserError for an empty prompt and for values out of range.
     """
     if n < 1 or max_new_tokens < 1:
         raise UserError(f"n and max_new_tokens must be at least 1, not {n} and {max_new_tokens}")
@@ -312,7 +314,7 @@ def generate(
     on_cuda = device.type == "cuda"
     check_every = check_every or (CHECK_EVERY if on_cuda else 1)
     room = max(len(p) for p in prompts) + max_new_tokens + check_every - 1  # a row may go on until it is looked at
-    rows = min(len(prompts), max(1, (batch_size or fitting_rows(model, room, dtype)) // n)) * n
+    rows = min(len(prompts), max(1, (batch_size or fitting_rows(model, room, dtype, reserve)) // n)) * n
     with memory_advice(f"generating {rows} rows at a time", "batch_size (rollout_batch)", max(n, rows // 2)):
         engine = engine_for(model, rows, room, dtype, (temperature, top_k, top_p), on_cuda if compile is None else compile)
         engine.seed.fill_(seed)

@@ -501,7 +501,7 @@ def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, 
     reference = None
     if loss in REFERENCED:
         reference = Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype)).requires_grad_(False)
-    sampler = whole_copy(model, torch.float32)
+    sampler = whole_copy(model, torch.float32) if task else None
     if task:
         problems = [
             evaluate.load_rows(task, split, cfg.data_path, n, cfg.style, cfg.sizes)

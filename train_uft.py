@@ -140,7 +140,7 @@ class Config:
     compile: str = "auto"  # torch.compile: true, false, or auto, on CUDA
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # of the training arithmetic: float32, or bfloat16 over float32 weights
-    rollout_dtype: str = "float32"  # of the weights that generate
+    rollout_dtype: str = "float32"  # of the weights that generate, in validation too
     threads: int = 0  # CPU threads; 0: torch's choice
     # Reports
     eval_every: int = 100  # steps between validations (greedy, no hints)
@@ -519,21 +519,21 @@ def main(argv: Sequence[str]) -> None:
         start_dir = out / "sft" if sft_steps else base
         reference = Transformer.from_pretrained(start_dir, torch.float32, device, shard).requires_grad_(False)
     rollout_model = whole_copy(model, getattr(torch, cfg.rollout_dtype))
-    judged_model = rollout_model if cfg.rollout_dtype == "float32" else whole_copy(model, torch.float32)
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
     print(f"{cfg.algo} on {cfg.task}: {len(problems)} train, {len(test_rows)} test problems, {size}")
 
     def progress(finished: int, tokens: int) -> None:
         print(f"\r  {finished} answers, {tokens} tokens", end="\r", flush=True)
 
+    to_come = 12 * sum(p.numel() for p in model.parameters()) // world()  # gradients and AdamW's moments, made in step 1
     may_compile = False if cfg.compile == "false" else None
     live = progress if sys.stdout.isatty() else None
 
     def validate(step: int, show: int) -> None:
         start = time.perf_counter()
-        refresh(judged_model, model)
+        refresh(rollout_model, model)
         answers = evaluate.answer(
-            judged_model, tokenizer, task, share(test_rows), max_new_tokens=cfg.max_new_tokens, batch_size=cfg.rollout_batch,
+            rollout_model, tokenizer, task, share(test_rows), max_new_tokens=cfg.max_new_tokens, batch_size=cfg.rollout_batch,
             progress=live, compile=may_compile,
         )  # fmt: skip
         answers = gather(answers)
@@ -555,7 +555,7 @@ def main(argv: Sequence[str]) -> None:
         outputs = generate(
             rollout_model, [g.prompt + g.hint for g in groups], cfg.rollouts, cfg.max_new_tokens, cfg.temperature,
             tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch, keys=share(chosen),
-            progress=live, compile=may_compile,
+            progress=live, compile=may_compile, reserve=0 if optimizer.state else to_come,
         )  # fmt: skip
         rewards, last = [], []
         for i, hint, group, completions in zip(share(chosen), hints, groups, outputs, strict=True):
