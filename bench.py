@@ -89,7 +89,8 @@ def activation_bytes(c: ModelConfig, gradient_checkpointing: bool) -> int:
     gradient checkpointing the residual of each block, and all of one block."""
     h, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     block = 20 * c.hidden_size + 4 * h + 4 * k + 8 * c.intermediate_size + 4 * c.num_attention_heads + 8
-    return 4 * c.hidden_size * c.num_hidden_layers + block if gradient_checkpointing else block * c.num_hidden_layers
+    end = 8 * c.hidden_size  # the last norm's
+    return end + (4 * c.hidden_size * c.num_hidden_layers + block if gradient_checkpointing else block * c.num_hidden_layers)
 
 
 def needs(name: str, gpus: int, rows: int = 64, positions: int = 2048, tokens: int = 16384) -> dict[str, float]:
