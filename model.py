@@ -1,7 +1,7 @@
 """The transformer: configuration, forward pass from ids or embeddings, KV cache, token log-probs, Hugging Face directories.
 
 A decoder of the Llama kind: RMSNorm before attention and MLP, rotary positions, grouped-query attention, gated MLP, tied or
-untied head; FAMILIES has the settings in which Llama, Mistral, Qwen2, Qwen3 and Gemma differ. Parameter names are the
+untied head; FAMILIES has the settings in which Llama, Mistral, Qwen2, Qwen3, Gemma and GPT-2 differ. Parameter names are the
 checkpoint's and configuration fields are config.json's, so loading and saving need no translation table. It knows no task,
 no tokenizer and no optimiser.
 
@@ -38,6 +38,7 @@ class Family:
     acts: tuple[str, ...] = ("silu",)  # the names of hidden_act that mean this family's activation
     gemma: bool = False  # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C), tied unless said
     head_dim: int = 0  # where config.json gives none; 0: hidden_size / num_attention_heads
+    gpt2: bool = False  # LayerNorm, learned positions, MLP without gate, biases everywhere, names of its own (GPT2_NAMES)
 
 
 FAMILIES = {
@@ -46,7 +47,17 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
     "gemma": Family("GemmaForCausalLM", gemma=True, acts=("gelu", "gelu_pytorch_tanh"), head_dim=256),
+    "gpt2": Family("GPT2LMHeadModel", qkv_bias=True, gpt2=True),
 }
+GPT2_FIELDS = {  # field -> GPT-2's name in config.json
+    "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions", "rms_norm_eps": "layer_norm_epsilon",
+}  # fmt: skip
+GPT2_NAMES = {  # GPT-2's name in a checkpoint -> the modules whose parameters lie there one after the other
+    "wte": ["embed_tokens"], "wpe": ["embed_positions"], "ln_f": ["norm"], "ln_1": ["input_layernorm"],
+    "ln_2": ["post_attention_layernorm"], "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"], "mlp.c_fc": ["mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"],
+}  # fmt: skip
 
 
 @dataclass
@@ -88,6 +99,13 @@ class ModelConfig:
         family = FAMILIES.get(d.get("model_type"))
         if family is None:
             raise UserError(f"{where}: model_type {d.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
+        if family.gpt2:
+            d |= {name: d[theirs] for name, theirs in GPT2_FIELDS.items() if d.get(theirs) is not None}
+            d.setdefault("intermediate_size", 4 * d.get("hidden_size", 0))
+            for key, wanted in (("activation_function", "gelu_new"), ("scale_attn_weights", True),
+                                ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):  # fmt: skip
+                if d.get(key, wanted) != wanted:
+                    raise UserError(f"{where}: {key} = {d[key]!r} is not supported for gpt2, only {wanted!r}")
         rope = d.pop("rope_parameters", None)  # the transformers-5 spelling of rope_theta and rope_scaling
         if rope:
             d["rope_theta"] = rope.get("rope_theta")
@@ -110,7 +128,7 @@ class ModelConfig:
                 raise UserError(f"{where}: {key} = {d[key]!r} is not supported for {d['model_type']}, only {values[0]!r}")
         if family.gemma and d.get("hidden_activation") not in (None, "gelu_pytorch_tanh"):
             raise UserError(f"{where}: hidden_activation = {d['hidden_activation']!r} is not supported, only gelu_pytorch_tanh")
-        d.setdefault("tie_word_embeddings", family.gemma)
+        d.setdefault("tie_word_embeddings", family.gemma or family.gpt2)
         d.setdefault("num_key_value_heads", d.get("num_attention_heads"))
         names = {f.name for f in fields(cls)} - {"extra"}
         missing = [f.name for f in fields(cls)[:6] if not isinstance(d.get(f.name), int)]
@@ -122,6 +140,10 @@ class ModelConfig:
     def to_dict(self) -> dict:
         d = asdict(self)
         extra = d.pop("extra")
+        if self.family.gpt2:
+            kept = ("model_type", "vocab_size", "tie_word_embeddings", "initializer_range")
+            d = {k: d[k] for k in kept} | {theirs: d[name] for name, theirs in GPT2_FIELDS.items()}
+            return {"architectures": [self.family.architecture], "activation_function": "gelu_new"} | extra | d
         return {"architectures": [self.family.architecture], "hidden_act": self.family.acts[-1]} | extra | d
 
 
@@ -135,6 +157,10 @@ class RMSNorm(nn.Module):
         if self.offset:  # 1 + weight would lose the weight's digits in bfloat16
             return F.rms_norm(x.float(), self.weight.shape, self.offset + self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(size: int, config: ModelConfig) -> nn.Module:
+    return nn.LayerNorm(size, config.rms_norm_eps) if config.family.gpt2 else RMSNorm(size, config)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -212,7 +238,8 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=config.family.gpt2)
+        self.rotary = not config.family.gpt2
         if config.family.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(d, config), RMSNorm(d, config)
 
@@ -224,7 +251,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.rotary:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if isinstance(cache, KVCache):  # one new token a row: a kv head's G query heads become G queries of that head
             k, v = cache.update(self.layer, k, v)
             q = q.reshape(B, -1, self.groups, self.head_dim)
@@ -240,22 +268,25 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = partial(F.gelu, approximate="tanh") if config.family.gemma else F.silu
+        bias = config.family.gpt2
+        self.gate_proj = None if bias else nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.act = partial(F.gelu, approximate="tanh") if config.family.gemma or config.family.gpt2 else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
         x = _to_autocast(x)
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.input_layernorm = make_norm(config.hidden_size, config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_attention_layernorm = make_norm(config.hidden_size, config)
         self.mlp = MLP(config)
         self.compiled: Callable | None = None  # compute() by torch.compile, see compile_blocks
 
@@ -274,8 +305,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.family.gpt2:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.norm = make_norm(config.hidden_size, config)
 
 
 class Transformer(nn.Module):
@@ -320,6 +353,8 @@ class Transformer(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)[None]
         if self.config.family.gemma:
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # rounded as in training
+        if self.config.family.gpt2:
+            x = x + self.model.embed_positions(positions)
         if self.config.window:
             mask = self.window_mask(positions, mask, cache)
         angles = positions[..., None].float() * self.frequencies.to(x.device)  # (B, T, D/2)
@@ -369,6 +404,22 @@ class Transformer(nn.Module):
         n = sum(p.numel() for p in self.parameters()) - table
         return 6.0 * n + 6.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
 
+    def file_layout(self) -> dict[str, tuple[list[str], bool]]:
+        """Name of each tensor of a checkpoint -> the parameters it holds, stacked, and whether it is stored transposed."""
+        own = [name for name, _ in self.named_parameters()]
+        if not self.config.family.gpt2:
+            return {name: ([name], False) for name in own}
+        names: dict[str, tuple[list[str], bool]] = {}
+        for theirs, modules in GPT2_NAMES.items():
+            for name in own:
+                head, _, leaf = name.removeprefix("model.").rpartition(".")
+                if f".{head}".endswith(f".{modules[0]}"):
+                    block = head.removesuffix(modules[0])  # "" or layers.i.
+                    there = f"{block.replace('layers', 'h')}{theirs}.{leaf}"
+                    transposed = leaf == "weight" and "." in theirs  # of a Conv1D, as GPT-2 calls its linear layers
+                    names[there] = ([f"model.{block}{m}.{leaf}" for m in modules], transposed)
+        return names | ({} if self.config.tie_word_embeddings else {"lm_head.weight": (["lm_head.weight"], False)})
+
     def run(self, function: Callable, *args):
         """function(*args), as one forward pass: around it FSDP gathers the weights that `function` uses outside of blocks."""
         return function(*args)
@@ -395,7 +446,7 @@ class Transformer(nn.Module):
         if shard:
             shard(model.to(dtype))
             model.to_empty(device=device)
-        wanted = dict(model.named_parameters())
+        wanted, layout = dict(model.named_parameters()), model.file_layout()
         index = dir / "model.safetensors.index.json"
         shards = ["model.safetensors"]
         if index.exists():
@@ -411,20 +462,27 @@ class Transformer(nn.Module):
                             continue  # some tied checkpoints repeat the embedding
                         if name.endswith("rotary_emb.inv_freq"):
                             continue  # a buffer of old checkpoints, derived from the configuration
-                        shape, parameter = tuple(file.get_slice(name).get_shape()), wanted.pop(name, None)
-                        if parameter is None:
+                        if config.family.gpt2:
+                            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                                continue  # masks, no parameters
+                        names, transposed = layout.get(name.removeprefix("transformer."), ((), False))
+                        parameters = [wanted.pop(n, None) for n in names]
+                        if not parameters or None in parameters:
                             raise UserError(f"{dir / shard}: tensor {name} is not part of a {config.model_type} model")
-                        if shape != tuple(parameter.shape):
-                            raise UserError(
-                                f"{dir / shard}: tensor {name} has shape {shape}, config.json wants {tuple(parameter.shape)}"
-                            )
-                        owner, _, leaf = name.rpartition(".")
+                        shape = tuple(file.get_slice(name).get_shape())
+                        stacked = (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:])
+                        expected = stacked[::-1] if transposed else stacked
+                        if shape != expected:
+                            raise UserError(f"{dir / shard}: tensor {name} has shape {shape}, config.json wants {expected}")
                         tensor = file.get_tensor(name).to(device=device, dtype=dtype)
-                        if isinstance(parameter, DTensor):
-                            part = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                            parameter.data.copy_(part)
-                        else:
-                            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+                        pieces = (tensor.T if transposed else tensor).split([p.shape[0] for p in parameters])
+                        for own, parameter, piece in zip(names, parameters, pieces, strict=True):
+                            if isinstance(parameter, DTensor):
+                                where, how = parameter.device_mesh, parameter.placements
+                                parameter.data.copy_(distribute_tensor(piece.contiguous(), where, how, src_data_rank=None))
+                            else:
+                                owner, _, leaf = own.rpartition(".")
+                                setattr(model.get_submodule(owner), leaf, nn.Parameter(piece.contiguous()))
             except (SafetensorError, OSError) as e:
                 raise UserError(f"{dir / shard}: cannot be read as safetensors ({e})") from None
         if wanted:
@@ -451,9 +509,9 @@ class Transformer(nn.Module):
         ids = {k: config[k] for k in ("bos_token_id", "pad_token_id") if config.get(k) is not None}
         ids |= {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {}
         described = {"config.json": config, "generation_config.json": ids}
-        shards, room = [[]], shard_bytes
-        for name, p in parameters.items():
-            size = p.numel() * dtype.itemsize
+        shards, room, layout = [[]], shard_bytes, self.file_layout()
+        for name, (own, _) in layout.items():
+            size = sum(parameters[n].numel() for n in own) * dtype.itemsize
             if size > room and shards[-1]:
                 shards, room = [*shards, []], shard_bytes
             shards[-1].append(name)
@@ -473,9 +531,11 @@ class Transformer(nn.Module):
         for file, shard in zip(names, shards, strict=True):
             tensors = {}
             for name in shard:
-                whole = full(parameters[name].detach())
+                own, transposed = layout[name]
+                parts = [full(parameters[n].detach()) for n in own]
                 if write:
-                    tensors[name] = whole.to("cpu", dtype).contiguous()
+                    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+                    tensors[name] = (whole.T if transposed else whole).to("cpu", dtype).contiguous()
             if write:
                 save_file(tensors, dir / file, metadata={"format": "pt"})
 

@@ -201,6 +201,41 @@ def trace(names: Sequence[str], statements: tuple) -> list[str]:
     return [*sentences, "Therefore, " + lines[0], *lines[1:]]
 
 
+def random_walk(rng: random.Random, truth: dict) -> list[str]:
+    """Sound lines (short style, see check_steps) until everybody has a role, but without method: whoever comes next and
+    the role tried first are drawn, and so is the speaker named where several claims cannot hold."""
+    names, lines = truth["names"], []
+    agree = _agreement(parse_statements(truth["statements"], len(names)))
+    roles: dict[int, bool] = {}
+    refuted: list[set[tuple[int, bool]]] = [set()]  # as in check_steps
+    while len(roles) < len(names):
+        known = set().union(*refuted)
+        left = [p for p in range(len(names)) if p not in roles]
+        if any((p, True) in known and (p, False) in known for p in left):
+            while True:
+                person, is_knight = roles.popitem()
+                refuted.pop()
+                refuted[-1].add((person, is_knight))
+                if not any((person, not is_knight) in level for level in refuted):
+                    break
+            lines.append(f"back {names[person]}\n")
+            continue
+        begun = [p for p in left if (p, True) in known or (p, False) in known]  # one role refuted: the other is next
+        person = rng.choice(begun or left)
+        is_knight = rng.choice([k for k in (True, False) if (person, k) not in known])
+        tried = {**roles, person: is_knight}
+        against = [s for s in tried if _contradicted(tried, agree, [s]) is not None]
+        lines.append(f"{names[person]} {'knight' if is_knight else 'knave'} ")
+        if against:
+            lines[-1] += f"no {names[rng.choice(against)]}\n"
+            refuted[-1].add((person, is_knight))
+        else:
+            lines[-1] += "ok\n"
+            roles = tried
+            refuted.append(set())
+    return lines
+
+
 def check_steps(text: str, truth: dict) -> bool:
     """Whether each line before the answer block of `text` (short style) follows from the lines before it, and they end
     in a role for everybody, the ones answered. Any order of people will do. The lines are

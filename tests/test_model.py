@@ -29,6 +29,7 @@ VARIANTS = {
     "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 13, "tie_word_embeddings": False}, 1e4, None),
     "mistral-full": ("mistral", {"num_key_value_heads": 2, "sliding_window": None, "tie_word_embeddings": False}, 1e4, None),
     "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 12, "tie_word_embeddings": True}, 1e4, None),
+    "gpt2": ("gpt2", {"num_key_value_heads": 4, "tie_word_embeddings": True, "max_position_embeddings": 192}, 1e4, None),
 }  # fmt: skip
 
 
@@ -39,8 +40,12 @@ def theirs(kind, knobs, theta, scaling, seed=0):
         rope = {"rope_theta": theta, "rope_scaling": scaling and {"rope_type": "llama3", **scaling}}
     else:
         rope = {"rope_parameters": {"rope_theta": theta, "rope_type": "llama3" if scaling else "default", **(scaling or {})}}
-    make = getattr(transformers, f"{kind.capitalize()}Config")
-    config = make(**SIZES, **knobs, **rope, max_position_embeddings=192, initializer_range=0.2)
+    if kind == "gpt2":
+        kw = {k: SIZES[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+        config = transformers.GPT2Config(**kw, n_inner=SIZES["intermediate_size"], n_positions=192, initializer_range=0.2)
+    else:
+        make = getattr(transformers, f"{kind.capitalize()}Config")
+        config = make(**SIZES, **knobs, **rope, max_position_embeddings=192, initializer_range=0.2)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -88,9 +93,15 @@ def assert_same_after_one_step(model, peer, ids, mask):
     (-token_logprobs(hidden, model.head_weight, ids[:, 1:].flatten()[at])[0].mean()).backward()
     for m in (model, peer):
         torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-3).step()  # without eps a gradient near 0 makes a whole step
-    theirs = dict(peer.named_parameters())
-    for name, p in model.named_parameters():
+    theirs = {n.removeprefix("transformer."): p for n, p in peer.named_parameters()}
+    for name, p in in_their_layout(model, dict(model.named_parameters())).items():
         torch.testing.assert_close(p, theirs[name], rtol=0, atol=1e-5, msg=name)
+
+
+def in_their_layout(model, values):
+    """Tensors by parameter name as the tensors of a checkpoint file."""
+    layout = {k: (torch.cat([values[n] for n in own]), transposed) for k, (own, transposed) in model.file_layout().items()}
+    return {k: whole.T if transposed else whole for k, (whole, transposed) in layout.items()}
 
 
 def test_config_in_the_spelling_of_transformers_4_and_5_is_the_same():
@@ -234,7 +245,7 @@ def test_broken_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama, mistral, qwen2, qwen3, gemma"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported, only llama, mistral, qwen2, qwen3, gemma, gpt2"),
         ({"model_type": None}, "model_type None"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling .*linear"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling .*yarn"),
@@ -309,7 +320,7 @@ def variant_of_ours(variant):
     return ours(model_type=kind, rope_theta=theta, rope_scaling=scaling and {"rope_type": "llama3", **scaling}, **knobs)
 
 
-@pytest.mark.parametrize("variant", ["llama3-scaling", "qwen2-tied", "qwen3", "mistral-window", "gemma"])
+@pytest.mark.parametrize("variant", ["llama3-scaling", "qwen2-tied", "qwen3", "mistral-window", "gemma", "gpt2"])
 @torch.no_grad()
 def test_a_prefix_stands_for_the_positions_before(variant):
     """Ragged prefixes: row b's first n[b] tokens are in the prefix, the others are fed behind it."""
@@ -324,7 +335,7 @@ def test_a_prefix_stands_for_the_positions_before(variant):
     torch.testing.assert_close(hidden, wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama3-scaling", "qwen2-tied", "qwen3", "mistral-window", "gemma"])
+@pytest.mark.parametrize("variant", ["llama", "llama3-scaling", "qwen2-tied", "qwen3", "mistral-window", "gemma", "gpt2"])
 @torch.no_grad()
 def test_cached_decoding_is_the_full_forward(variant):
     model = variant_of_ours(variant)
@@ -410,7 +421,7 @@ def test_argmax_and_logprobs_in_chunks_equal_plain_ones_and_none_of_none(monkeyp
 
 @pytest.mark.skipif("NANOFT_CHECKPOINTS" not in os.environ, reason="NANOFT_CHECKPOINTS names no folder of checkpoints")
 @pytest.mark.parametrize(
-    "name", ["qwen2-tied", "qwen2-untied-bf16", "llama3.2-tied", "llama3-sharded", "mistral-window", "gemma-mqa"]
+    "name", ["qwen2-tied", "qwen2-untied-bf16", "llama3.2-tied", "llama3-sharded", "mistral-window", "gemma-mqa", "gpt2"]
 )
 def test_recorded_checkpoints(name, tmp_path):
     """Logits, padded batches, loss, gradient norms and greedy tokens as transformers had them."""
@@ -422,8 +433,10 @@ def test_recorded_checkpoints(name, tmp_path):
     loss = -token_logprobs(model.hidden(ids)[0, :-1], model.head_weight, ids[0, 1:])[0].mean()
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"].item(), abs=1e-5)
-    norms = {n: p.grad.norm() for n, p in model.named_parameters()}
-    recorded = {k.removeprefix("grad_norm."): v for k, v in expected.items() if k.startswith("grad_norm.")}
+    norms = {n: g.norm() for n, g in in_their_layout(model, {n: p.grad for n, p in model.named_parameters()}).items()}
+    recorded = {
+        k.removeprefix("grad_norm.").removeprefix("transformer."): v for k, v in expected.items() if k.startswith("grad_norm.")
+    }
     assert recorded.keys() == norms.keys()
     for key, value in recorded.items():
         assert norms[key].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-6), key
