@@ -9,6 +9,9 @@
 `ift` compares with our own sft step on the same batch, the first half of each row being the prompt. `memory` is the peak of
 a process of its own that makes sft steps; its ratio is ours to theirs, the smaller the better.
 
+The share of the limit is what the workload's products, or its reading of weights, keys and values, would take at the speed of
+one large product or copy measured here, over what it took: for sft, the MFU.
+
 Runs are interleaved and the median of `repeats` is printed, with the ratio of the medians: machines are noisy, ratios are
 less so. On CPU the figure is processor time, so that other programs disturb it little; on CUDA it is wall time. Weights
 are random, the shape is what counts. Last line: everything as JSON.
@@ -31,7 +34,7 @@ import torch
 
 import train_ift
 import train_uft
-from common import UserError, one_of, parse_config, pick_device, require, run
+from common import UserError, one_of, parse_config, pick_device, refresh, require, run, speed_up, whole_copy
 from data.chat import Example
 from model import CHUNK, ModelConfig, Transformer
 from sampler import generate
@@ -60,6 +63,7 @@ class Config:
     what: tuple[str, ...] = ("generate", "geometric", "grpo", "sft", "ift")  # the workloads, memory, or fit
     shape: str = "30m"  # 30m, 30m-152k, qwen2.5-0.5b .. 3b, llama-3.2-1b, -3b, llama-3-8b, gemma-2b or mistral-7b
     dtype: str = "float32"  # weights of generate and geometric: float32 or bfloat16
+    train_dtype: str = "float32"  # arithmetic of our sft, ift and grpo: float32, or bfloat16 over float32 weights
     peers: bool = False  # run transformers and TRL too
     only: str = ""  # run this one alone: nanoFT, transformers or TRL
     # Size
@@ -67,7 +71,8 @@ class Config:
     length: int = 512  # tokens of a row of sft and ift
     prompt: int = 64  # prompt tokens of generation and grpo
     new: int = 128  # new tokens of generate, most of geometric (mean 32)
-    problems: int = 16  # problems of grpo, 4 completions of 64 tokens each
+    problems: int = 16  # problems of grpo, 4 completions each
+    grpo_new: int = 64  # tokens of a completion of grpo
     repeats: int = 3  # measurements of each
     # How
     device: str = "auto"  # auto, cpu or cuda
@@ -172,21 +177,33 @@ def generation(cfg: Config, model: Transformer, folder: Path, geometric: bool) -
 
 
 def grpo(cfg: Config, model: Transformer, folder: Path) -> dict[str, Callable[[], float]]:
-    """One step: problems x 4 completions, `prompt` + 64 tokens, rewards, one optimiser step; no KL, as TRL's default."""
-    device, vocab, new, n = model.head_weight.device, model.config.vocab_size, 64, 4
+    """One step: problems x 4 completions, `prompt` + `grpo_new` tokens, rewards, one optimiser step; no KL, as TRL's default.
+    In bfloat16, completions are sampled by a copy of the weights in it, as in training."""
+    device, vocab, new, n = model.head_weight.device, model.config.vocab_size, cfg.grpo_new, 4
     ids = torch.randint(2, vocab, (cfg.problems, cfg.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = train_uft.Config(entropy_coef=0.0, token_budget=8192, max_new_tokens=new, dtype=cfg.train_dtype)
     ours = copy.deepcopy(model)
+    speed_up(ours, settings, device)
+    sampler = whole_copy(ours, getattr(torch, cfg.train_dtype))
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, fused=True)
-    settings = train_uft.Config(entropy_coef=0.0, token_budget=8192, max_new_tokens=new)
+    spent = {"rollouts": 0.0, "all": 0.0}
 
     def step() -> None:
-        outputs = generate(ours, ids, n, new)
+        refresh(sampler, ours)
+        outputs: list = []
+        spent["rollouts"] += seconds(lambda: outputs.extend(generate(sampler, ids, n, new)), device)
         rewards = torch.tensor([[float(sum(c.tokens) % 7) for c in group] for group in outputs])
         advantages = train_uft.group_advantages(rewards).tolist()
         groups = [train_uft.Group(p, [], c, a) for p, c, a in zip(ids, outputs, advantages, strict=True)]
         train_uft.update(ours, None, optimizer, groups, settings, 0.0)
 
-    calls = {"nanoFT": lambda: seconds(step, device)}
+    def measure_ours() -> float:
+        took = seconds(step, device)
+        spent["all"] += took
+        print(f"  rollouts take {spent['rollouts'] / spent['all']:.0%} of a grpo step")
+        return took
+
+    calls: dict[str, Callable[[], float]] = {"nanoFT": measure_ours}
     if cfg.peers:
         import datasets
         import transformers
@@ -246,10 +263,11 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool) -> dict
     ids = torch.randint(2, vocab, (n, cfg.length), generator=torch.Generator().manual_seed(0))
     prompt = cfg.length // 2 if ift else 1
     batch = [Example(row, [0] * prompt + [1] * (cfg.length - prompt), False, 0) for row in ids.tolist()]
-    settings = train_ift.Config(token_budget=max(8192, cfg.length))
+    settings = train_ift.Config(token_budget=max(8192, cfg.length), dtype=cfg.train_dtype)
 
     def ours(loss: str) -> Callable[[], float]:
         own = copy.deepcopy(model)
+        speed_up(own, settings, device)
         optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
         return lambda: seconds(lambda: train_ift.update(loss, own, None, optimizer, batch, 0.2, settings), device)
 
@@ -306,6 +324,39 @@ def memory(cfg: Config) -> dict[str, Callable[[], float]]:
     return {who: partial(peak, who) for who in ("nanoFT", *(("transformers",) if cfg.peers else ()))}
 
 
+def measured_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Floating-point operations a second of a large product and bytes a second of a large copy here, the best of five."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product = min(seconds(lambda: a @ b, device) for _ in range(5))
+    copied = min(seconds(lambda: target.copy_(source), device) for _ in range(5))
+    return 2 * n**3 / product, 2 * source.numel() / copied
+
+
+def ideal_seconds(name: str, cfg: Config, model: Transformer, flops: float, bandwidth: float) -> float:
+    """What a workload would take at the measured limits: its products at the speed of a large one; a decode step at least the
+    time to read the weights and the keys and values."""
+    c, n = model.config, sum(p.numel() for p in model.parameters())
+    size = getattr(torch, cfg.dtype if name in ("generate", "geometric") else cfg.train_dtype).itemsize
+
+    def decoding(rows: int, prompt: int, steps: int) -> float:
+        kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size * (prompt + steps / 2)
+        return steps * max(2 * n * rows / flops, (n * size + rows * kv) / bandwidth)
+
+    match name:
+        case "generate" | "geometric":
+            rows, steps = cfg.rows or 64, cfg.new if name == "generate" else 32
+            return 2 * n * rows * cfg.prompt / flops + decoding(rows, cfg.prompt, steps)
+        case "grpo":
+            rows, length = 4 * cfg.problems, cfg.prompt + cfg.grpo_new
+            trained = cfg.problems * (cfg.prompt + 4 * cfg.grpo_new)
+            rollouts = 2 * n * cfg.problems * cfg.prompt / flops + decoding(rows, cfg.prompt, cfg.grpo_new)
+            return rollouts + trained * model.flops_per_token(length) / flops
+    return (cfg.rows or 8) * cfg.length * model.flops_per_token(cfg.length) / flops
+
+
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
     one_of(cfg, "shape", tuple(SHAPES))
@@ -326,8 +377,10 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"what: '{name}' is not one of {', '.join(workloads)}")
     require(cfg, "repeats", cfg.repeats >= 1, "at least 1 is wanted")
     torch.set_num_threads(cfg.threads)
+    one_of(cfg, "train_dtype", ("float32", "bfloat16"))
     device, results = pick_device(cfg.device), []
     model = build(cfg, device)
+    limits = {d: measured_limits(device, getattr(torch, d)) for d in dict.fromkeys((cfg.dtype, cfg.train_dtype))}
     try:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -340,12 +393,15 @@ def main(argv: Sequence[str]) -> None:
                 medians = {who: statistics.median(t) for who, t in times.items()}
                 base, unit = next(iter(medians.values())), "MB" if name == "memory" else "s"
                 ratios = {who: base / m if unit == "MB" else m / base for who, m in medians.items()}
-                dtype = cfg.dtype if name in ("generate", "geometric") else "float32"
-                results.append(
-                    {"workload": name, "dtype": dtype, "unit": unit, "median": medians, "all": times, "ratio": ratios}
-                )
+                dtype = cfg.dtype if name in ("generate", "geometric") else cfg.train_dtype
+                result = {"workload": name, "dtype": dtype, "unit": unit, "median": medians, "all": times, "ratio": ratios}
+                share = ""
+                if unit == "s":
+                    result["share_of_limit"] = ideal_seconds(name, cfg, model, *limits[dtype]) / base
+                    share = f" | {result['share_of_limit']:.0%} of the measured limit"
+                results.append(result)
                 figures = " | ".join(f"{who} {m:.2f} {unit} ({ratios[who]:.2f}x)" for who, m in medians.items())
-                print(f"{name} {dtype} {cfg.shape} on {device.type}: {figures}", flush=True)
+                print(f"{name} {dtype} {cfg.shape} on {device.type}: {figures}{share}", flush=True)
     except ImportError as e:
         raise UserError(f"peers = true needs {e.name}: pip install -e '.[bench]'") from None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

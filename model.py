@@ -554,6 +554,7 @@ def read_json(path: Path) -> dict:
 
 # ---- log-probs without a (B, T, V) tensor ----------------------------------------------------------------------------
 
+HEAD_PIECE = 1024  # CPU: rows of the head multiplied at a time
 CHUNK = 1 << 22  # logits alive at a time: few enough to stay near the cache, enough rows for a full-speed product
 
 
@@ -569,8 +570,16 @@ def _same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(weight.dtype), weight
 
 
+def logits_of(states: Tensor, weight: Tensor) -> Tensor:
+    """Logits (N, V) of states (N, C) by the head's weight (V, C). On a CPU a large vocabulary goes in pieces, which stay in the
+    cache: a quarter faster where the rows are few."""
+    if states.device.type == "cpu" and len(weight) > 4 * HEAD_PIECE:
+        return torch.cat([F.linear(states, piece) for piece in weight.split(HEAD_PIECE)], -1)
+    return F.linear(states, weight)
+
+
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = F.linear(hidden, weight).float()  # (n, V)
+    logits = logits_of(hidden, weight).float()  # (n, V)
     return F.log_softmax(logits if temperature == 1 else logits / temperature, -1)
 
 
@@ -626,7 +635,7 @@ def token_logprobs(
 @torch.no_grad()
 def argmax_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
     """The likeliest token (N,) after each state (N, C), in chunks of rows."""
-    return torch.cat([F.linear(hidden[s], weight).argmax(-1) for s in _chunks(hidden, weight)])
+    return torch.cat([logits_of(hidden[s], weight).argmax(-1) for s in _chunks(hidden, weight)])
 
 
 @torch.no_grad()

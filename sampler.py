@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, memory_advice
-from model import KVCache, Prefix, Transformer
+from model import KVCache, Prefix, Transformer, logits_of
 
 BLOCK = 128  # divides the vocabulary of every common model, and vectorises
 PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: programs are made for multiples of these
@@ -103,7 +103,7 @@ def prefill(
     for layer, (k, v) in enumerate(filled):
         cache.k[layer][target, :, :longest] = k.repeat_interleave(n, 0).to(cache.k[layer].dtype)
         cache.v[layer][target, :, :longest] = v.repeat_interleave(n, 0).to(cache.v[layer].dtype)
-    return F.linear(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
+    return logits_of(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
 
 
 def prompt_states(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -116,7 +116,7 @@ def decode_one_token(model: Transformer, cache: KVCache, tokens: Tensor, positio
     """Feed one token a row, tokens and positions (n,), to the first n slots; logits (n, V) of the next."""
     mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]  # (n, 1, 1, length)
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache.view(positions, length))
-    return F.linear(hidden[:, 0], model.head_weight)
+    return logits_of(hidden[:, 0], model.head_weight)
 
 
 @torch.inference_mode()
