@@ -7,6 +7,7 @@ compared with the published ones row by row."""
 import itertools
 import json
 import os
+import random
 import re
 import time
 from pathlib import Path
@@ -290,6 +291,13 @@ def test_any_order_of_people_is_accepted_when_sound(row):
     for order in itertools.permutations(range(len(names))):
         lines = any_order(statements_of(row), names, order)
         assert logic.check_steps("".join(lines) + row["answer"], row["truth"])
+
+
+@pytest.mark.parametrize("row", SMALL, ids=lambda r: str(len(r["truth"]["names"])))
+def test_random_walks_are_sound_and_follow_no_order(row):
+    walks = {"".join(logic.random_walk(random.Random(seed), row["truth"])) for seed in range(30)}
+    assert len(walks) > 3
+    assert {logic.score(walk + row["answer"], row["truth"]) for walk in walks} == {(1.0, "right")}
 
 
 @settings(max_examples=200, deadline=None)
