@@ -64,6 +64,7 @@ class Config:
     shape: str = "30m"  # 30m, 30m-152k, qwen2.5-0.5b .. 3b, llama-3.2-1b, -3b, llama-3-8b, gemma-2b or mistral-7b
     dtype: str = "float32"  # weights of generate and geometric: float32 or bfloat16
     train_dtype: str = "float32"  # arithmetic of our sft, ift and grpo: float32, or bfloat16 over float32 weights
+    gradient_checkpointing: bool = False  # in our sft and ift
     peers: bool = False  # run transformers and TRL too
     only: str = ""  # run this one alone: nanoFT, transformers or TRL
     # Size
@@ -259,14 +260,15 @@ def second_step_clock(device: torch.device):
 
 def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool) -> dict[str, Callable[[], float]]:
     """One step of rows x length tokens. sft: every token is a target; ift beside sft: the second half of each row is."""
-    device, vocab, n = model.head_weight.device, model.config.vocab_size, cfg.rows or 8
+    device, vocab, n = pick_device(cfg.device), model.config.vocab_size, cfg.rows or 8
     ids = torch.randint(2, vocab, (n, cfg.length), generator=torch.Generator().manual_seed(0))
     prompt = cfg.length // 2 if ift else 1
     batch = [Example(row, [0] * prompt + [1] * (cfg.length - prompt), False, 0) for row in ids.tolist()]
     settings = train_ift.Config(token_budget=max(8192, cfg.length), dtype=cfg.train_dtype)
+    settings.gradient_checkpointing = cfg.gradient_checkpointing
 
     def ours(loss: str) -> Callable[[], float]:
-        own = copy.deepcopy(model)
+        own = model if cfg.only else copy.deepcopy(model)
         speed_up(own, settings, device)
         optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
         return lambda: seconds(lambda: train_ift.update(loss, own, None, optimizer, batch, 0.2, settings), device)
@@ -317,6 +319,7 @@ def memory(cfg: Config) -> dict[str, Callable[[], float]]:
 
     def peak(who: str) -> float:
         flags = [f"--{k}={getattr(cfg, k)}" for k in ("shape", "rows", "length", "device", "threads")]
+        flags.append(f"--gradient_checkpointing={cfg.gradient_checkpointing}")
         command = [sys.executable, __file__, "--what=sft", "--repeats=2", "--peers=true", f"--only={who}", *flags]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(result.stdout.splitlines()[-1])["peak_mb"]
@@ -384,6 +387,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
+            if cfg.what == ("sft",) and cfg.only not in ("", "nanoFT"):
+                model.to_empty(device="meta")  # its memory is not the peer's
             for name in cfg.what:
                 made = workloads[name](model, Path(folder))
                 times: dict[str, list[float]] = {who: [] for who in made}
