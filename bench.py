@@ -330,6 +330,8 @@ def memory(cfg: Config) -> dict[str, Callable[[], float]]:
 def measured_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Floating-point operations a second of a large product and bytes a second of a large copy here, the best of five."""
     n = 8192 if device.type == "cuda" else 1024
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtype = torch.float32  # which such a processor computes in, the sampler too
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
