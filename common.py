@@ -175,15 +175,25 @@ def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
     return [int(orders[k // n][k % n]) for k in range(first, first + size)]
 
 
+PADDING = 0.04  # share of a micro-batch from which on it is rather cut, if it holds an eighth of the budget
+
+
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices sorted by length and cut into micro-batches whose rows x longest stay within the budget of padded tokens."""
+    """Indices sorted by length and cut into micro-batches whose rows x longest stay within the budget of padded tokens, and
+    whose padding stays small."""
     batches: list[list[int]] = [[]]
+    tokens = 0  # of the last batch, without padding
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > budget:
             raise UserError(f"token_budget = {budget}: one row has {lengths[i]} tokens; give at least as much")
-        if batches[-1] and lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
-            batches.append([])
+        if batches[-1]:
+            longest, rows = lengths[batches[-1][0]], len(batches[-1])
+            padded = longest * (rows + 1)
+            if padded > budget or (longest * rows >= budget / 8 and padded - tokens - lengths[i] > PADDING * padded):
+                batches.append([])
+                tokens = 0
         batches[-1].append(i)
+        tokens += lengths[i]
     return batches
 
 

@@ -134,7 +134,7 @@ class Config:
     temperature: float = 1.0  # of the rollouts; log-probs are taken at the same
     rollout_batch: int = 0  # completions decoded at a time; 0: all
     # Speed
-    token_budget: int = 16384  # padded tokens of a micro-batch
+    token_budget: int = 32768  # padded tokens of a micro-batch
     pack: bool = True  # a group's completions share their prompt in one row
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: str = "auto"  # torch.compile: true, false, or auto, on CUDA

@@ -11,6 +11,7 @@ import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,8 +29,10 @@ from common import (
     require,
     require_model,
     save_resume,
+    token_batches,
     wilson,
 )
+from model import ModelConfig, Transformer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -421,3 +424,48 @@ def test_a_written_configuration_names_every_field(tmp_path):
     common.write_toml(Config(), tmp_path / "c.toml")
     content = tomllib.loads((tmp_path / "c.toml").read_text())
     assert content == {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(Config()).items()}
+
+
+# ---- devices and processes ------------------------------------------------------------------------------------------
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        UserError, match="WORLD_SIZE is set but RANK, LOCAL_RANK, .* not: start several processes with torchrun"
+    ):
+        common.start_process("cpu", 0)
+
+
+def test_a_compiler_that_fails_costs_one_warning_and_no_more(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: broken)
+    model = Transformer(ModelConfig(90, 32, 48, 2, 4, 2)).init_weights(0)
+    for compile in ("auto", "false"):
+        common.speed_up(model, train_ift.Config(compile=compile), torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+    common.speed_up(model, train_ift.Config(compile="true"), torch.device("cpu"))
+    assert capsys.readouterr().err == "warning: torch.compile failed, going on without (RuntimeError: no compiler here)\n"
+    assert model(torch.zeros(1, 5, dtype=torch.long)).isfinite().all()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("x: can't allocate memory: y")])
+def test_out_of_memory_names_the_knob(error):
+    with pytest.raises(UserError, match=r"out of memory in the update: try token_budget = 512 \("):
+        with common.memory_advice("in the update", "token_budget", 512):
+            raise error
+    with pytest.raises(RuntimeError, match="other"):
+        with common.memory_advice("in the update", "token_budget", 512):
+            raise RuntimeError("other")
+
+
+def test_sorted_micro_batches_waste_little_on_padding():
+    """512 rows of log-normal lengths, median 200 tokens, at most 1,024, in micro-batches of 16,384: under 5 %."""
+    lengths = [min(1024, max(8, int(x))) for x in np.random.default_rng(0).lognormal(math.log(200), 0.8, 512)]
+    batches = token_batches(lengths, 16384)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert sum(lengths) / padded > 0.95
