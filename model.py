@@ -462,9 +462,8 @@ class Transformer(nn.Module):
                             continue  # some tied checkpoints repeat the embedding
                         if name.endswith("rotary_emb.inv_freq"):
                             continue  # a buffer of old checkpoints, derived from the configuration
-                        if config.family.gpt2:
-                            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                                continue  # masks, no parameters
+                        if config.family.gpt2 and name.endswith((".attn.bias", ".attn.masked_bias")):
+                            continue  # masks, no parameters
                         names, transposed = layout.get(name.removeprefix("transformer."), ((), False))
                         parameters = [wanted.pop(n, None) for n in names]
                         if not parameters or None in parameters:
@@ -581,30 +580,32 @@ def logits_of(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tens
     return F.linear(states, weight)
 
 
-class _Space:
-    """Room for the logits and log-probs of a chunk at a time, used again for the next: allocated anew each time, it breaks up
-    the heap of a CPU process, which then grows by a third. None where the arithmetic is not float32."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, rows: int):
-        fits = hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32
-        self.both = [hidden.new_empty(rows, len(weight)) for _ in range(2)] if fits else None
+Space = tuple[Tensor, Tensor] | None
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, space: _Space | None = None) -> Tensor:
-    if space is not None and space.both is not None:
-        logits = logits_of(hidden, weight, space.both[0][: len(hidden)])
+def _space(hidden: Tensor, weight: Tensor, rows: int) -> Space:
+    """Room for the logits and log-probs of a chunk, used again for the next: allocated anew each time, it breaks up the heap of
+    a CPU process, which then grows by a third. None where the arithmetic is not float32 on a CPU."""
+    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32:
+        return hidden.new_empty(rows, len(weight)), hidden.new_empty(rows, len(weight))
+    return None
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, space: Space = None) -> Tensor:
+    if space is not None:
+        logits = logits_of(hidden, weight, space[0][: len(hidden)])
         logits = logits if temperature == 1 else logits.div_(temperature)
-        return torch.log_softmax(logits, -1, out=space.both[1][: len(hidden)])
+        return torch.log_softmax(logits, -1, out=space[1][: len(hidden)])
     logits = logits_of(hidden, weight).float()  # (n, V)
     return F.log_softmax(logits if temperature == 1 else logits / temperature, -1)
 
 
 def _grad_logits(
-    logp: Tensor, targets: Tensor, g_logp: Tensor, entropy: Tensor | None, g_entropy: Tensor | None, space: _Space | None = None
-) -> Tensor:
+    logp: Tensor, targets: Tensor, g_logp: Tensor, entropy: Tensor | None, g_entropy: Tensor | None, space: Space = None
+) -> Tensor:  # fmt: skip
     """Gradient with respect to the (tempered) logits from those of log p[target] and of the entropy, each (n,):
     d log p_t / dz = onehot(t) - p   and   dH / dz = -p (log p + H)."""
-    p = logp.exp() if space is None or space.both is None else torch.exp(logp, out=space.both[0][: len(logp)])
+    p = logp.exp() if space is None else torch.exp(logp, out=space[0][: len(logp)])
     if g_entropy is None:
         p.mul_(-g_logp[:, None])
     else:
@@ -708,7 +709,7 @@ class _FusedTokenLoss(torch.autograd.Function):
         g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         total, stats = hidden.new_zeros((), dtype=torch.float32), []
         chunks = chunks or _chunks(hidden, weight)
-        space = _Space(hidden, weight, max((s.stop - s.start for s in chunks), default=0))
+        space = _space(hidden, weight, max((s.stop - s.start for s in chunks), default=0))
         for s in chunks:
             lp = _log_softmax(hidden[s], weight, temperature, space)
             logp = lp.gather(1, targets[s, None])[:, 0].requires_grad_()

@@ -1,7 +1,7 @@
 """Run every method of a paper from the same base with several seeds; a table, and for UFT the curves with intervals.
 
     python toys/compare.py                                            Countdown: 7 methods x 5 seeds, 2 runs at a time
-    python toys/compare.py --args="--task=logic" --out_dir=out/compare-logic --methods=sft,uft
+    python toys/compare.py --args=config/logic-tiny.toml --methods=uft,sft,sft-long --sft_long=1800 --out_dir=out/compare-logic
     python toys/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
     python toys/compare.py --paper=ift --out_dir=out/compare-ift      SFT, IFT, its two parts alone, other lambdas
 
