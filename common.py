@@ -293,7 +293,7 @@ def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
 def whole_copy(model, dtype: torch.dtype):
     """What generates: the model itself if it is whole and of that dtype, else a copy for refresh() to fill."""
     p = model.head_weight
-    if world() == 1 and p.dtype == dtype:
+    if not isinstance(p, DTensor) and p.dtype == dtype:
         return model
     with torch.device("meta"):
         copy = type(model)(model.config).to(dtype)

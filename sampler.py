@@ -9,7 +9,6 @@ processes do not change the text, beyond what rounding of the logits can flip.
 
 import copy
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -156,6 +155,9 @@ class Engine:
         if compile:
             self.step, self.states = _compiled(self.decode), _compiled(prompt_states)
 
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a model makes an engine of its own."""
+
     def draw(self, logits: Tensor, slots: slice) -> None:
         """Sample a token for each of the slots from logits (slots, V)."""
         u = uniform(self.seed, self.row[slots], self.position[slots])
@@ -251,22 +253,17 @@ def fitting_rows(model: Transformer, room: int, dtype: torch.dtype, reserve: int
     return max(1, int(FREE_SHARE * (free - reserve)) // row)
 
 
-_ENGINES: "weakref.WeakKeyDictionary[Transformer, tuple[tuple, Engine]]" = weakref.WeakKeyDictionary()
-
-
 def engine_for(model: Transformer, rows: int, room: int, dtype: torch.dtype, sampling: tuple, compile: bool) -> Engine:
     """A new engine; on CUDA the model's last one, with its graphs, as long as it fits the wish."""
     if model.head_weight.device.type != "cuda":
         return Engine(model, rows, room, dtype, sampling, compile)
-    wish, weights = (dtype, sampling, compile), model.head_weight.data_ptr()
-    had, engine = _ENGINES.get(model, (None, None))
-    if had == (*wish, weights) and len(engine.token) >= rows and engine.cache.room >= room:
+    wish = (dtype, sampling, compile, model.head_weight.data_ptr())
+    had, engine = model.__dict__.get("_engine", (None, None))
+    if engine and had == wish and len(engine.token) >= rows and engine.cache.room >= room:
         return engine
-    _ENGINES.pop(model, None)
-    del engine  # before the new one takes its memory
+    model.__dict__["_engine"] = engine = None, None  # before the new one takes its memory
     engine = Engine(model, rows, room, dtype, sampling, compile)
-    engine.model = weakref.proxy(model)
-    _ENGINES[model] = ((*wish, weights), engine)
+    model.__dict__["_engine"] = (wish, engine)
     return engine
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -351,7 +352,9 @@ def ift_states(model: Transformer, ids: Tensor, mask: Tensor, share: float, cfg:
         attend = torch.cat((before, torch.ones(A, A, dtype=torch.bool, device=ids.device).tril().expand(B, 1, -1, -1)), -1)
     positions = (start[:, None] + places[:A]).clamp(max=T - 1)  # (B, A)
     part = embeddings.gather(1, positions[..., None].expand(-1, -1, embeddings.shape[2]))
-    if P and world() > 1:  # FSDP gathers a block for its backward pass when the gradient of its output comes: let one come
+    if (
+        P and dist.is_initialized()
+    ):  # FSDP gathers a block for its backward pass when the gradient of its output comes: let one come
         part = part + 0 * end[:, -1:]
     place = column - 1 - start[row]  # in the part, of the state that predicts each target
     with torch.no_grad():

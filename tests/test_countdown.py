@@ -79,9 +79,9 @@ def test_recorded_scores_of_all_cases():
 def test_answers_that_hang_the_published_checker():
     for line in (Path(GOLDEN) / "uft" / "reward_countdown_would_hang.jsonl").read_text(encoding="utf-8").splitlines():
         r = json.loads(line)
-        began = time.perf_counter()
+        began = time.process_time()
         assert score(r["response"], r["ground_truth"]) == (0.1, "malformed")
-        assert time.perf_counter() - began < 0.01
+        assert time.process_time() - began < 0.1  # under 0.01 on a quiet machine
 
 
 @pytest.mark.skipif(not UFT_DATA, reason="NANOFT_UFT_DATA is not set")
@@ -349,7 +349,7 @@ def test_a_megabyte_of_anything_takes_milliseconds(piece, inside):
     for truth in (TRUTH, CHAIN):
         seconds = []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             assert score(text, truth)[0] <= 0.1
-            seconds.append(time.perf_counter() - began)
-        assert min(seconds) < 0.02  # 10 ms wanted; the rest is for a busy machine
+            seconds.append(time.process_time() - began)
+        assert min(seconds) < 0.1  # under 0.01 on a quiet machine; what is not linear takes minutes

@@ -3,13 +3,10 @@ where torch finds no CUDA device. `python toys/gpu.py` runs it and the benchmark
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
 
 import common
 import sampler
@@ -20,8 +17,7 @@ from model import ModelConfig, Transformer
 from sampler import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
-ROOT = Path(__file__).parent.parent
-VOCAB = 1000
+VOCAB, DEVICE = 1000, "cuda"
 
 
 def model(device="cuda", **knobs):
@@ -119,33 +115,39 @@ def test_programs_are_not_made_again_for_each_length():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
-@pytest.mark.parametrize("script", ["train_uft.py --steps=5", "train_ift.py --loss=ift --epochs=0.1"])
-def test_fsdp_on_one_gpu_agrees_with_no_fsdp(script, tmp_path):
-    flags = [*script.split(), "--test_rows=20", "--train_rows=200", "--eval_every=5", "--compile=false"]
-    for name in ("plain", "fsdp"):
-        code = "import sys, runpy, common; sys.argv = sys.argv[1:]\n"
-        if name == "fsdp":  # one process that shards all the same
-            code += (
-                "import torch.distributed as dist; from functools import partial\n"
-                "dist.init_process_group('nccl')\n"
-                "common.sharding = lambda dtype: partial(common.shard_model, dtype=dtype)\n"
-                "common.whole_copy.__globals__['world'] = lambda: 2 if sys._getframe(1).f_code.co_name == 'whole_copy' else 1\n"
-            )
-        code += "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29533"}
-        env |= {"PYTHONPATH": str(ROOT)}
-        if name == "fsdp":
-            env["WORLD_SIZE"] = "1"
-        command = [sys.executable, "-c", code, *flags, f"--out_dir={tmp_path / name}"]
-        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("plain", "fsdp")]
-    for a, b in zip(*logs, strict=True):
-        for key in a.keys() & {"actor/loss", "loss", "val/accuracy", "critic/rewards/mean"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-3)
-    one, two = (load_file(tmp_path / n / "model/model.safetensors") for n in ("plain", "fsdp"))
-    for key in one:
-        assert (one[key] - two[key]).abs().mean() < 1e-4
+@pytest.fixture
+def process_group():
+    """A group of this one process."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29533"}
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compile", ["false", "true"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fsdp_on_one_gpu_agrees_with_no_fsdp(dtype, compile, process_group):
+    results = []
+    texts = generate(model(DEVICE), prompts(6), 2, 20, seed=1, compile=False)
+    for sharded in (False, True):
+        m, ift = model(DEVICE), train_ift.Config(token_budget=600, dtype=dtype, compile=compile)
+        if sharded:
+            common.shard_model(m, dtype)
+        common.speed_up(m, ift, torch.device(DEVICE))
+        copied = common.whole_copy(m, torch.float32)
+        assert (copied is m) == (not sharded)
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-3)
+        losses = [train_ift.update("ift", m, None, optimizer, examples(), 0.2, ift, s)["loss"] for s in range(2)]
+        common.refresh(copied, m)
+        assert all(torch.equal(a, common.full(b)) for a, b in zip(copied.parameters(), m.parameters(), strict=True))
+        groups = [train_uft.Group(p, p[:3], c, [1.0, -1.0]) for p, c in zip(prompts(6), texts, strict=True)]
+        uft = train_uft.Config(token_budget=600, dtype=dtype)
+        losses.append(train_uft.update(m, None, optimizer, groups, uft, 0.1)["actor/loss"])
+        results.append((losses, [common.full(p).detach().cpu() for p in m.parameters()]))
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    assert results[0][0] == pytest.approx(results[1][0], rel=tolerance, abs=tolerance)
+    for p, q in zip(results[0][1], results[1][1], strict=True):
+        assert (p - q).abs().mean() < (1e-5 if dtype == "float32" else 2e-4)
 
 
 def test_the_embedded_example_learns_on_cuda(tmp_path):

@@ -140,16 +140,16 @@ PIECES = [
 
 @pytest.mark.parametrize("task", [hendrycks_math, gsm8k])
 @pytest.mark.parametrize("piece", PIECES, ids=repr)
-def test_any_length_is_judged_in_ten_milliseconds(piece, task):
+def test_any_length_is_judged_at_once(piece, task):
     for size in (1900, 9900, 1_000_000):  # the first two just within the longest answers read
         filling = piece * (size // len(piece))
         for text in (filling, f"<answer>{filling}</answer>", f"<answer>{filling}x</answer>", f"<answer>8</answer>{filling}"):
             times = []
             for _ in range(5):  # the fastest, since other processes may take the core
-                start = time.perf_counter()
+                start = time.process_time()
                 reward, verdict = task.score(text, {"target": "8"})
-                times.append(time.perf_counter() - start)
-            assert min(times) < 0.01
+                times.append(time.process_time() - start)
+            assert min(times) < 0.1  # under 0.01 on a quiet machine; what is not linear takes minutes
             assert reward in (0.0, 0.1, 1.0) and verdict
 
 

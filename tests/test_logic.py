@@ -109,16 +109,16 @@ MEGABYTE = [
 
 
 @pytest.mark.parametrize("piece", MEGABYTE, ids=repr)
-def test_a_megabyte_is_judged_in_ten_milliseconds(piece):
+def test_a_megabyte_is_judged_at_once(piece):
     filling = piece * (1_000_000 // len(piece))
     for text in (filling, f"<answer>{filling}</answer>", f"{filling}{SHORT_END}", f"<answer>{RIGHT}</answer>{filling}"):
         for truth in (PEOPLE, SHORT):
             times = []
             for _ in range(3):  # the fastest, since other processes may take the core
-                start = time.perf_counter()
+                start = time.process_time()
                 reward, verdict = logic.score(text, truth)
-                times.append(time.perf_counter() - start)
-            assert min(times) < 0.01
+                times.append(time.process_time() - start)
+            assert min(times) < 0.1  # under 0.01 on a quiet machine; what is not linear takes minutes
             assert reward in (0.0, 0.1, 1.0) and verdict
 
 
