@@ -487,10 +487,10 @@ def main(argv: Sequence[str]) -> None:
     device, out = start_process(cfg.device, cfg.threads), Path(cfg.out_dir)
 
     task = load_task(cfg.task)
-    train_rows = evaluate.load_rows(task, "train", cfg.data_path, cfg.train_rows, cfg.style, cfg.sizes)
-    test_rows = evaluate.load_rows(task, "test", cfg.data_path, cfg.test_rows, cfg.style, cfg.sizes)
     base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task
     require_model(base, cfg.model, cfg.hub)
+    train_rows = evaluate.load_rows(task, "train", cfg.data_path, cfg.train_rows, cfg.style, cfg.sizes)
+    test_rows = evaluate.load_rows(task, "test", cfg.data_path, cfg.test_rows, cfg.style, cfg.sizes)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(f"{base / 'tokenizer_config.json'}: no eos_token, without which no answer ends")
