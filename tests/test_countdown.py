@@ -81,7 +81,7 @@ def test_answers_that_hang_the_published_checker():
         r = json.loads(line)
         began = time.process_time()
         assert score(r["response"], r["ground_truth"]) == (0.1, "malformed")
-        assert time.process_time() - began < 0.1  # under 0.01 on a quiet machine
+        assert time.process_time() - began < 0.01
 
 
 @pytest.mark.skipif(not UFT_DATA, reason="NANOFT_UFT_DATA is not set")
@@ -348,8 +348,8 @@ def test_a_megabyte_of_anything_takes_milliseconds(piece, inside):
     text = f"<answer>{text}</answer>" if inside else text
     for truth in (TRUTH, CHAIN):
         seconds = []
-        for _ in range(3):
+        while min(seconds, default=1) >= 0.01 and len(seconds) < 30:  # one quiet try of many: others may take the core
             began = time.process_time()
             assert score(text, truth)[0] <= 0.1
             seconds.append(time.process_time() - began)
-        assert min(seconds) < 0.1  # under 0.01 on a quiet machine; what is not linear takes minutes
+        assert min(seconds) < 0.01

@@ -145,11 +145,11 @@ def test_any_length_is_judged_at_once(piece, task):
         filling = piece * (size // len(piece))
         for text in (filling, f"<answer>{filling}</answer>", f"<answer>{filling}x</answer>", f"<answer>8</answer>{filling}"):
             times = []
-            for _ in range(5):  # the fastest, since other processes may take the core
+            while min(times, default=1) >= 0.01 and len(times) < 30:  # one quiet try of many: others may take the core
                 start = time.process_time()
                 reward, verdict = task.score(text, {"target": "8"})
                 times.append(time.process_time() - start)
-            assert min(times) < 0.1  # under 0.01 on a quiet machine; what is not linear takes minutes
+            assert min(times) < 0.01
             assert reward in (0.0, 0.1, 1.0) and verdict
 
 

@@ -114,11 +114,11 @@ def test_a_megabyte_is_judged_at_once(piece):
     for text in (filling, f"<answer>{filling}</answer>", f"{filling}{SHORT_END}", f"<answer>{RIGHT}</answer>{filling}"):
         for truth in (PEOPLE, SHORT):
             times = []
-            for _ in range(3):  # the fastest, since other processes may take the core
+            while min(times, default=1) >= 0.01 and len(times) < 30:  # one quiet try of many: others may take the core
                 start = time.process_time()
                 reward, verdict = logic.score(text, truth)
                 times.append(time.process_time() - start)
-            assert min(times) < 0.1  # under 0.01 on a quiet machine; what is not linear takes minutes
+            assert min(times) < 0.01
             assert reward in (0.0, 0.1, 1.0) and verdict
 
 
