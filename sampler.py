@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, memory_advice
-from model import KVCache, Prefix, Transformer, logits_of
+from model import HEAD_PIECE, KVCache, Prefix, Transformer, logits_of
 
 BLOCK = 128  # divides the vocabulary of every common model, and vectorises
 PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: programs are made for multiples of these
@@ -111,11 +111,24 @@ def prompt_states(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tuple[T
     return model.hidden(ids, cache=prefix), prefix.states
 
 
-def decode_one_token(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Feed one token a row, tokens and positions (n,), to the first n slots; logits (n, V) of the next."""
+def decode_one_token(
+    model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int, head: Callable | None = None
+) -> Tensor:  # fmt: skip
+    """Feed one token a row, tokens and positions (n,), to the first n slots; logits (n, V) of the next. head: packed_head's."""
     mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]  # (n, 1, 1, length)
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache.view(positions, length))
-    return logits_of(hidden[:, 0], model.head_weight)
+    return head(hidden[:, 0]) if head else logits_of(hidden[:, 0], model.head_weight)
+
+
+def packed_head(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """A function from states (n, C) to logits (n, V), for which a large float32 weight (V, C) on a CPU is laid out once, the
+    way oneDNN likes it: half the time of logits_of for 2 rows, nine tenths for 64. None for other weights and machines."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(weight) <= 4 * HEAD_PIECE:
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda states: torch.ops.mkldnn._linear_pointwise(states, packed, None, "none", [], "")
 
 
 @torch.inference_mode()
@@ -152,6 +165,7 @@ class Engine:
         self.logprob, self.seed = torch.zeros(rows, device=device), torch.zeros(1, dtype=torch.long, device=device)
         self.on_cuda = device.type == "cuda"
         self.step, self.states = self.decode, prompt_states
+        self.head = None if compile else packed_head(model.head_weight)
         if compile:
             self.step, self.states = _compiled(self.decode), _compiled(prompt_states)
 
@@ -167,7 +181,7 @@ class Engine:
 
     def decode(self, n: int, length: int) -> None:
         """Feed the first n slots their last token and sample the next; none stands at `length` or after it."""
-        logits = decode_one_token(self.model, self.cache, self.token[:n], self.position[:n], length)
+        logits = decode_one_token(self.model, self.cache, self.token[:n], self.position[:n], length, self.head)
         self.position[:n].add_(1)
         self.draw(logits, slice(0, n))
 

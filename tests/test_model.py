@@ -466,6 +466,18 @@ def test_recorded_checkpoints(name, tmp_path):
 # ---- speed and memory -----------------------------------------------------------------------------------------------
 
 
+def test_the_heap_is_trimmed_before_a_large_table_gets_its_gradient(monkeypatch):
+    ids, grads, calls = some_ids(3, 17), [], []
+    monkeypatch.setattr(model_file, "_malloc_trim", lambda _: calls.append([p.grad is None for p in model.parameters()]))
+    for size in (1 << 24, 0):
+        monkeypatch.setattr(model_file, "LARGE_TABLE", size)
+        model = ours()
+        model(ids).logsumexp(-1).sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert len(calls) == 1 and calls[0][0] and not any(calls[0][1:])  # all but the embedding's gradient are there
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_gradient_checkpointing_changes_no_bit():
     ids = torch.randint(0, 90, (3, 17), generator=torch.Generator().manual_seed(0))
     grads = []

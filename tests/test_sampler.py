@@ -260,9 +260,9 @@ def watch(monkeypatch):
     steps, prefills = [], []
     decode, fill = sampler.decode_one_token, sampler.prefill
 
-    def decode_one_token(model, cache, tokens, positions, length):
+    def decode_one_token(model, cache, tokens, positions, length, head=None):
         steps.append(len(tokens))
-        return decode(model, cache, tokens, positions, length)
+        return decode(model, cache, tokens, positions, length, head)
 
     def prefill(model, cache, prompts, slots, n, states=None):
         prefills.append([tuple(p) for p in prompts])
@@ -305,6 +305,16 @@ def test_looking_less_often_changes_no_text(check_every):
         assert [c.finished for c in group] == [c.finished for c in same]
         for c, d in zip(group, same, strict=True):
             assert c.logprobs == pytest.approx(d.logprobs, abs=1e-5)
+
+
+def test_a_packed_head_gives_the_logits_of_the_plain_one():
+    torch.manual_seed(0)
+    weight = torch.randn(5000, 48)
+    packed = sampler.packed_head(weight)
+    for rows in (1, 2, 7, 64):
+        states = torch.randn(rows, 48)
+        torch.testing.assert_close(packed(states), states @ weight.T, rtol=0, atol=1e-4)
+    assert sampler.packed_head(weight.bfloat16()) is None and sampler.packed_head(weight[:4096]) is None
 
 
 @pytest.mark.slow
