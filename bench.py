@@ -36,7 +36,7 @@ import train_ift
 import train_uft
 from common import UserError, one_of, parse_config, pick_device, refresh, require, run, speed_up, whole_copy
 from data.chat import Example
-from model import CHUNK, ModelConfig, Transformer
+from model import CUDA_CHUNK, ModelConfig, Transformer
 from sampler import generate
 
 SHAPES = {  # model type, hidden, intermediate, layers, heads, kv heads, head size, vocabulary, tied
@@ -119,7 +119,7 @@ def needs(name: str, gpus: int, rows: int = 64, positions: int = 2048, tokens: i
         "rollout weights": 0 if ift else 2 * n,
         "KV cache": kv,
         "activations": activation_bytes(c, True) * tokens,
-        "in use": gathered + 2 * 4 * c.vocab_size * c.hidden_size + 6 * 4 * CHUNK,  # the head's gradient twice, some logits
+        "in use": gathered + 2 * 4 * c.vocab_size * c.hidden_size + 16 * CUDA_CHUNK,  # the head's gradient twice, some logits
     }
     return {k: v / 1e9 for k, v in parts.items()} | {"all": sum(parts.values()) / 1e9}
 

@@ -209,20 +209,26 @@ class KVCache:
             whole[target] = whole[source]
 
 
+class LayerPrefix:
+    """A layer's keys and values of earlier positions, k and v (B, K, P, D); None before the pass that fills it."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, P + T, D) of all positions, from those of the new ones, k and v (B, K, T, D)."""
+        if self.k is None:
+            self.k, self.v = k, v
+            return k, v
+        return torch.cat((self.k, k), 2), torch.cat((self.v, v), 2)
+
+
 class Prefix:
     """Keys and values of earlier positions (B, P), gradient included. The first forward pass fills it; what comes after
     attends to them and to itself, as far as its mask lets it."""
 
-    def __init__(self, positions: Tensor):
-        self.positions = positions
-        self.states: list[tuple[Tensor, Tensor]] = []  # of each layer k and v (B, K, P, D)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, K, P + T, D) of all positions, from those of the new ones, k and v (B, K, T, D)."""
-        if layer == len(self.states):
-            self.states.append((k, v))
-            return k, v
-        return torch.cat((self.states[layer][0], k), 2), torch.cat((self.states[layer][1], v), 2)
+    def __init__(self, positions: Tensor, layers: int):
+        self.positions, self.layers = positions, [LayerPrefix() for _ in range(layers)]
 
 
 def _to_autocast(x: Tensor) -> Tensor:
@@ -245,7 +251,9 @@ class Attention(nn.Module):
         if config.family.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(d, config), RMSNorm(d, config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | LayerPrefix | None
+    ) -> Tensor:  # fmt: skip
         B, T, _ = x.shape
         x = _to_autocast(x)
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -254,15 +262,17 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = _to_autocast(rotate(q, cos, sin)), _to_autocast(rotate(k, cos, sin))
         if isinstance(cache, KVCache):  # one new token a row: a kv head's G query heads become G queries of that head
             k, v = cache.update(self.layer, k, v)
             q = q.reshape(B, -1, self.groups, self.head_dim)
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask).reshape(B, T, -1)
         else:
             if cache is not None:
-                k, v = cache.extend(self.layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups > 1)
+                k, v = cache.extend(k, v)
+            if mask is not None or q.dtype == torch.float32:  # no fused CUDA kernel takes these and fewer key heads
+                k, v = (x.repeat_interleave(self.groups, 1) if self.groups > 1 else x for x in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
             y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o_proj(y)
 
@@ -283,6 +293,13 @@ class MLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
+def compile_for_all_shapes(function: Callable) -> Callable:
+    """torch.compile. Layers share their programs; there is one each with and without gradient, mask, prefix and a second row,
+    and as many for another model: more than the 8 of a function that are allowed."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, dynamic=True)
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -293,10 +310,10 @@ class Block(nn.Module):
         self.compiled: Callable | None = None  # compute() by torch.compile, see compile_blocks
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
-        compute = self.compiled if self.compiled and cache is None else self.compute
+        compute = self.compiled if self.compiled and not isinstance(cache, KVCache) else self.compute
         return compute(x, cos, sin, mask, cache)
 
-    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | LayerPrefix | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -356,21 +373,23 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         if self.config.family.gemma:
-            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # rounded as in training
+            x = x * torch.full((), self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # rounded as in training
         if self.config.family.gpt2:
             x = x + self.model.embed_positions(positions)
         if self.config.window:
             mask = self.window_mask(positions, mask, cache)
-        angles = positions[..., None].float() * self.frequencies.to(x.device)  # (B, T, D/2)
+        if self.frequencies.device != x.device:  # once: a CUDA graph must not copy from the host
+            self.frequencies = self.frequencies.to(x.device)
+        angles = positions[..., None].float() * self.frequencies  # (B, T, D/2)
         cos, sin = angles.cos(), angles.sin()
         cos = torch.cat((cos, cos), -1).unsqueeze(1).to(x.dtype)  # (B, 1, T, D)
         sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(x.dtype)
         again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
-        for block in self.model.layers:
+        for i, block in enumerate(self.model.layers):
             if again:
                 x = checkpoint(block, x, cos, sin, mask, None, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache)
+                x = block(x, cos, sin, mask, cache.layers[i] if isinstance(cache, Prefix) else cache)
         return self.model.norm(x)
 
     def window_mask(self, positions: Tensor, mask: Tensor | None, cache) -> Tensor | None:
@@ -378,7 +397,7 @@ class Transformer(nn.Module):
         keys = positions
         if isinstance(cache, KVCache):
             keys = torch.arange(cache.length, device=positions.device)[None]
-        elif isinstance(cache, Prefix) and cache.states:
+        elif isinstance(cache, Prefix) and cache.layers[0].k is not None:
             keys = torch.cat((cache.positions.expand(len(positions), -1), positions), 1)
         if keys.shape[1] <= self.config.window and mask is None:
             return None
@@ -390,14 +409,14 @@ class Transformer(nn.Module):
         which case nothing is compiled, or an empty text. It is tried out at once, forward and backward."""
         p = self.head_weight
         x = torch.zeros(2, 16, self.config.hidden_size, dtype=p.dtype, device=p.device, requires_grad=True)
-        angle = torch.zeros(1, 1, 16, self.config.head_dim, dtype=p.dtype, device=p.device)
+        cos, sin = torch.zeros(2, 1, 1, 16, self.config.head_dim, dtype=p.dtype, device=p.device)
         trial = Block(self.config, 0).to(p.device, p.dtype)
         try:
-            torch.compile(trial.compute, dynamic=True)(x, angle, angle, None, None).sum().backward()
+            compile_for_all_shapes(trial.compute)(x, cos, sin, None, None).sum().backward()
         except Exception as e:  # whatever the compiler and its tools may raise
             return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
         for block in self.model.layers:
-            block.compiled = torch.compile(block.compute, dynamic=True)
+            block.compiled = compile_for_all_shapes(block.compute)
         return ""
 
     def flops_per_token(self, length: int) -> float:
@@ -559,7 +578,8 @@ def read_json(path: Path) -> dict:
 
 LARGE_TABLE = 1 << 24  # CPU: elements of an embedding table for whose gradient room is made
 HEAD_PIECE = 1024  # CPU: rows of the head multiplied at a time
-CHUNK = 1 << 22  # logits alive at a time: few enough to stay near the cache, enough rows for a full-speed product
+CHUNK = 1 << 22  # logits alive at a time on a CPU: few enough to stay near the cache, enough rows for a full-speed product
+CUDA_CHUNK = 1 << 26  # elsewhere: enough that starting a chunk costs little beside computing it
 
 
 _malloc_trim = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)
@@ -572,16 +592,26 @@ def _trim_heap(_: Tensor) -> None:
         _malloc_trim(0)
 
 
+def chunk_logits(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else CUDA_CHUNK
+
+
 def _chunks(hidden: Tensor, weight: Tensor):
-    rows = max(16, CHUNK // weight.shape[0])
+    rows = max(16, chunk_logits(hidden.device) // weight.shape[0])
     return [slice(i, i + rows) for i in range(0, len(hidden), rows)]
 
 
-def _same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast both in its type, so that the products below need no autocast of their own."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return _to_autocast(hidden), _to_autocast(weight)
-    return hidden.to(weight.dtype), weight
+def _in_head_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The states in the type that they and the head are multiplied in: autocast's, or else the weight's."""
+    return _to_autocast(hidden) if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in total's type: bfloat16 would lose what the later chunks add."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
 
 
 def logits_of(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -631,9 +661,9 @@ def _grad_logits(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        logps, entropies = [], []
+        logps, entropies, head = [], [], weight.to(hidden.dtype)
         for s in _chunks(hidden, weight):
-            lp = _log_softmax(hidden[s], weight, temperature)
+            lp = _log_softmax(hidden[s], head, temperature)
             logps.append(lp.gather(1, targets[s, None])[:, 0])
             entropies.append(-(lp.exp() * lp).sum(-1) if want_entropy else lp.new_zeros(len(lp)))
         logp = torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
@@ -645,13 +675,13 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, entropy = ctx.saved_tensors
-        g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        g_hidden, g_weight, head = torch.zeros_like(hidden), torch.zeros_like(weight), weight.to(hidden.dtype)
         for s in _chunks(hidden, weight):
-            lp = _log_softmax(hidden[s], weight, ctx.temperature)
+            lp = _log_softmax(hidden[s], head, ctx.temperature)
             dz = _grad_logits(lp, targets[s], g_logp[s], entropy[s], g_entropy[s] if ctx.want_entropy else None)
             dz = dz.div_(ctx.temperature).to(hidden.dtype)
-            torch.mm(dz, weight, out=g_hidden[s])
-            g_weight.addmm_(dz.T, hidden[s])
+            torch.mm(dz, head, out=g_hidden[s])
+            _add_product(g_weight, dz.T, hidden[s])
         return g_hidden, g_weight, None, None, None
 
 
@@ -661,9 +691,9 @@ def token_logprobs(
     """Log-probs of `targets` (N,) under softmax(hidden @ weight.T / temperature), and entropies in nats, both (N,) float32.
 
     hidden (N, C) are the states that predict the targets, weight (V, C). Chunked over rows, and recomputed in the backward
-    pass, so that at most CHUNK logits exist at a time. Entropies are zeros unless asked for.
+    pass, so that at most chunk_logits() exist at a time. Entropies are zeros unless asked for.
     """
-    return _TokenLogprobs.apply(*_same_dtype(hidden, weight), targets, temperature, entropy)
+    return _TokenLogprobs.apply(_in_head_dtype(hidden, weight), weight, targets, temperature, entropy)
 
 
 @torch.no_grad()
@@ -693,8 +723,9 @@ class _TokenKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight):
         kl = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        head, ref_head = weight.to(hidden.dtype), ref_weight.to(ref_hidden.dtype)
         for s in _chunks(hidden, weight):
-            lp, ref = _log_softmax(hidden[s], weight, 1.0), _log_softmax(ref_hidden[s], ref_weight, 1.0)
+            lp, ref = _log_softmax(hidden[s], head, 1.0), _log_softmax(ref_hidden[s], ref_head, 1.0)
             kl[s] = (ref.exp() * (ref - lp)).sum(-1)
         ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight)
         return kl
@@ -703,30 +734,30 @@ class _TokenKL(torch.autograd.Function):
     def backward(ctx, g):
         hidden, weight, ref_hidden, ref_weight = ctx.saved_tensors
         g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        head, ref_head = weight.to(hidden.dtype), ref_weight.to(ref_hidden.dtype)
         for s in _chunks(hidden, weight):
-            dz = _log_softmax(hidden[s], weight, 1.0).exp_().sub_(_log_softmax(ref_hidden[s], ref_weight, 1.0).exp_())
+            dz = _log_softmax(hidden[s], head, 1.0).exp_().sub_(_log_softmax(ref_hidden[s], ref_head, 1.0).exp_())
             dz = dz.mul_(g[s, None]).to(hidden.dtype)
-            torch.mm(dz, weight, out=g_hidden[s])
-            g_weight.addmm_(dz.T, hidden[s])
+            torch.mm(dz, head, out=g_hidden[s])
+            _add_product(g_weight, dz.T, hidden[s])
         return g_hidden, g_weight, None, None
 
 
 def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
     """KL(ref || model) in nats of the whole next-token distribution at each of N states, (N,) float32; chunked over rows
     and recomputed in the backward pass like token_logprobs. No gradient for the reference."""
-    hidden, weight = _same_dtype(hidden, weight)
-    return _TokenKL.apply(hidden, weight, *_same_dtype(ref_hidden, ref_weight))
+    return _TokenKL.apply(_in_head_dtype(hidden, weight), weight, _in_head_dtype(ref_hidden, ref_weight), ref_weight)
 
 
 class _FusedTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_fn, temperature, want_entropy, chunks):
-        g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        g_hidden, g_weight, head = torch.zeros_like(hidden), torch.zeros_like(weight), weight.to(hidden.dtype)
         total, stats = hidden.new_zeros((), dtype=torch.float32), []
         chunks = chunks or _chunks(hidden, weight)
         space = _space(hidden, weight, max((s.stop - s.start for s in chunks), default=0))
         for s in chunks:
-            lp = _log_softmax(hidden[s], weight, temperature, space)
+            lp = _log_softmax(hidden[s], head, temperature, space)
             logp = lp.gather(1, targets[s, None])[:, 0].requires_grad_()
             entropy = -(lp.exp() * lp).sum(-1) if want_entropy else torch.zeros_like(logp)
             entropy.requires_grad_()
@@ -735,8 +766,8 @@ class _FusedTokenLoss(torch.autograd.Function):
             g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), materialize_grads=True)
             dz = _grad_logits(lp, targets[s], g_logp, entropy.detach(), g_entropy if want_entropy else None, space)
             dz = (dz if temperature == 1 else dz.div_(temperature)).to(hidden.dtype)
-            torch.mm(dz, weight, out=g_hidden[s])
-            g_weight.addmm_(dz.T, hidden[s])
+            torch.mm(dz, head, out=g_hidden[s])
+            _add_product(g_weight, dz.T, hidden[s])
             total += loss.detach()
             stats.append((logp.detach(), entropy.detach()))
         logp, entropy = (torch.cat(x) for x in zip(*stats, strict=True))
@@ -756,10 +787,10 @@ def fused_token_loss(
     temperature: float = 1.0, entropy: bool = False, chunks: list[slice] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """sum of loss_fn(logp (n,), entropy (n,), rows) over chunks of rows, with log-probs and entropies (N,) for the metrics.
-    chunks: which rows go together, in order and all of them; default as many as CHUNK logits allow.
+    chunks: which rows go together, in order and all of them; default as many as chunk_logits() allow.
 
     For losses that are sums over tokens: their gradient with respect to the logits is known as soon as the logits are, so
     the head is multiplied three times (forward, both gradients) where `token_logprobs` needs a fourth to recompute. The
     result may be differentiated once.
     """
-    return _FusedTokenLoss.apply(*_same_dtype(hidden, weight), targets, loss_fn, temperature, entropy, chunks)
+    return _FusedTokenLoss.apply(_in_head_dtype(hidden, weight), weight, targets, loss_fn, temperature, entropy, chunks)

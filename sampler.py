@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, memory_advice
-from model import HEAD_PIECE, KVCache, Prefix, Transformer, logits_of
+from model import HEAD_PIECE, KVCache, Prefix, Transformer, compile_for_all_shapes, logits_of
 
 BLOCK = 128  # divides the vocabulary of every common model, and vectorises
 PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: programs are made for multiples of these
@@ -107,8 +107,8 @@ def prefill(
 
 def prompt_states(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Hidden states (prompts, T, C), and of each layer keys and values, of right-padded ids (prompts, T)."""
-    prefix = Prefix(torch.arange(ids.shape[1], device=ids.device)[None])
-    return model.hidden(ids, cache=prefix), prefix.states
+    prefix = Prefix(torch.arange(ids.shape[1], device=ids.device)[None], len(model.model.layers))
+    return model.hidden(ids, cache=prefix), [(layer.k, layer.v) for layer in prefix.layers]
 
 
 def decode_one_token(
@@ -206,7 +206,8 @@ class Engine:
                 self.position.copy_(position)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=next(iter(self.graphs.values())).pool() if self.graphs else None):
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog thread may go on
             self.step(n, length)
         return graph
 
@@ -237,7 +238,7 @@ class Engine:
 
 def _compiled(function: Callable) -> Callable:
     """torch.compile of a function for all shapes; one warning, and the function itself, if that does not work here."""
-    state = {"run": torch.compile(function, dynamic=True)}
+    state = {"run": compile_for_all_shapes(function)}
 
     def call(*args):
         if state["run"] is not function:

@@ -63,10 +63,10 @@ from data import chat
 from data.chat import Example
 from data.tokenizer import Tokenizer
 from model import (
-    CHUNK,
     Prefix,
     Transformer,
     argmax_tokens,
+    chunk_logits,
     expected_rows,
     fused_token_loss,
     sample_tokens,
@@ -346,7 +346,7 @@ def ift_states(model: Transformer, ids: Tensor, mask: Tensor, share: float, cfg:
     P, A = int(start.max()), int((last - start).max())
     prefix = attend = None
     if P:
-        prefix = Prefix(places[None, :P])
+        prefix = Prefix(places[None, :P], len(model.model.layers))
         end = model.hidden(inputs_embeds=embeddings[:, :P], cache=prefix)
         before = (places[:P] < start[:, None])[:, None, None].expand(-1, 1, A, -1)
         attend = torch.cat((before, torch.ones(A, A, dtype=torch.bool, device=ids.device).tril().expand(B, 1, -1, -1)), -1)
@@ -379,13 +379,13 @@ def target_nll(model: Transformer, ids: Tensor, mask: Tensor, states: Tensor | N
 FUSED = 1 << 26  # logits of one example up to which its loss and gradient are taken in one go, 256 MB
 
 
-def example_chunks(counts: Sequence[int], vocab: int) -> list[slice] | None:
-    """Whole examples of `counts` targets each, as many as CHUNK logits allow but at least one; None if one exceeds FUSED."""
+def example_chunks(counts: Sequence[int], vocab: int, limit: int) -> list[slice] | None:
+    """Whole examples of `counts` targets each, as many as `limit` logits allow but at least one; None if one exceeds FUSED."""
     if max(counts) * vocab > FUSED:
         return None
     slices, begin, end = [], 0, 0
     for n in counts:
-        if end > begin and (end + n - begin) * vocab > CHUNK:
+        if end > begin and (end + n - begin) * vocab > limit:
             slices.append(slice(begin, end))
             begin = end
         end += n
@@ -414,7 +414,7 @@ def supervised_loss(
 
     if not rows:
         return 0.0 * h.sum(), h.new_zeros(0)
-    chunks = example_chunks(mask.sum(1).tolist(), model.config.vocab_size) if gamma else None
+    chunks = example_chunks(mask.sum(1).tolist(), model.config.vocab_size, chunk_logits(ids.device)) if gamma else None
     if gamma and chunks is None:
         logp = token_logprobs(h, model.head_weight, targets)[0]
         return chunk_loss(logp, None, slice(0, len(rows))), logp.detach()

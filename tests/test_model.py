@@ -325,7 +325,7 @@ def variant_of_ours(variant):
 def test_a_prefix_stands_for_the_positions_before(variant):
     """Ragged prefixes: row b's first n[b] tokens are in the prefix, the others are fed behind it."""
     model, ids, n = variant_of_ours(variant), some_ids(3, 40), torch.tensor([20, 3, 11])
-    prefix = Prefix(torch.arange(20)[None])
+    prefix = Prefix(torch.arange(20)[None], len(model.model.layers))
     model.hidden(ids[:, :20], cache=prefix)
     positions = n[:, None] + torch.arange(20)
     before = (torch.arange(20) < n[:, None])[:, None, None].expand(-1, 1, 20, -1)

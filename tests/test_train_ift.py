@@ -690,7 +690,7 @@ def test_sharing_the_prompt_and_fusing_change_nothing(kind, embedding, monkeypat
     loss = ift_loss(nll, mask, 0.95).mean()
     parameters = [p for n, p in model.named_parameters() if embedding or "embed" not in n]
     wanted = torch.autograd.grad(loss, parameters)
-    for module, limit, value in ((train_ift, "CHUNK", 1 << 22), (train_ift, "CHUNK", 1), (train_ift, "FUSED", 1)):
+    for module, limit, value in ((model_file, "CHUNK", 1 << 22), (model_file, "CHUNK", 1), (train_ift, "FUSED", 1)):
         monkeypatch.setattr(module, limit, value)
         model.zero_grad()
         metrics, ours = gradients("ift", model, batch, train_embedding=embedding)
@@ -700,11 +700,10 @@ def test_sharing_the_prompt_and_fusing_change_nothing(kind, embedding, monkeypat
 
 
 def test_examples_are_cut_into_chunks_whole(monkeypatch):
-    monkeypatch.setattr(train_ift, "CHUNK", 100)
-    assert train_ift.example_chunks([5, 0, 4, 1, 20, 3, 7], 10) == [slice(0, 10), slice(10, 30), slice(30, 40)]
-    assert train_ift.example_chunks([5], 1) == [slice(0, 5)]
+    assert train_ift.example_chunks([5, 0, 4, 1, 20, 3, 7], 10, 100) == [slice(0, 10), slice(10, 30), slice(30, 40)]
+    assert train_ift.example_chunks([5], 1, 100) == [slice(0, 5)]
     monkeypatch.setattr(train_ift, "FUSED", 199)
-    assert train_ift.example_chunks([5, 0, 4, 1, 20, 3, 7], 10) is None
+    assert train_ift.example_chunks([5, 0, 4, 1, 20, 3, 7], 10, 100) is None
 
 
 @pytest.mark.parametrize("own", ["argmax", "sampled", "soft"])
