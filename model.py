@@ -375,7 +375,11 @@ class Transformer(nn.Module):
         if self.config.family.gemma:
             x = x * torch.full((), self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # rounded as in training
         if self.config.family.gpt2:
-            x = x + self.model.embed_positions(positions)
+            room = self.config.max_position_embeddings
+            if x.shape[1] > room:
+                raise UserError(f"a row of {x.shape[1]} tokens is too long for this model, which has {room} positions")
+            # a row that has come to its end is decoded on until it is looked at
+            x = x + self.model.embed_positions(positions.clamp(max=room - 1) if isinstance(cache, KVCache) else positions)
         if self.config.window:
             mask = self.window_mask(positions, mask, cache)
         if self.frequencies.device != x.device:  # once: a CUDA graph must not copy from the host

@@ -319,13 +319,17 @@ def generate(
             raise UserError(f"prompt {i} has no tokens; a completion needs at least one to continue from")
     if not prompts:
         return []
+    longest, window = max(map(len, prompts)), model.config.max_position_embeddings
+    if model.config.family.gpt2 and longest + max_new_tokens > window:  # other families' positions have no end
+        what = f"the longest prompt has {longest} tokens, which with max_new_tokens = {max_new_tokens} is more than the"
+        raise UserError(f"{what} {window} positions of this model")
     device, dtype = model.head_weight.device, model.head_weight.dtype
     if device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         # without bfloat16 arithmetic a processor takes 8 times as long for the same products as in float32
         model, dtype = copy.deepcopy(model).float(), torch.float32
     on_cuda = device.type == "cuda"
     check_every = check_every or (CHECK_EVERY if on_cuda else 1)
-    room = max(len(p) for p in prompts) + max_new_tokens + check_every - 1  # a row may go on until it is looked at
+    room = longest + max_new_tokens + check_every - 1  # a row may go on until it is looked at
     rows = min(len(prompts), max(1, (batch_size or fitting_rows(model, room, dtype, reserve)) // n)) * n
     with memory_advice(f"generating {rows} rows at a time", "batch_size (rollout_batch)", max(n, rows // 2)):
         engine = engine_for(model, rows, room, dtype, (temperature, top_k, top_p), on_cuda if compile is None else compile)

@@ -416,6 +416,31 @@ def test_argmax_and_logprobs_in_chunks_equal_plain_ones_and_none_of_none(monkeyp
     assert [len(x) for x in token_logprobs(hidden[:0], weight, targets[:0])] == [0, 0]
 
 
+@pytest.mark.parametrize("which", ["token_logprobs", "fused_token_loss", "token_kl"])
+def test_many_chunks_sum_the_heads_gradient_as_well_as_one_under_autocast(which, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4096, 12, generator=g).abs(), torch.randn(33, 12, generator=g)
+    targets, errors = torch.zeros(4096, dtype=torch.long), []
+
+    def gradient():
+        w = weight.clone().requires_grad_()
+        match which:
+            case "token_logprobs":
+                token_logprobs(hidden, w, targets)[0].sum().backward()
+            case "fused_token_loss":
+                fused_token_loss(hidden, w, targets, lambda p, *_: p.sum())[0].backward()
+            case "token_kl":
+                model_file.token_kl(hidden, w, hidden, weight.flip(0)).sum().backward()
+        return w.grad
+
+    wanted = gradient()
+    for chunk in (16 * 33, 4096 * 33):
+        monkeypatch.setattr(model_file, "CHUNK", chunk)
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append(((gradient() - wanted).norm() / wanted.norm()).item())
+    assert errors[0] < max(0.003, 1.1 * errors[1])
+
+
 # ---- recorded fixtures ----------------------------------------------------------------------------------------------
 
 

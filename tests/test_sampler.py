@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sampler
 from common import UserError
@@ -315,6 +318,67 @@ def test_a_packed_head_gives_the_logits_of_the_plain_one():
         states = torch.randn(rows, 48)
         torch.testing.assert_close(packed(states), states @ weight.T, rtol=0, atol=1e-4)
     assert sampler.packed_head(weight.bfloat16()) is None and sampler.packed_head(weight[:4096]) is None
+
+
+def test_learned_positions_may_be_filled_to_the_last():
+    model, prompts = tiny(model_type="gpt2", num_key_value_heads=4, max_position_embeddings=24), ragged()
+    knobs = {"max_new_tokens": 24 - max(map(len, prompts)), "seed": 2}
+    assert texts(generate(model, prompts, **knobs, check_every=8)) == texts(generate(model, prompts, **knobs))
+    with pytest.raises(UserError, match="^the longest prompt has 11 tokens, which with max_new_tokens = 14 is more than the"):
+        generate(model, prompts, max_new_tokens=14)
+    with pytest.raises(UserError, match="^a row of 25 tokens is too long for this model, which has 24 positions"):
+        model(torch.zeros(1, 25, dtype=torch.long))
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Fails where a CUDA graph could not be captured: a host tensor among an operation's tensors, or one read by the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        assert all(x.device.type == "meta" for x in tensors), func
+        return out
+
+
+@pytest.mark.parametrize("sampling", [(1.0, 0, 1.0), (0.7, 5, 0.9), (0.0, 0, 1.0)])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"])
+@torch.inference_mode()
+def test_a_decode_step_neither_reads_from_the_host_nor_waits_for_it(family, sampling, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know the device meta
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny(model_type=family, rope_scaling=scaling | {"original_max_position_embeddings": 64}).to("meta")
+    model.config.extra["sliding_window"] = 20
+    model.hidden(torch.zeros(2, 9, dtype=torch.long, device="meta"))  # as prefill does before
+    engine = sampler.Engine(model, 16, 40, torch.float32, sampling, compile=False)
+    with NothingFromTheHost():
+        engine.decode(16, 32)
+
+
+@pytest.mark.parametrize("batch_size", [0, 20, 60])
+def test_graphs_of_more_rows_and_positions_than_are_active_sample_the_same_text(batch_size, monkeypatch):
+    """CUDA's bookkeeping, with a stand-in for the graphs, which are replays of decode() at a few sizes."""
+    made = []
+
+    def capture(engine, n, length):
+        made.append((n, length))
+        assert n in (16, len(engine.token)) or n % sampler.ROW_BUCKET == 0
+        return SimpleNamespace(replay=lambda: engine.decode(n, length))
+
+    def as_on_cuda(*args):
+        engine = Engine(*args)
+        engine.on_cuda = True
+        return engine
+
+    model, prompts = tiny(), ragged(30)
+    knobs = {"n": 2, "max_new_tokens": 50, "stop_ids": list(range(0, VOCAB, 12)), "seed": 5, "batch_size": batch_size}
+    plain = texts(generate(model, prompts, **knobs))
+    Engine = sampler.Engine
+    for name, value in (("Engine", as_on_cuda), ("ROW_BUCKET", 8), ("SPAN_BUCKET", 16)):
+        monkeypatch.setattr(sampler, name, value)
+    monkeypatch.setattr(Engine, "capture", capture)
+    assert texts(generate(model, prompts, **knobs, check_every=4)) == plain
+    assert len({n for n, _ in made}) > 1 and len({length for _, length in made}) > 1
 
 
 @pytest.mark.slow
