@@ -266,6 +266,13 @@ def speed_up(model, cfg: Any, device: torch.device) -> None:
             print(f"warning: torch.compile failed, going on without ({problem})", file=sys.stderr)
 
 
+def as_reference(reference, model):
+    """Another model for `model` to be measured against: no gradients, blocks compiled if its are."""
+    if model.model.layers[0].compiled:
+        reference.compile_blocks()
+    return reference.requires_grad_(False)
+
+
 @cache
 def peak_flops(device: torch.device) -> float:
     """Floating-point operations a second of a large bfloat16 product on this GPU, the best of ten: what MFU is a share of."""

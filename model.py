@@ -645,8 +645,8 @@ def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, space: Spac
         logits = logits_of(hidden, weight, space[0][: len(hidden)])
         logits = logits if temperature == 1 else logits.div_(temperature)
         return torch.log_softmax(logits, -1, out=space[1][: len(hidden)])
-    logits = logits_of(hidden, weight).float()  # (n, V)
-    return F.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    logits = logits_of(hidden, weight)  # (n, V)
+    return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, -1, dtype=torch.float32)
 
 
 def _grad_logits(

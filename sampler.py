@@ -20,6 +20,7 @@ from common import UserError, memory_advice
 from model import HEAD_PIECE, KVCache, Prefix, Transformer, compile_for_all_shapes, logits_of
 
 BLOCK = 128  # divides the vocabulary of every common model, and vectorises
+PREFILL_TOKENS = 1 << 15  # of prompts run at a time, or their activations would take more memory than all keys and values
 PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: programs are made for multiples of these
 CHECK_EVERY = 8  # CUDA: decode steps between two looks at what has been sampled
 FREE_SHARE = 0.5  # of the free memory that keys and values may take if no batch size is given
@@ -330,6 +331,7 @@ def generate(
     on_cuda = device.type == "cuda"
     check_every = check_every or (CHECK_EVERY if on_cuda else 1)
     room = longest + max_new_tokens + check_every - 1  # a row may go on until it is looked at
+    room = -(-room // PROMPT_BUCKET) * PROMPT_BUCKET if on_cuda else room  # aligned, as fused attention wants its mask
     rows = min(len(prompts), max(1, (batch_size or fitting_rows(model, room, dtype, reserve)) // n)) * n
     with memory_advice(f"generating {rows} rows at a time", "batch_size (rollout_batch)", max(n, rows // 2)):
         engine = engine_for(model, rows, room, dtype, (temperature, top_k, top_p), on_cuda if compile is None else compile)
@@ -347,7 +349,8 @@ def generate(
             active = len(owner)
             # Admit waiting prompts in sizeable portions: a prefill of one prompt wastes most of its time.
             if waiting and rows - active >= n * min(len(waiting), max(1, rows // (8 * n))):
-                new = [waiting.pop() for _ in range(min(len(waiting), (rows - active) // n))]
+                at_once = max(1, PREFILL_TOKENS // len(prompts[waiting[-1]]))
+                new = [waiting.pop() for _ in range(min(len(waiting), (rows - active) // n, at_once))]
                 slots = slice(active, active + len(new) * n)
                 rows_of_new = [keys[i] * n + j for i in new for j in range(n)]
                 engine.admit(slots, [list(prompts[i]) for i in new], rows_of_new, n, max_new_tokens)

@@ -35,6 +35,7 @@ from common import (
     Log,
     UserError,
     add_up,
+    as_reference,
     batch_rows,
     begin_run,
     load_resume,
@@ -503,7 +504,7 @@ def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, 
     speed_up(model, cfg, device)
     reference = None
     if loss in REFERENCED:
-        reference = Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype)).requires_grad_(False)
+        reference = as_reference(Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype)), model)
     sampler = whole_copy(model, torch.float32) if task else None
     if task:
         problems = [

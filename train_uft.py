@@ -34,6 +34,7 @@ from common import (
     Log,
     UserError,
     add_up,
+    as_reference,
     batch_rows,
     begin_run,
     collect,
@@ -517,7 +518,7 @@ def main(argv: Sequence[str]) -> None:
     reference = None
     if cfg.kl_coef and reinforced and state["step"] >= sft_steps:
         start_dir = out / "sft" if sft_steps else base
-        reference = Transformer.from_pretrained(start_dir, torch.float32, device, shard).requires_grad_(False)
+        reference = as_reference(Transformer.from_pretrained(start_dir, torch.float32, device, shard), model)
     rollout_model = whole_copy(model, getattr(torch, cfg.rollout_dtype))
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
     print(f"{cfg.algo} on {cfg.task}: {len(problems)} train, {len(test_rows)} test problems, {size}")
@@ -650,7 +651,7 @@ def main(argv: Sequence[str]) -> None:
         if step + 1 == sft_steps and reinforced:
             save_model(out, model, tokenizer, "sft")
             if cfg.kl_coef:
-                reference = Transformer.from_pretrained(out / "sft", torch.float32, device, shard).requires_grad_(False)
+                reference = as_reference(Transformer.from_pretrained(out / "sft", torch.float32, device, shard), model)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
             validate(step + 1, cfg.show if step + 1 == total else 0)
         if (step + 1) % cfg.save_every == 0 or step + 1 == total:

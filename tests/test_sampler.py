@@ -320,6 +320,15 @@ def test_a_packed_head_gives_the_logits_of_the_plain_one():
     assert sampler.packed_head(weight.bfloat16()) is None and sampler.packed_head(weight[:4096]) is None
 
 
+def test_long_prompts_are_prefilled_in_portions(monkeypatch):
+    prompts, knobs = ragged(9), {"n": 2, "max_new_tokens": 12, "seed": 1}
+    whole = texts(generate(tiny(), prompts, **knobs))
+    _, prefills = watch(monkeypatch)
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 22)
+    assert texts(generate(tiny(), prompts, **knobs)) == whole
+    assert len(prefills) > 2 and all(len(p) * max(map(len, p)) <= 22 for p in prefills) and sum(map(len, prefills)) == 9
+
+
 def test_learned_positions_may_be_filled_to_the_last():
     model, prompts = tiny(model_type="gpt2", num_key_value_heads=4, max_position_embeddings=24), ragged()
     knobs = {"max_new_tokens": 24 - max(map(len, prompts)), "seed": 2}
