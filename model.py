@@ -307,11 +307,11 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config.hidden_size, config)
         self.mlp = MLP(config)
-        self.compiled: Callable | None = None  # compute() by torch.compile, see compile_blocks
+        self.compiled: Callable | None = None  # Block.compute by torch.compile, see compile_blocks
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache) -> Tensor:
-        compute = self.compiled if self.compiled and not isinstance(cache, KVCache) else self.compute
-        return compute(x, cos, sin, mask, cache)
+        compute = self.compiled if self.compiled and not isinstance(cache, KVCache) else Block.compute
+        return compute(self, x, cos, sin, mask, cache)
 
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | LayerPrefix | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -416,11 +416,12 @@ class Transformer(nn.Module):
         cos, sin = torch.zeros(2, 1, 1, 16, self.config.head_dim, dtype=p.dtype, device=p.device)
         trial = Block(self.config, 0).to(p.device, p.dtype)
         try:
-            compile_for_all_shapes(trial.compute)(x, cos, sin, None, None).sum().backward()
+            compiled = compile_for_all_shapes(Block.compute)
+            compiled(trial, x, cos, sin, None, None).sum().backward()
         except Exception as e:  # whatever the compiler and its tools may raise
             return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
         for block in self.model.layers:
-            block.compiled = compile_for_all_shapes(block.compute)
+            block.compiled = compiled
         return ""
 
     def flops_per_token(self, length: int) -> float:

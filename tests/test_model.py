@@ -1,5 +1,6 @@
 """model.py against transformers on random tiny models, against recorded fixtures, and what a broken directory is called."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -529,6 +530,11 @@ def test_compiled_blocks_agree_with_eager_ones_at_any_length():
             m(ids).logsumexp(-1).sum().backward()
         for a, b in zip(model.parameters(), eager.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+    copied = copy.deepcopy(model)  # which computes with weights of its own
+    with torch.no_grad():
+        for p in copied.model.layers.parameters():
+            p.zero_()
+        torch.testing.assert_close(copied.hidden(ids), copied.model.norm(copied.model.embed_tokens(ids)))
 
 
 def test_flops_of_a_token_by_hand():
