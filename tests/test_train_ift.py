@@ -543,6 +543,18 @@ def assert_same(a, b, tolerance):
         assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
 
 
+@pytest.mark.slow
+def test_compiled_passes_over_prompts_and_answers_give_the_same_gradients():
+    model, batch = tiny(), some_examples(12)
+    metrics, wanted = gradients("ift", model, batch)
+    assert model.compile_blocks() == ""
+    torch._dynamo.utils.counters.clear()
+    compiled_metrics, compiled = gradients("ift", model, batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # the prompts, and the answers twice
+    assert compiled_metrics == pytest.approx(metrics, rel=1e-5)
+    assert_same(compiled, wanted, 1e-5)
+
+
 @pytest.mark.parametrize("average", ["example", "token"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_without_lambda_and_gamma_ift_is_sft(kind, average):
