@@ -63,7 +63,7 @@ class Config:
     what: tuple[str, ...] = ("generate", "geometric", "grpo", "sft", "ift")  # the workloads, memory, or fit
     shape: str = "30m"  # 30m, 30m-152k, qwen2.5-0.5b .. 3b, llama-3.2-1b, -3b, llama-3-8b, gemma-2b or mistral-7b
     dtype: str = "float32"  # weights of generate and geometric: float32 or bfloat16
-    train_dtype: str = "float32"  # arithmetic of our sft, ift and grpo: float32, or bfloat16 over float32 weights
+    train_dtype: str = "float32"  # arithmetic of sft, ift and grpo: float32, or bfloat16 over float32 weights
     gradient_checkpointing: bool = False  # in our sft and ift
     peers: bool = False  # run transformers and TRL too
     only: str = ""  # run this one alone: nanoFT, transformers or TRL
@@ -187,7 +187,7 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> dict[str, Callable[[]
     speed_up(ours, settings, device)
     sampler = whole_copy(ours, getattr(torch, cfg.train_dtype))
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, fused=True)
-    spent = {"rollouts": 0.0, "all": 0.0}
+    spent, low = {"rollouts": 0.0, "all": 0.0}, cfg.train_dtype == "bfloat16"
 
     def step() -> None:
         refresh(sampler, ours)
@@ -217,7 +217,7 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> dict[str, Callable[[]
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             theirs.generation_config.eos_token_id = 1
             args = trl.GRPOConfig(
-                output_dir=str(folder / "trl"), use_cpu=device.type == "cpu", bf16=False, use_vllm=False, beta=0.0, max_steps=2,
+                output_dir=str(folder / "trl"), use_cpu=device.type == "cpu", bf16=low, use_vllm=False, beta=0.0, max_steps=2,
                 per_device_train_batch_size=cfg.problems * n, steps_per_generation=1, num_generations=n, learning_rate=1e-6,
                 max_completion_length=new, generation_kwargs={"min_new_tokens": new}, gradient_checkpointing=False,
                 report_to=[], logging_steps=1000, save_strategy="no", disable_tqdm=True, temperature=1.0,
@@ -265,7 +265,7 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool) -> dict
     prompt = cfg.length // 2 if ift else 1
     batch = [Example(row, [0] * prompt + [1] * (cfg.length - prompt), False, 0) for row in ids.tolist()]
     settings = train_ift.Config(token_budget=max(8192, cfg.length), dtype=cfg.train_dtype)
-    settings.gradient_checkpointing = cfg.gradient_checkpointing
+    settings.gradient_checkpointing, low = cfg.gradient_checkpointing, cfg.train_dtype == "bfloat16"
 
     def ours(loss: str) -> Callable[[], float]:
         own = model if cfg.only else copy.deepcopy(model)
@@ -286,7 +286,9 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool) -> dict
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            peer(input_ids=there, labels=there).loss.backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                loss = peer(input_ids=there, labels=there).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
             optimizer.step()
 
@@ -299,7 +301,7 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool) -> dict
         def measure() -> float:
             clock = second_step_clock(device)
             args = trl.SFTConfig(
-                output_dir=str(folder / "trl"), use_cpu=device.type == "cpu", bf16=False, max_steps=2, max_length=cfg.length,
+                output_dir=str(folder / "trl"), use_cpu=device.type == "cpu", bf16=low, max_steps=2, max_length=cfg.length,
                 per_device_train_batch_size=n, learning_rate=1e-6, gradient_checkpointing=False, report_to=[],
                 logging_steps=1000, save_strategy="no", disable_tqdm=True,
             )  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import sampler
@@ -104,6 +105,19 @@ def test_bfloat16_is_near_float32(compile):
         losses.append([train_ift.update("sft", m, None, optimizer, examples(), 0.2, settings, s)["loss"] for s in range(5)])
         assert all(p.dtype == torch.float32 for p in m.parameters())
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_is_fused_everywhere(dtype):
+    """With a mask or without, fewer key heads, prefixes and caches: never the kernel that makes all scores."""
+    m = model()
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.0)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        texts = generate(model().to(getattr(torch, dtype)), prompts(6), 2, 20, seed=1, compile=False)
+        groups = [train_uft.Group(p, p[:3], c, [1.0, -1.0]) for p, c in zip(prompts(6), texts, strict=True)]
+        train_uft.update(m, None, optimizer, groups, train_uft.Config(token_budget=600, dtype=dtype), 0.1)
+        for loss in ("sft", "ift"):
+            train_ift.update(loss, m, None, optimizer, examples(), 0.2, train_ift.Config(token_budget=600, dtype=dtype))
 
 
 def test_programs_are_not_made_again_for_each_length():
