@@ -34,7 +34,19 @@ import torch
 
 import train_ift
 import train_uft
-from common import UserError, one_of, parse_config, pick_device, refresh, require, run, speed_up, whole_copy
+from common import (
+    UserError,
+    has_bfloat16,
+    one_of,
+    parse_config,
+    pick_device,
+    refresh,
+    require,
+    run,
+    settle_dtype,
+    speed_up,
+    whole_copy,
+)
 from data.chat import Example
 from model import CUDA_CHUNK, ModelConfig, Transformer
 from sampler import generate
@@ -183,9 +195,10 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> dict[str, Callable[[]
     device, vocab, new, n = model.head_weight.device, model.config.vocab_size, cfg.grpo_new, 4
     ids = torch.randint(2, vocab, (cfg.problems, cfg.prompt), generator=torch.Generator().manual_seed(0)).tolist()
     settings = train_uft.Config(entropy_coef=0.0, token_budget=8192, max_new_tokens=new, dtype=cfg.train_dtype)
+    settle_dtype(settings, device)
     ours = copy.deepcopy(model)
     speed_up(ours, settings, device)
-    sampler = whole_copy(ours, getattr(torch, cfg.train_dtype))
+    sampler = whole_copy(ours, getattr(torch, settings.dtype))
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, fused=True)
     spent, low = {"rollouts": 0.0, "all": 0.0}, cfg.train_dtype == "bfloat16"
 
@@ -266,6 +279,7 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool) -> dict
     batch = [Example(row, [0] * prompt + [1] * (cfg.length - prompt), False, 0) for row in ids.tolist()]
     settings = train_ift.Config(token_budget=max(8192, cfg.length), dtype=cfg.train_dtype)
     settings.gradient_checkpointing, low = cfg.gradient_checkpointing, cfg.train_dtype == "bfloat16"
+    settle_dtype(settings, device)
 
     def ours(loss: str) -> Callable[[], float]:
         own = model if cfg.only else copy.deepcopy(model)
@@ -332,8 +346,8 @@ def memory(cfg: Config) -> dict[str, Callable[[], float]]:
 def measured_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Floating-point operations a second of a large product and bytes a second of a large copy here, the best of five."""
     n = 8192 if device.type == "cuda" else 1024
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtype = torch.float32  # which such a processor computes in, the sampler too
+    if device.type == "cpu" and not has_bfloat16(device):
+        dtype = torch.float32  # in which we then compute
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

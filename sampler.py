@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, memory_advice
+from common import UserError, has_bfloat16, memory_advice
 from model import HEAD_PIECE, KVCache, Prefix, Transformer, compile_for_all_shapes, logits_of
 
 BLOCK = 128  # divides the vocabulary of every common model, and vectorises
@@ -325,8 +325,7 @@ def generate(
         what = f"the longest prompt has {longest} tokens, which with max_new_tokens = {max_new_tokens} is more than the"
         raise UserError(f"{what} {window} positions of this model")
     device, dtype = model.head_weight.device, model.head_weight.dtype
-    if device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        # without bfloat16 arithmetic a processor takes 8 times as long for the same products as in float32
+    if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16(device):
         model, dtype = copy.deepcopy(model).float(), torch.float32
     on_cuda = device.type == "cuda"
     check_every = check_every or (CHECK_EVERY if on_cuda else 1)

@@ -52,6 +52,7 @@ from common import (
     run,
     save_model,
     save_resume,
+    settle_dtype,
     sharding,
     speed_up,
     start_process,
@@ -613,6 +614,7 @@ def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
     check(cfg)
     device = start_process(cfg.device, cfg.threads)
+    settle_dtype(cfg, device)
     folders = {loss: Path(cfg.out_dir) / (loss if len(cfg.loss) > 1 else "") for loss in cfg.loss}
     begun = any((f / name).exists() for f in folders.values() for name in ("resume", "resume.old"))
     require(cfg, "resume", begun or not cfg.resume, f"{cfg.out_dir} has no checkpoint to resume from")

@@ -53,6 +53,7 @@ from common import (
     run,
     save_model,
     save_resume,
+    settle_dtype,
     sharding,
     share,
     speed_up,
@@ -486,6 +487,7 @@ def main(argv: Sequence[str]) -> None:
     sft_steps = cfg.sft_steps if supervised else 0
     total = sft_steps + (cfg.steps if reinforced else 0)
     device, out = start_process(cfg.device, cfg.threads), Path(cfg.out_dir)
+    settle_dtype(cfg, device)
 
     task = load_task(cfg.task)
     base = Path(cfg.model) if cfg.model else HERE / "data" / "tiny" / cfg.task

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,21 @@ def parse(*args):
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(common, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
+    cfg = SimpleNamespace(dtype="bfloat16", rollout_dtype="bfloat16")
+    with pytest.raises(common.UserError, match="^dtype: an old GPU has no bfloat16; give --dtype=float32 and the like$"):
+        common.settle_dtype(cfg, torch.device("cuda"))
+    common.settle_dtype(cfg, torch.device("cpu"))
+    assert (cfg.dtype, cfg.rollout_dtype) == ("float32", "bfloat16")  # rollouts see to themselves
+    assert capsys.readouterr().err.startswith("warning: this processor has no bfloat16 arithmetic: dtype = float32")
+    common.settle_dtype(cfg, torch.device("cpu"))
+    monkeypatch.setattr(common, "has_bfloat16", lambda _: True)
+    common.settle_dtype(SimpleNamespace(dtype="bfloat16"), torch.device("cuda"))
+    assert capsys.readouterr().err == ""
 
 
 def test_defaults_then_file_then_flags_wherever_they_stand(tmp_path):
