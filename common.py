@@ -268,8 +268,9 @@ def settle_dtype(cfg: Any, device: torch.device) -> None:
     if device.type == "cuda":
         raise UserError(f"dtype: {torch.cuda.get_device_name(device)} has no bfloat16; give --dtype=float32 and the like")
     if cfg.dtype == "bfloat16":
-        print("warning: this processor has no bfloat16 arithmetic: dtype = float32, which is faster here", file=sys.stderr)
         cfg.dtype = "float32"
+        if rank() == 0:
+            print("warning: this processor has no bfloat16 arithmetic: dtype = float32, which is faster here", file=sys.stderr)
 
 
 def speed_up(model, cfg: Any, device: torch.device) -> None:

@@ -598,6 +598,7 @@ def _trim_heap(_: Tensor) -> None:
 
 
 def chunk_logits(device: torch.device) -> int:
+    """How many logits there should be at a time."""
     return CHUNK if device.type == "cpu" else CUDA_CHUNK
 
 
