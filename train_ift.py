@@ -172,6 +172,7 @@ def check(cfg: Config) -> None:
     pairs = [name for name in cfg.loss if name in PAIRS]
     require(cfg, "task", not (pairs and cfg.task), f"{'/'.join(pairs)} needs pairs: --task= --data_path=FILE")
     require(cfg, "data_path", bool(cfg.task or cfg.data_path), "without a task a file of rows is wanted")
+    require(cfg, "model", bool(cfg.task or cfg.model), "without a task a directory to start from is wanted")
 
 
 # ---- relation propagation (section 4.3 and Algorithm 1) -------------------------------------------------------------

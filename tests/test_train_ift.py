@@ -944,6 +944,7 @@ def refused(capsys, monkeypatch, *args):
         ("--loss=dpo", "pairs"),
         ("--loss=sft,simpo", "simpo"),
         ("--task=", "data_path"),
+        ("--task= --data_path=rows.jsonl", "model"),
         ("--task= --data_path=nowhere.jsonl --model=data/tiny/countdown", "nowhere.jsonl"),
         ("--task=chess", "countdown"),
         ("--gama=0.9", "'gamma'"),
