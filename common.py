@@ -258,7 +258,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether it computes in bfloat16; what does not may take 20 times as long for the same products as in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def settle_dtype(cfg: Any, device: torch.device) -> None:

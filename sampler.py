@@ -124,9 +124,8 @@ def decode_one_token(
 def packed_head(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
     """A function from states (n, C) to logits (n, V), for which a large float32 weight (V, C) on a CPU is laid out once, the
     way oneDNN likes it: half the time of logits_of for 2 rows, nine tenths for 64. None for other weights and machines."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(weight) <= 4 * HEAD_PIECE:
-        return None
-    if not torch.backends.mkldnn.is_available():
+    large = weight.device.type == "cpu" and weight.dtype == torch.float32 and len(weight) > 4 * HEAD_PIECE
+    if not (large and torch.backends.mkldnn.is_available()):
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda states: torch.ops.mkldnn._linear_pointwise(states, packed, None, "none", [], "")
