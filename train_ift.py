@@ -172,7 +172,6 @@ def check(cfg: Config) -> None:
     pairs = [name for name in cfg.loss if name in PAIRS]
     require(cfg, "task", not (pairs and cfg.task), f"{'/'.join(pairs)} needs pairs: --task= --data_path=FILE")
     require(cfg, "data_path", bool(cfg.task or cfg.data_path), "without a task a file of rows is wanted")
-    require(cfg, "model", bool(cfg.task or cfg.model), "without a task a directory to start from is wanted")
 
 
 # ---- relation propagation (section 4.3 and Algorithm 1) -------------------------------------------------------------
@@ -614,6 +613,7 @@ def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
     check(cfg)
+    require(cfg, "model", bool(cfg.task or cfg.model), "without a task a directory to start from is wanted")
     device = start_process(cfg.device, cfg.threads)
     settle_dtype(cfg, device)
     folders = {loss: Path(cfg.out_dir) / (loss if len(cfg.loss) > 1 else "") for loss in cfg.loss}
