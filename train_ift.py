@@ -507,6 +507,7 @@ def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, 
     if loss in REFERENCED:
         reference = as_reference(Transformer.from_pretrained(base, torch.float32, device, sharding(cfg.dtype)), model)
     sampler = whole_copy(model, torch.float32) if task else None
+    settings = {"max_new_tokens": cfg.max_new_tokens, "compile": False if cfg.compile == "false" else None}
     if task:
         problems = [
             evaluate.load_rows(task, split, cfg.data_path, n, cfg.style, cfg.sizes)
@@ -545,13 +546,13 @@ def train(loss: str, out: Path, cfg: Config, device: torch.device) -> dict[str, 
         line = f"{loss} step {step}/{steps} | test nll {record['val/loss']:.4f}"
         if task:
             refresh(sampler, model)
-            answers = evaluate.answer(sampler, tokenizer, task, problems[1], max_new_tokens=cfg.max_new_tokens)
+            answers = evaluate.answer(sampler, tokenizer, task, problems[1], **settings)
             record["val/accuracy"] = evaluate.accuracy(answers)
             record["val/low"], record["val/high"] = wilson(record["val/accuracy"] * len(answers), len(answers))
             line += f" | accuracy {record['val/accuracy']:.1%} ({record['val/low']:.1%} .. {record['val/high']:.1%})"
             if hasattr(task, "other_start"):
                 started = [r | {"start": s} for i, r in enumerate(problems[1]) if (s := task.other_start(r, random.Random(i)))]
-                others = evaluate.answer(sampler, tokenizer, task, started, max_new_tokens=cfg.max_new_tokens)
+                others = evaluate.answer(sampler, tokenizer, task, started, **settings)
                 record["val/other_start"] = evaluate.accuracy(others)
                 line += f" | from another first step {record['val/other_start']:.1%}"
             for row, (a,) in list(zip(problems[1], answers, strict=True))[:show]:
