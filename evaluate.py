@@ -12,15 +12,19 @@ trainers reward: the decoded completion without special tokens.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from common import UserError, load_task, one_of, parse_config, pick_device, require, require_model, run, wilson
+from data.rows import load_rows, load_task
 from data.tokenizer import Tokenizer
+from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.log import Counter, wilson
+from infra.parallel import pick_device
+from infra.training import starting_model
 from model import Transformer
 from sampler import generate, stream
 
@@ -33,71 +37,66 @@ class Config:
     model: str = "data/tiny/countdown"  # Hugging Face directory
     task: str = "countdown"  # a file of data/
     style: str = "short"  # prompt: paper, or short for tiny models
-    data_path: str = ""  # published file or folder; empty: problems made by the task
+    data_path: str = ""  # file or folder of rows; empty: problems made by the task
     split: str = "test"  # train or test
-    rows: int = 0  # the first so many rows; 0: the task's default number
-    sizes: tuple[int, ...] = ()  # numbers or people a made problem has; empty: the task's default
+    rows: int = 0  # the first so many rows; 0: all, or the task's default number
+    sizes: tuple[int, ...] = ()  # numbers or people of made problems; empty: the task's default
     # How
     n: int = 1  # answers a problem
     temperature: float = 0.0  # 0: greedy
     max_new_tokens: int = 256  # longest answer
-    batch_size: int = 0  # rows decoded at a time; 0: all
-    seed: int = 0  # of the sampled tokens
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "float32"  # of weights and arithmetic: float32 or bfloat16
+    batch_size: int = 0  # rows decoded at a time; 0: all, on CUDA as many as memory holds
+    seed: int = 0  # random seed
+    fast: bool = True  # sample with fast/engine.py; false: with sampler.py alone
+    device: str = "auto"  # auto, cpu, cuda, mps or xpu
+    dtype: str = "float32"  # weights and arithmetic: float32 or bfloat16
     # Talk
-    chat: bool = False  # read turns from the terminal and write the answers as they come, instead of a task
-    template: str = "auto"  # of the conversation: auto (the checkpoint's, or plain), plain, chatml, zephyr; none: bare text
-    system: str = ""  # what the conversation begins with, as a system turn
+    chat: bool = False  # a conversation in the terminal instead of a task
+    template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml, zephyr; none: bare text
+    system: str = ""  # system turn that the conversation begins with
     # Output
     save: str = ""  # JSONL file for the answers
     show: int = 3  # answers printed
 
 
+def check(cfg: Config) -> None:
+    one_of(cfg, "dtype", ("float32", "bfloat16"))
+    one_of(cfg, "split", ("train", "test"))
+    require_each(cfg, ("n", "max_new_tokens"), lambda v: v >= 1, "must be >= 1")
+    require_each(cfg, ("temperature", "rows", "batch_size", "seed", "show"), lambda v: v >= 0, "must be >= 0")
+    require(cfg, "n", cfg.n == 1 or cfg.temperature > 0, "greedy answers are all the same; give a --temperature")
+    if cfg.save:
+        try:
+            Path(cfg.save).touch()
+        except OSError as e:
+            raise UserError(f"save = {cfg.save!r}: cannot be written ({e.strerror})") from None
+
+
 def encode_prompt(tokenizer: Tokenizer, row: dict) -> list[int]:
+    """The ids of a row's prompt, begin-of-text included where the tokenizer has one."""
     return tokenizer.encode(row["prompt"], bos=True)
-
-
-def load_rows(task: ModuleType, split: str, data_path: str, n: int, style: str, sizes: Sequence[int]) -> list[dict]:
-    """Rows of a task from a path, or made; n = 0 and no sizes mean the task's defaults."""
-    rows = task.load(split, data_path or None, n=n or None, style=style, sizes=tuple(sizes) or None)
-    if not rows:
-        raise UserError(f"{data_path or task.__name__}: the {split} set is empty")
-    return rows
 
 
 def answer(
     model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], n: int = 1, max_new_tokens: int = 256,
-    temperature: float = 0.0, seed: int = 0, batch_size: int = 0, progress: Callable | None = None,
-    compile: bool | None = None,
+    temperature: float = 0.0, seed: int = 0, **sampling,
 ) -> list[list[dict]]:  # fmt: skip
-    """For each row n dicts: response, reward, verdict, tokens (how many), cut (no stop token came in time). A row's "start",
-    if it has one, is the beginning of the response that the model has to go on from."""
-    outputs = generate(
-        model, [encode_prompt(tokenizer, r) + tokenizer.encode(r.get("start", "")) for r in rows], n, max_new_tokens,
-        temperature, tokenizer.stop_ids, seed, batch_size=batch_size, progress=progress, compile=compile,
-    )  # fmt: skip
+    """For each row n dicts: response, reward, verdict, tokens (how many), cut (no stop id came in time).
+
+    A row's "start", if it has one, is the beginning of the response, from which the model continues. sampling: further
+    arguments of sampler.generate.
+    """
+    prompts = [encode_prompt(tokenizer, r) + tokenizer.encode(r.get("start", "")) for r in rows]
+    outputs = generate(model, prompts, n, max_new_tokens, temperature, tokenizer.stop_ids, seed, **sampling)
     answers = []
     for row, completions in zip(rows, outputs, strict=True):
         answers.append([])
         for c in completions:
             response = row.get("start", "") + tokenizer.decode(c.tokens, skip_special=True)
             reward, verdict = task.score(response, row["truth"])
-            result = {
-                "response": response,
-                "reward": reward,
-                "verdict": verdict,
-                "tokens": len(c.tokens),
-                "cut": not c.finished,
-            }
-            answers[-1].append(result)
+            result = {"response": response, "reward": reward, "verdict": verdict}
+            answers[-1].append(result | {"tokens": len(c.tokens), "cut": not c.finished})
     return answers
-
-
-def brief(text: str, most: int = 200) -> str:
-    """One line for the console: all of a short text, both ends of a long one."""
-    text = text.strip()
-    return repr(text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}")
 
 
 def accuracy(answers: list[list[dict]]) -> float:
@@ -158,25 +157,27 @@ def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    one_of(cfg, "dtype", ("float32", "bfloat16"))
-    require(cfg, "n", cfg.n >= 1, "at least 1 answer is wanted")
-    require(cfg, "temperature", cfg.temperature >= 0, "0 or above is wanted")
-    require(cfg, "rows", cfg.rows >= 0, "0 (all) or above is wanted")
-    if cfg.save:
-        try:
-            Path(cfg.save).touch()
-        except OSError as e:
-            raise UserError(f"save = {cfg.save!r}: cannot be written ({e.strerror})") from None
-    require(cfg, "n", cfg.n == 1 or cfg.temperature > 0, "greedy answers are all the same; give a --temperature")
+    check(cfg)
+    base, device = starting_model(cfg), pick_device(cfg.device)
+    if device.type not in ("cpu", "cuda"):
+        cfg.fast, cfg.dtype = False, "float32"
+    tokenizer = Tokenizer.from_pretrained(base)
     if cfg.chat:
-        require_model(Path(cfg.model), cfg.model)
-        tokenizer = Tokenizer.from_pretrained(cfg.model)
-        return talk(Transformer.from_pretrained(cfg.model, getattr(torch, cfg.dtype), pick_device(cfg.device)), tokenizer, cfg)
+        return talk(Transformer.from_pretrained(base, getattr(torch, cfg.dtype), device), tokenizer, cfg)
+
+    # Rows, model, answers.
     task = load_task(cfg.task)
-    rows = load_rows(task, cfg.split, cfg.data_path, cfg.rows, cfg.style, cfg.sizes)
-    model = Transformer.from_pretrained(cfg.model, getattr(torch, cfg.dtype), pick_device(cfg.device))
-    tokenizer = Tokenizer.from_pretrained(cfg.model)
-    answers = answer(model, tokenizer, task, rows, cfg.n, cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.batch_size)
+    rows = load_rows(task, cfg.split, cfg.data_path, cfg.rows, style=cfg.style, sizes=cfg.sizes)
+    model = Transformer.from_pretrained(base, getattr(torch, cfg.dtype), device)
+    for i, row in enumerate(rows):
+        where = f"{cfg.data_path or cfg.task} row {i}"
+        tokenizer.check_ids(encode_prompt(tokenizer, row), model.config.vocab_size, where)
+    answers = answer(
+        model, tokenizer, task, rows, cfg.n, cfg.max_new_tokens, cfg.temperature, cfg.seed, fast=cfg.fast,
+        batch_size=cfg.batch_size, progress=Counter(len(rows) * cfg.n),
+    )  # fmt: skip
+
+    # The report.
     for row, group in list(zip(rows, answers, strict=True))[: cfg.show]:
         print(f"--- {row['prompt'].strip()}\n{group[0]['response'].strip()}\n    -> {group[0]['verdict']}")
     flat, rights = [a for g in answers for a in g], [sum(a["reward"] == 1.0 for a in g) for g in answers]
@@ -189,10 +190,9 @@ def main(argv: Sequence[str]) -> None:
     if cfg.save:
         with open(Path(cfg.save), "w", encoding="utf-8") as f:
             for row, group in zip(rows, answers, strict=True):
-                f.write(
-                    json.dumps({"prompt": row["prompt"], "truth": row["truth"], "answers": group}, ensure_ascii=False) + "\n"
-                )
+                record = {"prompt": row["prompt"], "truth": row["truth"], "answers": group}
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import regex
 
-from common import UserError
+from infra.config import UserError
 from data.rows import read_records
 from data.tokenizer import Tokenizer
 

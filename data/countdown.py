@@ -40,7 +40,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from common import UserError
+from infra.config import UserError
 from data.rows import PROMPT, read_rows
 
 INSTRUCTION = (

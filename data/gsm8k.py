@@ -1,8 +1,9 @@
 r"""GSM8K: grade-school word problems whose answer is a number (Cobbe et al. 2021, MIT licence).
 
 Nothing can be made here, so `path` names one of these:
-- GSM8K itself, .parquet, .jsonl or .json with the fields question and answer (steps, then "#### 18"), or a folder of them, e.g.
-  of `hf download openai/gsm8k --repo-type=dataset --local-dir=gsm8k` (its configuration main): 7,473 rows and 1,319 to test;
+- GSM8K itself, .parquet, .jsonl or .json with the fields question and answer (steps, then "#### 18"), or a folder of them, such
+  as that of `hf download openai/gsm8k --repo-type=dataset --local-dir=gsm8k` (its configuration main): 7,473 rows and 1,319
+  to test;
 - data/others/test.parquet of github.com/liumy2010/UFT, of which the rows of this source are read. Both give the same rows.
 
 The first test row, where PROMPT is that of data/rows.py:
@@ -13,53 +14,55 @@ The first test row, where PROMPT is that of data/rows.py:
     answer  " </think>\n<answer> 18 </answer>"
     truth   {"question": "Janet’s ducks lay 16 eggs per day. ...", "target": "18"}
 
-score() wants a number in the block: decimal, with sign, leading zeros, a point at either end and an exponent if need be
-(18, +018, 18., 1.8e1). It is right within 1e-5, as published. Where it departs from the published checker (each is a test):
+score() expects a number in the last answer block: decimal, with a sign, leading zeros, thousands separators, a point at either
+end, an exponent, a dollar sign in front and a unit of up to three words behind (18, +018, 18., 1.8e1, 1,800, $ 18, 18 dollars.).
+It is right within 1e-5, as published. A word that changes the number makes no unit: 5 thousand, 5 k, 5 dozens, 1 third and
+5 percent are malformed, and so is 18 or 19. score_published() gives the reward of the published checker. Where the two differ
+(each is a test):
+
 1. to 3. The block may stand on any line, the innermost of nested ones counts and only the response is read, as in
    data/hendrycks_math.py.
-4. $18 and "18 dollars" (one word that does not multiply, see MULTIPLES) are 18; there neither is a number.
+4. $18, "18 dollars" and 1,000 are numbers; there none of them is.
 5. 1_8 and digits that are not ASCII are no numbers; there float() decides, which takes both.
 6. A target such as "1,000" is 1000; there it stops the run.
 7. More than MAX_ANSWER characters are malformed, so that no response can stall a run.
 
-Kept although odd, so that scores remain comparable with published ones: 1,000 with a comma, 18%, $18$, \boxed{18}, 36/2,
-"x = 18" and "The answer is 18" are malformed; an empty block earns 0.1; <think> is not checked.
+As published, 18%, $18$, \boxed{18}, 36/2, "x = 18" and "The answer is 18" are malformed, an empty block earns 0.1, and <think> is
+not checked.
 """
 
 import re
 from pathlib import Path
 
-from common import UserError
-from data.hendrycks_math import answer_block, first, read_solved, text_field
+from data.published import score_published as published
+from data.rows import answer_block, first, read_solved, text_field
+from infra.config import UserError
 
 MAX_ANSWER = 10_000  # characters
-NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-MULTIPLES = set("percent half halves thirds fourths fifths pair pairs dozen hundred thousand million billion".split())
+NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+WORDS = re.compile(r"(?: [A-Za-z]+){1,3}")
+NO_UNITS = set(  # without a plural s
+    "k M B bn mil percent half halve third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth pair couple "
+    "dozen score gross hundred thousand million billion trillion squared cubed factorial point "
+    "or and to of by over under more less than plus minus times not about "
+    "one two three four five six seven eight nine ten".split()
+)
 MISSING = (
     "data_path: GSM8K cannot be made, only read; give the folder of: hf download openai/gsm8k --repo-type=dataset "
     "--local-dir=gsm8k (fields question and answer, with ####), or data/others/test.parquet of github.com/liumy2010/UFT"
 )
 
 
-def load(
-    split: str,
-    path: str | Path | None = None,
-    *,
-    n: int | None = None,
-    style: str = "paper",
-    sizes: tuple[int, ...] | None = None,
-) -> list[dict]:
-    """Rows of `path`, all or the first n. `style` is there because every task has it; it changes nothing here."""
+def load(split: str, path: str | Path | None = None, *, n: int | None = None) -> list[dict]:
+    """Rows of `path`, all or the first n."""
     if path is None:
         raise UserError(MISSING)
-    if sizes is not None:
-        raise UserError(f"sizes: {list(sizes)}; GSM8K has no levels, leave it empty")
     if Path(path, "main").is_dir():  # beside it lies socratic, the same problems with other solutions
         path = Path(path, "main")
     rows = []
     for where, _, row in read_solved(path, split, "openai/gsm8k", _read_raw):
-        target = str(row["truth"]["target"]).replace(",", "")
-        if not re.fullmatch("[+-]?" + NUMBER, target):
+        target = str(row["truth"]["target"])
+        if _number(target) is None:
             raise UserError(f"{where}: the target '{target[:20]}' is not a number")
         rows.append(row)
     return first(rows, n, path, split)
@@ -67,18 +70,42 @@ def load(
 
 def score(response: str, truth: dict) -> tuple[float, str]:
     """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong" or "malformed" (no number); 0.0 "no answer"."""
-    answer = answer_block(response)
-    if answer is None:
+    block = answer_block(response)
+    if block is None:
         return 0.0, "no answer"
-    answer = "" if len(answer) > MAX_ANSWER else answer.strip()
-    number = re.fullmatch(rf"([+-]?)\$?({NUMBER})(?: ([A-Za-z]+))?", answer)
-    if not number or (number[3] or "").lower() in MULTIPLES:
+    target = _number(str(truth["target"]))
+    if target is None:
+        raise UserError(f"truth: the target '{str(truth['target'])[:20]}' is not a number")
+    answer = block[1].strip() if len(block[1]) <= MAX_ANSWER else ""
+    value = _number(_without_unit(answer))
+    if value is None:
         return 0.1, "malformed"
-    right = abs(float(number[1] + number[2]) - float(str(truth["target"]).replace(",", ""))) <= 1e-5
-    return (1.0, "right") if right else (0.1, "wrong")
+    return (1.0, "right") if abs(value - target) <= 1e-5 else (0.1, "wrong")
+
+
+def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> tuple[float, str]:
+    """(reward, verdict) of the published checker, see data/published.py."""
+    return published("gsm8k", response, truth, prompt)
+
+
+def _number(text: str) -> float | None:
+    found = re.fullmatch(rf"([+-]?)\$? ?({NUMBER})", text.replace(r"\$", "$"))
+    return float((found[1] + found[2]).replace(",", "")) if found else None
+
+
+def _without_unit(text: str) -> str:
+    """The text without a unit of words and a full stop at its end, unless a word changes the number."""
+    number, space, unit = text.removesuffix(".").partition(" ")
+    if number in ("$", r"\$", "+$", "-$"):
+        rest, space, unit = unit.partition(" ")
+        number += rest
+    words = unit.split(" ") if space else []
+    refused = any({w, w.lower(), w.lower().removesuffix("s")} & NO_UNITS for w in words)
+    return number if not words or WORDS.fullmatch(" " + unit) and not refused else text
 
 
 def _read_raw(where: str, record: dict) -> tuple[str, str, str]:
+    """(question, solution, target) of a record of GSM8K itself."""
     solution = text_field(where, record, "answer")
     target = solution.rpartition("####")[2] if "####" in solution else ""
     if not target.strip():

@@ -77,7 +77,7 @@ from functools import lru_cache, reduce
 from operator import and_
 from pathlib import Path
 
-from common import UserError
+from infra.config import UserError
 from data.rows import PROMPT, read_rows
 
 INSTRUCTION = (

@@ -28,7 +28,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from common import UserError
+from infra.config import UserError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

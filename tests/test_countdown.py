@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common import UserError
+from infra.config import UserError
 from data import countdown
 from data.countdown import load, random_chain, score, solve
 

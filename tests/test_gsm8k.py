@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_hendrycks_math import BLOCK, VECTORS, check_vectors, write
 
-from common import UserError
+from infra.config import UserError
 from data import gsm8k
 from data.gsm8k import load, score
 from data.rows import PROMPT

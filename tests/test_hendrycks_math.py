@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common import UserError
+from infra.config import UserError
 from data import gsm8k, hendrycks_math
 from data.hendrycks_math import load, score
 from data.rows import PROMPT, read_records, read_rows

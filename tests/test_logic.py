@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import UserError
+from infra.config import UserError
 from data import logic
 
 VECTORS = [json.loads(line) for line in (Path(__file__).parent / "vectors/logic_score.jsonl").read_text().splitlines()]

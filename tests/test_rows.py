@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from common import UserError
+from infra.config import UserError
 from data.rows import read_records, read_rows
 
 NEEDS = {"target": int, "numbers": list}

@@ -1,0 +1,229 @@
+r"""The checkers published with UFT (github.com/liumy2010/UFT at ad3c8ec), rewritten without eval and bounded.
+
+score_published() gives their reward for comparisons with published results. Training and evaluation use the tasks' own
+score(), which departs where these rules are arguably wrong; each task's docstring says where. What they have in common:
+
+- the response is the text after the prompt's marker "Assistant:" (or "<|im_start|>assistant"); a prompt without one scores 0;
+- Countdown, GSM8K and MATH search only the last line for <answer> blocks, Knights and Knaves the whole text;
+- of several blocks the last counts, and an opening tag inside a block is part of the answer;
+- any block, even an empty one, earns 0.1, except in Knights and Knaves.
+
+The only departures: answers of more than MAX_ANSWER characters, and Countdown's values of more than MAX_BITS bits, count as
+malformed; the published code evaluates 9**9**9**9 until it is stopped. A GSM8K target that is no number is a UserError; there
+it is an exception.
+"""
+
+import re
+
+from infra.config import UserError
+
+MAX_ANSWER = 10_000  # characters
+MAX_BITS = 100_000  # of an integer in a Countdown equation
+MARKERS = ("Assistant:", "<|im_start|>assistant")
+BINDS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "sign +": 3, "sign -": 3, "**": 4}
+
+
+def score_published(task: str, response: str, truth: dict, prompt: str = MARKERS[0]) -> tuple[float, str]:
+    """(reward, verdict) of the published checker of a task: "countdown", "gsm8k", "hendrycks_math" or "logic".
+
+    prompt: the text in front of the response. 1.0 "right", 0.1 "wrong" or "malformed", 0.0 "no answer".
+    """
+    text = prompt + response
+    marker = next((m for m in MARKERS if m in text), None)
+    answer = None
+    if marker:
+        after = text.partition(marker)[2]
+        answer = _last_block(after if task == "logic" else after.rpartition("\n")[2])
+    if answer is None or task == "logic" and not answer:
+        return 0.0, "no answer"
+    if len(answer) > MAX_ANSWER:
+        return 0.1, "malformed"
+    check = {"countdown": _countdown, "gsm8k": _gsm8k, "hendrycks_math": _math, "logic": _logic}[task]
+    verdict = check(answer, truth)
+    return (1.0 if verdict == "right" else 0.1), verdict
+
+
+def _last_block(text: str) -> str | None:
+    """What the pattern <answer>(.*?)</answer> matches last, found without its quadratic time."""
+    opening, closing = "<answer>", "</answer>"
+    last = text.rfind(opening, 0, max(text.rfind(closing), 0))
+    if last < 0:
+        return None
+    previous = text.rfind(closing, 0, last)
+    start = text.find(opening, previous + len(closing) if previous >= 0 else 0)
+    return text[start + len(opening) : text.find(closing, last)].strip()
+
+
+# ---- Countdown -----------------------------------------------------------------------------------------------
+
+
+def _countdown(equation: str, truth: dict) -> str:
+    """Every number exactly once, then the value with Python's operators and floats, within 1e-5 of the target."""
+    if sorted(int(n) for n in re.findall(r"\d{1,4000}", equation)) != sorted(map(int, truth["numbers"])):
+        return "wrong"
+    # \d and \s of the published filter take any script's, which Python's parser then refuses
+    if not re.fullmatch(r"[0-9+\-*/(). \t\f]+", equation):
+        return "malformed"
+    try:
+        return "right" if abs(_value(equation) - int(truth["target"])) < 1e-5 else "wrong"
+    except (SyntaxError, ArithmeticError, ValueError, TypeError):
+        return "malformed"
+
+
+def _value(equation: str) -> int | float | complex:
+    """The value of a Python expression of numbers, + - * / // ** and parentheses, by two stacks."""
+    tokens = re.findall(r"[0-9]+\.?[0-9]*|\.[0-9]+|\*\*|//|[^ \t\f]", equation)
+    values, waiting, operand, depth = [], ["("], True, 0
+    for token in [*tokens, ")"]:
+        depth += (token == "(") - (token == ")")
+        if depth > 200 or not waiting:  # Python's parser gives up there
+            raise SyntaxError
+        # where a number, a sign or "(" must come
+        if operand:
+            if token == "(":
+                waiting.append(token)
+            elif token in "+-":
+                waiting.append("sign " + token)
+            elif token[0] in "0123456789." and token != ".":
+                if re.match("0[0-9]*[1-9]", token) and "." not in token:
+                    raise SyntaxError  # 053
+                values.append(float(token) if "." in token else int(token))
+                operand = False
+            else:
+                raise SyntaxError
+            continue
+        # where an operator or ")" must come
+        if token != ")" and token not in BINDS or token == "(":
+            raise SyntaxError
+        while waiting[-1] != "(" and (token == ")" or BINDS[waiting[-1]] >= BINDS[token] != 4):
+            _apply(waiting.pop(), values)
+        if token == ")":
+            waiting.pop()
+        else:
+            waiting.append(token)
+            operand = True
+    if waiting:
+        raise SyntaxError
+    return values[0]
+
+
+def _apply(operator: str, values: list) -> None:
+    b = values.pop()
+    if operator in ("sign +", "sign -"):
+        values.append(-b if operator == "sign -" else b)
+        return
+    a = values.pop()
+    if operator == "**" and isinstance(a, int) and isinstance(b, int) and abs(a) > 1:
+        if b * (a.bit_length() - 1) > MAX_BITS:
+            raise OverflowError
+    operations = {
+        "+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b, "//": lambda: a // b,
+        "**": lambda: a**b,
+    }  # fmt: skip
+    value = operations[operator]()
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise OverflowError
+    values.append(value)
+
+
+# ---- GSM8K ---------------------------------------------------------------------------------------------------
+
+
+def _gsm8k(answer: str, truth: dict) -> str:
+    """What Python's float() reads, within 1e-5 of the target."""
+    try:
+        target = float(truth["target"])
+    except (ValueError, OverflowError):
+        raise UserError(f"target: '{truth['target']}' is not a number for the published checker") from None
+    try:
+        return "right" if abs(float(answer) - target) <= 1e-5 else "wrong"
+    except ValueError:
+        return "malformed"
+
+
+# ---- MATH ----------------------------------------------------------------------------------------------------
+
+
+def _math(answer: str, truth: dict) -> str:
+    """Equality of text after Hendrycks' rules; where these fail, of the text as it is."""
+    target = str(truth["target"])
+    try:
+        return "right" if _normal(answer) == _normal(target) else "wrong"
+    except ValueError:
+        return "right" if answer == target else "wrong"
+
+
+def _normal(text: str) -> str:
+    # spelling
+    for old, new in (("\n", ""), (r"\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""),
+                     (r"\right", ""), (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", "")):  # fmt: skip
+        text = text.replace(old, new)
+    # a unit
+    if text.count(r"\text{ ") > 1:
+        raise ValueError
+    text = text.partition(r"\text{ ")[0].replace(r"\%", "")
+    # a 0 in front of the point
+    text = text.replace(" .", " 0.").replace("{.", "{0.")
+    if not text:
+        return text
+    text = "0" + text if text[0] == "." else text
+    # x = in front
+    left, equals, right = text.partition("=")
+    if equals and "=" not in right and len(left) <= 2:
+        text = right
+    # \sqrt3 and \frac12; a command at the very end has no argument
+    if text.endswith(r"\sqrt"):
+        raise ValueError
+    text = re.sub(r"\\sqrt(?!\{)(?!\\sqrt)(.)", r"\\sqrt{\1}", text, flags=re.DOTALL)
+    text = _brace_fractions(text.replace(" ", ""))
+    # 0.5 and a/b
+    text = r"\frac{1}{2}" if text == "0.5" else text
+    above, slash, below = text.partition("/")
+    if slash and "/" not in below:
+        a, b = int(above), int(below)
+        if text == f"{a}/{b}":
+            text = rf"\frac{{{a}}}{{{b}}}"
+    return text
+
+
+def _brace_fractions(text: str) -> str:
+    first, *parts = text.split(r"\frac")
+    done = [first]
+    for part in parts:
+        if not part:
+            raise ValueError
+        if part[0] != "{" and len(part) < 2:
+            return text  # one too short leaves the whole text as it was
+        if part[0] != "{":
+            below = part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}"
+            part = f"{{{part[0]}}}{below}"
+        done.append(part)
+    return r"\frac".join(done)
+
+
+# ---- Knights and Knaves --------------------------------------------------------------------------------------
+
+
+def _logic(answer: str, truth: dict) -> str:
+    """Everybody's role as "NAME is a ROLE"; the words knight and knave must occur once per person."""
+    expected = {}
+    for line in _solution_text(truth).split("\n"):
+        found = re.search(r"\b([A-Za-z]+)\b.*?\b(knight|knave)\b", line[:MAX_ANSWER], re.IGNORECASE)
+        if found:
+            expected[found[1]] = found[2].lower()
+    lower = answer.lower()
+    if not expected or lower.count("knight") + lower.count("knave") != len(expected):
+        return "malformed"
+    for name in expected:
+        if not re.search(rf"\b{name}\b\s+is\s+a\s+(knight|knave)\b", answer, re.IGNORECASE):
+            return "malformed"
+    roles = {n: re.search(rf"\b{n}\b\s+is\s+a\s+(knight|knave)\b", answer, re.IGNORECASE)[1].lower() for n in expected}
+    return "right" if roles == expected else "wrong"
+
+
+def _solution_text(truth: dict) -> str:
+    """The text the published checker reads the solution from: a field of published rows, written here for our own."""
+    if "solution_text_format" in truth:
+        return truth["solution_text_format"] or ""
+    pairs = zip(truth.get("names", []), truth.get("solution", []), strict=True)
+    return "\n".join(f"{name} is a {'knight' if is_knight else 'knave'}" for name, is_knight in pairs)

@@ -1,0 +1,298 @@
+"""Log-probs and losses of tokens without an (N, V) tensor of logits: the twins of the functions at the end of model.py.
+
+The head is applied to a chunk of states at a time, and the logits are either computed again in the backward pass
+(token_logprobs) or, for losses that are sums over tokens, turned into their gradient at once (token_loss). At most
+chunk_size() logits exist at a time, whatever N is.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import autocast_input
+
+CPU_CHUNK = 1 << 22  # logits alive at a time on a CPU: few enough for the cache, enough rows for a full-speed product
+CUDA_CHUNK = 1 << 26  # elsewhere: enough that launching a chunk's kernels costs little beside running them
+PIECE = 1024  # CPU: rows of the head multiplied at a time
+LARGE_TABLE = 1 << 24  # CPU: elements of an embedding table whose gradient needs room in the heap
+
+
+def chunk_size(device: torch.device) -> int:
+    """How many logits to compute at a time."""
+    return CPU_CHUNK if device.type == "cpu" else CUDA_CHUNK
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    rows = max(16, chunk_size(hidden.device) // weight.shape[0])
+    return [slice(i, i + rows) for i in range(0, len(hidden), rows)]
+
+
+def _in_head_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The states in the dtype of the product with the head: autocast's, or else the weight's."""
+    return autocast_input(hidden) if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
+
+
+def _at(temperature: float | Tensor, rows: slice) -> float | Tensor:
+    """The temperature of some rows, ready to divide their logits (n, V)."""
+    return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
+
+
+def compute_logits(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Logits (N, V) in the dtype of the states (N, C), into `out` if given.
+
+    On a CPU a large vocabulary is multiplied piece by piece, which stays in the cache: a quarter faster for few rows.
+    """
+    if states.device.type == "cpu" and len(weight) > 4 * PIECE:
+        out = states.new_empty(len(states), len(weight)) if out is None else out
+        for i in range(0, len(weight), PIECE):
+            torch.mm(states, weight[i : i + PIECE].T, out=out[:, i : i + PIECE])
+        return out
+    return F.linear(states, weight)
+
+
+Buffers = list[Tensor] | None
+
+
+def _buffers(hidden: Tensor, weight: Tensor, rows: int, count: int) -> Buffers:
+    """`count` tensors (rows, V) reused by all chunks, or None where products are not float32 on a CPU.
+
+    Allocating them for every chunk would fragment the heap of a CPU process, which then grows by a third.
+    """
+    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32:
+        return [hidden.new_empty(rows, len(weight)) for _ in range(count)]
+    return None
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float | Tensor, buffers: Buffers = None) -> Tensor:
+    """Float32 log-probs (n, V) of a chunk, in the second buffer if there are any."""
+    scaled = isinstance(temperature, Tensor) or temperature != 1
+    if buffers is not None:
+        logits = compute_logits(hidden, weight, buffers[0][: len(hidden)])
+        logits = logits.div_(temperature) if scaled else logits
+        return torch.log_softmax(logits, -1, out=buffers[1][: len(hidden)])
+    logits = compute_logits(hidden, weight)
+    return F.log_softmax(logits.float() / temperature if scaled else logits, -1, dtype=torch.float32)
+
+
+def _entropy(p: Tensor, lp: Tensor, buffers: Buffers = None) -> Tensor:
+    return -(p * lp if buffers is None else torch.mul(p, lp, out=buffers[2][: len(p)])).sum(-1)
+
+
+def _grad_logits(
+    p: Tensor, lp: Tensor, targets: Tensor, g_logp: Tensor, entropy: Tensor, g_entropy: Tensor | None
+) -> Tensor:
+    """Gradient (n, V) of the scaled logits from those of log p[target] and of the entropy H, each (n,). Overwrites p.
+
+    d log p_t / dz = onehot(t) - p   and   dH / dz = -p (log p + H).
+    """
+    if g_entropy is None:
+        p.mul_(-g_logp[:, None])
+    else:
+        p.mul_((lp + entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logp[:, None]))
+    return p.scatter_add_(1, targets[:, None], g_logp[:, None])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in total's dtype: bfloat16 would lose the contributions of later chunks."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+# ---- log-probs ------------------------------------------------------------------------------------------------
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, want_entropy):
+        logps, entropies, head = [], [], weight.to(hidden.dtype)
+        for s in _chunks(hidden, weight):
+            lp = _log_softmax(hidden[s], head, _at(temperature, s))
+            logps.append(lp.gather(1, targets[s, None])[:, 0])
+            entropies.append(_entropy(lp.exp(), lp) if want_entropy else lp.new_zeros(len(lp)))
+        logp = torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
+        entropy = torch.cat(entropies) if entropies else torch.zeros_like(logp)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        ctx.temperature, ctx.want_entropy = temperature, want_entropy
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, g_logp, g_entropy):
+        hidden, weight, targets, entropy = ctx.saved_tensors
+        g_hidden, g_weight, head = torch.zeros_like(hidden), torch.zeros_like(weight), weight.to(hidden.dtype)
+        for s in _chunks(hidden, weight):
+            lp = _log_softmax(hidden[s], head, _at(ctx.temperature, s))
+            g = g_entropy[s] if ctx.want_entropy else None
+            dz = _grad_logits(lp.exp(), lp, targets[s], g_logp[s], entropy[s], g)
+            dz = dz.div_(_at(ctx.temperature, s)).to(hidden.dtype)
+            torch.mm(dz, head, out=g_hidden[s])
+            _add_product(g_weight, dz.T, hidden[s])
+        return g_hidden, g_weight, None, None, None
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Twin of model.token_logprobs; logits are computed again in the backward pass."""
+    return _TokenLogprobs.apply(_in_head_dtype(hidden, weight), weight, targets, temperature, entropy)
+
+
+# ---- a loss that is a sum over tokens -------------------------------------------------------------------------
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, loss_fn, columns, temperature, want_entropy, chunks):
+        g_hidden, g_weight, head = torch.zeros_like(hidden), torch.zeros_like(weight), weight.to(hidden.dtype)
+        total, logps, entropies = hidden.new_zeros((), dtype=torch.float32), [], []
+        chunks = _chunks(hidden, weight) if chunks is None else chunks
+        rows = max((s.stop - s.start for s in chunks), default=0)
+        buffers = _buffers(hidden, weight, rows, 2 + want_entropy)
+        for s in chunks:
+            # Log-probs and entropies of this chunk's tokens.
+            lp = _log_softmax(hidden[s], head, _at(temperature, s), buffers)
+            logp = lp.gather(1, targets[s, None])[:, 0].requires_grad_()
+            p = lp.exp() if buffers is None else torch.exp(lp, out=buffers[0][: len(lp)])
+            entropy = (_entropy(p, lp, buffers) if want_entropy else torch.zeros_like(logp)).requires_grad_()
+            # The loss, and its gradient with respect to both.
+            with torch.enable_grad():
+                loss = loss_fn(logp, entropy, *(c if c is None else c[s] for c in columns))
+            g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
+            g_logp = torch.zeros_like(logp) if g_logp is None else g_logp
+            # From there to the logits, the states and the head.
+            dz = _grad_logits(p, lp, targets[s], g_logp, entropy.detach(), g_entropy if want_entropy else None)
+            scaled = isinstance(temperature, Tensor) or temperature != 1
+            dz = (dz.div_(_at(temperature, s)) if scaled else dz).to(hidden.dtype)
+            torch.mm(dz, head, out=g_hidden[s])
+            _add_product(g_weight, dz.T, hidden[s])
+            total += loss.detach()
+            logps.append(logp.detach())
+            entropies.append(entropy.detach())
+        logp = torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
+        entropy = torch.cat(entropies) if entropies else torch.zeros_like(logp)
+        ctx.save_for_backward(g_hidden, g_weight)
+        ctx.mark_non_differentiable(logp, entropy)
+        return total, logp, entropy
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        g_hidden, g_weight = ctx.saved_tensors
+        return g_hidden.mul_(g), g_weight.mul_(g), None, None, None, None, None, None
+
+
+def token_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
+    temperature: float | Tensor = 1.0, entropy: bool = False, chunks: list[slice] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Twin of model.token_loss. The result may be differentiated once.
+
+    loss_fn is called once a chunk, so it has to be a sum over tokens, or over groups of tokens that `chunks` keeps
+    together. Its gradient is known as soon as the logits are, so the head is multiplied three times (logits, gradient of
+    the states, gradient of the head); token_logprobs computes the logits twice.
+    """
+    hidden = _in_head_dtype(hidden, weight)
+    return _TokenLoss.apply(hidden, weight, targets, loss_fn, columns, temperature, entropy, chunks)
+
+
+# ---- KL, predictions ------------------------------------------------------------------------------------------
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight):
+        kl = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        head, ref_head = weight.to(hidden.dtype), ref_weight.to(ref_hidden.dtype)
+        for s in _chunks(hidden, weight):
+            lp, ref = _log_softmax(hidden[s], head, 1.0), _log_softmax(ref_hidden[s], ref_head, 1.0)
+            kl[s] = (ref.exp() * (ref - lp)).sum(-1)
+        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight)
+        return kl
+
+    @staticmethod
+    def backward(ctx, g):
+        hidden, weight, ref_hidden, ref_weight = ctx.saved_tensors
+        g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        head, ref_head = weight.to(hidden.dtype), ref_weight.to(ref_hidden.dtype)
+        for s in _chunks(hidden, weight):
+            p = _log_softmax(hidden[s], head, 1.0).exp_()
+            dz = p.sub_(_log_softmax(ref_hidden[s], ref_head, 1.0).exp_())
+            dz = dz.mul_(g[s, None]).to(hidden.dtype)
+            torch.mm(dz, head, out=g_hidden[s])
+            _add_product(g_weight, dz.T, hidden[s])
+        return g_hidden, g_weight, None, None
+
+
+def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    """Twin of model.token_kl."""
+    return _TokenKL.apply(_in_head_dtype(hidden, weight), weight, _in_head_dtype(ref_hidden, ref_weight), ref_weight)
+
+
+@torch.no_grad()
+def argmax_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Twin of model.argmax_tokens."""
+    hidden, head = _in_head_dtype(hidden, weight), weight
+    if not len(hidden):
+        return hidden.new_zeros(0, dtype=torch.long)
+    head = head.to(hidden.dtype)
+    return torch.cat([compute_logits(hidden[s], head).argmax(-1) for s in _chunks(hidden, head)])
+
+
+@torch.no_grad()
+def sample_tokens(hidden: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+    """Twin of model.sample_tokens."""
+    hidden = _in_head_dtype(hidden, weight)
+    head, drawn = weight.to(hidden.dtype), [hidden.new_zeros(0, 1, dtype=torch.long)]
+    for s in _chunks(hidden, head):
+        total = _log_softmax(hidden[s], head, 1.0).exp_().cumsum(-1)
+        target = (u[s] * total[:, -1]).to(total.dtype)
+        drawn.append(torch.searchsorted(total, target[:, None], right=True).clamp_(max=len(weight) - 1))
+    return torch.cat(drawn)[:, 0]
+
+
+class _ExpectedEmbeddings(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, table):
+        ctx.save_for_backward(hidden, weight)
+        ctx.table_dtype = table.dtype
+        rows = [_log_softmax(hidden[s], weight, 1.0).exp_().to(table.dtype) @ table for s in _chunks(hidden, weight)]
+        return torch.cat(rows) if rows else table.new_zeros(0, table.shape[1])
+
+    @staticmethod
+    def backward(ctx, g):
+        hidden, weight = ctx.saved_tensors
+        g_table = torch.zeros(weight.shape[0], g.shape[1], dtype=ctx.table_dtype, device=g.device)
+        for s in _chunks(hidden, weight):
+            _add_product(g_table, _log_softmax(hidden[s], weight, 1.0).exp_().to(g.dtype).T, g[s])
+        return None, None, g_table
+
+
+def expected_embeddings(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """Twin of model.expected_embeddings."""
+    hidden = _in_head_dtype(hidden, weight).detach()
+    return _ExpectedEmbeddings.apply(hidden, weight.detach().to(hidden.dtype), table)
+
+
+# ---- the heap of a CPU process --------------------------------------------------------------------------------
+
+_malloc_trim = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)
+
+
+def trim_heap_before_table_gradient(embedding: nn.Embedding) -> None:
+    """On a CPU, return freed activations to the system before the gradient of a large embedding table is allocated.
+
+    glibc keeps freed pages otherwise, and the gradient comes on top: a seventh of the peak at V = 151,936.
+    """
+    weight = embedding.weight
+    if _malloc_trim is None or weight.device.type != "cpu" or weight.numel() <= LARGE_TABLE:
+        return
+
+    def hook(_module, _inputs, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _gradient: (_malloc_trim(0), None)[1])
+
+    embedding.register_forward_hook(hook)

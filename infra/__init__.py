@@ -1,0 +1,1 @@
+"""What any trainer needs and no paper explains."""

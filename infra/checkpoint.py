@@ -1,0 +1,248 @@
+"""What a run keeps: out_dir/model (a Hugging Face directory) and out_dir/resume, both replaced as a whole.
+
+A run touches only its own files. Whatever else lies in a folder that it replaces is carried over.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from infra.config import UserError, write_toml
+from infra.parallel import barrier, full, rank
+
+MARK = "# written by nanoFT; a run in this folder continues with --resume=true"  # first line of a run's config.toml
+RUN_FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "model", "model.old", "sft", "sft.old")
+OWN_FILE = re.compile(  # names that runs write into model/ and resume/
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|state|adapter_config)\.json"
+    r"|model\.safetensors\.index\.json|chat_template\.jinja"
+    r"|(model|tensors|adapter_model|parameters|optimizer)[\w-]*\.safetensors"
+)
+PART_BYTES = 2 * 10**9  # of a file of out_dir/resume
+
+# ---- out_dir --------------------------------------------------------------------------------------------------
+
+
+def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
+    """The folder to write to. UserError, before any work, if it cannot be written to or is not this run's."""
+    if not out_dir.strip():
+        raise UserError("out_dir is empty: name the folder to write to")
+    out = Path(out_dir)
+    for name in ("model", "sft", "resume"):
+        if base.resolve() == (out / name).resolve():
+            raise UserError(f"out_dir = {out_dir!r}: its {name}/ is the model to start from and would be replaced")
+    if not resume:
+        if any((out / name).exists() for name in ("resume", "resume.old")):
+            advice = "--resume=true continues it, or give another out_dir"
+            raise UserError(f"out_dir = {out_dir!r} holds a run already: {advice}")
+        if foreign := next((name for name in RUN_FILES if (out / name).exists()), None):
+            if not _is_run(out):
+                raise UserError(f"out_dir = {out_dir!r} holds a {foreign} that no run here wrote; give another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        trial = out / f".writable-{os.getpid()}"
+        trial.write_text("")
+        trial.unlink()
+    except OSError as e:
+        raise UserError(f"out_dir = {out_dir!r}: cannot be written to ({e.strerror})") from None
+    return out
+
+
+def _is_run(out: Path) -> bool:
+    try:
+        return (out / "config.toml").read_text(encoding="utf-8").startswith(MARK)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def check_disk(out: Path, parameters: int) -> None:
+    """UserError if the disk has no room for model/ and resume/ beside the ones they replace."""
+    needed = 28 * parameters  # bytes: model 4, resume 12 (weights and two moments), and 12 for the new resume
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, checkpoints need {needed / 1e9:.2f} GB")
+
+
+def write_config(out: Path, config: Any) -> None:
+    """out_dir/config.toml, on rank 0."""
+    if rank() == 0:
+        write_toml(config, out / "config.toml")
+        content = (out / "config.toml").read_text(encoding="utf-8")
+        (out / "config.toml").write_text(f"{MARK}\n{content}", encoding="utf-8")
+
+
+# ---- folders replaced as a whole ------------------------------------------------------------------------------
+
+
+def new_folder(folder: Path) -> None:
+    """An empty folder for rank 0 to fill; what an interrupted run left there goes."""
+    if rank() == 0:
+        discard(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    barrier()
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put a finished folder in the place of another. At every moment either `target` or `target`.old is whole."""
+    barrier()
+    if rank() == 0:
+        old = target.with_name(target.name + ".old")
+        if target.exists():
+            discard(old, rescue_to=target)
+            os.replace(target, old)
+        os.replace(new, target)
+        discard(old, rescue_to=target)
+    barrier()  # before anybody reads it
+
+
+def discard(folder: Path, rescue_to: Path | None = None) -> None:
+    """Delete the files that runs write from a folder, and the folder if nothing else is left in it.
+
+    Other files are moved to `rescue_to`, if given, unless it has one of that name.
+    """
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if OWN_FILE.fullmatch(path.name) and path.is_file():
+            path.unlink()
+        elif rescue_to and not (rescue_to / path.name).exists():
+            os.replace(path, rescue_to / path.name)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def save_model(out: Path, model, tokenizer, name: str = "model", stop_ids=(), template: str = "auto") -> None:
+    """out_dir/model (or another name), a Hugging Face directory. stop_ids: further ids that end a completion."""
+    new = out / f"{name}.new"
+    new_folder(new)
+    with _disk_errors(out / name):
+        model.save_pretrained(new, stop_ids={*tokenizer.stop_ids, *stop_ids}, write=rank() == 0)
+        if rank() == 0:
+            tokenizer.save(new, template)
+    replace_folder(new, out / name)
+
+
+class _disk_errors:
+    """Turns a failed write into a UserError that says what is still there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, _traceback) -> None:
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{self.path}: cannot be written ({reason}); the one written before is kept") from None
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------
+
+
+def save_resume(out: Path, model, optimizer: torch.optim.Optimizer, state: dict, config: Any) -> None:
+    """out_dir/resume: parameters, optimiser state and `state` (JSON), the same whatever the number of processes.
+
+    Random numbers are functions of (seed, step, row), so there is no generator to keep. Tensors are gathered one by one
+    and written by rank 0 in files of about PART_BYTES.
+    """
+    new = out / "resume.new"
+    new_folder(new)
+    with _disk_errors(out / "resume"):
+        part, size, count = {}, 0, 0
+        for name, tensor in _named_tensors(model, optimizer):
+            whole = full(tensor)
+            if rank() == 0:
+                part[name] = whole.detach().to("cpu").contiguous()
+                size += part[name].nbytes
+                if size >= PART_BYTES:
+                    save_file(part, new / f"tensors-{count:05}.safetensors")
+                    part, size, count = {}, 0, count + 1
+        if rank() == 0:
+            save_file(part, new / f"tensors-{count:05}.safetensors")
+            content = state | {"config": asdict(config)}
+            (new / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    replace_folder(new, out / "resume")
+
+
+def _named_tensors(model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """("parameter/NAME", tensor) and ("MOMENT/NAME", tensor) of everything to keep, in the same order everywhere."""
+    names = {p: n for n, p in model.named_parameters()}
+    for p, name in names.items():
+        yield f"parameter/{name}", p
+        for key, value in sorted(optimizer.state.get(p, {}).items()):
+            yield f"{key}/{name}", value
+
+
+MAY_DIFFER = (  # knobs that a resumed run may change
+    "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing", "fast",
+    "token_budget", "pack", "eval_every", "save_every", "print_every", "show",
+)  # fmt: skip
+
+
+def load_resume(out: Path, model, optimizer: torch.optim.Optimizer, config: Any, data: dict[str, str]) -> dict:
+    """Fill model and optimiser from out_dir/resume and return the state.
+
+    The configuration must be the saved one except for the knobs in MAY_DIFFER, and so must `data`, a fingerprint of each
+    split's rows. Any number of processes reads what any number wrote.
+    """
+    folder = resume_folder(out)
+    if folder is None:
+        raise UserError(f"{out / 'resume'}: no checkpoint to resume from; start without --resume=true")
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        _check_same(folder, state.pop("config"), config)
+        for split, fingerprint in data.items():
+            if state.get("data", {}).get(split, fingerprint) != fingerprint:
+                path = getattr(config, "data_path", "") or getattr(config, "task", "")
+                was = f"they were {state['data'][split]} and are {fingerprint}"
+                raise UserError(f"{path}: the {split} rows have changed since the run began: {was}")
+        _fill(folder, model, optimizer)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise UserError(f"{folder}: cannot be read ({type(e).__name__}: {e})") from None
+    return state
+
+
+def resume_folder(out: Path) -> Path | None:
+    """The last whole checkpoint, if there is one."""
+    return next((f for f in (out / "resume", out / "resume.old") if (f / "state.json").exists()), None)
+
+
+def _check_same(folder: Path, saved: dict, config: Any) -> None:
+    for f in fields(config):
+        now = getattr(config, f.name)
+        now = list(now) if isinstance(now, tuple) else now
+        if f.name not in MAY_DIFFER and now != saved.get(f.name):
+            raise UserError(f"{folder}: the run has {f.name} = {saved.get(f.name)!r}, not {now!r}; resume with the same")
+
+
+def _fill(folder: Path, model, optimizer: torch.optim.Optimizer) -> None:
+    """Copy the saved tensors into the parameters and the optimiser's state."""
+    parameters, missing = dict(model.named_parameters()), set(dict(model.named_parameters()))
+    for path in sorted(folder.glob("tensors-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (safe_open is not a dict)
+                kind, _, name = key.partition("/")
+                p, value = parameters.get(name), file.get_tensor(key)
+                if p is None or kind == "parameter" and value.shape != p.shape:
+                    raise UserError(f"{path}: {name} is not a parameter of this model or has another shape")
+                if kind == "parameter":
+                    missing.discard(name)
+                if isinstance(p, DTensor) and value.dim():
+                    value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+                if kind == "parameter":
+                    with torch.no_grad():
+                        p.copy_(value)
+                else:
+                    optimizer.state[p][kind] = value.to(p.device)
+    if missing:
+        raise UserError(f"{folder}: {min(missing)} is missing")

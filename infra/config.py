@@ -1,0 +1,183 @@
+"""Knobs and errors: a dataclass filled from defaults, a TOML file and --key=value, and mistakes reported in one line."""
+
+import difflib
+import errno
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+
+C = TypeVar("C")
+
+
+class UserError(Exception):
+    """A user's mistake: printed as one line on stderr, exit code 2, no traceback."""
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line of error and exit with code 2."""
+    from infra.parallel import rank
+
+    line = " ".join(message.encode("utf-8", "replace").decode().split("\n"))
+    print(f"error: {line}" if rank() == 0 else f"error (process {rank()}): {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Call main(argv). A UserError becomes one line and exit code 2; other exceptions keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that cannot show a character loses it, not the run
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        fail(str(e))
+    except OSError as e:
+        if e.errno not in DISK_ERRORS:
+            raise
+        fail(f"{e.filename or 'the output'}: {e.strerror}; nothing written before was lost")
+    except KeyboardInterrupt:
+        print("interrupted; --resume=true continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+# ---- knobs ---------------------------------------------------------------------------------------------------
+
+
+def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
+    """An instance of the dataclass `cls` from [file.toml] --key=value ... UserError for unknown keys and wrong types."""
+    if {"--help", "-h"} & set(argv):
+        print(f"{usage}\n\nEvery knob with its default (also as key = value in the TOML file):\n{describe_knobs(cls)}")
+        sys.exit(0)
+    types_of, values = get_type_hints(cls), {}
+    # The TOML file first, then the command line, which overrides it.
+    for arg in argv:
+        if not arg.startswith("--"):
+            for path, content in _read_toml(Path(arg).expanduser()):
+                values |= {_known(k, types_of, f"{path}: "): (v, f"{path}: ") for k, v in content.items()}
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            key = _known(key.replace("-", "_"), types_of, "")
+            if not equals and types_of[key] is bool:
+                text = "true"
+            elif not equals:
+                raise UserError(f"--{key} needs a value: --{key}=...")
+            values[key] = (text, "")
+    return cls(**{k: _convert(k, v, types_of[k], where) for k, (v, where) in values.items()})
+
+
+def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
+    """The content of a TOML file, after that of the file its key `include` names, which it overrides."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); arguments are [file.toml] --key=value") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UserError(f"{path}: not TOML ({e})") from None
+    include = content.pop("include", None)
+    if include is None:
+        return [(path, content)]
+    if not isinstance(include, str) or path in within:
+        raise UserError(f"{path}: include = {include!r}: must name another TOML file in the same folder")
+    return [*_read_toml(path.parent / include, (*within, path)), (path, content)]
+
+
+def _known(key: str, types_of: dict, where: str) -> str:
+    if key not in types_of:
+        near = difflib.get_close_matches(key, types_of, 1, 0)
+        raise UserError(f"{where}unknown knob '{key}'; the nearest is '{near[0]}' (--help lists them)")
+    return key
+
+
+def _convert(key: str, value: Any, kind: Any, where: str) -> Any:
+    """A TOML value or a command-line string, converted to the type of its field."""
+    try:
+        if get_origin(kind) is tuple:
+            items = value.split(",") if isinstance(value, str) else value
+            return tuple(_convert(key, v, get_args(kind)[0], where) for v in items if v != "")
+        if kind is bool:
+            return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
+        if kind is str and isinstance(value, str):
+            return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+        if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4000}", value):
+            return int(value)
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind in (int, float) and not isinstance(value, bool):
+            number = float(value)
+            if kind is float and math.isfinite(number):
+                return number
+            if kind is int and number == int(number):
+                return int(number)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        pass
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise UserError(f"{where}{key} = {value!r}: must be {names.get(kind, 'a list separated by commas')}")
+
+
+def require(config: Any, key: str, ok: bool, rule: str) -> None:
+    """UserError "key = value: rule" unless ok."""
+    if not ok:
+        raise UserError(f"{key} = {getattr(config, key)!r}: {rule}")
+
+
+def require_each(config: Any, keys: Sequence[str], ok: Callable[[Any], bool], rule: str) -> None:
+    """require() for several knobs with the same rule."""
+    for key in keys:
+        require(config, key, ok(getattr(config, key)), rule)
+
+
+def one_of(config: Any, key: str, choices: Sequence[str]) -> None:
+    value = getattr(config, key)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1, 0)[0]
+        raise UserError(f"{key} = {value!r} is not one of {', '.join(choices)}; the nearest is '{near}'")
+
+
+def describe_knobs(cls: type) -> str:
+    """The fields of a dataclass with their defaults and comments, grouped as in its source."""
+    lines, source = [], inspect.getsource(cls).split('"""')[-1]
+    for line in source.splitlines():
+        if match := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)$", line):
+            name, default, comment = match.groups()
+            lines.append(f"  --{name}={default.strip(chr(34))}".ljust(34) + f" {comment}")
+        elif match := re.match(r"    # (.+)$", line):
+            lines.append(f"\n{match[1]}")
+    return "\n".join(lines)
+
+
+def write_toml(config: Any, path: Path) -> None:
+    def text(v: Any) -> str:
+        return "[" + ", ".join(map(text, v)) + "]" if isinstance(v, tuple) else json.dumps(v, ensure_ascii=False)
+
+    path.write_text("".join(f"{k} = {text(v)}\n" for k, v in asdict(config).items()), encoding="utf-8")
+
+
+# ---- errors with advice --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def memory_advice(doing: str, knob: str, value: int) -> Iterator[None]:
+    """Turn running out of memory into a UserError that names the knob to change and a value to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(e):
+            raise
+        reason = (str(e).strip().splitlines() or ["out of memory"])[0]
+        raise UserError(f"out of memory {doing}: try {knob} = {value} ({reason})") from None

@@ -1,0 +1,100 @@
+"""What a run writes down: metrics.jsonl and samples.jsonl, intervals, and how well the hardware is used."""
+
+import json
+import math
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from infra.parallel import rank, world
+
+
+class Log:
+    """metrics.jsonl and samples.jsonl of a run; `step` counts the steps done.
+
+    A run resumed after `steps_done` steps writes later lines again, so they are cut off first, as is a half-written line.
+    """
+
+    def __init__(self, out_dir: Path, steps_done: int):
+        self.out_dir = out_dir
+        if rank():
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = out_dir / name
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() and steps_done else []
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= steps_done]
+            path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, name: str, step: int, record: dict) -> None:
+        """Append a record to metrics.jsonl or samples.jsonl, on rank 0."""
+        if rank():
+            return
+        with open(self.out_dir / f"{name}.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step} | record, ensure_ascii=False) + "\n")
+
+
+class Counter:
+    """A line on the terminal that counts finished answers, with tokens a second and the time left; nothing elsewhere."""
+
+    def __init__(self, total: int):
+        self.total, self.start, self.shown = total, time.perf_counter(), 0.0
+        self.live = sys.stdout.isatty()
+
+    def __call__(self, finished: int, tokens: int) -> None:
+        now = time.perf_counter()
+        if not self.live or now - self.shown < 0.2 and finished < self.total:
+            return
+        self.shown, seconds = now, max(1e-9, now - self.start)
+        left = f", {seconds / finished * (self.total - finished):.0f} s left" if finished else ""
+        line = f"  {finished}/{self.total} answers, {tokens / seconds:.0f} tok/s{left}"
+        print("\r" + (line.ljust(60) if finished < self.total else " " * 60 + "\r"), end="", flush=True)
+
+
+def brief(text: str, most: int = 200) -> str:
+    """One line for the console: all of a short text, both ends of a long one."""
+    text = text.strip()
+    return repr(text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}")
+
+
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion."""
+    p, d = successes / n, 1 + z * z / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / d), min(1.0, (centre + half) / d)
+
+
+def flops_per_token(model, length: int | float) -> float:
+    """Floating-point operations of a forward and backward pass for a token of a row of `length`.
+
+    6 a parameter that multiplies (the head does, an embedding table does not), and 6 x layers x H x D x length for causal
+    attention.
+    """
+    c = model.config
+    table = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+    n = sum(p.numel() for p in model.parameters()) - table
+    return 6.0 * n + 6.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
+
+
+def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
+    """Model FLOPs utilisation of training on `tokens` in `rows`: operations over the devices' peak; None off CUDA."""
+    device = model.head_weight.device
+    if device.type != "cuda" or not rows:
+        return None
+    return flops_per_token(model, tokens / rows) * tokens / seconds / world() / peak_flops(device)
+
+
+@cache
+def peak_flops(device: torch.device) -> float:
+    """Operations a second of a large bfloat16 product on this GPU, the best of ten."""
+    n, best = 8192, math.inf
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,214 @@
+"""Several processes (torchrun, FSDP2), each with its share of the work, and the device and arithmetic of one.
+
+A collective is called by all processes or by none: whether it is called depends on the configuration or on sums over all
+processes, never on what one process happens to hold.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from infra.config import UserError
+
+# ---- processes: torchrun starts them, each calls start_process() ----------------------------------------------
+
+
+def start_process(device: str, threads: int) -> torch.device:
+    """This process's device. Under torchrun, join the others, take the GPU of the local rank, print on rank 0 only."""
+    if threads:
+        torch.set_num_threads(threads)
+    picked = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+        if missing:
+            raise UserError(f"WORLD_SIZE is set but not {', '.join(missing)}: start several processes with torchrun")
+        local = int(os.environ["LOCAL_RANK"])
+        if picked.type == "cuda":
+            if local >= torch.cuda.device_count():
+                found = torch.cuda.device_count()
+                raise UserError(f"process {local} of this machine finds only {found} GPUs; start {found} processes")
+            picked = torch.device("cuda", local)
+            torch.cuda.set_device(picked)
+        try:
+            dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        except (dist.DistError, RuntimeError, ValueError) as e:
+            reason = (str(e).strip().splitlines() or [""])[0]
+            raise UserError(f"the {os.environ['WORLD_SIZE']} processes did not find each other: {reason}") from None
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+    return picked
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"device = {name!r}: must be auto, cpu, cuda, mps or xpu") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    if device.type != "cpu" and not there.get(device.type, lambda: False)():
+        raise UserError(f"device = {name!r}: torch finds no such device here")
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+# ---- shares of the work ---------------------------------------------------------------------------------------
+
+
+def share(items: Sequence) -> Sequence:
+    """This process's part of the items: every world()-th."""
+    return items[rank() :: world()]
+
+
+def collect(mine: Any) -> list:
+    """The objects of all processes, by rank."""
+    parts = [mine] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, mine)
+    return parts
+
+
+def gather(mine: list) -> list:
+    """The results of all shares, in the order of the whole list that share() divided."""
+    parts = collect(mine)
+    return [parts[i % world()][i // world()] for i in range(sum(map(len, parts)))]
+
+
+def add_up(sums: dict[str, float]) -> dict[str, float]:
+    """Each value summed over all processes."""
+    parts = collect(sums)
+    return {k: sum(p[k] for p in parts) for k in sums}
+
+
+MAX_PADDING = 0.04  # start a new micro-batch once padding exceeds this part of it and it fills 1/8 of the budget
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Row indices, longest first, cut into micro-batches of at most `budget` tokens (rows x longest) with little padding."""
+    batches: list[list[int]] = [[]]
+    tokens = 0  # of the last batch, without padding
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > budget:
+            raise UserError(f"token_budget = {budget}: must be >= {lengths[i]}, the tokens of the longest row")
+        if batches[-1]:
+            longest, rows = lengths[batches[-1][0]], len(batches[-1])
+            padded = longest * (rows + 1)
+            wasteful = longest * rows >= budget / 8 and padded - tokens - lengths[i] > MAX_PADDING * padded
+            if padded > budget or wasteful:
+                batches.append([])
+                tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return batches
+
+
+def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], float]]:
+    """token_batches of this process's share of the rows, each with the factor its loss counts.
+
+    Every process gets the same number of micro-batches, or FSDP would wait for ever: a process with fewer repeats the
+    shortest row with factor 0.0. All others have 1.0.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts = []
+    for r in range(world()):
+        rows = order[r :: world()]
+        batches = token_batches([lengths[i] for i in rows], budget) if rows else []
+        parts.append([([rows[i] for i in batch], 1.0) for batch in batches])
+    return parts[rank()] + [(order[-1:], 0.0)] * (max(map(len, parts)) - len(parts[rank()]))
+
+
+# ---- FSDP2 ----------------------------------------------------------------------------------------------------
+
+
+def shard_model(model, dtype: str = "float32") -> None:
+    """FSDP2 over all processes, one unit a block; with bfloat16 the blocks are gathered in it.
+
+    Gradients are summed in float32 and come out averaged over processes: multiply losses by world(). `model.run` counts
+    as a forward pass.
+    """
+    block_dtype = torch.bfloat16 if dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(block_dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    # reshard_after_forward: parameters() are the shards at all times
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=True)
+    register_fsdp_forward_method(model, "run")
+
+
+def sharding(dtype: str):
+    """The `shard` argument of load_model(): shard_model, or None for a single process."""
+    return partial(shard_model, dtype=dtype) if world() > 1 else None
+
+
+def full(p: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter that may be sharded. A collective: all processes have to ask."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def whole_copy(model, dtype: torch.dtype):
+    """The model to sample from: `model` itself if unsharded and already in dtype, else a copy that refresh() fills."""
+    p = model.head_weight
+    if not isinstance(p, DTensor) and p.dtype == dtype:
+        return model
+    with torch.device("meta"):
+        copy = type(model)(model.config).to(dtype)
+    return copy.to_empty(device=p.device).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(copy, model) -> None:
+    """Fill a whole_copy() with the model's present weights."""
+    if copy is not model:
+        for a, b in zip(copy.parameters(), model.parameters(), strict=True):
+            a.copy_(full(b))
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16; emulating it may take 20 times as long as float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def settle_dtype(cfg: Any, device: torch.device) -> None:
+    """Replace bfloat16 by float32 on a device without bfloat16, with a warning. UserError on a GPU without it."""
+    if "bfloat16" not in (cfg.dtype, getattr(cfg, "rollout_dtype", "")) or has_bfloat16(device):
+        return
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"dtype: {name} has no bfloat16; give --dtype=float32 (and --rollout_dtype=float32)")
+    if cfg.dtype == "bfloat16":
+        cfg.dtype = "float32"
+        if rank() == 0:
+            reason = "no bfloat16 arithmetic here, so dtype = float32, which is faster"
+            print(f"warning: {reason}", file=sys.stderr)
+
+
+def autocast(device: torch.device, dtype: str):
+    """bfloat16 products over float32 weights if dtype is "bfloat16", else plain float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")

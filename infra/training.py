@@ -1,0 +1,235 @@
+"""What both trainers do alike: set a run up, take an optimiser step, and end a step (log, save, stop)."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.tokenizer import Tokenizer
+from fast.compiled import compile_blocks
+from fast.head import trim_heap_before_table_gradient
+from infra.checkpoint import check_disk, check_out_dir, load_resume, save_model, save_resume, write_config
+from infra.config import UserError, memory_advice
+from infra.huggingface import load_model
+from infra.log import Log, mfu
+from infra.parallel import collect, full, settle_dtype, sharding, start_process, whole_copy
+from model import Transformer
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Run:
+    """A run's parts. `state` is what out_dir/resume keeps besides tensors: the steps done and the trainer's memory."""
+
+    out: Path
+    base: Path  # the directory of the starting model
+    device: torch.device
+    tokenizer: Tokenizer
+    model: Transformer
+    sampler: Transformer  # the weights to sample with: the model itself, or a copy that refresh() fills
+    optimizer: torch.optim.Optimizer | None = None
+    state: dict | None = None
+    log: Log | None = None
+
+
+# ---- set-up ---------------------------------------------------------------------------------------------------
+
+
+def start(cfg: Any) -> torch.device:
+    """Join the other processes; settle device and arithmetic."""
+    device = start_process(cfg.device, cfg.threads)
+    settle_dtype(cfg, device)
+    if device.type not in ("cpu", "cuda"):  # mps and xpu: the plain path in float32, which nobody has run yet
+        cfg.fast, cfg.dtype, cfg.compile = False, "float32", "false"
+        if hasattr(cfg, "rollout_dtype"):
+            cfg.rollout_dtype = "float32"
+    return device
+
+
+def starting_model(cfg: Any) -> Path:
+    """The directory to start from: the knob `model`, or the task's tiny base. UserError unless it exists."""
+    base = Path(cfg.model) if cfg.model else ROOT / "data" / "tiny" / cfg.task
+    if base.exists():
+        return base
+    if not cfg.model:
+        raise UserError(f"model: the task {cfg.task} has no tiny base; give a Hugging Face directory as --model=DIR")
+    hub = getattr(cfg, "hub", "") or (cfg.model if re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model) else "OWNER/NAME")
+    get = f"hf download {hub} --local-dir={cfg.model}"
+    raise UserError(f"model = {cfg.model!r}: no such directory; download it with: {get}")
+
+
+def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str) -> Run:
+    """Model, tokenizer and out_dir of a run, all checked before any work is done."""
+    base = starting_model(cfg)
+    out = check_out_dir(out_dir, base, cfg.resume)
+    tokenizer = Tokenizer.from_pretrained(base)
+    if tokenizer.eos_id is None:
+        raise UserError(f"{base / 'tokenizer_config.json'}: eos_token is missing, and without it no answer ends")
+    model = load_model(base, torch.float32, device, sharding(cfg.dtype))
+    speed_up(model, cfg, device)
+    check_disk(out, sum(p.numel() for p in model.parameters()))
+    sampler = whole_copy(model, getattr(torch, rollout_dtype))
+    return Run(out, base, device, tokenizer, model, sampler)
+
+
+def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
+    """Apply the knobs gradient_checkpointing, fast and compile."""
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    if cfg.fast:
+        trim_heap_before_table_gradient(model.model.embed_tokens)
+    if cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda"):
+        if problem := compile_blocks(model):
+            print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
+
+
+def frozen_model(dir: Path, cfg: Any, device: torch.device) -> Transformer:
+    """The reference model of a KL term or of a pair loss: no gradients, sharded and compiled like the trained one."""
+    model = load_model(dir, torch.float32, device, sharding(cfg.dtype))
+    speed_up(model, cfg, device)
+    return model.requires_grad_(False)
+
+
+def start_or_resume(run: Run, cfg: Any, resume: bool, state: dict, data: dict[str, str]) -> None:
+    """Fill the run's state from out_dir/resume, or begin with `state`. data: fingerprints of the rows of each split."""
+    if resume:
+        run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
+    else:
+        write_config(run.out, cfg)
+        run.state = {"step": 0, "train_s": 0.0} | state
+    run.state["data"] = data
+    run.log = Log(run.out, run.state["step"])
+    catch_signals()
+
+
+def fingerprint(rows: Sequence) -> str:
+    """A short text that changes when a row does. Rows are dicts, or tuples (of tuples) of arrays."""
+    digest = hashlib.blake2b(digest_size=8)
+
+    def add(item: Any) -> None:
+        if isinstance(item, tuple):
+            for part in item:
+                add(part)
+        elif isinstance(item, dict):
+            digest.update(json.dumps(item, sort_keys=True).encode("utf-8", "replace"))
+        else:
+            digest.update(np.asarray(item, dtype=np.int64).tobytes())
+
+    for row in rows:
+        add(row)
+    return f"{len(rows)} rows {digest.hexdigest()}"
+
+
+# ---- batches, learning rate -----------------------------------------------------------------------------------
+
+
+def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
+    """Rows of a step: a stream of shuffled epochs of n rows without gaps, whatever n / size is."""
+    first, orders = step * size, {}
+    for k in range(first, first + size):
+        epoch = k // n
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng((seed, 1, epoch)).permutation(n)
+    return [int(orders[k // n][k % n]) for k in range(first, first + size)]
+
+
+def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """Factor of the peak learning rate at `step` (from 0): linear warm-up whose first step is not 0, then constant, or
+    linear or cosine decay to 0 at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
+
+
+def set_options(optimizer: torch.optim.Optimizer, **options) -> None:
+    """Set lr, betas, ... of all parameters."""
+    for group in optimizer.param_groups:
+        group.update(options)
+
+
+def optimizer_step(model, optimizer: torch.optim.Optimizer, grad_clip: float, loss: float) -> float:
+    """One clipped step; returns the gradient norm before clipping. UserError, and no step, if it or loss is not finite."""
+    grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise UserError(f"the loss is {loss} and the gradient norm {grad_norm}: not updated; try a lower lr")
+    optimizer.step()
+    return grad_norm
+
+
+@contextmanager
+def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
+    """Name the step and the last good checkpoint when an update fails, and the knob to change when memory runs out."""
+    try:
+        with memory_advice("in the update", "gradient_checkpointing = true, or token_budget", cfg.token_budget // 2):
+            yield
+    except UserError as e:
+        saved = f"{run.out / 'resume'} is the last good checkpoint"
+        saved = saved if (run.out / "resume").exists() else "there is no checkpoint yet"
+        raise UserError(f"step {step + 1}: {e} ({saved})") from None
+
+
+# ---- the end of a step ----------------------------------------------------------------------------------------
+
+
+def log_step(run: Run, step: int, metrics: dict, started: float, update_s: float, tokens: int, rows: int) -> None:
+    """Count the step done, add its times and speed to the metrics, and write them down."""
+    seconds = time.perf_counter() - started
+    run.state["step"], run.state["train_s"] = step + 1, run.state["train_s"] + seconds
+    metrics["tokens_per_s"] = tokens / seconds
+    if (utilisation := mfu(run.model, tokens, rows, update_s)) is not None:
+        metrics["mfu"] = utilisation
+    run.log.write("metrics", step + 1, metrics)
+
+
+def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:
+    """Write out_dir/model and out_dir/resume when they are due. After a signal to stop, do so at once and exit."""
+    done, stop = run.state["step"], stop_requested()
+    if done % cfg.save_every == 0 or done == total or stop:
+        save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
+        save_resume(run.out, run.model, run.optimizer, run.state, cfg)
+    if stop and done < total:
+        print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
+        sys.exit(128 + stop)
+
+
+_signals: list[int] = []  # received so far
+
+
+def catch_signals() -> None:
+    """SIGTERM, SIGUSR1 and Ctrl-C end the run after the step in progress; a second one ends it at once."""
+
+    def remember(number: int, _frame) -> None:
+        if _signals:
+            os._exit(128 + number)
+        _signals.append(number)
+        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+    _signals.clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        try:
+            signal.signal(number, remember)
+        except ValueError:  # not in the main thread, as in a test: the caller keeps its handlers
+            return
+
+
+def stop_requested() -> int:
+    """The signal that any process has received, or 0. A collective."""
+    return max(collect(_signals[0] if _signals else 0))
+
+
+def console_line(head: str, metrics: dict[str, float], columns: Sequence[tuple[str, str, str]]) -> str:
+    """`head | name value | ...` for the (name, key, format) columns that the metrics have."""
+    return " | ".join([head, *(f"{name} {format(metrics[key], f)}" for name, key, f in columns if key in metrics)])
