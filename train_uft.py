@@ -199,6 +199,11 @@ def hint_probability(step: int, hint_steps: int, p_low: float = 0.05, p_high: fl
     return p_low + 0.5 * (p_high - p_low) * (1 + math.cos(math.pi * (step + 1) / hint_steps))
 
 
+def hint_rule(cfg: Config) -> str:
+    """Which rule chooses hint lengths: the algorithm's own, unless the knob hint names one."""
+    return ALGOS[cfg.algo].hint if cfg.hint == "auto" else cfg.hint
+
+
 def hint_length(rule: str, step: int, m: int, cfg: Config, rng: np.random.Generator, memory=None) -> int:
     """How many of a problem's m segments to show at `step`.
 
@@ -374,40 +379,44 @@ def lay_out(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     ids = np.zeros((len(rows), T), np.int64)
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row
-    positions = np.broadcast_to(np.arange(T), ids.shape)
+    positions = np.tile(np.arange(T), (len(rows), 1))
     return ids, positions, np.concatenate([b * T + p for b, p in enumerate(places)]), None
 
 
 def make_rows(groups: Sequence[Group], device: torch.device, lay_out: Callable = lay_out) -> Rows:
     """Groups as a micro-batch. lay_out: which row and place each token has, plain or packed."""
     ids, positions, states, mask = lay_out(groups)
-    columns: dict[str, list] = {f: [] for f in ("targets", "old", "adv", "rl", "hint", "is_hint", "sequence")}
-    n_sequences = 0
-
-    def add(k: int, targets: list, old: list, adv: list, rl: float, hint: float, is_hint: bool, sequence: int) -> None:
-        values = (targets, old, adv, [rl] * k, [hint] * k, [is_hint] * k, [sequence] * k)
-        for column, value in zip(columns.values(), values, strict=True):
-            column.extend(value)
-
+    pieces, sequence = [], 0
     for g in groups:
-        k = len(g.hint)
-        add(k, g.hint, [0.0] * k, [0.0] * k, 0.0, g.hint_weight, True, -1)
-        weights = g.rl_weights or [0.0] * len(g.completions)
-        for c, a, w in zip(g.completions, g.advantages, weights, strict=True):
-            k = len(c.tokens)
-            add(k, c.tokens, c.logprobs, a if isinstance(a, list) else [a] * k, w, 0.0, False, n_sequences)
-            n_sequences += 1
-
-    def put(x, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(x, dtype=dtype).to(device)
-
-    c = columns
+        pieces.append(hint_columns(g))
+        for j in range(len(g.completions)):
+            pieces.append(completion_columns(g, j, sequence))
+            sequence += 1
+    columns = [np.concatenate(column) for column in zip(*pieces, strict=True)]
+    targets, old_logp, advantages, rl_weight, hint_weight, sequence = (
+        torch.from_numpy(c).to(device, torch.long if c.dtype == np.int64 else torch.float32) for c in columns
+    )
+    ids, positions, states = (torch.tensor(x, dtype=torch.long, device=device) for x in (ids, positions, states))
+    mask = None if mask is None else mask.to(device)
+    is_hint = sequence < 0
     return Rows(
-        put(ids, torch.long), put(np.ascontiguousarray(positions), torch.long),
-        None if mask is None else mask.to(device), put(states, torch.long), put(c["targets"], torch.long),
-        put(c["old"], torch.float32), put(c["adv"], torch.float32), put(c["rl"], torch.float32),
-        put(c["hint"], torch.float32), put(c["is_hint"], torch.bool), put(c["sequence"], torch.long),
-    )  # fmt: skip
+        ids, positions, mask, states, targets, old_logp, advantages, rl_weight, hint_weight, is_hint, sequence
+    )
+
+
+def hint_columns(g: Group) -> tuple[np.ndarray, ...]:
+    """targets, old_logp, advantages, rl_weight, hint_weight and sequence of the hint's tokens."""
+    k, nothing = len(g.hint), np.zeros(len(g.hint))
+    return np.array(g.hint, np.int64), nothing, nothing, nothing, np.full(k, g.hint_weight), np.full(k, -1)
+
+
+def completion_columns(g: Group, j: int, sequence: int) -> tuple[np.ndarray, ...]:
+    """The same columns of the tokens of completion j."""
+    c, advantage, weight = g.completions[j], g.advantages[j], g.rl_weights[j] if g.rl_weights else 0.0
+    k = len(c.tokens)
+    advantage = np.broadcast_to(np.array(advantage, float), k)  # one for the completion, or one a token
+    targets, old_logp = np.array(c.tokens, np.int64), np.array(c.logprobs, float)
+    return targets, old_logp, advantage, np.full(k, weight), np.zeros(k), np.full(k, sequence)
 
 
 def token_weights(groups: list[Group], cfg: Config, hint_coef: float) -> None:
@@ -632,12 +641,11 @@ def load_data(cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     if note := split_note(cfg.data_path):
         print(note)
     algo = ALGOS[cfg.algo]
-    if algo.supervised or algo.hint != "none" and cfg.hint in ("auto", *HINT_RULES[1:]) or cfg.hint in HINT_RULES[1:]:
-        for i, row in enumerate(train_rows):
-            if not (row["answer"] if algo.supervised else row["hint"]):
-                lacks = "'answer'" if algo.supervised else "'hint'"
-                advice = "--algo=rft needs no solution" if algo.reinforced else "rows need a solution"
-                raise UserError(f"{where} train row {i}: field {lacks} is missing; {cfg.algo} needs it ({advice})")
+    needed = "answer" if algo.supervised else "hint" if hint_rule(cfg) != "none" else None
+    for i, row in enumerate(train_rows if needed else ()):
+        if not row[needed]:
+            advice = f"{cfg.algo} needs it; --algo=rft needs no solutions"
+            raise UserError(f"{where} train row {i}: field '{needed}' is missing or empty: {advice}")
     require(cfg, "problems", cfg.problems <= len(train_rows), f"there are only {len(train_rows)} training problems")
 
     # Token ids, within the windows.
@@ -677,21 +685,21 @@ def rollout(
     picks: (problem, key) pairs; the random draws depend on the key. Returns groups without advantages, rewards (P, n),
     and the last response of each.
     """
-    prompts = []
-    for (i, _), k in share(list(zip(picks, segments, strict=True))):
-        hint = data.problems[i].hint(k)
-        prompts.append((hint, Group(data.problems[i].prompt, run.tokenizer.encode(hint))))
+    mine = share(list(zip(picks, segments, strict=True)))
+    hints = [data.problems[i].hint(k) for (i, _), k in mine]
+    groups = [Group(data.problems[i].prompt, run.tokenizer.encode(h)) for ((i, _), _), h in zip(mine, hints, strict=True)]
     completions = generate(
-        run.sampler, [g.prompt + g.hint for _, g in prompts], cfg.rollouts, cfg.max_new_tokens, cfg.temperature,
+        run.sampler, [g.prompt + g.hint for g in groups], cfg.rollouts, cfg.max_new_tokens, cfg.temperature,
         run.tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch,
-        keys=[key for _, key in share(picks)], fast=cfg.fast, **engine_options(run, data, cfg),
+        keys=[key for (_, key), _ in mine], fast=cfg.fast, **engine_options(run, data, cfg),
     )  # fmt: skip
     rewards, last = [], []
-    for (i, _), (hint, group), group.completions in zip(share(picks), prompts, completions, strict=True):
-        responses = [hint + run.tokenizer.decode(c.tokens, skip_special=True) for c in group.completions]
+    for ((i, _), _), hint, group, sampled in zip(mine, hints, groups, completions, strict=True):
+        group.completions = sampled
+        responses = [hint + run.tokenizer.decode(c.tokens, skip_special=True) for c in sampled]
         rewards.append([data.task.score(r, data.problems[i].row["truth"])[0] for r in responses])
         last.append(responses[-1])
-    return gather([g for _, g in prompts]), torch.tensor(gather(rewards)), gather(last)
+    return gather(groups), torch.tensor(gather(rewards)), gather(last)
 
 
 def engine_options(run: Run, data: Data, cfg: Config) -> dict:
@@ -816,7 +824,7 @@ def main(
     cfg = parse_config(Config, argv, __doc__)
     check(cfg)
     algo = ALGOS[cfg.algo]
-    rule = algo.hint if cfg.hint == "auto" else cfg.hint
+    rule = hint_rule(cfg)
     hint_coef = cfg.hint_coef if algo.hint_likelihood else 0.0
     sft_steps = cfg.sft_steps if algo.supervised else 0
     total = sft_steps + (cfg.steps if algo.reinforced else 0)

@@ -1,7 +1,9 @@
-"""Exact normal forms of formulas, for data/math_answer.py: two formulas written differently get the same object.
+"""Exact normal forms of formulas, for data/math_answer.py: two formulas written differently get the same
+object.
 
-A form is a sum: a frozenset of (product, coefficient), where the coefficient is a Fraction other than 0 and a product is a
-frozenset of (atom, exponent). Exponents are Fractions. An atom is a tuple whose first entry is its kind:
+A form is a sum: a frozenset of (product, coefficient), where the coefficient is a Fraction other than 0 and a
+product is a frozenset of (atom, exponent). Exponents are Fractions. An atom is a tuple whose first entry is
+its kind:
 
     ("prime", 3)            with an exponent between 0 and 1, such as the root in 2 sqrt(3); whole powers are multiplied out
     ("huge", 3)             a prime whose power has more than MAX_BITS bits, which is kept as a power
@@ -10,10 +12,9 @@ frozenset of (atom, exponent). Exponents are Fractions. An atom is a tuple whose
     ("power", base, form)   base ** form, where the exponent is not a number
     (name, form, ...)       anything else with arguments: a function, an absolute value, a matrix
 
-Numbers, roots of numbers and pi are multiplied out and collected: (1 + sqrt 2)**2 is 3 + 2 sqrt 2, 1 / (1 + sqrt 2) is
-sqrt 2 - 1. Sums with variables are not: (x + 1)(x - 1) is not x**2 - 1, since a question may ask for either. Everything is
-bounded: TooLarge is raised rather than a long computation begun.
-"""
+Numbers, roots of numbers and pi are multiplied out and collected: (1 + sqrt 2)**2 is 3 + 2 sqrt 2, 1 / (1 +
+sqrt 2) is sqrt 2 - 1. Sums with variables are not: (x + 1)(x - 1) is not x**2 - 1, since a question may ask
+for either. Everything is bounded: TooLarge is raised rather than a long computation begun."""
 
 from collections import Counter
 from fractions import Fraction
@@ -21,7 +22,8 @@ from functools import lru_cache, reduce
 from math import gcd, isqrt, lcm
 
 MAX_BITS = 4096  # of any integer
-MAX_TERMS = 40  # of any sum
+MAX_TERMS = 20  # of any sum
+MAX_EXPANDED = 4  # the highest power of a sum that is multiplied out
 PRIMES = [p for p in range(2, 500) if all(p % d for d in range(2, isqrt(p) + 1))]
 
 Form = frozenset
@@ -83,7 +85,9 @@ def power(base: Form, exponent: Form) -> Form:
     # a root: of the coefficient and of each factor
     if len(base) != 1:
         content, primitive = _content(base, signed=False)
-        return multiply(power(number(content), exponent), _raised(("sum", primitive), whole)) if base else base
+        return (
+            multiply(power(number(content), exponent), _raised(("sum", primitive), whole)) if base else base
+        )
     ((product, coefficient),) = base
     if coefficient < 0 and whole.denominator % 2 == 0:
         return _raised(("sum", base), whole)
@@ -102,7 +106,9 @@ def power(base: Form, exponent: Form) -> Form:
 
 @lru_cache(4096)
 def factors(value: Fraction) -> Counter:
-    """Prime -> exponent of a positive number. A large factor without small primes counts as prime unless it is a square."""
+    """Prime -> exponent of a positive number. A large factor without small primes counts as prime unless it
+    is a square.
+    """
     found = Counter()
     for part, sign in ((value.numerator, 1), (value.denominator, -1)):
         for prime in PRIMES:
@@ -127,18 +133,24 @@ def primitive(form: Form) -> Form:
 
 def _checked(terms) -> Form:
     form = frozenset(terms)
-    if len(form) > MAX_TERMS or any(max(c.numerator.bit_length(), c.denominator.bit_length()) > MAX_BITS for _, c in form):
+    if len(form) > MAX_TERMS or any(
+        max(c.numerator.bit_length(), c.denominator.bit_length()) > MAX_BITS for _, c in form
+    ):
         raise TooLarge
     return form
 
 
 def _is_constant(form: Form) -> bool:
     """Whether a form has no variables: only numbers, roots of numbers and pi."""
-    return all(a[0] in ("prime", "huge") or a == ("symbol", r"\pi") for product, _ in form for a, _ in product)
+    return all(
+        a[0] in ("prime", "huge") or a == ("symbol", r"\pi") for product, _ in form for a, _ in product
+    )
 
 
 def _content(form: Form, signed: bool = True) -> tuple[Fraction, Form]:
-    """(c, p) with form = c p, where p has coprime whole coefficients and, if signed, its first one is positive."""
+    """(c, p) with form = c p, where p has coprime whole coefficients and, if signed, its first one is
+    positive.
+    """
     coefficients = [c for _, c in form]
     content = Fraction(gcd(*(c.numerator for c in coefficients)), lcm(*(c.denominator for c in coefficients)))
     if signed and min(form, key=_order)[1] < 0:
@@ -200,11 +212,13 @@ def _whole_power(base: Form, n: int) -> Form:
         ((product, coefficient),) = base
         raised = Counter({a: e * n for a, e in product})
         if abs(n) * (max(abs(coefficient.numerator), coefficient.denominator).bit_length() - 1) > MAX_BITS:
-            raised.update({("huge", prime): Fraction(times * n) for prime, times in factors(abs(coefficient)).items()})
+            raised.update(
+                {("huge", prime): Fraction(times * n) for prime, times in factors(abs(coefficient)).items()}
+            )
             coefficient = Fraction(-1 if coefficient < 0 and n % 2 else 1)
             return _term(raised, {}, coefficient)
         return _term(raised, {}, coefficient**n)
-    if not _is_constant(base) or abs(n) > 8:
+    if not _is_constant(base) or abs(n) > MAX_EXPANDED:
         content, primitive = _content(base)
         return multiply(_whole_power(number(content), n), _raised(("sum", primitive), Fraction(n)))
     result = reduce(multiply, [base] * abs(n))

@@ -1,11 +1,12 @@
-"""Countdown: reach a target from given numbers with + - * /, each number exactly once.
+"""Countdown: reach a target from given numbers with + - * /, using each number exactly once.
 
-Rows come from the published UFT data (github.com/liumy2010/UFT, data/countdown/{train,test}.parquet: 10,240 and 1,024
-problems of 3 or 4 numbers, after TinyZero's Countdown-Tasks-3to4) when `path` is given; otherwise they are made here
-(about 15 s for as many). Made rows of style "paper" look like the published ones: numbers 1..99, targets 10..100, whole
-intermediate results that are never negative, compound operands in parentheses. Style "short" is for tiny models with
-one token per number: numbers 1..10, + and - only, and no problem that plain luck solves often (so none of 3 or 4
-numbers). The first training row of each, where PROMPT is that of data/rows.py:
+With `path`, rows are read from the published UFT data (github.com/liumy2010/UFT,
+data/countdown/{train,test}.parquet: 10,240 and 1,024 problems of 3 or 4 numbers, after TinyZero's
+Countdown-Tasks-3to4). Without it, problems are made here (about 15 s for as many). Made rows of style "paper"
+look like the published ones: numbers from 1 to 99, targets from 10 to 100, whole intermediate results that
+are never negative, compound operands in parentheses. Style "short" is for tiny models with one token a
+number: numbers from 1 to 10, only + and -, and no problem that a random chain solves often, which rules out 3
+and 4 numbers. The first training row of each, where PROMPT is that of data/rows.py:
 
     prompt  PROMPT with "Using the numbers [23, 82, 42], create an equation that equals 17. You can use basic ..."
     hint    ["82 - 42 = 40\\n", "40 - 23 = 17\\n", "Therefore, the final equation is (82 - 42) - 23"]
@@ -17,19 +18,19 @@ numbers). The first training row of each, where PROMPT is that of data/rows.py:
     answer  "<answer>21</answer>"
     truth   {"numbers": [10, 5, 9, 3, 6], "target": 21, "steps": True}
 
-score() reads the answer block: the last "<answer>" that a "</answer>" follows. Where it departs from the published
-checker (every one of these is a test), and why:
+score() reads the last answer block. score_published() gives the reward of the published checker. Where the
+two differ (each is a test):
 
-- `**` and `//` are malformed; there they are evaluated, can score 1.0, and `9 ** 9 ** 9` hangs the trainer.
-- Arithmetic is exact; there a float within 1e-5 of the target is right (98 + 1 / 200000 for 98).
-- The block may stand on any line, span lines and be followed by a newline; there only the text after the last newline
-  is searched, so a newline after the answer costs even the format score.
-- In nested tags the innermost block counts; there the inner opening tag makes the equation malformed.
-- Only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
+1. Here `**` and `//` are malformed; there they are evaluated and can score 1.0, and `9 ** 9 ** 9` hangs the
+   trainer.
+2. Here arithmetic is exact; there a float within 1e-5 of the target is right (98 + 1 / 200000 for 98).
+3. Here the block may stand on any line, span lines and be followed by a newline; there only the text after
+   the last newline is searched, so that a newline after the answer costs even the format score.
+4. Here the innermost of nested blocks counts; there the inner opening tag makes the equation malformed.
+5. Here only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
 
-Kept although odd: an empty block earns 0.1; <think> is not checked; unary signs and a point after a number ("19.") are
-accepted; "= target", leading zeros and any character that is not ASCII inside the equation are not.
-"""
+Kept although odd: an empty block earns 0.1; <think> is not checked; signs in front of a number and a point
+after it ("19.") are accepted; "= target", leading zeros and characters that are not ASCII are not."""
 
 import re
 import zlib
@@ -40,8 +41,9 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+from data.published import score_published as published
+from data.rows import PROMPT, answer_block, first, read_rows
 from infra.config import UserError
-from data.rows import PROMPT, read_rows
 
 INSTRUCTION = (
     "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic operations "
@@ -52,9 +54,9 @@ DEFAULTS = {  # style -> (how many numbers, rows of each split)
     "short": ((5,), {"train": 2000, "test": 500}),
 }
 LUCKY = 0.075  # style short leaves out problems that a random chain solves with a higher probability
-PATIENCE = 20_000  # draws without a new problem after which there are taken to be no more
-MAX_EQUATION = 500  # characters; bounds the nesting and the size of every integer too
-MAX_CHAIN = 1000
+PATIENCE = 20_000  # give up after this many draws without a new problem
+MAX_EQUATION = 500  # characters; this bounds the nesting and the size of every integer too
+MAX_CHAIN = 1000  # characters of the lines of style short
 
 Number = int | Fraction
 Step = tuple[Number, str, Number, Number]  # a, op, b, c: a op b = c
@@ -69,29 +71,23 @@ def load(
     style: str = "paper",
     sizes: tuple[int, ...] | None = None,
 ) -> list[dict]:
-    """Rows of `path` (all, or the first n), or n problems made from (seed, split, index).
+    """Rows of `path`, all or the first n; without a path n problems made from (seed, split, index).
 
-    A larger n only extends the list. The train and test problems of any two seeds are disjoint.
+    A larger n only extends the list. The training and test problems of any two seeds are disjoint.
     """
     if path is not None:
-        rows = read_rows(path, split, {"numbers": list, "target": (int, str)})
-        for i, row in enumerate(rows):
-            values = [*row["truth"]["numbers"], row["truth"]["target"]]
-            if not all(re.fullmatch("-?[0-9]{1,18}", str(v)) for v in values):
-                raise UserError(f"{path} row {i}: numbers and target should be integers")
-        if n is not None and n > len(rows):
-            raise UserError(f"n: {n} rows were asked for, {path} has {len(rows)} of split {split}")
-        return rows[:n]
+        needs = {"numbers": list, "target": (int, float, str)}
+        return first(read_rows(path, split, needs, _read_numbers), n, path, split)
     if style not in DEFAULTS:
-        raise UserError(f"style: '{style}' is unknown; allowed are {', '.join(DEFAULTS)}")
+        raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     if split not in ("train", "test"):
-        raise UserError(f"split: '{split}' is unknown; made problems have train and test")
+        raise UserError(f"split: '{split}' is unknown; made problems have the splits train and test")
     sizes = DEFAULTS[style][0] if sizes is None else tuple(sizes)
     if not sizes or not all(type(k) is int and 3 <= k <= 6 for k in sizes):
-        raise UserError(f"sizes: {list(sizes)}; allowed are one or more whole numbers from 3 to 6")
+        raise UserError(f"sizes: {list(sizes)}; must be one or more whole numbers from 3 to 6")
     n = DEFAULTS[style][1][split] if n is None else n
     if n < 1:
-        raise UserError(f"n: {n}; at least 1 row is wanted")
+        raise UserError(f"n: {n}; must be >= 1")
 
     rng = Random(f"countdown/{style}/{split}/{seed}/{sizes}")
     rows, seen = [], set()
@@ -99,11 +95,11 @@ def load(
         size = sizes[len(rows) % len(sizes)]
         for _ in range(PATIENCE):
             numbers = [rng.randint(1, 99 if style == "paper" else 10) for _ in range(size)]
-            # given the target, the chain that made it is a fair draw among all the chains that hit it
+            # given its target, a random chain is a fair draw among all chains that reach it
             chain = random_chain(rng, numbers) if style == "short" else None
             target = chain[-1][3] if chain else rng.randint(10, 100)
             problem = (*sorted(numbers), target)
-            # the split is a property of the problem itself, so no seed can carry a test problem into training
+            # the problem itself decides its split, so no seed can carry a test problem into training
             here = "test" if zlib.crc32(repr(problem).encode()) % 5 == 0 else "train"
             if here != split or problem in seen or chain and _is_easy(numbers, target):
                 continue
@@ -111,10 +107,33 @@ def load(
             if steps is not None:
                 break
         else:
-            raise UserError(f"n: {n} rows were asked for; after {len(rows)} no new one of {size} numbers is left")
+            raise UserError(
+                f"n: {n} rows were asked for; after {len(rows)} no new problem of {size} numbers was found"
+            )
         seen.add(problem)
         rows.append(_row(style, numbers, target, steps))
     return rows
+
+
+def _read_numbers(truth: dict) -> str | None:
+    """Turn numbers given as 3.0 or "3" into integers; the reason if that cannot be done."""
+    values = [_whole(v) for v in (*truth["numbers"], truth["target"])]
+    if None in values or len(values) < 2:
+        return "numbers and target must be integers of at most 18 digits"
+    truth["numbers"], truth["target"] = values[:-1], values[-1]
+    return None
+
+
+def _whole(value: object) -> int | None:
+    """The integer that a value is, also as 3.0, "3" or "3.0"; None if it is another one or longer than 18
+    digits.
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"(-?[0-9]{1,18})(?:\.0*)?", value.strip())
+        return int(found[1]) if found else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if abs(value) < 10**18 and value == int(value) else None
 
 
 def _row(style: str, numbers: list[int], target: int, steps: list[Step]) -> dict:
@@ -126,13 +145,14 @@ def _row(style: str, numbers: list[int], target: int, steps: list[Step]) -> dict
     instruction = INSTRUCTION.format(numbers=numbers, target=target)
     return {
         "prompt": PROMPT.format(instruction=instruction, example="(1 + 2) / 3"),
-        "hint": [f"{a} {op} {b} = {c}\n" for a, op, b, c in steps] + [f"Therefore, the final equation is {equation}"],
+        "hint": [f"{a} {op} {b} = {c}\n" for a, op, b, c in steps]
+        + [f"Therefore, the final equation is {equation}"],
         "answer": f" </think>\n<answer> {equation} </answer>",
         "truth": {"numbers": numbers, "target": target},
     }
 
 
-# ------------------------------------------------------------------------------------------------ making problems
+# ---- making problems -----------------------------------------------------------------------------------------
 
 
 def _is_easy(numbers: list[int], target: int) -> bool:
@@ -141,7 +161,9 @@ def _is_easy(numbers: list[int], target: int) -> bool:
 
 
 def random_chain(rng: Random, numbers: list[int]) -> list[tuple[int, str, int, int]]:
-    """Operations (a, op, b, c) that use up the numbers: each joins a uniform pair by + or - (larger minus smaller)."""
+    """Operations (a, op, b, c) that use up the numbers: each joins a random pair by + or - (larger minus
+    smaller).
+    """
     left, chain = list(numbers), []
     while len(left) > 1:
         a, b = (left.pop(rng.randrange(len(left))) for _ in range(2))
@@ -155,7 +177,7 @@ def random_chain(rng: Random, numbers: list[int]) -> list[tuple[int, str, int, i
 
 @cache
 def chain_results(numbers: tuple[int, ...]) -> Counter:
-    """How many of the equally likely random chains end at each value; `numbers` is sorted."""
+    """value -> how many of the equally likely random chains end there; `numbers` must be sorted."""
     if len(numbers) == 1:
         return Counter(numbers)
     counts = Counter()
@@ -168,8 +190,11 @@ def chain_results(numbers: tuple[int, ...]) -> Counter:
 
 
 def other_start(row: dict, rng: Random) -> str | None:
-    """Style short: a legal first step that is not the reference's, and from which the target can still be reached. What a
-    model does after it shows whether it can go on from a state of its own rather than the reference's."""
+    """Style short: a random first step that differs from the reference's and still allows the target; None if
+    none does.
+
+    The answer that follows it shows whether a model can go on from a state the reference never visits.
+    """
     numbers, target = row["truth"]["numbers"], row["truth"]["target"]
     steps = []
     for i, x in enumerate(numbers):
@@ -179,7 +204,8 @@ def other_start(row: dict, rng: Random) -> str | None:
             steps += [(a, "+", b, a + b, rest), (a, "-", b, a - b, rest)]
     steps = [s for s in steps if target in chain_results(tuple(sorted([*s[4], s[3]])))]
     steps = [line for a, op, b, c, _ in steps for line in format_steps([(a, op, b, c)])]
-    steps = sorted({s for s in steps if sorted(s) != sorted(row["hint"][0])})  # 3+5=8 and 5+3=8 are one step
+    reference = sorted(row["hint"][0]) if row["hint"] else None
+    steps = sorted({s for s in steps if sorted(s) != reference})  # 3+5=8 and 5+3=8 are one step
     return rng.choice(steps) if steps else None
 
 
@@ -198,16 +224,16 @@ def write_equation(numbers: list[int], steps: list[Step]) -> str:
     return re.sub(r"\(([0-9]+)\)", r"\1", pool[0][1])
 
 
-# ---------------------------------------------------------------------------------------------------------- solver
+# ---- solver --------------------------------------------------------------------------------------------------
 
 
 def solve(numbers: list[int], target: int, whole: bool = False) -> list[Step] | None:
-    """Exact search: the operations that reach `target` from all of the positive `numbers`, or None if none exist.
+    """Exact search: the operations that reach `target` from all of the positive `numbers`, or None if none
+    exist.
 
-    `whole` admits whole results only. Negative results are never needed: with |x| for every x, + and - only trade
-    places. Of small groups of numbers all values are listed; a larger one is cut in two, one part
-    listed and the other asked for what is missing.
-    """
+    whole: allow only whole intermediate results. Negative ones are never needed: replacing every x by |x|
+    only swaps some + and -. For small groups of numbers all reachable values are listed; a larger group is
+    cut in two, and each value of the smaller part leaves a goal for the other."""
     listed: dict[int, dict[Number, tuple[Step, ...]]] = {1 << i: {v: ()} for i, v in enumerate(numbers)}
     failed: set[tuple[int, Number]] = set()
     small = max(2, len(numbers) // 2)
@@ -242,9 +268,13 @@ def solve(numbers: list[int], target: int, whole: bool = False) -> list[Step] | 
 
 @cache
 def _splits(group: int) -> list[tuple[int, int]]:
-    """The ways to cut a set of numbers (a bit mask) in two, the smaller part first."""
+    """All ways to cut a set of numbers (a bit mask) in two, the smaller part first."""
     parts = sorted((part.bit_count(), part) for part in range(1, group) if part & group == part)
-    return [(part, group ^ part) for size, part in parts if (size, part) < ((group ^ part).bit_count(), group ^ part)]
+    return [
+        (part, group ^ part)
+        for size, part in parts
+        if (size, part) < ((group ^ part).bit_count(), group ^ part)
+    ]
 
 
 def _operations(x: Number, y: Number, whole: bool) -> Iterator[Step]:
@@ -260,8 +290,8 @@ def _operations(x: Number, y: Number, whole: bool) -> Iterator[Step]:
 def _partners(x: Number, goal: Number, whole: bool) -> Iterator[Number]:
     """The values y >= 0 for which some operation on x and y gives `goal`.
 
-    0 times anything is left out: the positive numbers of the anything can as well be multiplied by the 0 one by one.
-    """
+    x = 0 and goal = 0 allow any y, which is left out: multiplying the 0 by y's numbers one by one reaches the
+    goal too."""
     yield x + goal
     if goal >= x:
         yield goal - x
@@ -275,34 +305,44 @@ def _partners(x: Number, goal: Number, whole: bool) -> Iterator[Number]:
 
 
 def _quotient(a: Number, b: Number) -> Number:
-    return a // b if a % b == 0 else Fraction(a) / b  # integers stay integers, which are ten times as fast
+    return a // b if a % b == 0 else Fraction(a) / b  # integers are ten times faster than Fractions
 
 
-# --------------------------------------------------------------------------------------------------------- checker
+# ---- checker -------------------------------------------------------------------------------------------------
 
 
 def score(response: str, truth: dict) -> tuple[float, str]:
-    """(reward, verdict) of a response, hint included: 1.0 right, 0.1 an answer block that is wrong, 0.0 "no answer".
+    """(reward, verdict) of a response, hint included: 1.0 right, 0.1 an answer block that is wrong, 0.0 "no
+    answer".
 
-    Wrong answers are "malformed", "numbers" (not the given ones, each once) or "wrong" (another value); where
-    truth["steps"] is set, the lines before the block are checked and "unsound" is a step that is false or not allowed.
-    """
-    start = response.rfind("<answer>", 0, max(0, response.rfind("</answer>")))
-    if start < 0:
+    Wrong answers are "malformed", "numbers" (not the given ones, each once) or "wrong" (another value). Where
+    truth["steps"] is set, the lines before the block are checked too, and "unsound" is a step that is false
+    or not allowed."""
+    block = answer_block(response)
+    if block is None:
         return 0.0, "no answer"
-    answer = response[start + len("<answer>") : response.index("</answer>", start)]
-    numbers, target = truth["numbers"], int(truth["target"])
+    before, answer = block
+    *numbers, target = (_whole(v) for v in (*truth["numbers"], truth["target"]))
+    if target is None or None in numbers:
+        raise UserError(f"truth: numbers {truth['numbers']} and target {truth['target']!r} must be integers")
     if truth.get("steps"):
-        verdict = _check_chain(response[:start], answer, numbers, target)
+        verdict = _check_chain(before, answer, numbers, target)
     else:
         verdict = _check_equation(answer.strip(), numbers, target)
     return (1.0 if verdict == "right" else 0.1), verdict
 
 
+def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> tuple[float, str]:
+    """(reward, verdict) of the published checker, see data/published.py. It knows no steps."""
+    return published("countdown", response, truth, prompt)
+
+
 def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> str:
     if len(lines) > MAX_CHAIN or not re.fullmatch("[0-9]{1,2}", answer.strip()):
         return "malformed"
-    if not all(re.fullmatch("[0-9]{1,2} *[-+] *[0-9]{1,2} *= *[0-9]{1,2}", x.strip()) for x in lines.splitlines()):
+    if not all(
+        re.fullmatch("[0-9]{1,2} *[-+] *[0-9]{1,2} *= *[0-9]{1,2}", x.strip()) for x in lines.splitlines()
+    ):
         return "malformed"
     left = Counter(numbers)
     for line in lines.splitlines():
@@ -319,7 +359,7 @@ def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> st
 def _check_equation(equation: str, numbers: list[int], target: int) -> str:
     if len(equation) > MAX_EQUATION or re.search(r"[^-0-9+*/(). \t\r\n]", equation):
         return "malformed"
-    # a point is part of the number before it ("19."); one that a digit follows leaves two numbers side by side
+    # a point belongs to the number before it ("19."); "3.4" becomes two numbers side by side, which is malformed
     tokens = re.findall(r"[0-9]+\.?|[^ \t\r\n]", equation)
     used = [token.rstrip(".") for token in tokens if token[0] in "0123456789"]
     if not used or any(digits[0] == "0" and digits != "0" for digits in used):
@@ -339,9 +379,9 @@ BINDS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
 
 
 def _evaluate(tokens: list[str]) -> Fraction:
-    """The value of an equation, by two stacks: no recursion, so no depth can exhaust Python's."""
+    """The value of an equation, found with two stacks: without recursion no nesting is too deep."""
     values: list[Fraction] = []
-    waiting = ["("]  # the whole equation is read as if it stood in parentheses
+    waiting = ["("]  # as if the whole equation were in parentheses
     operand = True  # whether a number, a sign or "(" must come next
     for token in [*tokens, ")"]:
         if not waiting:
@@ -353,10 +393,10 @@ def _evaluate(tokens: list[str]) -> Fraction:
                 values.append(Fraction(int(token.rstrip("."))))
                 operand = False
             elif token != "+":
-                raise SyntaxError("operand wanted")
+                raise SyntaxError("no operand")
             continue
         if token != ")" and token not in "+-*/":
-            raise SyntaxError("operator wanted")
+            raise SyntaxError("no operator")
         while waiting[-1] != "(" and (token == ")" or BINDS[waiting[-1]] >= BINDS[token]):
             _apply(waiting.pop(), values)
         if token == ")":

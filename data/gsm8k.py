@@ -1,10 +1,11 @@
 r"""GSM8K: grade-school word problems whose answer is a number (Cobbe et al. 2021, MIT licence).
 
 Nothing can be made here, so `path` names one of these:
-- GSM8K itself, .parquet, .jsonl or .json with the fields question and answer (steps, then "#### 18"), or a folder of them, such
-  as that of `hf download openai/gsm8k --repo-type=dataset --local-dir=gsm8k` (its configuration main): 7,473 rows and 1,319
-  to test;
-- data/others/test.parquet of github.com/liumy2010/UFT, of which the rows of this source are read. Both give the same rows.
+- GSM8K itself, .parquet, .jsonl or .json with the fields question and answer (steps, then "#### 18"), or a
+  folder of them, such as that of `hf download openai/gsm8k --repo-type=dataset --local-dir=gsm8k` (its
+  configuration main): 7,473 rows and 1,319 to test;
+- data/others/test.parquet of github.com/liumy2010/UFT, of which the rows of this source are read. Both give
+  the same rows.
 
 The first test row, where PROMPT is that of data/rows.py:
 
@@ -14,22 +15,21 @@ The first test row, where PROMPT is that of data/rows.py:
     answer  " </think>\n<answer> 18 </answer>"
     truth   {"question": "Janet’s ducks lay 16 eggs per day. ...", "target": "18"}
 
-score() expects a number in the last answer block: decimal, with a sign, leading zeros, thousands separators, a point at either
-end, an exponent, a dollar sign in front and a unit of up to three words behind (18, +018, 18., 1.8e1, 1,800, $ 18, 18 dollars.).
-It is right within 1e-5, as published. A word that changes the number makes no unit: 5 thousand, 5 k, 5 dozens, 1 third and
-5 percent are malformed, and so is 18 or 19. score_published() gives the reward of the published checker. Where the two differ
-(each is a test):
+score() expects a number in the last answer block: decimal, with a sign, leading zeros, thousands separators,
+a point at either end, an exponent, a dollar sign in front and a unit of up to three words behind (18, +018,
+18., 1.8e1, 1,800, $ 18, 18 dollars.). It is right within 1e-5, as published. A word that changes the number
+makes no unit: 5 thousand, 5 k, 5 dozens, 1 third and 5 percent are malformed, and so is 18 or 19.
+score_published() gives the reward of the published checker. Where the two differ (each is a test):
 
-1. to 3. The block may stand on any line, the innermost of nested ones counts and only the response is read, as in
-   data/hendrycks_math.py.
+1. to 3. The block may stand on any line, the innermost of nested ones counts and only the response is read,
+   as in data/hendrycks_math.py.
 4. $18, "18 dollars" and 1,000 are numbers; there none of them is.
 5. 1_8 and digits that are not ASCII are no numbers; there float() decides, which takes both.
 6. A target such as "1,000" is 1000; there it stops the run.
 7. More than MAX_ANSWER characters are malformed, so that no response can stall a run.
 
-As published, 18%, $18$, \boxed{18}, 36/2, "x = 18" and "The answer is 18" are malformed, an empty block earns 0.1, and <think> is
-not checked.
-"""
+As published, 18%, $18$, \boxed{18}, 36/2, "x = 18" and "The answer is 18" are malformed, an empty block earns
+0.1, and <think> is not checked."""
 
 import re
 from pathlib import Path
@@ -69,7 +69,8 @@ def load(split: str, path: str | Path | None = None, *, n: int | None = None) ->
 
 
 def score(response: str, truth: dict) -> tuple[float, str]:
-    """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong" or "malformed" (no number); 0.0 "no answer"."""
+    """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong" or "malformed" (no number); 0.0 "no answer".
+    """
     block = answer_block(response)
     if block is None:
         return 0.0, "no answer"

@@ -1,11 +1,12 @@
-r"""Hendrycks' MATH: competition problems with worked solutions and an answer in LaTeX. MATH(3,4,5) is its levels 3 to 5.
+r"""Hendrycks' MATH: competition problems with worked solutions and an answer in LaTeX. MATH(3,4,5) is its
+levels 3 to 5.
 
 Nothing can be made here, so `path` names one of these (Hendrycks et al. 2021, MIT licence):
-- the rows published with UFT (github.com/liumy2010/UFT, data/math/{train,test}.parquet, levels 3 to 5, 1,024 for testing;
-  of data/others/test.parquet the rows of this source);
-- MATH itself, .json, .jsonl or .parquet with the fields problem, solution, level, type, a file or any folder of them, such as
-  that of `hf download EleutherAI/hendrycks_math --repo-type=dataset --local-dir=hendrycks_math`. Its rows become the
-  published ones.
+- the rows published with UFT (github.com/liumy2010/UFT, data/math/{train,test}.parquet, levels 3 to 5, 1,024
+  for testing; of data/others/test.parquet the rows of this source);
+- MATH itself, .json, .jsonl or .parquet with the fields problem, solution, level, type, a file or any folder
+  of them, such as that of `hf download EleutherAI/hendrycks_math --repo-type=dataset
+  --local-dir=hendrycks_math`. Its rows become the published ones.
 
 The published test row 1, where PROMPT is that of data/rows.py and long sentences are shortened:
 
@@ -15,18 +16,20 @@ The published test row 1, where PROMPT is that of data/rows.py and long sentence
     answer  " </think>\n<answer> 0 </answer>"
     truth   {"question": "What is the remainder when $13^{13} +5$ is divided by 6?", "target": "0"}
 
-score() judges the last answer block as a reader would: data/math_answer.py says what is equal. It serves MATH500, AIME, AMC,
-Minerva and OlympiadBench as well, whose targets are written in the same ways. score_published() gives the reward of the
-published checker, which compares text. Where the two differ (each is a test):
+score() judges the last answer block as a reader would: data/math_answer.py says what is equal. It serves
+MATH500, AIME, AMC, Minerva and OlympiadBench as well, whose targets are written in the same ways.
+score_published() gives the reward of the published checker, which compares text. Where the two differ (each
+is a test):
 
-1. Here the block may stand on any line, span lines and be followed by a newline; there only the text after the last newline
-   is searched, so one published answer with a line break inside can never be right.
+1. Here the block may stand on any line, span lines and be followed by a newline; there only the text after
+   the last newline is searched, so one published answer with a line break inside can never be right.
 2. Here the innermost of nested blocks counts; there the inner opening tag belongs to the answer.
 3. Here only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
-4. Here values are compared: 0.25 is 1/4, \frac{2}{4} is \frac12, 14.0 is 14, 1,000 is 1000, \boxed{24} and $24$ are 24, 8 cm is 8,
-   \text{Monday} is Monday, f(x)=5 is 5, and solutions may be listed in any order; there all of these are wrong.
-5. Here 5\% is not 5 unless the question asks for a percentage or the target has the sign, 1 8 8 is not 188 and
-   "12\text{ and }13" is not 12; there they are.
+4. Here values are compared: 0.25 is 1/4, \frac{2}{4} is \frac12, 14.0 is 14, 1,000 is 1000, \boxed{24} and
+   $24$ are 24, 8 cm is 8, \text{Monday} is Monday, f(x)=5 is 5, and solutions may be listed in any order;
+   there all of these are wrong.
+5. Here 5\% is not 5 unless the question asks for a percentage or the target has the sign, 1 8 8 is not 188
+   and "12\text{ and }13" is not 12; there they are.
 
 Kept although odd: an empty block earns 0.1, and <think> is not checked.
 """
@@ -55,7 +58,9 @@ def load(
     n: int | None = None,
     sizes: tuple[int, ...] | None = None,
 ) -> list[dict]:
-    """Rows of `path`, all or the first n, of the levels `sizes` (3, 4 and 5 by default; rows without a level are then kept)."""
+    """Rows of `path`, all or the first n, of the levels `sizes` (3, 4 and 5 by default; rows without a level
+    are then kept).
+    """
     if path is None:
         raise UserError(MISSING)
     if sizes is not None and not (sizes and all(type(k) is int and 1 <= k <= 5 for k in sizes)):
@@ -71,12 +76,16 @@ def load(
         if level is None or str(level)[-1:] in map(str, sizes or (3, 4, 5)):
             rows.append(row)
     if not rows:
-        raise UserError(f"sizes: {path} has no row of split {split} and the levels {list(sizes or (3, 4, 5))}")
+        raise UserError(
+            f"sizes: {path} has no row of split {split} and the levels {list(sizes or (3, 4, 5))}"
+        )
     return first(rows, n, path, split)
 
 
 def score(response: str, truth: dict) -> tuple[float, str]:
-    """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong" or "malformed" (blank or too long); 0.0 "no answer"."""
+    """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong" or "malformed" (blank or too long); 0.0 "no
+    answer".
+    """
     block = answer_block(response)
     if block is None:
         return 0.0, "no answer"
@@ -95,7 +104,8 @@ def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> t
 
 
 def _read_raw(where: str, record: dict) -> tuple[str, str, str]:
-    """(question, solution, target) of a record of MATH itself: the target is what the last \\boxed{} holds."""
+    """(question, solution, target) of a record of MATH itself: the target is what the last \\boxed{} holds.
+    """
     solution = text_field(where, record, "solution")
     start = max(solution.rfind(command) for command in (r"\boxed", r"\fbox"))
     boxed = re.match(r"\\[a-z]+ *(\{|[^\s$]*)", solution[start:]) if start >= 0 else None

@@ -1,12 +1,13 @@
-"""Knights and Knaves: who tells the truth, given what everybody says about everybody? Exactly one answer fits.
+"""Knights and Knaves: who tells the truth, given what everybody says about everybody? Exactly one answer
+fits.
 
-Rows come from one of two places:
-- `path`: the rows published with UFT (github.com/liumy2010/UFT, data/kk_logic/{train,test}.parquet, 3 to 7 people; the
-  puzzles stem from K-and-K/knights-and-knaves, whose licence is cc-by-nc-sa-4.0), or a file of rows as load() returns;
-- no `path`: generated here. A hash of the problem that ignores names and numbering decides its split, so train and
-  test share no problem whatever their seeds. Wordings and names are our own; the reasoning is worded as published.
+With `path`, rows are read from a file: those published with UFT (github.com/liumy2010/UFT,
+data/kk_logic/{train,test}.parquet, 3 to 7 people; the puzzles come from K-and-K/knights-and-knaves, licence
+cc-by-nc-sa-4.0), or rows as load() returns them. Without it, problems are made here. A hash of the problem
+that ignores names and numbering decides its split, so train and test share no problem whatever their seeds.
+Wordings and names are our own; the reasoning is worded as published.
 
-A row of style "paper", load("train", n=1), its prompt shortened to what stands inside rows.PROMPT:
+A row of style "paper", load("train", n=1), with only the instruction of its prompt:
 
     prompt   ... On an island everybody is either a knight, who only says what is true, or a knave, who only says what
              is false. You meet Peter, Daisy, and Tina. Asked about it, Peter answers that Tina is a
@@ -14,11 +15,13 @@ A row of style "paper", load("train", n=1), its prompt shortened to what stands 
              You hear from Tina that Peter is not a knight. Who is a knight and who is a knave? ...
     hint     Assume Peter is a knight. No contradiction is found in their claim that Tina is a knave or Tina is a
                knight.
-             Tina cannot be a knight, because this would contradict the claim of their own that Peter is not a knight.
-             Assume Tina is a knave. No contradiction is found in their false claim that Peter is not a knight.
-             Daisy cannot be a knight, because this would contradict the claim of their own that Daisy is a knave and
+             Tina cannot be a knight, because this would contradict the claim of their own that Peter is not a
+             knight. Assume Tina is a knave. No contradiction is found in their false claim that Peter is not
+             a knight. Daisy cannot be a knight, because this would contradict the claim of their own that
+             Daisy is a knave and
                Daisy is a knight.
-             Assume Daisy is a knave. No contradiction is found in their false claim that Daisy is a knave and Daisy
+             Assume Daisy is a knave. No contradiction is found in their false claim that Daisy is a knave and
+             Daisy
                is a knight.
              Therefore, (1) Peter is a knight
              (2) Daisy is a knave
@@ -31,7 +34,8 @@ A row of style "paper", load("train", n=1), its prompt shortened to what stands 
              2), ('telling-truth', 2)), ('and', ('lying', 1), ('telling-truth', 1)), ('not', ('telling-
              truth', 0)))"}
 
-A row of style "short", load("train", n=1, style="short"), one token a word for models of 100,000 parameters:
+A row of style "short", load("train", n=1, style="short"), one token per word for models of 100,000
+parameters:
 
     prompt   A: B knave or C knave
              B: D knight and C knave
@@ -52,20 +56,23 @@ A row of style "short", load("train", n=1, style="short"), one token a word for 
              1), ('lying', 2)), ('and', ('telling-truth', 3), ('lying', 2)), ('not', ('telling-truth',
              0)), ('<=>', ('telling-truth', 2), ('lying', 2)))", 'steps': True}
 
-`trace` makes the `hint` of all 5,000 published rows from their names and statements alone. In the short style score()
-also asks whether each line before the answer is a sound step, in whatever order people are taken (truth["steps"]). It
-has to see the whole reasoning, so give it hint and completion together.
+trace() reproduces the hints of all 5,000 published rows from their names and statements alone. In the short
+style (truth["steps"]) score() also checks that each line before the answer is a sound step, in whatever order
+people are taken. It needs the whole reasoning, so give it hint and completion together.
 
-Where score() departs from the published checker (tests/test_logic.py has a test of each):
-1. It is given the response alone and finds the answer there. The published one wants "Assistant:" in front and gives a
-   right answer 0.0 without it, but which prompt a user chose says nothing about the answer.
-2. The truth is `names` and `solution`, checked by load(), where the published one reads a text back with a pattern: it
-   turns "Mary Jane is a knight" into "Mary", lets a second line about Ann replace the first and accepts an empty text.
-3. An answer of more than MAX_ANSWER characters is malformed, so that no response can stall a run.
-4. A name that ends in another ("Mary Jane", "Jane") is matched whole.
-Strict as published on purpose: the words knight and knave must occur once per person and no further time (hedging would
-pay otherwise), "Mary: knight" is malformed, and a blank answer earns 0.0, unlike in the other tasks.
-"""
+score_published() gives the reward of the published checker. Where the two differ (each is a test):
+
+1. Here only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
+2. Here the truth is `names` and `solution`, checked by load(); there it is read from a text with a pattern
+   that turns "Mary Jane is a knight" into "Mary", lets a second line about Ann replace the first and accepts
+   an empty text.
+3. Here an answer of more than MAX_ANSWER characters is malformed, so that no response can stall a run.
+4. Here a name that ends in another ("Mary Jane", "Jane") is matched whole.
+5. Here the innermost of nested blocks counts; there an opening tag inside a block is part of the answer.
+
+As strict as published on purpose: the words knight and knave must occur once per person and no further time,
+since hedging would pay otherwise; "Mary: knight" is malformed; and a blank answer earns 0.0, unlike in the
+other tasks."""
 
 import ast
 import hashlib
@@ -77,8 +84,9 @@ from functools import lru_cache, reduce
 from operator import and_
 from pathlib import Path
 
+from data.published import score_published as published
+from data.rows import PROMPT, answer_block, first, read_rows
 from infra.config import UserError
-from data.rows import PROMPT, read_rows
 
 INSTRUCTION = (
     "On an island everybody is either a knight, who only says what is true, or a knave, who only says what is false. "
@@ -98,10 +106,13 @@ NAMES = (
 ).split()
 LETTERS = "ABCDEFG"
 MIN_SIZE, MAX_SIZE = 2, len(LETTERS)
-DEFAULTS = {"paper": ({"train": 4500, "test": 500}, (3, 4, 5, 6, 7)), "short": ({"train": 2000, "test": 500}, (4,))}
+DEFAULTS = {
+    "paper": ({"train": 4500, "test": 500}, (3, 4, 5, 6, 7)),
+    "short": ({"train": 2000, "test": 500}, (4,)),
+}
 """style -> rows of each split, numbers of people"""
-TEST_SHARE = 8  # one problem in so many belongs to the test split
-MAX_DRAWS = 20_000  # draws in a row without a new problem after which there are no more to be had
+TEST_SHARE = 8  # one problem in eight belongs to the test split
+MAX_DRAWS = 20_000  # give up after this many draws without a new problem
 MAX_ANSWER = 10_000  # characters; seven people need about 200
 MAX_STEPS = 100_000  # characters; a search that tries everything about seven people writes less
 LEAVES, PAIRS = ("telling-truth", "lying"), ("and", "or", "->", "<=>")
@@ -126,24 +137,21 @@ def load(
     style: str = "paper",
     sizes: Sequence[int] | None = None,
 ) -> list[dict]:
-    """Rows {prompt, hint, answer, truth}: the first `n` of the file at `path`, else `n` generated ones of the given
-    `style` with sizes[0], sizes[1], ... people in turn. More rows only extend the list."""
+    """Rows of `path`, all or the first n; without a path n problems made from (seed, split, index), with
+    sizes[0], sizes[1], ... people in turn. A larger n only extends the list."""
     if n is not None and n < 1:
-        raise UserError(f"n: {n} rows were asked for; at least 1 is needed")
+        raise UserError(f"n: {n}; must be >= 1")
     if path is not None:
-        rows = read_rows(path, split, {"names": list, "solution": list, "statements": str})[:n]
-        for number, row in enumerate(rows):
-            if reason := _unusable(row["truth"]):
-                raise UserError(f"{path} row {number}: {reason}")
-        return rows
+        needs = {"names": list, "solution": list, "statements": str}
+        return first(read_rows(path, split, needs, _unusable), n, path, split)
     if style not in DEFAULTS:
-        raise UserError(f"style: '{style}' is unknown; 'paper' and 'short' are allowed")
+        raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     default_n, default_sizes = DEFAULTS[style]
     if split not in default_n:
-        raise UserError(f"split: '{split}' is unknown; 'train' and 'test' are allowed")
+        raise UserError(f"split: '{split}' is unknown; made problems have the splits train and test")
     sizes = tuple(sizes) if sizes is not None else default_sizes
     if not sizes or not all(isinstance(k, int) and MIN_SIZE <= k <= MAX_SIZE for k in sizes):
-        raise UserError(f"sizes: {list(sizes)} is not allowed; numbers of people from {MIN_SIZE} to {MAX_SIZE} are")
+        raise UserError(f"sizes: {list(sizes)}; must be numbers of people from {MIN_SIZE} to {MAX_SIZE}")
     rows, seen = [], set()
     for index in range(n or default_n[split]):
         rng, size = random.Random(f"logic {seed} {split} {index}"), sizes[index % len(sizes)]
@@ -153,17 +161,17 @@ def load(
             if (key % TEST_SHARE == 0) == (split == "test") and key not in seen:
                 break
         else:
-            raise UserError(f"n: only {index} different {split} problems could be found with sizes {list(sizes)}")
+            raise UserError(f"n: only {index} different {split} problems were found with sizes {list(sizes)}")
         seen.add(key)
         rows.append((_paper_row if style == "paper" else _short_row)(statements, rng))
     return rows
 
 
 def score(response: str, truth: dict) -> tuple[float, str]:
-    """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong", "malformed" or, where truth["steps"], "unsound";
-    0.0 "no answer". The last complete <answer> block counts, wherever it stands; a truth with the key "steps" (true or
-    false) wants it in the short style. Linear in the response's length."""
-    _, block = _last_block(response)
+    """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong", "malformed" or, where truth["steps"],
+    "unsound"; 0.0 "no answer". A truth with the key "steps", true or false, expects the answer in the short
+    style. Linear in the response's length."""
+    _, block = answer_block(response) or ("", "")
     if not block.strip():
         return 0.0, "no answer"
     roles = _read_answer(block, truth)
@@ -176,15 +184,22 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     return 1.0, "right"
 
 
+def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> tuple[float, str]:
+    """(reward, verdict) of the published checker, see data/published.py. It knows no steps."""
+    return published("logic", response, truth, prompt)
+
+
 def trace(names: Sequence[str], statements: tuple) -> list[str]:
-    """The reference reasoning in the published wording, one sentence an item, ending in the solution."""
+    """The reference reasoning in the published wording, a list of sentences that ends with the solution."""
     sentences, role = [], {True: "knight", False: "knave"}
     solution: dict[int, bool] = {}
     for kind, person, *rest in _search(statements):
         name = names[person]
         if kind == "back":
             exhausted = _listing([names[p] for p in rest[0]])
-            sentences.append(f"We have exhausted all possibilities for {exhausted}, so let us go back and reconsider {name}.\n")
+            sentences.append(
+                f"We have exhausted all possibilities for {exhausted}, so let us go back and reconsider {name}.\n"
+            )
             continue
         is_knight, speaker = rest
         # a claim is false when a knave makes it: the person under consideration, or a speaker settled earlier
@@ -196,14 +211,17 @@ def trace(names: Sequence[str], statements: tuple) -> list[str]:
             sentences.append("No contradiction is found in their " + claim % "")
         else:
             owner = " of their own" if speaker == person else f" of {names[speaker]}"
-            sentences.append(f"{name} cannot be a {role[is_knight]}, because this would contradict the {claim % owner}")
+            sentences.append(
+                f"{name} cannot be a {role[is_knight]}, because this would contradict the {claim % owner}"
+            )
     lines = _solution_lines(names, [solution[p] for p in range(len(names))])
     return [*sentences, "Therefore, " + lines[0], *lines[1:]]
 
 
 def random_walk(rng: random.Random, truth: dict) -> list[str]:
-    """Sound lines (short style, see check_steps) until everybody has a role, but without method: whoever comes next and
-    the role tried first are drawn, and so is the speaker named where several claims cannot hold."""
+    """Sound lines (short style, see check_steps) until everybody has a role, but without method: the next
+    person, the role tried first and, where several claims cannot hold, the speaker named are all drawn at
+    random."""
     names, lines = truth["names"], []
     agree = _agreement(parse_statements(truth["statements"], len(names)))
     roles: dict[int, bool] = {}
@@ -220,7 +238,8 @@ def random_walk(rng: random.Random, truth: dict) -> list[str]:
                     break
             lines.append(f"back {names[person]}\n")
             continue
-        begun = [p for p in left if (p, True) in known or (p, False) in known]  # one role refuted: the other is next
+        # a person with one role refuted comes first
+        begun = [p for p in left if (p, True) in known or (p, False) in known]
         person = rng.choice(begun or left)
         is_knight = rng.choice([k for k in (True, False) if (person, k) not in known])
         tried = {**roles, person: is_knight}
@@ -237,21 +256,23 @@ def random_walk(rng: random.Random, truth: dict) -> list[str]:
 
 
 def check_steps(text: str, truth: dict) -> bool:
-    """Whether each line before the answer block of `text` (short style) follows from the lines before it, and they end
-    in a role for everybody, the ones answered. Any order of people will do. The lines are
+    """Whether each line before the answer block of `text` (short style) follows from the lines before it, and
+    the roles they end with are the ones answered. People may be taken in any order. The lines are
 
     A knight ok      A has no role yet and knight is not refuted; with it every claim made so far can still hold
     B knight no A    B has no role yet and knight is not refuted; with it A's claim (A has a role, or is B) cannot hold
     back C           somebody has both roles refuted; the people assumed after C have their other role refuted too,
                      so C's present role is refuted and all assumed from C on have no role again
     """
-    before, block = _last_block(text)
+    before, block = answer_block(text) or ("", "")
     if len(before) > MAX_STEPS:
         return False
     people = {name: p for p, name in enumerate(truth["names"])}
     agree = _agreement(parse_statements(truth["statements"], len(people)))
     roles: dict[int, bool] = {}  # in the order they were assumed: a stack
-    refuted: list[set[tuple[int, bool]]] = [set()]  # refuted[d]: found while d people had a role; void once fewer have
+    refuted: list[set[tuple[int, bool]]] = [
+        set()
+    ]  # refuted[d]: found while d people had a role; void once fewer have
     for line in io.StringIO(before, newline="\n"):
         known = set().union(*refuted)
         match line.split(maxsplit=4):
@@ -309,13 +330,15 @@ def parse_statements(text: str, n: int) -> tuple:
     return statements
 
 
-# The search. A set of assignments of n people is an integer of 2**n bits: bit a stands for the assignment in which
-# person p is a knight exactly if a's bit p is set. The intersection of two sets is then one "&", and drawing is fast.
+# ---- the search ----------------------------------------------------------------------------------------------
+
+# A set of assignments of n people is an integer of 2**n bits: bit a stands for the assignment in which person p is a
+# knight exactly if bit p of a is set. The intersection of two sets is then one "&", which makes drawing problems fast.
 
 
 @lru_cache
 def _knight(n: int) -> tuple[int, ...]:
-    """For each person the set of assignments in which they are a knight; last the set of all assignments."""
+    """For each person the set of assignments in which they are a knight, then the set of all assignments."""
     return (*(sum(1 << a for a in range(2**n) if a >> p & 1) for p in range(n)), (1 << 2**n) - 1)
 
 
@@ -336,13 +359,15 @@ def _holds(claim: tuple, n: int) -> int:
 
 
 def _agreement(statements: tuple) -> list[int]:
-    """For each speaker the set of assignments in which the claim is as true as the speaker is truthful."""
+    """For each speaker the set of assignments in which a knight's claim is true or a knave's is false."""
     *knight, everything = _knight(len(statements))
     return [everything ^ k ^ _holds(s, len(knight)) for k, s in zip(knight, statements, strict=True)]
 
 
 def _contradicted(roles: dict[int, bool], agree: list[int], speakers) -> int | None:
-    """The first of the speakers whose claim cannot agree with their role, whatever the people without a role are."""
+    """The first speaker whose claim contradicts their role, whatever the people without a role are; None if
+    none does.
+    """
     *knight, possible = _knight(len(agree))
     for p, is_knight in roles.items():
         possible &= knight[p] if is_knight else ~knight[p]
@@ -350,8 +375,9 @@ def _contradicted(roles: dict[int, bool], agree: list[int], speakers) -> int | N
 
 
 def _search(statements: tuple) -> Iterator[tuple]:
-    """The published depth-first search: ("ok" | "no", person, is_knight, speaker whose claim decides) and
-    ("back", person, [people exhausted]). Knight is tried first; whom an accepted person mentions comes next."""
+    """The published depth-first search: ("ok" | "no", person, is_knight, deciding speaker) and ("back",
+    person, [exhausted people]). Knight is tried first, and the people whom an accepted person mentions come
+    next."""
     n, agree = len(statements), _agreement(statements)
     order, left, roles, depth = list(range(n)), [[False, True] for _ in range(n)], {}, 0
     while depth < n:
@@ -382,11 +408,12 @@ def _mentioned(claim: tuple) -> list[int]:
     return [claim[1]] if claim[0] in LEAVES else [leaf[1] for leaf in claim[1:]]
 
 
-# Drawing problems and writing rows.
+# ---- drawing problems and writing rows -----------------------------------------------------------------------
 
 
 def _draw(rng: random.Random, n: int) -> tuple:
-    """Claims of n people with exactly one solution: six kinds equally often, never just about the speaker."""
+    """Claims of n people with exactly one solution: six kinds, equally likely, none about the speaker alone.
+    """
     while True:
         statements = []
         for speaker in range(n):
@@ -402,8 +429,8 @@ def _draw(rng: random.Random, n: int) -> tuple:
 
 
 def _key(statements: tuple) -> int:
-    """A number equal for problems that differ only in how the people are numbered or the two sides of and, or and <=>
-    are ordered: everybody's claim is hashed with the hashes of the people in it, several times over."""
+    """A number that ignores how people are numbered and which side of and, or and <=> comes first:
+    everybody's claim is hashed with the hashes of the people in it, three times over."""
     colours = [0] * len(statements)
 
     def paint(claim: tuple, speaker: int):
@@ -450,9 +477,13 @@ def _short_row(statements: tuple, rng: random.Random) -> dict:
         line = {"ok": f"{names[person]} {role} ok", "back": f"back {names[person]}"}.get(kind)
         hint.append(f"{line or f'{names[person]} {role} no {names[rest[1]]}'}\n")
     truth = _truth(names, statements)
-    roles = " ".join(f"{name} {'knight' if k else 'knave'}" for name, k in zip(names, truth["solution"], strict=True))
+    roles = " ".join(
+        f"{name} {'knight' if k else 'knave'}" for name, k in zip(names, truth["solution"], strict=True)
+    )
     return {
-        "prompt": "".join(f"{name}: {_say(s, names, SHORT)}\n" for name, s in zip(names, statements, strict=True)),
+        "prompt": "".join(
+            f"{name}: {_say(s, names, SHORT)}\n" for name, s in zip(names, statements, strict=True)
+        ),
         "hint": hint,
         "answer": f"<answer>{roles}</answer>",
         "truth": {**truth, "steps": True},
@@ -481,23 +512,13 @@ def _solution_lines(names: Sequence[str], solution: list[bool]) -> list[str]:
     return [*roles[:-1], roles[-1].rstrip("\n")]
 
 
-# Reading answers.
-
-
-def _last_block(text: str) -> tuple[str, str]:
-    """(what stands before, what stands in) the last complete answer block, ("", "") if none. An opening tag inside a
-    block belongs to its content. Searches rather than a pattern, which takes quadratic time on many opening tags."""
-    opening, closing = "<answer>", "</answer>"
-    last = text.rfind(opening, 0, max(text.rfind(closing), 0))
-    if last < 0:
-        return "", ""
-    previous = text.rfind(closing, 0, last)
-    start = text.find(opening, previous + len(closing) if previous >= 0 else 0)
-    return text[:start], text[start + len(opening) : text.find(closing, last)]
+# ---- reading answers -----------------------------------------------------------------------------------------
 
 
 def _read_answer(block: str, truth: dict) -> list[bool] | None:
-    """A role for everybody, or None where somebody has none or the words knight and knave occur a further time."""
+    """Everybody's role, or None if somebody has none or the words knight and knave occur more often than
+    people.
+    """
     if len(block) > MAX_ANSWER:
         return None
     names = [name.lower() for name in truth["names"]]
@@ -519,12 +540,14 @@ def _read_answer(block: str, truth: dict) -> list[bool] | None:
 def _unusable(truth: dict) -> str | None:
     """Why a row of a file cannot be used, or None."""
     names, solution = truth["names"], truth["solution"]
-    if not all(isinstance(x, str) and x.strip() for x in names) or len({x.lower() for x in names}) != len(names):
-        return "'names' should be different non-empty names"
+    if not all(isinstance(x, str) and x.strip() for x in names) or len({x.lower() for x in names}) != len(
+        names
+    ):
+        return "'names' must be different non-empty names"
     if not MIN_SIZE <= len(names) <= MAX_SIZE:
-        return f"{len(names)} people; {MIN_SIZE} to {MAX_SIZE} are allowed"
+        return f"{len(names)} people; must be {MIN_SIZE} to {MAX_SIZE}"
     if len(solution) != len(names) or not all(isinstance(k, bool) for k in solution):
-        return "'solution' should hold true or false for each name"
+        return "'solution' must hold true or false for each name"
     try:
         agree = _agreement(parse_statements(truth["statements"], len(names)))
     except ValueError as e:

@@ -1,16 +1,23 @@
-r"""Whether an answer in LaTeX or plain text equals another, judged exactly and in bounded time, without sympy.
+r"""Whether an answer in LaTeX or plain text equals another, judged exactly and in bounded time, without
+sympy.
 
-Both are read into normal forms (data/algebra.py), which are compared; what cannot be read is compared as text. Equal are
+Both are read into normal forms (data/algebra.py), which are compared; what cannot be read is compared as
+text. Equal are
 
-- spellings of a number: \dfrac12, 1/2, 0.5, 50/100, \frac{-1}{-2}; 1,000, 1{,}000, 1\,000, 1,\!000, 1e3, 10^3; 2\frac{1}{2}, 2.5;
-- exact rewritings: \sqrt{12} and 2\sqrt{3}, \frac{1}{\sqrt{2}} and \frac{\sqrt{2}}{2}, x+1 and 1+x, y=2x+3 and 2x-y+3=0;
-- anything inside $...$ or \boxed{}, with spacing commands, braces, a full stop, degrees, money, "x =" or "f(x) =" in front;
+- spellings of a number: \dfrac12, 1/2, 0.5, 50/100, \frac{-1}{-2}; 1,000, 1{,}000, 1\,000, 1,\!000, 1e3,
+  10^3; 2\frac{1}{2}, 2.5;
+- exact rewritings: \sqrt{12} and 2\sqrt{3}, \frac{1}{\sqrt{2}} and \frac{\sqrt{2}}{2}, x+1 and 1+x, y=2x+3
+  and 2x-y+3=0;
+- anything inside $...$ or \boxed{}, with spacing commands, braces, a full stop, degrees, money, "x =" or
+  "f(x) =" in front;
 - a number with a unit and one without, but not with two known units that differ; 5 thousand is 5000;
-- solutions in any order ("1, -3", "-3 and 1", "\{1,-3\}", "-1 \pm 2"), while tuples, intervals and matrices have an order.
+- solutions in any order ("1, -3", "-3 and 1", "\{1,-3\}", "-1 \pm 2"), while tuples, intervals and matrices
+  have an order.
 
-Different are [2,3] and (2,3), "3 or 4" and 3, x<3 and 3, 3x=6 and 6, 0.33 and 1/3, 4_5 and 4, and 5% and 5 (unless the question
-asks for a percentage). A product with variables is not multiplied out: (x+1)(x-1) is not x^2-1. An answer whose like terms
-are not collected, such as 2+3 for 5, repeats the question rather than answers it, so it is not equal either.
+Different are [2,3] and (2,3), "3 or 4" and 3, x<3 and 3, 3x=6 and 6, 0.33 and 1/3, 4_5 and 4, and 5% and 5
+(unless the question asks for a percentage). A product with variables is not multiplied out: (x+1)(x-1) is not
+x^2-1. An answer whose like terms are not collected, such as 2+3 for 5, repeats the question rather than
+answers it, so it is not equal either.
 
 "58,500" can be a number or a list of two: it equals both.
 """
@@ -36,10 +43,19 @@ from data.algebra import (
     rational,
 )
 
-MAX_READ = 500  # characters; longer answers are compared as text
-MAX_DEPTH = 30  # of nested brackets
-COUNTS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-PARTS = set("half halves third thirds fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths k".split())
+MAX_READ = 300  # characters; longer answers are compared as text
+MAX_DEPTH = 20  # of nested brackets
+COUNTS = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+PARTS = set(
+    "half halves third thirds fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths k".split()
+)
 PARTS |= {"hundredth", "hundredths", "thousandth", "thousandths"}
 UNITS = {  # spelling without plural s -> unit
     "mm": "mm", "millimeter": "mm", "cm": "cm", "centimeter": "cm", "m": "m", "meter": "m", "metre": "m", "km": "km",
@@ -78,7 +94,10 @@ LOOK = [
         (r"\\(?:display|text|script)style(?![A-Za-z])|\\(?:no)?limits(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (r"\\(?:text(?:rm|bf|it|sf|up|normal)|mbox|mathrm|mathbf|mathit|mathsf|bf|rm|operatorname)(?=\s*\{)", r"\\text"),
+        (
+            r"\\(?:text(?:rm|bf|it|sf|up|normal)|mbox|mathrm|mathbf|mathit|mathsf|bf|rm|operatorname)(?=\s*\{)",
+            r"\\text",
+        ),
         (r"\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])", ""),
         (r"\^\s*\{?\s*\\prime\s*\\prime\s*\}?", "''"),
         (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
@@ -103,7 +122,9 @@ class Unreadable(Exception):
 
 
 def equal(answer: str, target: str, percent: bool = False) -> bool:
-    """Whether the answer is the target. percent: the question asks for a percentage, so that 5 and 5% are the same."""
+    """Whether the answer is the target. percent: the question asks for a percentage, so that 5 and 5% are the
+    same.
+    """
     a, t = _clean(answer), _clean(target)
     if _as_text(a) == _as_text(t):
         return True
@@ -175,7 +196,9 @@ def _as_text(text: str) -> str:
 
 @lru_cache(2048)
 def _read(text: str) -> tuple[frozenset, tuple, bool]:
-    """(the forms the text can have, its known units, whether like terms are collected); no form if it cannot be read."""
+    """(the forms the text can have, its known units, whether like terms are collected); no form if it cannot
+    be read.
+    """
     spellings = {text, THOUSANDS.sub(lambda m: _without_commas(m, text), text)}
     forms, units, finished = set(), (), True
     for spelling in spellings:
@@ -205,7 +228,9 @@ class Reader:
         self.depth = self.bars = 0
 
     def answer(self) -> set:
-        """The forms of the whole answer: one, or for an equation such as y = 2x its right side and the equation."""
+        """The forms of the whole answer: one, or for an equation such as y = 2x its right side and the
+        equation.
+        """
         items = _split(self.tokens, _separates)
         if len(items) == 1 and (sides := self.sides(items[0])):
             return self.relation(*sides)
@@ -232,7 +257,9 @@ class Reader:
             self.depth -= 1
 
     def one(self, tokens: list) -> object:
-        """A single solution: a relation, a union, an interval or tuple, a set, or an expression with or without a unit."""
+        """A single solution: a relation, a union, an interval or tuple, a set, or an expression with or
+        without a unit.
+        """
         if sides := self.sides(tokens):
             forms = self.relation(*sides)
             values = [f for f in forms if not (isinstance(f, tuple) and f[0] == "equation")]
@@ -240,7 +267,9 @@ class Reader:
         # both signs
         if any(t[1] in (r"\pm", r"\mp") for t in tokens):
             signs = ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"})
-            return self.solutions([[("other", s[t], w) if t in s else (k, t, w) for k, t, w in tokens] for s in signs])
+            return self.solutions(
+                [[("other", s[t], w) if t in s else (k, t, w) for k, t, w in tokens] for s in signs]
+            )
         parts = _split(tokens, lambda t: t[1] == r"\cup")
         if len(parts) > 1:
             return ("union", Many(self.item(part) for part in parts))
@@ -273,7 +302,11 @@ class Reader:
             if len(sides) == 2 and relations == ["="] and isinstance(forms[-1], Form):
                 left = self.item(sides[0]) if name and sides[0][0][0] != "text" else forms[0]
                 if isinstance(left, Form) and len(sides[0]) <= 1 or not name:
-                    values |= {("equation", primitive(add(left, negate(forms[-1]))))} if isinstance(left, Form) else set()
+                    values |= (
+                        {("equation", primitive(add(left, negate(forms[-1]))))}
+                        if isinstance(left, Form)
+                        else set()
+                    )
             if not values:
                 raise Unreadable
             return values
@@ -310,14 +343,31 @@ def _tokens(text: str) -> list[tuple[str, str, bool]]:
         end = m.end()
         if kind == "text":
             content = m[0][m[0].index("{") + 1 : -1].strip()
-            letter = re.fullmatch(r"\(([A-Za-z])\)|([A-Za-z])", content)  # a choice, a variable, or the unit m
-            is_unit = content in LETTER_UNITS and found and (found[-1][0] in ("number", "text") or found[-1][1] in "}/")
-            found.append(("word", letter[1] or letter[2], spaced) if letter and not is_unit else (kind, content, spaced))
+            letter = re.fullmatch(
+                r"\(([A-Za-z])\)|([A-Za-z])", content
+            )  # a choice, a variable, or the unit m
+            is_unit = (
+                content in LETTER_UNITS
+                and found
+                and (found[-1][0] in ("number", "text") or found[-1][1] in "}/")
+            )
+            found.append(
+                ("word", letter[1] or letter[2], spaced)
+                if letter and not is_unit
+                else (kind, content, spaced)
+            )
         elif kind == "matrix":
             found.append((kind, re.sub(r"\s", "", m[0]), spaced))
-        elif kind == "word" and not (len(m[0]) >= 4 or m[0] in ("or", "and", "pi", "inf") or m[0] in FUNCTIONS):
+        elif kind == "word" and not (
+            len(m[0]) >= 4 or m[0] in ("or", "and", "pi", "inf") or m[0] in FUNCTIONS
+        ):
             # one unit, or a product of letters
-            if len(m[0]) > 1 and m[0].lower().removesuffix("s") in UNITS and found and found[-1][0] == "number":
+            if (
+                len(m[0]) > 1
+                and m[0].lower().removesuffix("s") in UNITS
+                and found
+                and found[-1][0] == "number"
+            ):
                 found.append(("text", m[0], spaced))
             else:
                 found += [("word", letter, spaced and i == 0) for i, letter in enumerate(m[0])]
@@ -382,9 +432,17 @@ def _is_name(tokens: list) -> bool:
 def _unit_start(tokens: list) -> int:
     """Where the unit at the end begins: text after a number, then more text, powers, "/" and products."""
     for i, (kind, _, _) in enumerate(tokens):
-        if kind == "text" and i and tokens[i - 1][1] not in ("^", "_", "+", "-", "*", "/", r"\cdot", r"\times", "="):
+        if (
+            kind == "text"
+            and i
+            and tokens[i - 1][1] not in ("^", "_", "+", "-", "*", "/", r"\cdot", r"\times", "=")
+        ):
             tail = "".join(" x" if k == "text" else t for k, t, _ in tokens[i:])
-            return i if re.fullmatch(r"(?:(?:/|\\cdot)? x(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)+", tail) else len(tokens)
+            return (
+                i
+                if re.fullmatch(r"(?:(?:/|\\cdot)? x(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)+", tail)
+                else len(tokens)
+            )
     return len(tokens)
 
 
@@ -441,18 +499,13 @@ class Expression:
         return token
 
     def sum(self) -> Form:
-        reader = self.reader
-        reader.depth += 1
-        if reader.depth > MAX_DEPTH:
-            raise Unreadable
         total, began = number(0), self.at
         while not (self.at > began and self.peek() not in ("+", "-")):
             sign = self.take() if self.peek() in ("+", "-") else "+"
             term = self.product()
             if {product for product, _ in total} & {product for product, _ in term}:
-                reader.finished = False  # like terms
+                self.reader.finished = False  # like terms
             total = add(total, negate(term) if sign == "-" else term)
-        reader.depth -= 1
         return total
 
     def product(self) -> Form:
@@ -494,12 +547,23 @@ class Expression:
         if self.peek() == r"\frac":
             self.take()
             above, below = self.argument(digit=True), self.argument(digit=True)
-        elif self.kind() == "number" and self.peek(1) == "/" and self.kind(2) == "number" and self.tokens[self.at][2]:
+        elif (
+            self.kind() == "number"
+            and self.peek(1) == "/"
+            and self.kind(2) == "number"
+            and self.tokens[self.at][2]
+        ):
             above, _, below = number(_decimal(self.take())), self.take(), number(_decimal(self.take()))
         else:
             above = below = frozenset()
         above, below = rational(above), rational(below)
-        if above and below and 0 < above < below and above.denominator == below.denominator == 1 and self.peek() not in ("^", "_"):
+        if (
+            above
+            and below
+            and 0 < above < below
+            and above.denominator == below.denominator == 1
+            and self.peek() not in ("^", "_")
+        ):
             return number(_decimal(whole) + above / below)
         self.at = start
         return None
@@ -514,7 +578,7 @@ class Expression:
             elif token == "!":
                 self.take()
                 form = _factorial(form)
-            elif token == "%":
+            elif token == "%" and self.peek(1) != "%":
                 self.take()
                 form = divide(form, number(100))
             elif token == "'":
@@ -526,7 +590,9 @@ class Expression:
                 return form
 
     def argument(self, digit: bool = False, sign: bool = False) -> Form:
-        r"""What a command or ^ applies to: a group in braces or a single symbol. digit: one digit only, as in \frac12."""
+        r"""What a command or ^ applies to: a group in braces or a single symbol. digit: one digit only, as in
+        \frac12.
+        """
         if self.peek() == "{":
             return self.group("{", "}")
         if sign and self.peek() == "-":
@@ -534,12 +600,19 @@ class Expression:
             return negate(self.argument())
         if self.kind() == "number":
             text, (kind, _, spaced) = self.take(), self.tokens[self.at - 1]
+            if digit and not text.isdigit():
+                raise Unreadable
             if digit and len(text) > 1:
                 self.at -= 1
                 self.tokens[self.at] = (kind, text[1:], spaced)
                 text = text[0]
             return number(_decimal(text))
-        if self.peek() == r"\frac" or self.kind() == "word" or self.kind() == "command" and self.starts_factor():
+        if (
+            self.peek() == r"\frac"
+            or self.kind() == "word"
+            or self.kind() == "command"
+            and self.starts_factor()
+        ):
             return self.base()
         raise Unreadable
 
@@ -550,6 +623,14 @@ class Expression:
         return form
 
     def base(self) -> Form:
+        self.reader.depth += 1
+        if self.reader.depth > MAX_DEPTH:
+            raise Unreadable
+        form = self.number_or_symbol()
+        self.reader.depth -= 1
+        return form
+
+    def number_or_symbol(self) -> Form:
         token, kind = self.peek(), self.kind()
         if kind == "number":
             self.take()
@@ -590,7 +671,18 @@ class Expression:
             return atom(name, form)
         if name in (r"\dot", r"\ddot", r"\hat", r"\bar", r"\vec", r"\tilde", r"\overline"):
             return atom(name, self.argument())
-        if name in (r"\text", r"\to", r"\ldots", r"\dots", r"\cdots", r"\mid", r"\approx", r"\begin", r"\end", r"\cap"):
+        if name in (
+            r"\text",
+            r"\to",
+            r"\ldots",
+            r"\dots",
+            r"\cdots",
+            r"\mid",
+            r"\approx",
+            r"\begin",
+            r"\end",
+            r"\cap",
+        ):
             raise Unreadable
         return self.subscripted(name)
 
@@ -613,7 +705,9 @@ class Expression:
         return "".join(found).replace("{", "").replace("}", "")
 
     def function(self, name: str) -> Form:
-        """sin x, sin^2 x, log_2 x: the argument is what is in brackets, or the product up to the next sign or function."""
+        """sin x, sin^2 x, log_2 x: the argument is what is in brackets, or the product up to the next sign or
+        function.
+        """
         below = self.subscripted(name) if self.peek() == "_" else None
         exponent = number(1)
         if self.peek() == "^":
@@ -623,7 +717,11 @@ class Expression:
             form = self.group(self.peek(), {"(": ")", "{": "}"}[self.peek()])
         else:
             form = self.mixed_number() or self.power()
-            while self.kind() in ("number", "word", "command") and self.starts_factor() and not self.is_function():
+            while (
+                self.kind() in ("number", "word", "command")
+                and self.starts_factor()
+                and not self.is_function()
+            ):
                 form = multiply(form, self.power())
         return power(atom(name, form, *([below] if below else [])), exponent)
 
@@ -638,7 +736,9 @@ class Expression:
         rows = _split(self.tokens[self.at : end], lambda t: t[1] == "\\\\")
         cells = [_split(row, lambda t: t[1] == "&") for row in rows if row]
         self.at = end + 1
-        return atom("matrix", *(tuple(Expression(self.reader, cell).whole() for cell in row) for row in cells))
+        return atom(
+            "matrix", *(tuple(Expression(self.reader, cell).whole() for cell in row) for row in cells)
+        )
 
 
 def _decimal(text: str) -> Fraction:

@@ -1,17 +1,18 @@
 r"""The checkers published with UFT (github.com/liumy2010/UFT at ad3c8ec), rewritten without eval and bounded.
 
-score_published() gives their reward for comparisons with published results. Training and evaluation use the tasks' own
-score(), which departs where these rules are arguably wrong; each task's docstring says where. What they have in common:
+score_published() gives their reward for comparisons with published results. Training and evaluation use the
+tasks' own score(), which departs where these rules are arguably wrong; each task's docstring says where. What
+they have in common:
 
-- the response is the text after the prompt's marker "Assistant:" (or "<|im_start|>assistant"); a prompt without one scores 0;
+- the response is the text after the prompt's marker "Assistant:" (or "<|im_start|>assistant"); a prompt
+  without one scores 0;
 - Countdown, GSM8K and MATH search only the last line for <answer> blocks, Knights and Knaves the whole text;
 - of several blocks the last counts, and an opening tag inside a block is part of the answer;
 - any block, even an empty one, earns 0.1, except in Knights and Knaves.
 
-The only departures: answers of more than MAX_ANSWER characters, and Countdown's values of more than MAX_BITS bits, count as
-malformed; the published code evaluates 9**9**9**9 until it is stopped. A GSM8K target that is no number is a UserError; there
-it is an exception.
-"""
+The only departures: answers of more than MAX_ANSWER characters, and Countdown's values of more than MAX_BITS
+bits, count as malformed; the published code evaluates 9**9**9**9 until it is stopped. A GSM8K target that is
+no number is a UserError; there it is an exception."""
 
 import re
 
@@ -24,7 +25,8 @@ BINDS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "sign +": 3, "sign -":
 
 
 def score_published(task: str, response: str, truth: dict, prompt: str = MARKERS[0]) -> tuple[float, str]:
-    """(reward, verdict) of the published checker of a task: "countdown", "gsm8k", "hendrycks_math" or "logic".
+    """(reward, verdict) of the published checker of a task: "countdown", "gsm8k", "hendrycks_math" or
+    "logic".
 
     prompt: the text in front of the response. 1.0 "right", 0.1 "wrong" or "malformed", 0.0 "no answer".
     """
@@ -58,7 +60,9 @@ def _last_block(text: str) -> str | None:
 
 
 def _countdown(equation: str, truth: dict) -> str:
-    """Every number exactly once, then the value with Python's operators and floats, within 1e-5 of the target."""
+    """Every number exactly once, then the value with Python's operators and floats, within 1e-5 of the
+    target.
+    """
     if sorted(int(n) for n in re.findall(r"\d{1,4000}", equation)) != sorted(map(int, truth["numbers"])):
         return "wrong"
     # \d and \s of the published filter take any script's, which Python's parser then refuses
@@ -217,12 +221,17 @@ def _logic(answer: str, truth: dict) -> str:
     for name in expected:
         if not re.search(rf"\b{name}\b\s+is\s+a\s+(knight|knave)\b", answer, re.IGNORECASE):
             return "malformed"
-    roles = {n: re.search(rf"\b{n}\b\s+is\s+a\s+(knight|knave)\b", answer, re.IGNORECASE)[1].lower() for n in expected}
+    roles = {
+        n: re.search(rf"\b{n}\b\s+is\s+a\s+(knight|knave)\b", answer, re.IGNORECASE)[1].lower()
+        for n in expected
+    }
     return "right" if roles == expected else "wrong"
 
 
 def _solution_text(truth: dict) -> str:
-    """The text the published checker reads the solution from: a field of published rows, written here for our own."""
+    """The text the published checker reads the solution from: a field of published rows, written here for our
+    own.
+    """
     if "solution_text_format" in truth:
         return truth["solution_text_format"] or ""
     pairs = zip(truth.get("names", []), truth.get("solution", []), strict=True)

@@ -1,4 +1,5 @@
-"""Everything the tasks share: the paper's prompt, rows read from files, the answer block, and finding a task by its name.
+"""Everything the tasks share: the paper's prompt, rows read from files, the answer block, and finding a task
+by its name.
 
 A row is a dict with
 
@@ -7,9 +8,9 @@ A row is a dict with
     answer  str: the closing block after the last sentence, never shown as a hint; "" if there is none
     truth   what the task's score() needs, a dict in every task here
 
-A task is a file data/NAME.py with load(split, path=None) -> rows and score(response, truth) -> (reward, verdict). Its rows
-need only prompt and truth: reinforcement learning and evaluation need no reference solution.
-"""
+A task is a file data/NAME.py with load(split, path=None) -> rows and score(response, truth) -> (reward,
+verdict). Its rows need only prompt and truth: reinforcement learning and evaluation need no reference
+solution."""
 
 import inspect
 import json
@@ -41,24 +42,32 @@ def load_task(name: str) -> ModuleType:
     """The module data/`name`.py. UserError unless it has load() and score()."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     texts = {p.stem: p.read_text(encoding="utf-8") for p in files}
-    names = [n for n, text in texts.items() if all(re.search(rf"^def {f}\(", text, re.M) for f in ("load", "score"))]
+    names = [
+        n
+        for n, text in texts.items()
+        if all(re.search(rf"^def {f}\(", text, re.M) for f in ("load", "score"))
+    ]
     if name not in names:
         raise UserError(f"task = {name!r}: there is no such task in data/; tasks are {', '.join(names)}")
     return import_module(f"data.{name}")
 
 
 def load_rows(
-    task: ModuleType, split: str, path: str | Path | None = None, n: int = 0, one_file: str = "all", **made: Any
+    task: ModuleType,
+    split: str,
+    path: str | Path | None = None,
+    n: int = 0,
+    one_file: str = "all",
+    **made: Any,
 ) -> list[dict]:
     """Rows of a task, checked and complete: the first n, or with n = 0 as many as the task has by default.
 
-    made: further arguments of the task's load(), such as style, sizes or seed. Those that are None, empty or 0 count as not
-    given. The others are handed only to a load() that takes them: style, which always has a value, is dropped otherwise, and
-    the rest are a UserError.
+    made: further arguments of the task's load(), such as style, sizes or seed. Those that are None, empty or
+    0 count as not given. The others are handed only to a load() that takes them: style, which always has a
+    value, is dropped otherwise, and the rest are a UserError.
 
-    one_file: where `path` names one file rather than a folder with a file for each split, "all" takes every row of it for
-    any split, and "split" only the rows of `split` by the rule of split_rows().
-    """
+    one_file: where `path` names one file rather than a folder with a file for each split, "all" takes every
+    row of it for any split, and "split" only the rows of `split` by the rule of split_rows()."""
     name = task.__name__.rpartition(".")[2]
     path = path or None
     arguments = _accepted(task, name, {"path": path, **made})
@@ -125,7 +134,8 @@ def is_one_file(path: str | Path | None) -> bool:
 
 
 def split_rows(rows: list, split: str, every: int = TEST_EVERY) -> list:
-    """The training or test rows of a single file: row i is a test row if i % every == every - 1, else a training row.
+    """The training or test rows of a single file: row i is a test row if i % every == every - 1, else a
+    training row.
 
     Of fewer than `every` rows the last is the only test row. Any split but train and test is all rows.
     """
@@ -149,10 +159,11 @@ def split_note(path: str | Path | None) -> str:
 
 
 def read_records(path: str | Path, split: str) -> list[tuple[str, dict]]:
-    """(where, record) for every row of a .parquet, .jsonl or .json file, or of `path`/`split`.* if path is a folder.
+    """(where, record) for every row of a .parquet, .jsonl or .json file, or of `path`/`split`.* if path is a
+    folder.
 
-    `where` names the file and row for error messages. A .json file holds a list of objects, one object, or one object a
-    line. Parquet needs pyarrow (the `data` extra). UserError for anything that cannot be read.
+    `where` names the file and row for error messages. A .json file holds a list of objects, one object, or
+    one object a line. Parquet needs pyarrow (the `data` extra). UserError for anything that cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -169,7 +180,9 @@ def read_records(path: str | Path, split: str) -> list[tuple[str, dict]]:
         raise UserError(f"{path}: no rows")
     for n, record in enumerate(records):
         if not isinstance(record, dict):
-            raise UserError(f"{path} row {n}: must be an object with named fields, not {type(record).__name__}")
+            raise UserError(
+                f"{path} row {n}: must be an object with named fields, not {type(record).__name__}"
+            )
     return [(f"{path} row {n}", record) for n, record in enumerate(records)]
 
 
@@ -182,7 +195,9 @@ def _read_parquet(path: Path) -> list:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as e:
-        raise UserError(f"{path}: not a readable parquet file ({(str(e) or type(e).__name__).splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: not a readable parquet file ({(str(e) or type(e).__name__).splitlines()[0]})"
+        ) from None
 
 
 def _read_json(path: Path) -> list:
@@ -222,7 +237,9 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise UserError(f"{path} line {line + e.lineno - 1}: not JSON ({e.msg} at column {e.colno})") from None
+        raise UserError(
+            f"{path} line {line + e.lineno - 1}: not JSON ({e.msg} at column {e.colno})"
+        ) from None
     except ValueError:
         raise UserError(f"{path} line {line}: an integer has too many digits") from None
     except RecursionError:
@@ -245,12 +262,11 @@ def read_rows(
     needs: dict[str, type | tuple[type, ...]],
     check: Callable[[dict], str | None] = lambda truth: None,
 ) -> list[dict]:
-    """Rows of a file in the layout of the published UFT data (question, hint, answer, reward_model.ground_truth) or in our
-    own (prompt, hint, answer, truth); hint and answer may be missing.
+    """Rows of a file in the layout of the published UFT data (question, hint, answer,
+    reward_model.ground_truth) or in our own (prompt, hint, answer, truth); hint and answer may be missing.
 
-    needs: the fields the truth must have, and their types. check(truth) says why a truth cannot be used, or None; it may
-    replace values of the truth by equal ones of another type.
-    """
+    needs: the fields the truth must have, and their types. check(truth) says why a truth cannot be used, or
+    None; it may replace values of the truth by equal ones of another type."""
     rows = []
     for where, record in read_records(path, split):
         # either layout
@@ -262,7 +278,12 @@ def read_rows(
         hint = [] if record.get("hint") is None else record["hint"]
         answer = "" if record.get("answer") is None else record["answer"]
         # types
-        fields = (("prompt", prompt, str), ("hint", hint, list), ("answer", answer, str), ("truth", truth, dict))
+        fields = (
+            ("prompt", prompt, str),
+            ("hint", hint, list),
+            ("answer", answer, str),
+            ("truth", truth, dict),
+        )
         for name, value, kind in fields:
             if not isinstance(value, kind):
                 raise UserError(f"{where}: field '{name}' is missing or not a {kind.__name__}")
@@ -294,19 +315,23 @@ def _dig(record: Any, *keys: str | int) -> Any:
 # ---- problems with a worked solution -------------------------------------------------------------------------
 
 
-def read_solved(path: str | Path, split: str, source: str, read_raw: Callable) -> list[tuple[str, dict, dict]]:
+def read_solved(
+    path: str | Path, split: str, source: str, read_raw: Callable
+) -> list[tuple[str, dict, dict]]:
     """(where, record, row) for each row whose data_source is `source` or missing.
 
-    Rows published with UFT and rows of our own layout are recognised by their fields. `read_raw(where, record)` gives the
-    question, solution and target of any other record. `path` is a file or a folder with, at any depth, files named after the
-    split (test.*, test-00000-of-00001.*) or lying in a folder of that name.
-    """
+    Rows published with UFT and rows of our own layout are recognised by their fields. `read_raw(where,
+    record)` gives the question, solution and target of any other record. `path` is a file or a folder with,
+    at any depth, files named after the split (test.*, test-00000-of-00001.*) or lying in a folder of that
+    name."""
     path, found = Path(path), []
     files = [p for p in sorted(path.rglob("*")) if p.suffix in ENDINGS] if path.is_dir() else []
     if any(p.parent == path and p.stem == split for p in files):
         files = [path]
     else:
-        files = [p for p in files if p.name.startswith(f"{split}-") or split in p.relative_to(path).parts[:-1]] or [path]
+        files = [
+            p for p in files if p.name.startswith(f"{split}-") or split in p.relative_to(path).parts[:-1]
+        ] or [path]
     for file in files:
         records = read_records(file, split)
         if "reward_model" in records[0][1] or "truth" in records[0][1]:
@@ -314,7 +339,11 @@ def read_solved(path: str | Path, split: str, source: str, read_raw: Callable) -
         else:
             rows = [solved_row(*read_raw(where, record)) for where, record in records]
         pairs = zip(records, rows, strict=True)
-        found += [(where, record, row) for (where, record), row in pairs if record.get("data_source") in (None, source)]
+        found += [
+            (where, record, row)
+            for (where, record), row in pairs
+            if record.get("data_source") in (None, source)
+        ]
     if not found:
         raise UserError(f"{path}: no row has data_source '{source}'")
     return found
@@ -324,7 +353,9 @@ def solved_row(question: str, solution: str, target: str) -> dict:
     """The row of a problem with a worked solution, as the published data have it."""
     return {
         "prompt": PROMPT.format(instruction=question, example="12"),
-        "hint": [s for s in re.split(r"(?<=\.\s)|(?<=\n)", solution) if s],  # the published cuts, blank lines included
+        "hint": [
+            s for s in re.split(r"(?<=\.\s)|(?<=\n)", solution) if s
+        ],  # the published cuts, blank lines included
         "answer": f" </think>\n<answer> {target} </answer>",
         "truth": {"question": question, "target": target},
     }
@@ -340,7 +371,8 @@ def text_field(where: str, record: dict, name: str) -> str:
 
 
 def answer_block(response: str) -> tuple[str, str] | None:
-    """(text before, text inside) of the last complete <answer> block, the innermost of nested ones; None without one.
+    """(text before, text inside) of the last complete <answer> block, the innermost of nested ones; None
+    without one.
 
     Searches rather than a pattern, which would take quadratic time on many opening tags.
     """
