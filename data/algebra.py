@@ -5,10 +5,10 @@ A form is a sum: a frozenset of (product, coefficient), where the coefficient is
 product is a frozenset of (atom, exponent). Exponents are Fractions. An atom is a tuple whose first entry is
 its kind:
 
-    ("prime", 3)            with an exponent between 0 and 1, such as the root in 2 sqrt(3); whole powers are multiplied out
+    ("prime", 3)            with an exponent between 0 and 1, such as the root in 2 sqrt(3)
     ("huge", 3)             a prime whose power has more than MAX_BITS bits, which is kept as a power
     ("symbol", "x")         a variable, pi, infinity, ...
-    ("sum", form)           a sum that is a factor, denominator or radicand; its coefficients are coprime whole numbers
+    ("sum", form)           a sum that is a factor, denominator or radicand, with coprime whole coefficients
     ("power", base, form)   base ** form, where the exponent is not a number
     (name, form, ...)       anything else with arguments: a function, an absolute value, a matrix
 
@@ -128,7 +128,7 @@ def primitive(form: Form) -> Form:
     return _content(form)[1] if form else form
 
 
-# ---- inside --------------------------------------------------------------------------------------------------
+# ---- inside --------------------------------------------------------------------------------------
 
 
 def _checked(terms) -> Form:

@@ -8,7 +8,7 @@ are never negative, compound operands in parentheses. Style "short" is for tiny 
 number: numbers from 1 to 10, only + and -, and no problem that a random chain solves often, which rules out 3
 and 4 numbers. The first training row of each, where PROMPT is that of data/rows.py:
 
-    prompt  PROMPT with "Using the numbers [23, 82, 42], create an equation that equals 17. You can use basic ..."
+    prompt  PROMPT with "Using the numbers [23, 82, 42], create an equation that equals 17. You can ..."
     hint    ["82 - 42 = 40\\n", "40 - 23 = 17\\n", "Therefore, the final equation is (82 - 42) - 23"]
     answer  " </think>\\n<answer> (82 - 42) - 23 </answer>"
     truth   {"numbers": [23, 82, 42], "target": 17}
@@ -46,8 +46,8 @@ from data.rows import PROMPT, answer_block, first, read_rows
 from infra.config import UserError
 
 INSTRUCTION = (
-    "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic operations "
-    "(+, -, *, /) and each number can only be used once."
+    "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
+    "operations (+, -, *, /) and each number can only be used once."
 )
 DEFAULTS = {  # style -> (how many numbers, rows of each split)
     "paper": ((3, 4), {"train": 10240, "test": 1024}),
@@ -152,7 +152,7 @@ def _row(style: str, numbers: list[int], target: int, steps: list[Step]) -> dict
     }
 
 
-# ---- making problems -----------------------------------------------------------------------------------------
+# ---- making problems -----------------------------------------------------------------------------
 
 
 def _is_easy(numbers: list[int], target: int) -> bool:
@@ -224,7 +224,7 @@ def write_equation(numbers: list[int], steps: list[Step]) -> str:
     return re.sub(r"\(([0-9]+)\)", r"\1", pool[0][1])
 
 
-# ---- solver --------------------------------------------------------------------------------------------------
+# ---- solver --------------------------------------------------------------------------------------
 
 
 def solve(numbers: list[int], target: int, whole: bool = False) -> list[Step] | None:
@@ -308,7 +308,7 @@ def _quotient(a: Number, b: Number) -> Number:
     return a // b if a % b == 0 else Fraction(a) / b  # integers are ten times faster than Fractions
 
 
-# ---- checker -------------------------------------------------------------------------------------------------
+# ---- checker -------------------------------------------------------------------------------------
 
 
 def score(response: str, truth: dict) -> tuple[float, str]:
@@ -359,7 +359,7 @@ def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> st
 def _check_equation(equation: str, numbers: list[int], target: int) -> str:
     if len(equation) > MAX_EQUATION or re.search(r"[^-0-9+*/(). \t\r\n]", equation):
         return "malformed"
-    # a point belongs to the number before it ("19."); "3.4" becomes two numbers side by side, which is malformed
+    # a point belongs to the number before it ("19."); "3.4" becomes two numbers side by side: malformed
     tokens = re.findall(r"[0-9]+\.?|[^ \t\r\n]", equation)
     used = [token.rstrip(".") for token in tokens if token[0] in "0123456789"]
     if not used or any(digits[0] == "0" and digits != "0" for digits in used):

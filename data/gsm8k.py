@@ -9,7 +9,7 @@ Nothing can be made here, so `path` names one of these:
 
 The first test row, where PROMPT is that of data/rows.py:
 
-    prompt  PROMPT with "Janet’s ducks lay 16 eggs per day. ... How much in dollars does she make every day ...?"
+    prompt  PROMPT with "Janet’s ducks lay 16 eggs per day. ... How much in dollars does she make ...?"
     hint    ["Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\n",
              "She makes 9 * 2 = $<<9*2=18>>18 every day at the farmer’s market.\n", "#### 18"]
     answer  " </think>\n<answer> 18 </answer>"
@@ -42,14 +42,15 @@ MAX_ANSWER = 10_000  # characters
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 WORDS = re.compile(r"(?: [A-Za-z]+){1,3}")
 NO_UNITS = set(  # without a plural s
-    "k M B bn mil percent half halve third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth pair couple "
-    "dozen score gross hundred thousand million billion trillion squared cubed factorial point "
-    "or and to of by over under more less than plus minus times not about "
-    "one two three four five six seven eight nine ten".split()
+    "k M B bn mil percent half halve third fourth fifth sixth seventh eighth ninth tenth hundredth "
+    "thousandth pair couple dozen score gross hundred thousand million billion trillion squared cubed "
+    "factorial point or and to of by over under more less than plus minus times not about one two three "
+    "four five six seven eight nine ten".split()
 )
 MISSING = (
-    "data_path: GSM8K cannot be made, only read; give the folder of: hf download openai/gsm8k --repo-type=dataset "
-    "--local-dir=gsm8k (fields question and answer, with ####), or data/others/test.parquet of github.com/liumy2010/UFT"
+    "data_path: GSM8K cannot be made, only read; give the folder of: hf download openai/gsm8k "
+    "--repo-type=dataset --local-dir=gsm8k (fields question and answer, with ####), or "
+    "data/others/test.parquet of github.com/liumy2010/UFT"
 )
 
 
@@ -69,8 +70,7 @@ def load(split: str, path: str | Path | None = None, *, n: int | None = None) ->
 
 
 def score(response: str, truth: dict) -> tuple[float, str]:
-    """(reward, verdict) of a response: 1.0 "right"; 0.1 "wrong" or "malformed" (no number); 0.0 "no answer".
-    """
+    """(reward, verdict) of a response: 1.0 "right", 0.1 "wrong" or "malformed", or 0.0 "no answer"."""
     block = answer_block(response)
     if block is None:
         return 0.0, "no answer"

@@ -11,7 +11,7 @@ Nothing can be made here, so `path` names one of these (Hendrycks et al. 2021, M
 The published test row 1, where PROMPT is that of data/rows.py and long sentences are shortened:
 
     prompt  PROMPT with "What is the remainder when $13^{13} +5$ is divided by 6?"
-    hint    ["Start off by looking for a pattern. ", "$(13^1 + 5)/6$ leaves no remainder; ... always leaves no remainder. ",
+    hint    ["Start off by looking for a pattern. ", "$(13^1 + 5)/6$ leaves no remainder; ... ",
              "This is true because ... $6$. ", "When $5$ is added to ..., so the remainder is $\\boxed{0}$."]
     answer  " </think>\n<answer> 0 </answer>"
     truth   {"question": "What is the remainder when $13^{13} +5$ is divided by 6?", "target": "0"}
@@ -46,8 +46,9 @@ from infra.config import UserError
 SOURCE = "DigitalLearningGmbH/MATH-lighteval"
 MAX_ANSWER = 2000  # characters; the longest published target has 204
 MISSING = (
-    "data_path: MATH cannot be made, only read; give data/math/test.parquet (and train.parquet) of github.com/liumy2010/UFT "
-    "or the folder of: hf download EleutherAI/hendrycks_math --repo-type=dataset --local-dir=hendrycks_math"
+    "data_path: MATH cannot be made, only read; give data/math/test.parquet (and train.parquet) of "
+    "github.com/liumy2010/UFT or the folder of: hf download EleutherAI/hendrycks_math "
+    "--repo-type=dataset --local-dir=hendrycks_math"
 )
 
 
@@ -104,8 +105,7 @@ def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> t
 
 
 def _read_raw(where: str, record: dict) -> tuple[str, str, str]:
-    """(question, solution, target) of a record of MATH itself: the target is what the last \\boxed{} holds.
-    """
+    """(question, solution, target) of a record of MATH itself; the last \\boxed{} holds the target."""
     solution = text_field(where, record, "solution")
     start = max(solution.rfind(command) for command in (r"\boxed", r"\fbox"))
     boxed = re.match(r"\\[a-z]+ *(\{|[^\s$]*)", solution[start:]) if start >= 0 else None

@@ -9,20 +9,20 @@ Wordings and names are our own; the reasoning is worded as published.
 
 A row of style "paper", load("train", n=1), with only the instruction of its prompt:
 
-    prompt   ... On an island everybody is either a knight, who only says what is true, or a knave, who only says what
-             is false. You meet Peter, Daisy, and Tina. Asked about it, Peter answers that Tina is a
+    prompt   ... On an island everybody is either a knight, who only says what is true, or a knave, who only
+             says what is false. You meet Peter, Daisy, and Tina. Asked about it, Peter answers that Tina is a
              knave or Tina is a knight. "Daisy is a knave and Daisy is a knight," is what Daisy replies.
              You hear from Tina that Peter is not a knight. Who is a knight and who is a knave? ...
-    hint     Assume Peter is a knight. No contradiction is found in their claim that Tina is a knave or Tina is a
-               knight.
-             Tina cannot be a knight, because this would contradict the claim of their own that Peter is not a
-             knight. Assume Tina is a knave. No contradiction is found in their false claim that Peter is not
-             a knight. Daisy cannot be a knight, because this would contradict the claim of their own that
-             Daisy is a knave and
-               Daisy is a knight.
-             Assume Daisy is a knave. No contradiction is found in their false claim that Daisy is a knave and
-             Daisy
+    hint     Assume Peter is a knight. No contradiction is found in their claim that Tina is a knave or Tina
                is a knight.
+             Tina cannot be a knight, because this would contradict the claim of their own that Peter is not a
+               knight.
+             Assume Tina is a knave. No contradiction is found in their false claim that Peter is not a
+               knight.
+             Daisy cannot be a knight, because this would contradict the claim of their own that Daisy is a
+               knave and Daisy is a knight.
+             Assume Daisy is a knave. No contradiction is found in their false claim that Daisy is a knave and
+               Daisy is a knight.
              Therefore, (1) Peter is a knight
              (2) Daisy is a knave
              (3) Tina is a knave
@@ -30,9 +30,9 @@ A row of style "paper", load("train", n=1), with only the instruction of its pro
              <answer> (1) Peter is a knight
              (2) Daisy is a knave
              (3) Tina is a knave </answer>
-    truth    {'names': ['Peter', 'Daisy', 'Tina'], 'solution': [True, False, False], 'statements': "(('or', ('lying',
-             2), ('telling-truth', 2)), ('and', ('lying', 1), ('telling-truth', 1)), ('not', ('telling-
-             truth', 0)))"}
+    truth    {'names': ['Peter', 'Daisy', 'Tina'], 'solution': [True, False, False], 'statements': "(('or',
+             ('lying', 2), ('telling-truth', 2)), ('and', ('lying', 1), ('telling-truth', 1)), ('not',
+             ('telling-truth', 0)))"}
 
 A row of style "short", load("train", n=1, style="short"), one token per word for models of 100,000
 parameters:
@@ -52,9 +52,9 @@ parameters:
              C knight no C
              C knave ok
     answer   <answer>A knight B knave C knave D knave</answer>
-    truth    {'names': ['A', 'B', 'C', 'D'], 'solution': [True, False, False, False], 'statements': "(('or', ('lying',
-             1), ('lying', 2)), ('and', ('telling-truth', 3), ('lying', 2)), ('not', ('telling-truth',
-             0)), ('<=>', ('telling-truth', 2), ('lying', 2)))", 'steps': True}
+    truth    {'names': ['A', 'B', 'C', 'D'], 'solution': [True, False, False, False], 'statements': "(('or',
+             ('lying', 1), ('lying', 2)), ('and', ('telling-truth', 3), ('lying', 2)), ('not',
+             ('telling-truth', 0)), ('<=>', ('telling-truth', 2), ('lying', 2)))", 'steps': True}
 
 trace() reproduces the hints of all 5,000 published rows from their names and statements alone. In the short
 style (truth["steps"]) score() also checks that each line before the answer is a sound step, in whatever order
@@ -89,20 +89,23 @@ from data.rows import PROMPT, answer_block, first, read_rows
 from infra.config import UserError
 
 INSTRUCTION = (
-    "On an island everybody is either a knight, who only says what is true, or a knave, who only says what is false. "
-    "You meet {people}. {claims} Who is a knight and who is a knave?"
+    "On an island everybody is either a knight, who only says what is true, or a knave, who only says what "
+    "is false. You meet {people}. {claims} Who is a knight and who is a knave?"
 )
 EXAMPLE = "(1) Ada is a knight\n(2) Max is a knave\n(3) ..."
 WORDINGS = (
-    '{name} says: "{claim}."', '{name} says that {claim}.', '"{claim}," says {name}.', 'According to {name}, {claim}.',
-    '{name} tells you that {claim}.', '"{claim}," {name} insists.', '{name} swears: "{claim}."', '{name}: "{claim}."',
-    'You hear from {name} that {claim}.', '{name} whispers, "{claim}."', 'What {name} has to say is: "{claim}."',
-    'Asked about it, {name} answers that {claim}.', '"{claim}," is what {name} replies.', '{name} adds that {claim}.',
+    '{name} says: "{claim}."', '{name} says that {claim}.', '"{claim}," says {name}.',
+    'According to {name}, {claim}.', '{name} tells you that {claim}.', '"{claim}," {name} insists.',
+    '{name} swears: "{claim}."', '{name}: "{claim}."', 'You hear from {name} that {claim}.',
+    '{name} whispers, "{claim}."', 'What {name} has to say is: "{claim}."',
+    'Asked about it, {name} answers that {claim}.', '"{claim}," is what {name} replies.',
+    '{name} adds that {claim}.',
 )  # fmt: skip
 NAMES = (
-    "Ada Alan Alice Anton Bella Boris Carla Clara Cyril Daisy Dora Edgar Elsa Emil Erik Flora Frank Freya Gina Greta "
-    "Hanna Hugo Ida Igor Irma Ivan Jana Jonas Julia Karin Klaus Lara Lena Louis Marta Max Mona Nina Nora Oscar Otto "
-    "Paula Peter Petra Rosa Rudi Sara Simon Tara Theo Tina Uma Vera Viktor Wanda Xenia Yara Yuri Zara"
+    "Ada Alan Alice Anton Bella Boris Carla Clara Cyril Daisy Dora Edgar Elsa Emil Erik Flora Frank Freya "
+    "Gina Greta Hanna Hugo Ida Igor Irma Ivan Jana Jonas Julia Karin Klaus Lara Lena Louis Marta Max Mona "
+    "Nina Nora Oscar Otto Paula Peter Petra Rosa Rudi Sara Simon Tara Theo Tina Uma Vera Viktor Wanda "
+    "Xenia Yara Yuri Zara"
 ).split()
 LETTERS = "ABCDEFG"
 MIN_SIZE, MAX_SIZE = 2, len(LETTERS)
@@ -198,7 +201,8 @@ def trace(names: Sequence[str], statements: tuple) -> list[str]:
         if kind == "back":
             exhausted = _listing([names[p] for p in rest[0]])
             sentences.append(
-                f"We have exhausted all possibilities for {exhausted}, so let us go back and reconsider {name}.\n"
+                f"We have exhausted all possibilities for {exhausted}, "
+                f"so let us go back and reconsider {name}.\n"
             )
             continue
         is_knight, speaker = rest
@@ -259,10 +263,11 @@ def check_steps(text: str, truth: dict) -> bool:
     """Whether each line before the answer block of `text` (short style) follows from the lines before it, and
     the roles they end with are the ones answered. People may be taken in any order. The lines are
 
-    A knight ok      A has no role yet and knight is not refuted; with it every claim made so far can still hold
-    B knight no A    B has no role yet and knight is not refuted; with it A's claim (A has a role, or is B) cannot hold
-    back C           somebody has both roles refuted; the people assumed after C have their other role refuted too,
-                     so C's present role is refuted and all assumed from C on have no role again
+    A knight ok      A has no role yet and knight is not refuted; with it all claims so far can still hold
+    B knight no A    B has no role yet and knight is not refuted; with it A's claim cannot hold, where A has a
+                     role or is B
+    back C           somebody has both roles refuted, and so has the other role of everybody assumed after C:
+                     C's present role is refuted, and all assumed from C on have no role again
     """
     before, block = answer_block(text) or ("", "")
     if len(before) > MAX_STEPS:
@@ -330,10 +335,10 @@ def parse_statements(text: str, n: int) -> tuple:
     return statements
 
 
-# ---- the search ----------------------------------------------------------------------------------------------
+# ---- the search ----------------------------------------------------------------------------------
 
-# A set of assignments of n people is an integer of 2**n bits: bit a stands for the assignment in which person p is a
-# knight exactly if bit p of a is set. The intersection of two sets is then one "&", which makes drawing problems fast.
+# A set of assignments of n people is an integer of 2**n bits: bit a stands for the assignment in which person
+# p is a knight exactly if bit p of a is set. Intersecting two sets is then one "&", which makes drawing fast.
 
 
 @lru_cache
@@ -408,12 +413,11 @@ def _mentioned(claim: tuple) -> list[int]:
     return [claim[1]] if claim[0] in LEAVES else [leaf[1] for leaf in claim[1:]]
 
 
-# ---- drawing problems and writing rows -----------------------------------------------------------------------
+# ---- drawing problems and writing rows -----------------------------------------------------------
 
 
 def _draw(rng: random.Random, n: int) -> tuple:
-    """Claims of n people with exactly one solution: six kinds, equally likely, none about the speaker alone.
-    """
+    """Claims of n people with exactly one solution: six equally likely kinds, none only about the speaker."""
     while True:
         statements = []
         for speaker in range(n):
@@ -512,7 +516,7 @@ def _solution_lines(names: Sequence[str], solution: list[bool]) -> list[str]:
     return [*roles[:-1], roles[-1].rstrip("\n")]
 
 
-# ---- reading answers -----------------------------------------------------------------------------------------
+# ---- reading answers -----------------------------------------------------------------------------
 
 
 def _read_answer(block: str, truth: dict) -> list[bool] | None:

@@ -57,30 +57,30 @@ PARTS = set(
     "half halves third thirds fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths k".split()
 )
 PARTS |= {"hundredth", "hundredths", "thousandth", "thousandths"}
-UNITS = {  # spelling without plural s -> unit
-    "mm": "mm", "millimeter": "mm", "cm": "cm", "centimeter": "cm", "m": "m", "meter": "m", "metre": "m", "km": "km",
-    "kilometer": "km", "in": "in", "inch": "in", "inche": "in", "ft": "ft", "foot": "ft", "feet": "ft", "yd": "yd",
-    "yard": "yd", "mi": "mi", "mile": "mi", "mg": "mg", "g": "g", "gm": "g", "gram": "g", "kg": "kg", "kilogram": "kg",
-    "lb": "lb", "pound": "lb", "oz": "oz", "ounce": "oz", "ton": "ton", "second": "sec", "sec": "sec", "minute": "min",
-    "min": "min", "hour": "hour", "hr": "hour", "day": "day", "week": "week", "month": "month", "year": "year",
-    "cent": "cent", "dollar": "dollar", "ml": "ml", "milliliter": "ml", "l": "l", "liter": "l", "hz": "hz", "khz": "khz",
-    "mhz": "mhz", "ev": "ev", "kev": "kev", "mev": "mev", "nm": "nm", "mph": "mph", "degree": "degree", "deg": "degree",
-    "radian": "radian", "rad": "radian",
+UNITS = {  # unit -> its spellings without a plural s
+    "mm": "mm millimeter", "cm": "cm centimeter", "m": "m meter metre", "km": "km kilometer",
+    "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "mg": "mg",
+    "g": "g gm gram", "kg": "kg kilogram", "lb": "lb pound", "oz": "oz ounce", "ton": "ton",
+    "s": "sec second", "min": "min minute", "h": "hr hour", "day": "day", "week": "week",
+    "month": "month", "year": "year", "cent": "cent", "dollar": "dollar", "ml": "ml milliliter",
+    "l": "l liter", "hz": "hz", "khz": "khz", "mhz": "mhz", "ev": "ev", "kev": "kev", "mev": "mev",
+    "nm": "nm", "mph": "mph", "degree": "degree deg", "radian": "radian rad",
 }  # fmt: skip
-LETTER_UNITS = "m g s h l L N J W V A K C F T".split()  # in \\text or \\mathrm after a number
-FUNCTIONS = set(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det dim arg Re Im".split()
-)
+UNIT_OF = {spelling: unit for unit, spellings in UNITS.items() for spelling in spellings.split()}
+LETTER_UNITS = "m g s h l L N J W V A K C F T".split()  # in \text or \mathrm after a number
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp".split())
+FUNCTIONS |= set("max min gcd lcm det dim arg Re Im".split())
 RELATIONS = {
     "=": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\in": "in",
     r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=",
     r"\ne": "!=", r"\neq": "!=",
 }  # fmt: skip
 CHARACTERS = {
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
-    "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "′": "'", "％": "%", "，": ",",
-    "\u2009": r"\,", "\u202f": r"\,", "\u200b": "", "\u2060": "", "\ufeff": "", "θ": r"\theta ", "α": r"\alpha ",
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
+    "π": r"\pi ", "√": r"\sqrt ", "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}",
+    "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "′": "'", "％": "%", "，": ",", "θ": r"\theta ",
+    "α": r"\alpha ", "\u2009": r"\,", "\u202f": r"\,", "\u200b": "", "\u2060": "", "\ufeff": "",
 }  # fmt: skip
 TRANSLATION = str.maketrans(CHARACTERS)
 # Text that only changes the look: (pattern, replacement), in this order.
@@ -95,7 +95,7 @@ LOOK = [
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (
-            r"\\(?:text(?:rm|bf|it|sf|up|normal)|mbox|mathrm|mathbf|mathit|mathsf|bf|rm|operatorname)(?=\s*\{)",
+            r"\\(?:text(?:rm|bf|it|sf|up|normal)|mbox|math(?:rm|bf|it|sf)|bf|rm|operatorname)(?=\s*\{)",
             r"\\text",
         ),
         (r"\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])", ""),
@@ -109,10 +109,14 @@ LOOK = [
     )
 ]
 TOKEN = re.compile(
-    r"(?P<text>\\text\s*\{[^{}]*\})|(?P<matrix>\\(?:begin|end)\s*\{[a-zA-Z]+\})|(?P<command>\\(?:[A-Za-z]+|.))"
-    r"|(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\\overline\s*\{[0-9]{1,9}\}|[eE][+-]?[0-9]{1,3}(?![0-9.A-Za-z]))?)"
-    r"|(?P<word>[A-Za-z]+)|(?P<other>\S)",
-    re.DOTALL,
+    r"""(?P<text>\\text\s*\{[^{}]*\})
+    |(?P<matrix>\\(?:begin|end)\s*\{[a-zA-Z]+\})
+    |(?P<command>\\(?:[A-Za-z]+|.))
+    |(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)
+        (?:\\overline\s*\{[0-9]{1,9}\}|[eE][+-]?[0-9]{1,3}(?![0-9.A-Za-z]))?)
+    |(?P<word>[A-Za-z]+)
+    |(?P<other>\S)""",
+    re.DOTALL | re.VERBOSE,
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 
@@ -144,7 +148,7 @@ def _same(a: str, t: str) -> bool:
     return bool(forms & target_forms)
 
 
-# ---- text ----------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def _clean(text: str) -> str:
@@ -157,7 +161,7 @@ def _clean(text: str) -> str:
     text = text.strip()
     while True:
         inside = re.match(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text)
-        text, before = text.removesuffix(".").strip(), text
+        text, before = re.sub(r"(?<!\.)\.$", "", text).strip(), text
         if inside and (rest := text[inside.end() :]):
             if rest[0] != "{":
                 text = rest
@@ -191,7 +195,7 @@ def _as_text(text: str) -> str:
     return text
 
 
-# ---- reading: lists, relations, units ------------------------------------------------------------------------
+# ---- reading: lists, relations, units ------------------------------------------------------------
 
 
 @lru_cache(2048)
@@ -257,30 +261,29 @@ class Reader:
             self.depth -= 1
 
     def one(self, tokens: list) -> object:
-        """A single solution: a relation, a union, an interval or tuple, a set, or an expression with or
+        """A single solution: a relation, set, union, interval or tuple, or an expression with or
         without a unit.
         """
         if sides := self.sides(tokens):
             forms = self.relation(*sides)
             values = [f for f in forms if not (isinstance(f, tuple) and f[0] == "equation")]
             return [*values, *forms][0]
+        if _wraps(tokens) and tokens[0][1] == r"\{":
+            return self.solutions(_split(tokens[1:-1], _separates))
         # both signs
         if any(t[1] in (r"\pm", r"\mp") for t in tokens):
-            signs = ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"})
-            return self.solutions(
-                [[("other", s[t], w) if t in s else (k, t, w) for k, t, w in tokens] for s in signs]
-            )
+            upper, lower = {r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"}
+            both = [
+                [("other", s[t], w) if t in s else (k, t, w) for k, t, w in tokens] for s in (upper, lower)
+            ]
+            return self.solutions(both)
         parts = _split(tokens, lambda t: t[1] == r"\cup")
         if len(parts) > 1:
             return ("union", Many(self.item(part) for part in parts))
-        first, last = tokens[0][1], tokens[-1][1]
-        if _wraps(tokens):
-            inside = tokens[1:-1]
-            items = _split(inside, lambda t: t[1] in ",;")
-            if first == r"\{":
-                return self.solutions(_split(inside, _separates))
-            if first in ("(", "[") and len(items) > 1:
-                return ("tuple", first, last, *map(self.item, items))
+        if _wraps(tokens) and tokens[0][1] in ("(", "["):
+            items = _split(tokens[1:-1], lambda t: t[1] in (",", ";"))
+            if len(items) > 1:
+                return ("tuple", tokens[0][1], tokens[-1][1], *map(self.item, items))
         return self.quantity(tokens)
 
     def sides(self, tokens: list) -> tuple[list, list] | None:
@@ -292,28 +295,29 @@ class Reader:
         return (sides, [RELATIONS[t[1]] for t in depth_0]) if len(sides) > 1 else None
 
     def relation(self, sides: list[list], relations: list[str]) -> set:
-        if set(relations) <= {"=", "in"}:
-            name = _is_name(sides[0])
-            forms = [self.item(side) for side in sides[name:-1]]
-            self.finished = True  # only the last side is the result
-            forms.append(self.item(sides[-1]))
-            constant = all(isinstance(f, Form) and rational(f) is not None for f in forms)
-            values = {forms[-1]} if (name or constant) and len(set(forms)) == 1 else set()
-            if len(sides) == 2 and relations == ["="] and isinstance(forms[-1], Form):
-                left = self.item(sides[0]) if name and sides[0][0][0] != "text" else forms[0]
-                if isinstance(left, Form) and len(sides[0]) <= 1 or not name:
-                    values |= (
-                        {("equation", primitive(add(left, negate(forms[-1]))))}
-                        if isinstance(left, Form)
-                        else set()
-                    )
-            if not values:
-                raise Unreadable
-            return values
-        forms = [self.item(side) for side in sides]
-        if all(r[0] == ">" for r in relations):
-            forms, relations = forms[::-1], [r.replace(">", "<") for r in relations[::-1]]
-        return {("relation", *relations, *forms)}
+        """The forms of a chain of relations: the value of a name, an equation, or inequalities."""
+        if not set(relations) <= {"=", "in"}:
+            forms = [self.item(side) for side in sides]
+            if all(r[0] == ">" for r in relations):
+                forms, relations = forms[::-1], [r.replace(">", "<") for r in relations[::-1]]
+            return {("relation", *relations, *forms)}
+        name = _is_name(sides[0])
+        forms = [self.item(side) for side in sides[name:-1]]
+        self.finished = True  # only the last side is the result
+        forms.append(self.item(sides[-1]))
+        found = set()
+        # x = 5 is the value 5, and so is 10/2 = 5
+        constant = all(isinstance(f, Form) and rational(f) is not None for f in forms)
+        if (name or constant) and len(set(forms)) == 1:
+            found.add(forms[-1])
+        # y = 2x is an equation as well, since y is a variable
+        if len(sides) == 2 and relations == ["="] and (not name or len(sides[0]) == 1):
+            left, right = self.item(sides[0]), forms[-1]
+            if isinstance(left, Form) and isinstance(right, Form) and left != right:
+                found.add(("equation", primitive(add(left, negate(right)))))
+        if not found:
+            raise Unreadable
+        return found
 
     def quantity(self, tokens: list) -> object:
         """An expression, and a unit after it, which is noted but not part of the form."""
@@ -339,46 +343,37 @@ class Many(frozenset):
 def _tokens(text: str) -> list[tuple[str, str, bool]]:
     found, end = [], 0
     for m in TOKEN.finditer(text):
-        kind, spaced = m.lastgroup, m.start() > end
+        kind, piece, spaced = m.lastgroup, m[0], m.start() > end
         end = m.end()
         if kind == "text":
-            content = m[0][m[0].index("{") + 1 : -1].strip()
-            letter = re.fullmatch(
-                r"\(([A-Za-z])\)|([A-Za-z])", content
-            )  # a choice, a variable, or the unit m
-            is_unit = (
-                content in LETTER_UNITS
-                and found
-                and (found[-1][0] in ("number", "text") or found[-1][1] in "}/")
-            )
-            found.append(
-                ("word", letter[1] or letter[2], spaced)
-                if letter and not is_unit
-                else (kind, content, spaced)
-            )
-        elif kind == "matrix":
-            found.append((kind, re.sub(r"\s", "", m[0]), spaced))
-        elif kind == "word" and not (
-            len(m[0]) >= 4 or m[0] in ("or", "and", "pi", "inf") or m[0] in FUNCTIONS
-        ):
-            # one unit, or a product of letters
-            if (
-                len(m[0]) > 1
-                and m[0].lower().removesuffix("s") in UNITS
-                and found
-                and found[-1][0] == "number"
-            ):
-                found.append(("text", m[0], spaced))
-            else:
-                found += [("word", letter, spaced and i == 0) for i, letter in enumerate(m[0])]
-        elif kind == "word" and m[0] in ("sqrt", "pi", "inf", "infinity"):
-            name = {"inf": "infty", "infinity": "infty"}.get(m[0], m[0])
-            found.append(("command", "\\" + name, spaced))
-        elif kind == "word" and len(m[0]) > 1 and m[0] not in FUNCTIONS:
-            found.append(("text", m[0], spaced))
+            found.append((*_text_token(piece[piece.index("{") + 1 : -1].strip(), found), spaced))
+        elif kind == "word":
+            pieces = _word_tokens(piece, found)
+            found += [(*token, spaced and i == 0) for i, token in enumerate(pieces)]
         else:
-            found.append((kind, m[0], spaced))
+            found.append((kind, re.sub(r"\s", "", piece), spaced))
     return found
+
+
+def _text_token(content: str, before: list) -> tuple[str, str]:
+    r"""(kind, text) of what \text{} or \mathrm{} holds: one letter is a variable, choice or unit."""
+    letter = re.fullmatch(r"\(([A-Za-z])\)|([A-Za-z])", content)
+    after_number = before and (before[-1][0] in ("number", "text") or before[-1][1] in ("}", "/"))
+    if not letter or content in LETTER_UNITS and after_number:
+        return "text", content
+    return "word", letter[1] or letter[2]
+
+
+def _word_tokens(word: str, before: list) -> list[tuple[str, str]]:
+    """(kind, text) for letters outside commands: a name, a word, a unit, or else a product of variables."""
+    if word in ("sqrt", "pi", "infinity", "inf"):
+        return [("command", {"inf": r"\infty", "infinity": r"\infty"}.get(word, "\\" + word))]
+    if word in FUNCTIONS:
+        return [("word", word)]
+    is_unit = before and before[-1][0] == "number" and word.lower().removesuffix("s") in UNIT_OF
+    if len(word) >= 4 or word in ("or", "and") or is_unit and len(word) > 1:
+        return [("text", word)]
+    return [("word", letter) for letter in word]
 
 
 OPENING, CLOSING = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
@@ -402,22 +397,16 @@ def _split(tokens: list, separates) -> list[list]:
 
 
 def _separates(token: tuple) -> bool:
-    return token[1] in (",", ";") or token[0] == "text" and token[1] in ("or", "and")
+    return token[1] in (",", ";") or token[0] == "text" and token[1].strip(", ") in ("or", "and")
 
 
 def _wraps(tokens: list) -> bool:
     """Whether the first token is a bracket that the last one closes."""
-    return len(tokens) > 1 and tokens[0][1] in OPENING and tokens[-1][1] in CLOSING and not list(_at_depth_0(tokens)) and sum(
-        t[1] in OPENING for t in tokens
-    ) == sum(t[1] in CLOSING for t in tokens) and _closes_last(tokens)  # fmt: skip
-
-
-def _closes_last(tokens: list) -> bool:
     depth = 0
     for i, token in enumerate(tokens):
         depth += (token[1] in OPENING) - (token[1] in CLOSING)
-        if depth == 0:
-            return i == len(tokens) - 1
+        if depth <= 0:
+            return i > 0 and i == len(tokens) - 1
     return False
 
 
@@ -462,7 +451,7 @@ def _unit(tokens: list) -> tuple[int, tuple | None]:
             elif word.isdigit() and known:
                 known[-1] = (known[-1][0], int(word))
             elif word != "^":
-                known.append((UNITS.get(name) or UNITS.get(word), power_of_next))
+                known.append((UNIT_OF.get(name) or UNIT_OF.get(word), power_of_next))
                 power_of_next = 1
         if kind == "number" and known:
             known[-1] = (known[-1][0], int(text) if len(text) == 1 else 0)
@@ -470,7 +459,7 @@ def _unit(tokens: list) -> tuple[int, tuple | None]:
     return times, tuple(known) if certain else None
 
 
-# ---- reading: expressions ------------------------------------------------------------------------------------
+# ---- reading: expressions ------------------------------------------------------------------------
 
 
 class Expression:

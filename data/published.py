@@ -56,7 +56,7 @@ def _last_block(text: str) -> str | None:
     return text[start + len(opening) : text.find(closing, last)].strip()
 
 
-# ---- Countdown -----------------------------------------------------------------------------------------------
+# ---- Countdown -----------------------------------------------------------------------------------
 
 
 def _countdown(equation: str, truth: dict) -> str:
@@ -130,7 +130,7 @@ def _apply(operator: str, values: list) -> None:
     values.append(value)
 
 
-# ---- GSM8K ---------------------------------------------------------------------------------------------------
+# ---- GSM8K ---------------------------------------------------------------------------------------
 
 
 def _gsm8k(answer: str, truth: dict) -> str:
@@ -145,7 +145,7 @@ def _gsm8k(answer: str, truth: dict) -> str:
         return "malformed"
 
 
-# ---- MATH ----------------------------------------------------------------------------------------------------
+# ---- MATH ----------------------------------------------------------------------------------------
 
 
 def _math(answer: str, truth: dict) -> str:
@@ -159,9 +159,10 @@ def _math(answer: str, truth: dict) -> str:
 
 def _normal(text: str) -> str:
     # spelling
-    for old, new in (("\n", ""), (r"\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""),
-                     (r"\right", ""), (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", "")):  # fmt: skip
-        text = text.replace(old, new)
+    text = text.replace("\n", "").replace(r"\!", "").replace("\\\\", "\\")
+    text = text.replace("tfrac", "frac").replace("dfrac", "frac")
+    for command in (r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$"):
+        text = text.replace(command, "")
     # a unit
     if text.count(r"\text{ ") > 1:
         raise ValueError
@@ -205,7 +206,7 @@ def _brace_fractions(text: str) -> str:
     return r"\frac".join(done)
 
 
-# ---- Knights and Knaves --------------------------------------------------------------------------------------
+# ---- Knights and Knaves --------------------------------------------------------------------------
 
 
 def _logic(answer: str, truth: dict) -> str:

@@ -4,8 +4,8 @@ by its name.
 A row is a dict with
 
     prompt  str: the model's input
-    hint    list of str: the sentences of the reference reasoning, joined without a separator; [] if there is none
-    answer  str: the closing block after the last sentence, never shown as a hint; "" if there is none
+    hint    list of str: the sentences of the reference reasoning, joined without a separator; may be []
+    answer  str: the closing block after the last sentence, never shown as a hint; may be ""
     truth   what the task's score() needs, a dict in every task here
 
 A task is a file data/NAME.py with load(split, path=None) -> rows and score(response, truth) -> (reward,
@@ -26,16 +26,17 @@ from infra.config import UserError
 
 PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer.\n"
-    "User: {instruction} Show your work in <think> </think> tags. And return the final answer in <answer> </answer> "
-    "tags, for example <answer> {example} </answer>.\nAssistant: Let me solve this step by step.\n<think> "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+    "answer.\nUser: {instruction} Show your work in <think> </think> tags. And return the final answer in "
+    "<answer> </answer> tags, for example <answer> {example} </answer>.\n"
+    "Assistant: Let me solve this step by step.\n<think> "
 )
 """The prompt of the UFT paper (TinyZero's), plain text without a chat template."""
 ENDINGS = (".parquet", ".jsonl", ".json")
 TEST_EVERY = 10  # one row in ten of a single file is a test row
 
 
-# ---- tasks ---------------------------------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 
 def load_task(name: str) -> ModuleType:
@@ -126,7 +127,7 @@ def first(rows: list[dict], n: int | None, path: str | Path, split: str) -> list
     return rows[:n]
 
 
-# ---- training and test rows of one file ----------------------------------------------------------------------
+# ---- training and test rows of one file ----------------------------------------------------------
 
 
 def is_one_file(path: str | Path | None) -> bool:
@@ -155,7 +156,7 @@ def split_note(path: str | Path | None) -> str:
     )
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def read_records(path: str | Path, split: str) -> list[tuple[str, dict]]:
@@ -312,7 +313,7 @@ def _dig(record: Any, *keys: str | int) -> Any:
     return record
 
 
-# ---- problems with a worked solution -------------------------------------------------------------------------
+# ---- problems with a worked solution -------------------------------------------------------------
 
 
 def read_solved(
@@ -367,7 +368,7 @@ def text_field(where: str, record: dict, name: str) -> str:
     return record[name]
 
 
-# ---- responses -----------------------------------------------------------------------------------------------
+# ---- responses -----------------------------------------------------------------------------------
 
 
 def answer_block(response: str) -> tuple[str, str] | None:

@@ -1,8 +1,8 @@
 """Countdown: made problems, the solver and the checker.
 
-NANOFT_UFT_DATA (a folder with countdown/train.parquet) and NANOFT_GOLDEN (a folder with uft/reward_countdown.jsonl)
-switch on the tests over the published rows and over all recorded scores of the published checker.
-"""
+NANOFT_UFT_DATA (a folder with countdown/train.parquet) and NANOFT_GOLDEN (a folder with
+uft/reward_countdown.jsonl) switch on the tests over the published rows and over all recorded scores of the
+published checker."""
 
 import json
 import os
@@ -17,9 +17,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from infra.config import UserError
 from data import countdown
-from data.countdown import load, random_chain, score, solve
+from data.countdown import load, random_chain, score, score_published, solve
+from infra.config import UserError
 
 UFT_DATA, GOLDEN = os.environ.get("NANOFT_UFT_DATA"), os.environ.get("NANOFT_GOLDEN")
 VECTORS = Path(__file__).parent / "vectors" / "countdown.jsonl"
@@ -35,16 +35,20 @@ def whole(row: dict) -> str:
     return "".join(row["hint"]) + row["answer"]
 
 
-# ------------------------------------------------------------------------------------------------- recorded scores
+# ---- recorded scores -----------------------------------------------------------------------------
 
 
 def check_vectors(path: Path) -> int:
-    """Compares with the recorded scores; returns how many cases depart, all for a reason the module states."""
+    """Compares with the recorded scores: score_published() gives all of them; returns in how many cases
+    score() departs, each for a reason the module states."""
     departures = 0
     for line in path.read_text(encoding="utf-8").split("\n"):
         if not line:
             continue
         r = json.loads(line)
+        prompt = {"prompt": r["prompt"]} if "prompt" in r else {}
+        reward, verdict = score_published(r["response"], r["ground_truth"], **prompt)
+        assert {1.0: r["correct_score"], 0.1: r["format_score"], 0.0: 0}[reward] == r["score"], r["id"]
         reward, verdict = score(r["response"], r["ground_truth"])
         reward = {1.0: r["correct_score"], 0.1: r["format_score"], 0.0: 0}[reward]
         if reward == r["score"]:
@@ -55,7 +59,9 @@ def check_vectors(path: Path) -> int:
             last_line = r["response"].rpartition("\n")[2]
             prompt_lacks_marker = r["category"].startswith("marker:")
             nested = "<answer> <answer>" in last_line
-            assert not ("<answer>" in last_line and "</answer>" in last_line) or prompt_lacks_marker or nested, r["id"]
+            assert (
+                not ("<answer>" in last_line and "</answer>" in last_line) or prompt_lacks_marker or nested
+            ), r["id"]
         else:  # and stricter only about operators that are not allowed, and inexact values
             assert r["score"] == r["correct_score"], r["id"]
             assert (
@@ -77,10 +83,13 @@ def test_recorded_scores_of_all_cases():
 
 @pytest.mark.skipif(not GOLDEN, reason="NANOFT_GOLDEN is not set")
 def test_answers_that_hang_the_published_checker():
-    for line in (Path(GOLDEN) / "uft" / "reward_countdown_would_hang.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (
+        (Path(GOLDEN) / "uft" / "reward_countdown_would_hang.jsonl").read_text(encoding="utf-8").splitlines()
+    ):
         r = json.loads(line)
         began = time.process_time()
         assert score(r["response"], r["ground_truth"]) == (0.1, "malformed")
+        assert score_published(r["response"], r["ground_truth"])[0] == 0.1
         assert time.process_time() - began < 0.01
 
 
@@ -98,10 +107,35 @@ def test_published_answers_are_right():
             assert score(whole(made), row["truth"]) == (1.0, "right")
 
 
-# ------------------------------------------------------------------------- the stated differences, and what is kept
+# ---- the stated differences, and what is kept ----------------------------------------------------
 
 
-@pytest.mark.parametrize("equation", ["9 ** 9 ** 9", "9 ** 9", "(9 * 9) ** 9 / 9", "2**-3", "7 // 2", "74 // 19 + 45"])
+@pytest.mark.parametrize(
+    "equation, numbers, target, reward",
+    [
+        ("2 ** 3", [2, 3], 8, 1.0), ("-2 ** 2 + 8", [2, 2, 8], 4, 1.0), ("2 ** -1 * 8", [2, 1, 8], 4, 1.0),
+        ("2 ** 3 ** 2", [2, 3, 2], 512, 1.0), ("7 // 2", [7, 2], 3, 1.0), ("-7 // 2", [7, 2], -4, 1.0),
+        ("9 ** 9 ** 9", [9, 9, 9], 1, 0.1), ("9 ** 9 ** 9 ** 9", [9] * 4, 1, 0.1),
+        ("0 ** 9 ** 9 ** 9", [0, 9, 9, 9], 0, 0.1),
+        ("1 ** 9 ** 9", [1, 9, 9], 1, 1.0), ("(4 - 8) ** (1 / 2)", [4, 8, 1, 2], 2, 0.1),
+        ("3.4 * 5", [3, 4, 5], 17, 1.0),
+        ("7 / 0", [7, 0], 1, 0.1), ("03 + 4", [3, 4], 7, 0.1), ("7 * * 2", [7, 2], 49, 0.1),
+        ("(" * 201 + "7" + ")" * 201, [7], 7, 0.1),
+        ("(" * 199 + "7" + ")" * 199, [7], 7, 1.0), ("()", [], 0, 0.1), ("7)", [7], 7, 0.1),
+        ("7 7", [7, 7], 7, 0.1),
+    ],
+)  # fmt: skip
+def test_the_published_checker_evaluates_powers_within_bounds(equation, numbers, target, reward):
+    truth = {"numbers": numbers, "target": target}
+    began = time.process_time()
+    assert score_published(f"<answer>{equation}</answer>", truth)[0] == reward
+    assert time.process_time() - began < 0.05
+    assert score_published(f"<answer>{equation}</answer>\n", truth)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    "equation", ["9 ** 9 ** 9", "9 ** 9", "(9 * 9) ** 9 / 9", "2**-3", "7 // 2", "74 // 19 + 45"]
+)
 def test_power_and_floor_division_are_malformed(equation):
     assert judge(equation, [int(d) for d in equation if d.isdigit()], 387420489) == (0.1, "malformed")
 
@@ -113,7 +147,9 @@ def test_arithmetic_is_exact():
 
 
 @pytest.mark.parametrize("after", ["", "\n", "\n<|endoftext|>", "\nI hope so.", " </think>", " <answer> 3"])
-@pytest.mark.parametrize("block", ["<answer> 3+5+8 </answer>", "<answer>\n3+5+8\n</answer>", "<answer>3+5+8</answer>"])
+@pytest.mark.parametrize(
+    "block", ["<answer> 3+5+8 </answer>", "<answer>\n3+5+8\n</answer>", "<answer>3+5+8</answer>"]
+)
 def test_the_answer_may_stand_on_any_line(block, after):
     assert score("thought </think>\n" + block + after, TRUTH) == (1.0, "right")
 
@@ -124,7 +160,7 @@ def test_the_last_and_innermost_block_counts():
     assert score("<answer> 3+5+8 </answer>\nno, <answer> 3+5 </answer>", TRUTH) == (0.1, "numbers")
 
 
-@pytest.mark.parametrize("text", ["", "3+5+8", "<answer> 3+5+8", "3+5+8 </answer>", "</answer> 3+5+8 <answer>",
+@pytest.mark.parametrize("text", ["", "3+5+8", "<answer> 3+5+8", "3+5+8 </answer>", "</answer> 3 <answer>",
                                   "<ANSWER> 3+5+8 </ANSWER>", "< answer > 3+5+8 </ answer >"])  # fmt: skip
 def test_without_a_block_nothing_is_earned(text):
     assert score(text, TRUTH) == (0.0, "no answer")
@@ -133,9 +169,11 @@ def test_without_a_block_nothing_is_earned(text):
 @pytest.mark.parametrize(
     "equation, verdict",
     [
-        ("3 + 5 + 8", "right"), ("(((8)) + (3 + 5))", "right"), ("--(3+5) - -8", "right"), ("+3 + +5+8", "right"),
+        ("3 + 5 + 8", "right"), ("(((8)) + (3 + 5))", "right"), ("--(3+5) - -8", "right"),
+        ("+3 + +5+8", "right"),
         ("3. + 5. + 8.", "right"), ("\xa03+5+8\xa0", "right"), ("3 * 5 - 8", "wrong"), ("16", "numbers"),
-        ("3+5+8+0", "numbers"), ("3+5+8 = 16", "malformed"), ("3+5+08", "malformed"), ("3.5 + 8", "malformed"),
+        ("3+5+8+0", "numbers"), ("3+5+8 = 16", "malformed"), ("3+5+08", "malformed"),
+        ("3.5 + 8", "malformed"),
         ("3+5\xa0+8", "malformed"), ("３+5+8", "malformed"), ("3 5 8", "malformed"), ("3+5+8)", "malformed"),
         ("(3+5+8", "malformed"), ("3+5)+(8", "malformed"), ("3+5+8+", "malformed"), ("3(5)8", "malformed"),
         ("()3+5+8", "malformed"), ("3+5+8 # sum", "malformed"), ("3e0+5+8", "malformed"), ("", "malformed"),
@@ -150,7 +188,7 @@ def test_a_target_given_as_text():
     assert judge("3+5+8", [3, 5, 8], "16") == (1.0, "right")
 
 
-# ------------------------------------------------------------------------------------------------ chains (style short)
+# ---- chains (style short) ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,13 +200,17 @@ def test_a_target_given_as_text():
         ("3+5=8\n8+8=16\n16-2=14\n<answer>13</answer>", "wrong"),
         ("3+5=8\n8+8=16\n16+2=18\n<answer>14</answer>", "wrong"),
         ("3+5=8\n8+8=16\n16+2=18\n<answer>18</answer>", "wrong"),
-        ("3+5=9\n9+8=17\n17-2=15\n<answer>14</answer>", "unsound"), ("8+8=16\n16-2=14\n<answer>14</answer>", "unsound"),
+        ("3+5=9\n9+8=17\n17-2=15\n<answer>14</answer>", "unsound"),
+        ("8+8=16\n16-2=14\n<answer>14</answer>", "unsound"),
         ("8+8=16\n3+5=8\n16-2=14\n<answer>14</answer>", "unsound"), ("<answer>14</answer>", "unsound"),
-        ("3+3=6\n6+8=14\n14+0=14\n<answer>14</answer>", "unsound"), ("7+7=14\n<answer>14</answer>", "unsound"),
+        ("3+3=6\n6+8=14\n14+0=14\n<answer>14</answer>", "unsound"),
+        ("7+7=14\n<answer>14</answer>", "unsound"),
         ("3+5=8\n8+8=16\n16-2=14\n14-0=14\n<answer>14</answer>", "unsound"),
         ("3-5=-2\n8-2=6\n6+8=14\n<answer>14</answer>", "malformed"), ("so\n<answer>14</answer>", "malformed"),
-        ("3+5=8\n8+8=16\n16-2=14<answer>2*7</answer>", "malformed"), ("3*5=15\n<answer>14</answer>", "malformed"),
-        ("3+5=8 8+8=16\n16-2=14\n<answer>14</answer>", "malformed"), ("\n" * 2000 + "<answer>14</answer>", "malformed"),
+        ("3+5=8\n8+8=16\n16-2=14<answer>2*7</answer>", "malformed"),
+        ("3*5=15\n<answer>14</answer>", "malformed"),
+        ("3+5=8 8+8=16\n16-2=14\n<answer>14</answer>", "malformed"),
+        ("\n" * 2000 + "<answer>14</answer>", "malformed"),
         ("3+5=8\n8-2=6\n6+8=14\n", "no answer"), ("14", "no answer"),
     ],
 )  # fmt: skip
@@ -192,10 +234,12 @@ def test_random_chains_are_sound_and_their_results_are_counted_exactly():
         assert abs(hits[value] / tries - p) < 5 * (p * (1 - p) / tries) ** 0.5
 
 
-# ---------------------------------------------------------------------------------------------------- made problems
+# ---- made problems -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("style, sizes", [("paper", (3,)), ("paper", (3, 4)), ("paper", (5, 6)), ("short", (5, 6))])
+@pytest.mark.parametrize(
+    "style, sizes", [("paper", (3,)), ("paper", (3, 4)), ("paper", (5, 6)), ("short", (5, 6))]
+)
 def test_made_rows_are_right_distinct_and_extend(style, sizes):
     splits = {}
     for split in ("train", "test"):
@@ -227,15 +271,45 @@ def test_default_sizes_of_style_short():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"style": "long"}, "style: 'long'.*paper, short"), ({"sizes": (2,)}, "sizes: .*3 to 6"), ({"n": 0}, "n: 0"),
+        ({"style": "long"}, "style: 'long'.*paper, short"), ({"sizes": (2,)}, "sizes: .*3 to 6"),
+        ({"n": 0}, "n: 0"),
         ({"sizes": ()}, "sizes: .*3 to 6"), ({"split": "dev"}, "split: 'dev'.*train and test"),
-        ({"style": "short", "sizes": (4,)}, "n: 2000 .*no new one of 4 numbers"),
+        ({"style": "short", "sizes": (4,)}, "n: 2000 .*no new problem of 4 numbers"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_refused_in_one_line(options, words):
     with pytest.raises(UserError, match=words) as e:
         load(**{"split": "train", **options})
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "numbers, target", [(["3", "5.0", " 8"], "16"), ([3.0, 5, 8], 16.0), ((3, 5, 8), " 16 ")]
+)
+def test_numbers_written_as_texts_or_floats(tmp_path, numbers, target):
+    truth = {"numbers": list(numbers), "target": target}
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "x", "truth": truth}))
+    (row,) = load("train", tmp_path)
+    assert row["truth"] == TRUTH and {type(v) for v in row["truth"]["numbers"]} == {int}
+    assert score("<answer>3+5+8</answer>", truth) == (1.0, "right")
+
+
+@pytest.mark.parametrize(
+    "value", [True, 3.5, "3.5", "x", "", None, [3], float("nan"), float("inf"), 1e30, 10**18, "²", "1e1"]
+)
+def test_values_that_are_no_integers_are_refused(tmp_path, value):
+    for truth in ({"numbers": [3, value], "target": 3}, {"numbers": [3, 4], "target": value}):
+        (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "x", "truth": truth}))
+        with pytest.raises(UserError, match="train.jsonl row 0: .*(integers|usable 'target')") as e:
+            load("train", tmp_path)
+        assert "\n" not in str(e.value)
+        with pytest.raises(UserError, match="must be integers"):
+            score("<answer>3</answer>", truth)
+
+
+def test_another_start_without_a_reference():
+    row = load("train", n=1, style="short")[0]
+    assert countdown.other_start({**row, "hint": []}, random.Random(0))
 
 
 def test_rows_of_a_file(tmp_path):
@@ -250,7 +324,7 @@ def test_rows_of_a_file(tmp_path):
         load("train", tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------- solver
+# ---- solver --------------------------------------------------------------------------------------
 
 
 def reachable(values: tuple) -> set:
@@ -276,7 +350,9 @@ def check_steps(numbers: list[int], target: int, steps: list) -> None:
     assert left == [target]
 
 
-@pytest.mark.parametrize("numbers", [*product((1, 2, 5), (1, 3), (4, 5)), (1, 1, 2, 3), (3, 3, 8, 8), (2, 2, 5, 5)])
+@pytest.mark.parametrize(
+    "numbers", [*product((1, 2, 5), (1, 3), (4, 5)), (1, 1, 2, 3), (3, 3, 8, 8), (2, 2, 5, 5)]
+)
 def test_solver_finds_exactly_what_enumeration_finds(numbers):
     found = reachable(numbers)
     for target in range(120):
@@ -298,7 +374,7 @@ def test_solver_on_six_numbers_and_through_zero():
     check_steps([7, 7, 50, 31, 13, 97], 97, solve([7, 7, 50, 31, 13, 97], 97))
 
 
-# ------------------------------------------------------------------------------------------------------ any text at all
+# ---- any text at all -----------------------------------------------------------------------------
 
 
 PIECES = ["<answer>", "</answer>", "</think>", *"()+-*/358.= \n", "9" * 50]
@@ -319,7 +395,9 @@ def test_any_text_gets_a_verdict(text):
 TREES = st.recursive(
     st.integers(0, 99).map(str),
     lambda sub: st.one_of(
-        st.tuples(sub, st.sampled_from("+-*/"), sub).map(" ".join), sub.map("({})".format), sub.map("-{}".format)
+        st.tuples(sub, st.sampled_from("+-*/"), sub).map(" ".join),
+        sub.map("({})".format),
+        sub.map("-{}".format),
     ),
     max_leaves=10,
 )
@@ -331,7 +409,9 @@ def test_parser_agrees_with_python(equation):
     numbers = [int(n) for n in re.findall("[0-9]+", equation)]
     exact = re.sub("[0-9]+", lambda m: f"Fraction({m[0]})", equation)
     try:
-        value = eval(exact, {"Fraction": Fraction})  # safe: built above from numbers below 100 and + - * / ( )
+        value = eval(
+            exact, {"Fraction": Fraction}
+        )  # safe: built above from numbers below 100 and + - * / ( )
     except ZeroDivisionError:
         value = Fraction(1, 2)
     target = value.numerator if value.denominator == 1 else 1
@@ -341,14 +421,31 @@ def test_parser_agrees_with_python(equation):
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize(
-    "piece", ["(", ")", "-", "9", "1+", " ", "\n", "<answer>", "</answer>", "<answer></answer>", "<", "3+5=8\n", "9**"]
+    "piece",
+    [
+        "(",
+        ")",
+        "-",
+        "9",
+        "1+",
+        " ",
+        "\n",
+        "<answer>",
+        "</answer>",
+        "<answer></answer>",
+        "<",
+        "3+5=8\n",
+        "9**",
+    ],
 )
 def test_a_megabyte_of_anything_takes_milliseconds(piece, inside):
     text = piece * (10**6 // len(piece))
     text = f"<answer>{text}</answer>" if inside else text
     for truth in (TRUTH, CHAIN):
         seconds = []
-        while min(seconds, default=1) >= 0.01 and len(seconds) < 30:  # one quiet try of many: others may take the core
+        while (
+            min(seconds, default=1) >= 0.01 and len(seconds) < 30
+        ):  # one quiet try of many: others may take the core
             began = time.process_time()
             assert score(text, truth)[0] <= 0.1
             seconds.append(time.process_time() - began)

@@ -1,7 +1,7 @@
 r"""MATH: rows of the files there are, and the checker.
 
-NANOFT_UFT_DATA (a folder with math/test.parquet and others/test.parquet as published) and NANOFT_GOLDEN (a folder with
-uft/reward_math.jsonl) switch on the tests over the published rows and over all recorded scores of the published checker.
+NANOFT_UFT_DATA (a folder with math/test.parquet and others/test.parquet as published) and NANOFT_GOLDEN (a
+folder with uft/reward_math.jsonl) switch on the tests over the published rows and all recorded scores.
 """
 
 import json
@@ -13,128 +13,287 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from infra.config import UserError
 from data import gsm8k, hendrycks_math
-from data.hendrycks_math import load, score
-from data.rows import PROMPT, read_records, read_rows
+from data.hendrycks_math import load, score, score_published
+from data.rows import PROMPT, answer_block, read_records, read_rows
+from infra.config import UserError
 
 UFT_DATA, GOLDEN = os.environ.get("NANOFT_UFT_DATA"), os.environ.get("NANOFT_GOLDEN")
 VECTORS = Path(__file__).parent / "vectors" / "uft"
-BLOCK = {  # categories in which we depart, and what they are worth here: where the answer stands, in both tasks
-    "wrap: followed by newline": 1.0, "wrap: followed by newline and eos": 1.0, "wrap: answer spread over lines": 1.0,
+BLOCK = {  # categories of recorded scores in which both tasks depart by where the answer stands, and the reward
+    "wrap: followed by newline": 1.0, "wrap: followed by newline and eos": 1.0,
+    "wrap: answer spread over lines": 1.0,
     "wrap: followed by text on the next line": 1.0, "wrap: nested tags": 1.0,
 }  # fmt: skip
-DEPARTURES = BLOCK | {
-    "boxed": 1.0, "trailing period": 1.0, "point zero": 1.0, "minus inside the fraction": 1.0,
-    "units with text, no space": 1.0, "f(x) = target": 1.0,
-}  # fmt: skip
+VALUES = (  # judged by their value here, as text there
+    "wrap: zero-width space in the answer", "minus inside the fraction", "bare dollars around",
+    "units with mbox", "bare unit",
+    "units with text, no space", "f(x) = target", "boxed", "nested boxed", "fbox", "boxed with space",
+    "trailing period",
+    "point zero", "thousands comma", "thin space comma", "unicode sqrt", "unicode pi", "text command",
+    "without text command",
+)  # fmt: skip
+DEPARTURES = BLOCK | dict.fromkeys(VALUES, 1.0) | {"latex percent": 0.1}
+MIXED = (
+    "synthetic ground truth",
+    "reversed order of a list",
+    "upper case",
+    "spaces everywhere",
+)  # some depart
 
 
 def judge(answer: str, target: str) -> tuple[float, str]:
     return score(f"</think>\n<answer> {answer} </answer>", {"target": target})
 
 
-def check_vectors(task, path: Path, departures: dict[str, float]) -> int:
-    """Compares with the recorded scores; returns how many cases depart, each marked as a quirk of the published checker."""
+def check_vectors(task, path: Path, departures: dict[str, float], mixed: tuple = MIXED) -> int:
+    """score_published() gives every recorded score, score() all but those of the departures, whose number is
+    returned."""
     departed = 0
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if not line:
-            continue
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         r = json.loads(line)
-        expected = r["score"]
+        case = (r["id"], r["category"], r["response"][-80:], r["ground_truth"]["target"])
+        if r["score"] is None:  # the published checker raises
+            with pytest.raises(UserError, match="target: .* is not a number"):
+                task.score_published(r["response"], r["ground_truth"])
+        else:
+            prompt = {"prompt": r["prompt"]} if "prompt" in r else {}
+            assert task.score_published(r["response"], r["ground_truth"], **prompt)[0] == r["score"], case
+        reward = task.score(r["response"], r["ground_truth"])[0]
         if r["category"] in departures:
-            expected = departures[r["category"]]
-        elif "prompt" in r and not any(mark in r["prompt"] for mark in ("Assistant:", "<|im_start|>assistant")):
-            expected = 1.0  # score() sees no prompt
-        elif expected is None:  # it raises
-            expected = departures["raises"][r["response"]]
-        reward, verdict = task.score(r["response"], r["ground_truth"])
-        assert reward == expected, (r["id"], r["response"][-80:], r["ground_truth"]["target"], verdict)
-        if reward != r["score"]:
-            departed += 1
-            assert r.get("quirk") or r["category"].startswith("marker"), r["id"]
+            assert reward == departures[r["category"]], case
+        elif r["category"].startswith("marker"):  # score() sees no prompt
+            assert reward == 1.0, case
+        elif r["category"] not in mixed:
+            assert reward == r["score"], case
+        departed += reward != r["score"]
     return departed
 
 
 def test_recorded_scores_of_some_cases():
-    assert check_vectors(hendrycks_math, VECTORS / "reward_math.jsonl", DEPARTURES) == len(DEPARTURES)
+    assert check_vectors(hendrycks_math, VECTORS / "reward_math.jsonl", DEPARTURES) == 39
 
 
 @pytest.mark.skipif(not GOLDEN, reason="NANOFT_GOLDEN is not set")
 def test_recorded_scores_of_all_cases():
-    assert check_vectors(hendrycks_math, Path(GOLDEN) / "uft" / "reward_math.jsonl", DEPARTURES) == 58
+    assert check_vectors(hendrycks_math, Path(GOLDEN) / "uft" / "reward_math.jsonl", DEPARTURES) == 140
 
 
-# ------------------------------------------------------------------------------ the stated departures, and what is kept
+@pytest.mark.parametrize(
+    "answer, target", [("x" * 3000, "y"), ("{" * 9000, "{"), (r"\frac" * 1000, "1"), ("9" * 9000 + "/2", "1")]
+)
+def test_the_published_rules_are_bounded(answer, target):
+    began = time.process_time()
+    assert score_published(f"<answer>{answer}</answer>", {"target": target})[0] == 0.1
+    assert score_published(f"<answer>{answer}{answer * 9}</answer>", {"target": target}) == (0.1, "malformed")
+    assert time.process_time() - began < 0.1
+
+
+# ---- what is equal -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", ["", "\n", "\n<|endoftext|>", "\nI hope so.", " </think>", " <answer> 3"])
-@pytest.mark.parametrize("block", ["<answer> 8 </answer>", "<answer>\n8\n</answer>", "<answer> <answer> 8 </answer> </answer>"])
+@pytest.mark.parametrize(
+    "block", ["<answer> 8 </answer>", "<answer>\n8\n</answer>", "<answer> <answer> 8 </answer> </answer>"]
+)
 def test_departures_1_to_3_the_last_and_innermost_block_counts_wherever_it_stands(block, after):
     for task in (hendrycks_math, gsm8k):
         assert task.score("<answer> 7 </answer> no, " + block + after, {"target": "8"}) == (1.0, "right")
         assert task.score(block + after, {"target": "9"}) == (0.1, "wrong")
 
 
-@pytest.mark.parametrize("text", ["", "8", "<answer> 8", "8 </answer>", "</answer> 8 <answer>", "<ANSWER> 8 </ANSWER>"])
+@pytest.mark.parametrize(
+    "text", ["", "8", "<answer> 8", "8 </answer>", "</answer> 8 <answer>", "<ANSWER> 8 </ANSWER>"]
+)
 def test_without_a_block_nothing_is_earned(text):
     assert score(text, {"target": "8"}) == gsm8k.score(text, {"target": "8"}) == (0.0, "no answer")
 
 
-RIGHT = [
-    # 4: one box, a full stop
-    (r"\boxed{24}", "24"), (r"\boxed{\dfrac{1}{16}}.", r"\frac{1}{16}"), ("333.", "333"),
-    # 5: numbers
-    ("14.0", "14"), ("-3.000", "-3"), ("14", "14.00"), ("(-.5, .25)", "(-0.5,0.25)"),
-    # 6: the minus of a fraction
-    (r"\frac{-9}{5}", r"-\frac{9}{5}"), (r"-\tfrac95", r"\frac{-9}{5}"), (r"\frac{-\sqrt{3}}{2}", r"-\frac{\sqrt3}{2}"),
-    (r"(1, \frac{-1}{2})", r"(1,-\frac{1}{2})"), ("-1/2", r"\frac{-1}{2}"),
-    # 7: units
-    (r"3\text{cm}", "3"), (r"3\text{ cm}^2", "3"), ("3", r"3 \text{ square inches}^{2}"), ("90", "90\\text{ square\nunits}"),
-    # 8: names in front
-    ("f(x) = 5", "5"), ("k=7", "7"), ("xy = 7", "7"), ("P(A,B)=7", "7"),
-    # agreed
-    (r"\frac12", "1/2"), (".5", r"\dfrac{1}{2}"), ("1 / 2", "0.5"), (r"\left( \frac\pi2, 1 \right)", r"(\frac\pi2,1)"),
-    (r"\leftarrow", r" \leftarrow "), (r"90^{\circ}", r"90^\circ"), (r"1,\!000", "1,000"), ("x\u00a0+ 1", "x+1"),
-    (r"10_\text{nine}", r"10_\text{nine}"), ("", ""),
-]  # fmt: skip
-WRONG = [
-    # 4 and 5: more than that is another answer
-    (r"\boxed{\boxed{24}}", "24"), (r"\boxed{1}+\boxed{2}", "1}+\\boxed{2"), ("333..", "333"), ("14.01", "14"), ("1.0.0", "1"),
-    # 6: here the minus is that of a difference or of one term
-    (r"5\frac{-1}{2}", r"5-\frac{1}{2}"), (r"\frac{-a+b}{2}", r"-\frac{a+b}{2}"), (r"\frac{-1}{2}", r"\frac{1}{2}"),
-    # 7: no units
-    ("12", r"12\text{ and }13"), (r"10_\text{nine}", "10"), (r"\text{ cm}", ""), (r"5\text{ a}6\text{ b}", "5"),
-    (r"12,\text{ or }", "12"),
-    # 8: an inequality, an equation
-    ("x<=5", "x>=5"), ("x!=5", "5"), ("abc=7", "7"), ("5x-7y+4=0", "0"), ("a=b=c", "c"),
-    # kept although odd
-    ("$8$", "8"), ("10%", r"10\%"), ("8 cm", "8"), ("√{3}", r"\sqrt{3}"), (r"\sqrt 3", r"\sqrt{3}"), ("3/6", r"\frac{1}{2}"),
-    (r"\fbox{2}", "2"), (r"\text{D}", "D"), ("1,000", "1000"), ("0.50", r"\frac{1}{2}"), ("-1/2", r"-\frac{1}{2}"),
-    # nothing is evaluated
-    ("2**3", "8"), ("2+3", "5"), ("__import__('os')", "os"), ("X", "x"), (r"3\frac", "3"), ("9**9**9", "1"), ("01/2", "1/2"),
-]  # fmt: skip
+RIGHT = {
+    "spellings of a number": [
+        (r"\dfrac12", "1/2"), (r"\tfrac{2}4", "0.5"), (r"\frac{10}3", r"\frac{10}{3}"), ("50/100", ".5"),
+        ("-1/2", r"\frac{1}{-2}"),
+        (r"\frac{-9}{-5}", "1.8"), (r"2\frac{1}{2}", "2.5"), ("2 1/2", "5/2"), (r"-1\frac12", "-1.5"),
+        ("025", "25"), ("14.0", "14"),
+        ("+7", "7"), ("−5", "-5"), ("333.", "333"), ("1e3", "1000"), (r"1.7 \times 10^{4}", "1.70e4"),
+        ("2^{10}", "1024"),
+        ("10^{-2}", "0.01"), (r"0.\overline{3}", "1/3"), (r"0.1\overline{6}", r"\frac16"), ("½", "0.5"),
+        ("5!", "120"),
+        (r"\binom{5}{2}", "10"), ("10/4 = 2.5", "2.5"),
+    ],
+    "thousands": [
+        ("1,000", "1000"), ("1{,}000", "1000"), (r"1\,000", "1000"), (r"1,\!000", "1000"),
+        (r"1\!,000", "1000"),
+        ("1,002,001", r"1,\!002,\!001"), ("-2,019", "-2019"), ("1,234.5", "1234.5"),
+        (r"111, \! 111", "111111"),
+    ],
+    "roots and pi": [
+        (r"\sqrt{12}", r"2\sqrt{3}"), (r"\sqrt3", r"\sqrt {3}"), ("√3", r"\sqrt{3}"),
+        (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
+        (r"\sqrt[3]{16}", r"2\sqrt[3]{2}"), (r"\sqrt{\frac{3}{4}}", r"\frac{\sqrt3}{2}"),
+        (r"(1+\sqrt2)^2", r"3+2\sqrt2"),
+        (r"\frac{1}{1+\sqrt2}", r"\sqrt2-1"), (r"\sqrt2\cdot\sqrt6", r"2\sqrt3"),
+        (r"\frac{3\pi}{4}", r"\frac34\pi"), ("2π", r"\pi\cdot 2"),
+        (r"\sqrt[3]{-8}", "-2"), ("2^{-2/3}", r"\frac{1}{\sqrt[3]{4}}"),
+        (r"\frac{\pi^2}{9}-1", r"\frac{\pi^{2}-9}{9}"),
+    ],
+    "variables": [
+        ("x+1", "1+x"), (r"\frac{x+1}{2}", r"\frac12 x+\frac12"), ("(b+2)(a+5)", "(a+5)(b+2)"),
+        ("(a-b)(c-d)", "(b-a)(d-c)"),
+        (r"\frac{n(n+1)}{2}", r"\frac12 n(n+1)"), ("x^2", "x^{2}"), ("2^{n+1}", r"2\cdot 2^n"),
+        ("4^n", "2^{2n}"), ("e^{-t}", "1/e^t"),
+        (r"\cos(2t)", r"\cos 2t"), (r"\sin^2 x", r"(\sin x)^2"), (r"\log_{2}n", r"\log_2 n"),
+        ("E_{1}", "E_1"), ("|x|", "|x|"),
+        (r"\lfloor n/2\rfloor", r"\lfloor\frac n2\rfloor"), (r"m_{\max }=n^2", r"m_{\max}=n^{2}"),
+        ("n!", "n!"), ("6+9i", "9i+6"),
+    ],
+    "what stands around": [
+        (r"\boxed{24}", "24"), (r"\boxed{\boxed{24}}", "24"), (r"\fbox{24}", "24"), (r"\boxed 24", "24"),
+        ("$24$", "24"), (r"\(24\)", "24"),
+        (r"\[24\]", "24"), ("{24}", "24"), ("(24)", "24"), (r"24\quad", "24"),
+        (r"\left( 3 , 4\right)", "(3,4)"), (r"75^\circ", "75"),
+        (r"75^{\circ}", "75"), ("75°", "75"), (r"\$24", "24"), ("$24", "24"), ("x = 24", "24"),
+        ("f(x) = 5", "5"), ("P(A,B)=7", "7"),
+        (r"x \in [-2,7]", "[-2,7]"), (r"\text{Area} = 5", "5"), (r"\\frac{1}{2}", "0.5"),
+    ],
+    "units": [
+        (r"3\text{ cm}", "3"), (r"3\text{cm}^2", "3"), (r"3\,\mathrm{cm}", "3"), ("3 cm", "3"),
+        (r"3\mbox{ inches}", "3"), ("3 dollars", "3"),
+        (r"9\text{ m/s}", "9"), (r"9\,\mathrm{m}/\mathrm{s}", "9"), ("90", "90\\text{ square\nunits}"),
+        ("5 inches", r"5\text{ in}"),
+        ("5 square feet", r"5\text{ ft}^2"), ("5 thousand", "5000"), (r"2.5\text{ million}", "2500000"),
+        ("3 dozen", "36"),
+    ],
+    "percent": [
+        (r"28\%", r"28\%"), ("28", r"28\%"), ("28%", r"28\%"), ("0.28", r"28\%"), ("5%", "0.05"),
+        ("28 percent", r"28\%"),
+    ],
+    "lists and sets": [
+        ("1, -3", "-3,1"), ("-3 and 1", "1,-3"), (r"1\text{ or }-3", "1,-3"), (r"\{1,-3\}", "-3, 1"),
+        ("x=1 or x=-3", "1,-3"),
+        (r"$69$,$84$", "84,69"), (r"1\pm\sqrt{5}", r"1-\sqrt5, 1+\sqrt5"),
+        (r"\{1\pm\sqrt{5},-2\}", r"-2,1+\sqrt5,1-\sqrt5"),
+        ("500, 58", "58,500"), (r"7, -5, -2", r"7, -2, \text{ and } -5"), ("(1,2),(3,4)", "(3,4),(1,2)"),
+    ],
+    "intervals, matrices, relations": [
+        (r"(3,\infty)\cup(-\infty,2)", r"(-\infty, 2) \cup (3, \infty)"), ("(.5, 1/4)", r"(\frac12,0.25)"),
+        (r"(2,+\infty)", r"(2,\infty)"),
+        (r"\begin{bmatrix}0.5\\2\end{bmatrix}", r"\begin{pmatrix} 1/2 \\ 2 \end{pmatrix}"), ("3<x", "x>3"),
+        (r"x\ge3", r"3 \leq x"),
+        ("2x-y+3=0", "y = 2x + 3"), ("10x-14y+8=0", "5x-7y+4=0"), ("2x+3", "y=2x+3"),
+    ],
+    "words": [
+        (r"\text{(B)}", "B"), ("(B)", "B"), (r"\textbf{B}", r"\text{B}"), ("Even", r"\text{even}"),
+        ("1:03 PM", r"\text{1:03 PM}"), ("", ""),
+    ],
+}  # fmt: skip
+WRONG = {
+    "other numbers": [
+        ("-5", "5"), ("50", "5"), ("6", "5"), ("0.33", "1/3"), ("0.20", r"\frac{16}{81}"),
+        (r"\frac52", r"\frac25"), ("136", r"\frac1{36}"),
+        ("5^2", "5"), ("5i", "5"), ("0i", "0"), ("1 0 0 0", "1000"), ("1 000", "1000"), ("1,00", "100"),
+        (r"\sqrt{5}", "5"),
+        (r"14{15}", r"14\sqrt{15}"), (r"\sqrt[3]{2}", r"\sqrt{2}"), ("333..", "333"), ("1.0.0", "1"),
+        ("4343", "4343_6"), ("4_5", "4"),
+    ],
+    "magnitudes": [
+        (r"5\text{ thousand}", "5"), ("5 thousand", "5"), ("5 k", "5"), ("5%", "5"), (r"5\%", "5"),
+        ("0.28%", r"28\%"), ("1 third", "1"),
+        ("5 hundredths", "5"), ("5 cm", r"5\text{ m}"), ("5 in^2", r"5\text{ in}^3"),
+        ("2 minutes", "2 hours"), (r"2\text{ halves}", "2"),
+    ],
+    "no value, several or another": [
+        ("x<5", "5"), (r"x\ne 5", "5"), ("3x=6", "6"), ("xy=7", "7"), ("3 or 4", "3"), ("3,4", "3"),
+        (r"5 \pm 1", "5"), (r"\approx 5", "5"),
+        ("5?", "5"), ("the answer is 5", "5"), ("none", "5"), ("5 5", "5"), ("5-", "5"), ("+", "0"),
+        (r"3\frac", "3"), ("1/0", "0"),
+        ("12", r"12\text{ and }13"), (r"5\text{ a}6\text{ b}", "5"), (r"10_\text{nine}", "10"),
+        ("(5,5)", "5"), ("a=b=c", "c"),
+        (r"\boxed{1}+\boxed{2}", "1}+\\boxed{2"), ("", "5"), ("5x-7y+4=0", "0"), ("4=4", "3=3"),
+    ],
+    "order and brackets": [
+        ("[2,3]", "(2,3)"), ("(3,2)", "(2,3)"), ("(2,3]", "[2,3)"), ("2,3", "(2,3)"), ("(1200)", "(1,200)"),
+        ("1,2", "1,2,2"), ("x>3", "x<3"),
+        (r"x\ge3", "x>3"), (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ],
+    "other letters": [
+        ("x", "X"), ("AB", "ab"), ("E", "D"), ("X+1", "x+1"), (r"5\frac{-1}{2}", r"5-\frac{1}{2}"),
+        (r"\frac{-a+b}{2}", r"-\frac{a+b}{2}"),
+    ],
+    "unfinished": [
+        ("2+3", "5"), ("x+x", "2x"), (r"\frac{1}{2}+\frac{1}{3}", r"\frac56"), ("(x+1)(x-1)", "x^2-1"),
+        ("x^2-1", "(x+1)(x-1)"),
+    ],
+    "code": [("2**3", "8"), ("__import__('os')", "os"), ("9**9**9", "1"), ("7//2", "3")],
+    "endless": [
+        ("9^{9^9}", "1"), ("9^{9^{9^9}}", "1"), ("(9^9)!", "1"), (r"\binom{9^9}{9^8}", "1"),
+        ("1e999999999", "1"), ("0^{-1}", "0"),
+    ],
+}  # fmt: skip
+RIGHT, WRONG = (
+    [(kind, *pair) for kind, pairs in table.items() for pair in pairs] for table in (RIGHT, WRONG)
+)
 
 
-@pytest.mark.parametrize("answer, target", RIGHT)
-def test_right(answer, target):
+@pytest.mark.parametrize("kind, answer, target", RIGHT)
+def test_right(kind, answer, target):
     assert judge(answer, target) == (1.0, "right")
 
 
-@pytest.mark.parametrize("answer, target", WRONG)
-def test_wrong(answer, target):
-    assert judge(answer, target) == (0.1, "wrong")
+@pytest.mark.parametrize("kind, answer, target", WRONG)
+def test_wrong(kind, answer, target):
+    assert judge(answer, target) == (0.1, "wrong" if answer else "malformed")
 
 
-def test_departure_9_a_blank_or_endless_answer_is_malformed():
+def test_a_percent_sign_does_not_matter_where_the_question_asks_for_percent():
+    for question, verdict in (
+        ("What percent of 8 is 2?", "right"),
+        (r"Find 25\% of 100", "right"),
+        ("Find x.", "wrong"),
+        (None, "wrong"),
+    ):
+        assert score(r"<answer>25\%</answer>", {"target": "25", "question": question})[1] == verdict
+
+
+NUMBERS = st.fractions(max_denominator=30).filter(lambda q: abs(q) < 1000)
+RADICALS = st.tuples(NUMBERS, NUMBERS, st.integers(2, 60))
+
+
+@settings(max_examples=200, deadline=None)
+@given(RADICALS, RADICALS, st.integers(1, 9))
+def test_equal_means_equal_values(a, b, k):
+    def written(terms, times):
+        p, q, r = terms
+        return rf"\frac{{{p.numerator * times}}}{{{p.denominator * times}}} + {q}\sqrt{{{r}}}".replace(
+            "+ -", "- "
+        )
+
+    def rewritten(terms):
+        p, q, r = terms
+        return rf"\frac{{{q}\sqrt{{{r * k * k}}}}}{{{k}}} + ({p})"
+
+    def value(terms):
+        return float(terms[0]) + float(terms[1]) * terms[2] ** 0.5
+
+    assert judge(written(a, k), written(a, 1))[1] == "right"
+    if a[2] ** 0.5 != int(a[2] ** 0.5) and a[0] and a[1]:  # otherwise like terms are left uncollected
+        assert judge(rewritten(a), written(a, 1))[1] == "right"
+    if abs(value(a) - value(b)) > 1e-9:
+        assert judge(rewritten(a), written(b, 1))[1] == "wrong"
+
+
+def test_a_blank_or_endless_answer_is_malformed():
     assert judge("  ", "8") == judge("8" * 1999, "8" * 1999) == (0.1, "malformed")
     assert judge("8" * 1998, "8" * 1998) == judge(" " * 1900 + "8", "8") == (1.0, "right")
 
 
 PIECES = [
-    "<answer>", "</answer>", "<answer></answer>", "<answer", "</answer", "<", "r>", "/answer>\u013c", "\n", " ", "\\", "{", "}",
-    "\\boxed{", "\\text{", "\\text", "\\frac{-", "\\frac{-1{2}", "\\frac1", "\\sqrt", "\\left(", "^{\\circ}", "1", ".", ".0",
-    "1.0", "/", "=", "f(x)=", "\u2028", "\U0001f600", "$", ",", "e", "-",
+    "<answer>", "</answer>", "<answer></answer>", "<answer", "</answer", "<", "r>", "/answer>\u013c", "\n",
+    " ", "\\", "{", "}",
+    "\\boxed{", "\\text{", "\\text", "\\frac{-", "\\frac{-1{2}", "\\frac1", "\\sqrt", "\\left(",
+    "^{\\circ}", "1", ".", ".0",
+    "1.0", "/", "=", "+1/7", "9^{9^9}", "(1+\\pi)^4+", "\\sqrt{97}+", "\\pm", "[", "|", "x_", "%", "f(x)=",
+    "\u2028", "\U0001f600", "$", ",", "e", "-",
 ]  # fmt: skip
 
 
@@ -143,9 +302,16 @@ PIECES = [
 def test_any_length_is_judged_at_once(piece, task):
     for size in (1900, 9900, 1_000_000):  # the first two just within the longest answers read
         filling = piece * (size // len(piece))
-        for text in (filling, f"<answer>{filling}</answer>", f"<answer>{filling}x</answer>", f"<answer>8</answer>{filling}"):
+        for text in (
+            filling,
+            f"<answer>{filling}</answer>",
+            f"<answer>{filling}x</answer>",
+            f"<answer>8</answer>{filling}",
+        ):
             times = []
-            while min(times, default=1) >= 0.01 and len(times) < 30:  # one quiet try of many: others may take the core
+            while (
+                min(times, default=1) >= 0.01 and len(times) < 30
+            ):  # one quiet try of many: others may take the core
                 start = time.process_time()
                 reward, verdict = task.score(text, {"target": "8"})
                 times.append(time.process_time() - start)
@@ -154,7 +320,9 @@ def test_any_length_is_judged_at_once(piece, task):
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map(lambda x: f"<answer>{''.join(x)}</answer>")))
+@given(
+    st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map(lambda x: f"<answer>{''.join(x)}</answer>"))
+)
 @example("<answer>\\boxed{\\</answer>")
 @example("<answer>²/²</answer>")
 def test_any_text_gets_a_verdict_and_is_equal_to_itself(text):
@@ -163,12 +331,12 @@ def test_any_text_gets_a_verdict_and_is_equal_to_itself(text):
         reward, verdict = task.score(text, {"target": "8"})
         assert verdict in verdicts[reward]
         assert (reward > 0) == ("<answer>" in text and "</answer>" in text[text.index("<answer>") :])
-    block = hendrycks_math.answer_block(text)
-    if block is not None and len(block) <= 2000:
-        assert score(text, {"target": block}) == (1.0, "right")
+    block = answer_block(text)
+    if block is not None and len(block[1]) <= 2000:
+        assert score(text, {"target": block[1]}) == (1.0, "right")
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
+# ---- rows ----------------------------------------------------------------------------------------
 
 RAW = {
     "problem": "What is $\\{2\\}$?", "level": "Level 5", "type": "Algebra",
@@ -194,18 +362,26 @@ def test_a_raw_row(tmp_path):
     assert score("".join(row["hint"]) + row["answer"], row["truth"]) == (1.0, "right")
 
 
-@pytest.mark.parametrize("end, target", [("\\boxed 2$.", "2"), ("\\fbox{2}", "2"), ("\\boxed{a}{b}", "a"), ("\\boxed7.", "7")])
+@pytest.mark.parametrize(
+    "end, target", [("\\boxed 2$.", "2"), ("\\fbox{2}", "2"), ("\\boxed{a}{b}", "a"), ("\\boxed7.", "7")]
+)
 def test_other_boxes(tmp_path, end, target):
-    assert load("train", write(tmp_path / "x.jsonl", [RAW | {"solution": "So $" + end}]))[0]["truth"]["target"] == target
+    assert (
+        load("train", write(tmp_path / "x.jsonl", [RAW | {"solution": "So $" + end}]))[0]["truth"]["target"]
+        == target
+    )
 
 
 def test_levels(tmp_path):
-    path = write(tmp_path / "x.jsonl", [RAW | {"problem": str(k), "level": k} for k in (1, "Level 3", "Level ?", 5, "Level 2")])
+    path = write(
+        tmp_path / "x.jsonl",
+        [RAW | {"problem": str(k), "level": k} for k in (1, "Level 3", "Level ?", 5, "Level 2")],
+    )
 
     def problems(**options):
         return [row["truth"]["question"] for row in load("test", path, **options)]
 
-    assert problems() == ["Level 3", "5"] and problems(sizes=(1, 2), style="short") == ["1", "Level 2"]
+    assert problems() == ["Level 3", "5"] and problems(sizes=(1, 2)) == ["1", "Level 2"]
     assert problems(n=1) == ["Level 3"]
     del (unknown := dict(RAW))["level"]
     assert len(load("test", write(path, [unknown] * 2))) == 2
@@ -215,7 +391,9 @@ def test_levels(tmp_path):
 
 def test_a_folder_of_subjects(tmp_path):
     for split, subject in (("train", "algebra"), ("test", "algebra"), ("test", "geometry")):
-        write(tmp_path / "hub" / subject / f"{split}-00000-of-00001.jsonl", [RAW | {"problem": split + subject}])
+        write(
+            tmp_path / "hub" / subject / f"{split}-00000-of-00001.jsonl", [RAW | {"problem": split + subject}]
+        )
         write(tmp_path / "tar" / split / subject / "1.json", [RAW | {"problem": split + subject}])
     for folder in ("hub", "tar"):
         questions = [row["truth"]["question"] for row in load("test", tmp_path / folder)]
@@ -227,7 +405,10 @@ def test_a_folder_of_subjects(tmp_path):
 def test_rows_as_load_returns_them_and_rows_of_other_sources(tmp_path):
     rows = load("train", write(tmp_path / "raw.jsonl", [RAW] * 3))
     assert load("train", write(tmp_path / "rows" / "train.jsonl", rows)) == rows
-    mixed = [rows[0] | {"data_source": "minerva"}, rows[1] | {"data_source": hendrycks_math.SOURCE, "level": "Level 4"}]
+    mixed = [
+        rows[0] | {"data_source": "minerva"},
+        rows[1] | {"data_source": hendrycks_math.SOURCE, "level": "Level 4"},
+    ]
     assert load("test", write(tmp_path / "mixed.jsonl", mixed)) == rows[1:2]
     with pytest.raises(UserError, match="no row has data_source"):
         load("test", write(tmp_path / "other.jsonl", mixed[:1]))
@@ -237,11 +418,15 @@ def test_rows_as_load_returns_them_and_rows_of_other_sources(tmp_path):
     "row, options, words",
     [
         (RAW, {"path": None}, "data_path: MATH.*liumy2010/UFT.*hf download EleutherAI/hendrycks_math"),
-        (RAW, {"sizes": (6,)}, "sizes: .*1 to 5"), (RAW, {"sizes": ()}, "sizes: .*1 to 5"), (RAW, {"n": 2}, "n: 2 rows"),
+        (RAW, {"sizes": (6,)}, "sizes: .*1 to 5"), (RAW, {"sizes": ()}, "sizes: .*1 to 5"),
+        (RAW, {"n": 2}, "n: 2 rows"),
         (RAW, {"sizes": (1, 2)}, r"sizes: .*levels \[1, 2\]"),
-        (RAW | {"problem": None}, {}, "x.jsonl row 0: field 'problem'"), ({"problem": "?"}, {}, "row 0: field 'solution'"),
-        (RAW | {"solution": "It is 2."}, {}, "row 0: .*boxed"), (RAW | {"solution": "\\boxed{2"}, {}, "row 0: .*boxed"),
+        (RAW | {"problem": None}, {}, "x.jsonl row 0: field 'problem'"),
+        ({"problem": "?"}, {}, "row 0: field 'solution'"),
+        (RAW | {"solution": "It is 2."}, {}, "row 0: .*boxed"),
+        (RAW | {"solution": "\\boxed{2"}, {}, "row 0: .*boxed"),
         ({"prompt": "p", "hint": [], "answer": "a", "truth": {}}, {}, "row 0: .*'target'"),
+        ({"prompt": "p", "truth": {"target": float("nan")}}, {}, "row 0: the target is not a number"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_refused_in_one_line(tmp_path, row, options, words):
@@ -264,15 +449,18 @@ def test_every_published_answer_is_right():
     counts = {}
     for folder in ("math", "others"):
         path = Path(UFT_DATA) / folder / "test.parquet"
-        for (where, record), row in zip(read_records(path, "test"), read_rows(path, "test", {"target": str}), strict=True):
+        for (where, record), row in zip(
+            read_records(path, "test"), read_rows(path, "test", {"target": str}), strict=True
+        ):
             source = record["data_source"]
             if source == "countdown":
                 continue
-            task = gsm8k if source in ("openai/gsm8k", "aime", "amc") else hendrycks_math
+            task = gsm8k if source == "openai/gsm8k" else hendrycks_math
             assert row["prompt"] == PROMPT.format(instruction=row["truth"]["question"], example="12"), where
             assert task.score("".join(row["hint"]) + row["answer"], row["truth"]) == (1.0, "right"), where
             counts[source] = counts.get(source, 0) + 1
     assert counts == {
-        hendrycks_math.SOURCE: 2048, "openai/gsm8k": 1319, "olympiad_bench": 675, "math500": 500, "minerva": 272,
+        hendrycks_math.SOURCE: 2048, "openai/gsm8k": 1319, "olympiad_bench": 675, "math500": 500,
+        "minerva": 272,
         "amc": 83, "aime": 30,
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """Knights and Knaves: the checker, the reference reasoning, the generator.
 
-With NANOFT_UFT_DATA (a folder with kk_logic/{train,test}.parquet as published) and NANOFT_GOLDEN (a folder with
-uft/reward_kk_logic.jsonl, responses with the published checker's scores) set, both are
-compared with the published ones row by row."""
+With NANOFT_UFT_DATA (a folder with kk_logic/{train,test}.parquet as published) and NANOFT_GOLDEN (a folder
+with uft/reward_kk_logic.jsonl, responses with the published checker's scores) set, both are compared with the
+published ones row by row."""
 
 import itertools
 import json
@@ -16,14 +16,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.config import UserError
 from data import logic
+from data.rows import answer_block
+from infra.config import UserError
 
-VECTORS = [json.loads(line) for line in (Path(__file__).parent / "vectors/logic_score.jsonl").read_text().splitlines()]
+VECTORS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "vectors/logic_score.jsonl").read_text().splitlines()
+]
 PEOPLE = {"names": ["Ann", "Ben", "Cleo"], "solution": [True, False, True]}
 RIGHT = "(1) Ann is a knight\n(2) Ben is a knave\n(3) Cleo is a knight"
-# A: B knave. B: A knight iff C knight. C: A knave and B knight. Were A a knave, B would be a knight, so by B's claim C
-# a knave, yet C's claim would be true. So A is a knight, B therefore a knave, and C's claim is false.
+# A: B knave. B: A knight iff C knight. C: A knave and B knight. Were A a knave, B would be a knight, so by
+# B's claim C a knave, yet C's claim would be true. So A is a knight, B therefore a knave, and C's claim is
+# false.
 SHORT = {
     "names": ["A", "B", "C"],
     "solution": [True, False, False],
@@ -37,7 +42,8 @@ SMALL = [row for k in (2, 3, 4) for row in logic.load("train", n=25, style="shor
 
 
 def true_claim(claim, roles):
-    """Truth of a claim given everybody's role: written apart from data/logic.py, whose sets of bits it checks."""
+    """Truth of a claim given everybody's role: written apart from data/logic.py, whose sets of bits it
+    checks."""
     kind, *parts = claim
     if kind in ("telling-truth", "lying"):
         return roles[parts[0]] == (kind == "telling-truth")
@@ -81,7 +87,12 @@ def test_departure_1_the_answer_counts_without_a_marker_in_front():
 
 @pytest.mark.parametrize("text", ["", "no roles", None])
 def test_departure_2_a_truth_that_cannot_be_read_is_refused_by_load(tmp_path, text):
-    truth = {"solution_text_format": text, "names": ["Ann", "Ann"], "solution": [True, False], "statements": ""}
+    truth = {
+        "solution_text_format": text,
+        "names": ["Ann", "Ann"],
+        "solution": [True, False],
+        "statements": "",
+    }
     file = tmp_path / "train.jsonl"
     file.write_text(json.dumps({"prompt": "p", "hint": [], "answer": "a", "truth": truth}))
     with pytest.raises(UserError, match="row 0.*names"):
@@ -102,19 +113,36 @@ def test_departure_4_a_name_within_a_name():
 
 
 MEGABYTE = [
-    "<answer>", "</answer>", "<answer></answer>", "<answer", "</answer", "<", "knight", "Ann is a knight ", "Ann ",
-    "\n", "<answer>Ann", "A knight ok\n", "B knave no A\n", "back A\n", " ", "é", "İ", "</answer><answer>", "r>",
+    "<answer>", "</answer>", "<answer></answer>", "<answer", "</answer", "<", "knight", "Ann is a knight ",
+    "Ann ",
+    "\n", "<answer>Ann", "A knight ok\n", "B knave no A\n", "back A\n", " ", "é", "İ", "</answer><answer>",
+    "r>",
     "\u2028", "\U0001f600", "/answer>\u013c",
 ]  # fmt: skip
+
+
+def test_departure_5_the_innermost_block_counts():
+    text = f"<answer>Ann is a knight <answer> {RIGHT} </answer></answer>"
+    assert logic.score(text, PEOPLE) == (1.0, "right") and logic.score_published(text, PEOPLE) == (
+        0.1,
+        "malformed",
+    )
 
 
 @pytest.mark.parametrize("piece", MEGABYTE, ids=repr)
 def test_a_megabyte_is_judged_at_once(piece):
     filling = piece * (1_000_000 // len(piece))
-    for text in (filling, f"<answer>{filling}</answer>", f"{filling}{SHORT_END}", f"<answer>{RIGHT}</answer>{filling}"):
+    for text in (
+        filling,
+        f"<answer>{filling}</answer>",
+        f"{filling}{SHORT_END}",
+        f"<answer>{RIGHT}</answer>{filling}",
+    ):
         for truth in (PEOPLE, SHORT):
             times = []
-            while min(times, default=1) >= 0.01 and len(times) < 30:  # one quiet try of many: others may take the core
+            while (
+                min(times, default=1) >= 0.01 and len(times) < 30
+            ):  # one quiet try of many: others may take the core
                 start = time.process_time()
                 reward, verdict = logic.score(text, truth)
                 times.append(time.process_time() - start)
@@ -122,33 +150,46 @@ def test_a_megabyte_is_judged_at_once(piece):
             assert reward in (0.0, 0.1, 1.0) and verdict
 
 
-PIECES = ["<answer>", "</answer>", " ", "\n", "Ann", "is a", "knight", "knave", "Ben", "A knight ok\n", "A", "B"]
+PIECES = [
+    "<answer>",
+    "</answer>",
+    " ",
+    "\n",
+    "Ann",
+    "is a",
+    "knight",
+    "knave",
+    "Ben",
+    "A knight ok\n",
+    "A",
+    "B",
+]
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
-def test_any_text_gets_a_verdict_and_the_block_is_the_lazy_patterns_last(text):
+def test_any_text_gets_a_verdict_and_the_block_is_the_last_innermost_one(text):
     for truth in (PEOPLE, SHORT, {**SHORT, "steps": False}):
         reward, verdict = logic.score(text, truth)
         allowed = {1.0: {"right"}, 0.1: {"wrong", "malformed", "unsound"}, 0.0: {"no answer"}}
         assert verdict in allowed[reward]
-    blocks = re.findall("<answer>(.*?)</answer>", text, re.DOTALL)
-    assert logic._last_block(text)[1] == (blocks[-1] if blocks else "")
+    blocks = re.findall("<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    assert (answer_block(text) or ("", None))[1] == (blocks[-1] if blocks else None)
 
 
 # Reference reasoning
 
 
 def test_reasoning_worked_by_hand():
-    # Ann a knight makes Ben's claim true and him a knight, which she denies. Ann a knave makes it false and him a
-    # knave, as she then says truly.
+    # Ann a knight makes Ben's claim true and him a knight, which she denies. Ann a knave makes it false and
+    # him a knave, as she then says truly.
     contradictory = (("lying", 1), ("->", ("lying", 0), ("telling-truth", 0)))
     with pytest.raises(UserError, match="contradict each other"):
         logic.trace(["Ann", "Ben"], contradictory)
     statements = (("and", ("telling-truth", 1), ("lying", 1)), ("not", ("telling-truth", 0)))
     assert logic.trace(["Ann", "Ben"], statements) == [
-        "Ann cannot be a knight, because this would contradict the claim of their own that Ben is a knight and "
-        "Ben is a knave.\n",
+        "Ann cannot be a knight, because this would contradict the claim of their own that Ben is a knight "
+        "and Ben is a knave.\n",
         "Assume Ann is a knave. ",
         "No contradiction is found in their false claim that Ben is a knight and Ben is a knave.\n",
         "Assume Ben is a knight. ",
@@ -193,7 +234,10 @@ def test_published_rows_are_reproduced_in_full():
         for row in rows:
             names, solution = row["truth"]["names"], row["truth"]["solution"]
             assert logic.trace(names, statements_of(row)) == row["hint"]
-            assert row["answer"] == f" </think>\n<answer> {''.join(logic._solution_lines(names, solution))} </answer>"
+            assert (
+                row["answer"]
+                == f" </think>\n<answer> {''.join(logic._solution_lines(names, solution))} </answer>"
+            )
             assert logic.score("".join(row["hint"]) + row["answer"], row["truth"]) == (1.0, "right")
 
 
@@ -204,6 +248,8 @@ def test_published_scores_are_reproduced_but_for_the_departures():
     compared = 0
     for line in (Path(folder) / "uft/reward_kk_logic.jsonl").read_text().splitlines():
         v = json.loads(line)
+        published = logic.score_published(v["response"], v["ground_truth"], v["prompt"])[0]
+        assert {0.0: 0.0, 0.1: v["format_score"], 1.0: v["correct_score"]}[published] == v["score"], v["id"]
         if v["category"] == "synthetic ground truth":  # departure 2
             assert "names" not in v["ground_truth"]
             continue
@@ -228,7 +274,9 @@ def test_reference_steps_are_sound_and_none_can_be_left_out_or_repeated(row):
         assert not logic.check_steps(twice, row["truth"])
         if not line.startswith("back") and "no" not in line.split():
             assert not logic.check_steps("".join(lines[:i] + lines[i + 1 :]) + row["answer"], row["truth"])
-    flipped = row["answer"].replace("A knight", "A x").replace("A knave", "A knight").replace("A x", "A knave")
+    flipped = (
+        row["answer"].replace("A knight", "A x").replace("A knave", "A knight").replace("A x", "A knave")
+    )
     assert logic.score("".join(lines) + flipped, row["truth"]) == (0.1, "wrong")
     assert logic.score(row["answer"], row["truth"]) == (0.1, "unsound")
     assert logic.score(row["answer"], {**row["truth"], "steps": False}) == (1.0, "right")
@@ -237,17 +285,36 @@ def test_reference_steps_are_sound_and_none_can_be_left_out_or_repeated(row):
 @pytest.mark.parametrize(
     ("steps", "sound"),
     [
-        ("A knight ok\nB knight no A\nC knight no C\nB knave ok\nC knave ok\n", True),  # another order, no detour
-        ("C knight no C\nC knave ok\nB knave ok\nA knight ok\n", False),  # C a knight can hold as far as C's claim goes
+        (
+            "A knight ok\nB knight no A\nC knight no C\nB knave ok\nC knave ok\n",
+            True,
+        ),  # another order, no detour
+        (
+            "C knight no C\nC knave ok\nB knave ok\nA knight ok\n",
+            False,
+        ),  # C a knight can hold as far as C's claim goes
         ("B knave ok\nA knave no A\nA knight ok\nC knight no B\nC knave ok\n", True),
         (f"{DEAD_END}back A\nback B\nB knave ok\nA knight ok\nC knight no C\nC knave ok\n", True),
         (f"{DEAD_END}back B\nB knave ok\nA knight ok\nC knave ok\n", True),  # A's other role is refuted too
-        (f"{DEAD_END}back A\nA knight ok\nB knave ok\nC knave ok\n", False),  # A knight stays refuted below B knight
+        (
+            f"{DEAD_END}back A\nA knight ok\nB knave ok\nC knave ok\n",
+            False,
+        ),  # A knight stays refuted below B knight
         (f"{DEAD_END}back C\nB knave ok\nA knight ok\nC knave ok\n", False),  # C has no role to give up
         (f"{DEAD_END}back B\nB knight ok\n", False),  # B knight has just been refuted
-        ("B knight ok\nA knight no A\nA knave ok\nC knight no B\nC knave ok\n", False),  # C's claim would be true
-        ("A knave ok\nB knave no A\nB knight ok\nC knight no B\nC knave no C\nback A\n", False),  # stops short
-        ("A knave ok\nB knight ok\nC knight no B\nC knave no C\nback A\nA knight ok\nB knave ok\nC knave ok\n", False),
+        (
+            "B knight ok\nA knight no A\nA knave ok\nC knight no B\nC knave ok\n",
+            False,
+        ),  # C's claim would be true
+        (
+            "A knave ok\nB knave no A\nB knight ok\nC knight no B\nC knave no C\nback A\n",
+            False,
+        ),  # stops short
+        (
+            "A knave ok\nB knight ok\nC knight no B\nC knave no C\nback A\n"
+            "A knight ok\nB knave ok\nC knave ok\n",
+            False,
+        ),
         ("A knight ok\nB knave ok\nC knave ok\n", True),  # lucky guesses, each consistent
         ("A knight ok\n\nB knave ok\nC knave ok\n", False),  # a blank line is no step
         ("A knight ok\nB knave ok\nC knave ok\nA knight ok\n", False),
@@ -256,7 +323,10 @@ def test_reference_steps_are_sound_and_none_can_be_left_out_or_repeated(row):
         ("A knight ok\nB knave ok\n", False),
         ("X knight ok\nA knight ok\nB knave ok\nC knave ok\n", False),
         ("A knight ok\nB knave ok\nC knight no X\nC knave ok\n", False),
-        ("A knight ok\nC knave no B\nB knave ok\nC knave ok\n", False),  # B has no role yet, so nothing to contradict
+        (
+            "A knight ok\nC knave no B\nB knave ok\nC knave ok\n",
+            False,
+        ),  # B has no role yet, so nothing to contradict
     ],
 )
 def test_check_steps_on_orders_of_its_own(steps, sound):
@@ -264,7 +334,8 @@ def test_check_steps_on_orders_of_its_own(steps, sound):
 
 
 def any_order(statements, names, order):
-    """A search like the reference's, but taking people in the given order and naming the last contradicted speaker."""
+    """A search like the reference's, but taking people in the given order and naming the last contradicted
+    speaker."""
     lines, n = [], len(names)
 
     def descend(roles):
@@ -321,7 +392,8 @@ def test_steps_judged_sound_end_in_the_solution(row, data):
 
 
 def canonical(statements):
-    """The least of all renumberings of a problem, the sides of and, or, <=> sorted: equal for the same problem only."""
+    """The least of all renumberings of a problem, the sides of and, or, <=> sorted: equal for the same
+    problem only."""
 
     def renumber(claim, new):
         if claim[0] in ("telling-truth", "lying"):
@@ -342,8 +414,13 @@ def canonical(statements):
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_splits_share_no_problem_even_renumbered_and_hold_none_twice(size):
     n = {2: 25, 3: 150, 4: 150}[size]
-    train = [canonical(statements_of(r)) for r in logic.load("train", n=2 * n, style="short", sizes=(size,), seed=1)]
-    test = [canonical(statements_of(r)) for r in logic.load("test", n=n, style="short", sizes=(size,), seed=2)]
+    train = [
+        canonical(statements_of(r))
+        for r in logic.load("train", n=2 * n, style="short", sizes=(size,), seed=1)
+    ]
+    test = [
+        canonical(statements_of(r)) for r in logic.load("test", n=n, style="short", sizes=(size,), seed=2)
+    ]
     assert len(set(train)) == 2 * n and len(set(test)) == n and not set(train) & set(test)
 
 
@@ -391,7 +468,7 @@ def test_the_docstrings_rows_are_the_generators():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"style": "long"}, "style: 'long'.*'paper' and 'short'"),
+        ({"style": "long"}, "style: 'long'.*paper, short"),
         ({"sizes": (3, 8)}, "sizes: .*2 to 7"),
         ({"sizes": (1,)}, "sizes: .*2 to 7"),
         ({"sizes": ()}, "sizes: "),
@@ -426,7 +503,10 @@ def test_unusable_rows_of_a_file_are_named(tmp_path, field, value, message):
     truth = {"names": ["Ann", "Ben"], "solution": [True, False], "statements": "(('lying', 1), ('lying', 0))"}
     good = {"prompt": "p", "hint": ["a"], "answer": "b", "truth": truth}
     file = tmp_path / "train.jsonl"
-    file.write_text(json.dumps(good) + "\n" + json.dumps({**good, "truth": {**truth, field: value}}))
+    file.write_text(json.dumps(good))
     assert logic.load("train", file, n=1) == [good]
+    with pytest.raises(UserError, match="n: 2 rows were asked for"):
+        logic.load("train", file, n=2)
+    file.write_text(json.dumps(good) + "\n" + json.dumps({**good, "truth": {**truth, field: value}}))
     with pytest.raises(UserError, match=f"row 1: .*{message}"):
         logic.load("train", tmp_path)

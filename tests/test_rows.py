@@ -1,12 +1,23 @@
-"""data/rows.py: the files a user brings, in both layouts, and the line that says what is wrong with one."""
+"""data/rows.py: files in both layouts and the line that reports a mistake in one, tasks, splits and answer
+blocks."""
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from data.rows import (
+    answer_block,
+    first,
+    load_rows,
+    load_task,
+    read_records,
+    read_rows,
+    split_note,
+    split_rows,
+)
 from infra.config import UserError
-from data.rows import read_records, read_rows
 
 NEEDS = {"target": int, "numbers": list}
 TRUTH = {"target": 6, "numbers": [1, 5]}
@@ -34,7 +45,9 @@ def write(path, records):
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json"])
-@pytest.mark.parametrize("layout", [OWN, PUBLISHED, WITHOUT_QUESTION], ids=["own", "published", "without question"])
+@pytest.mark.parametrize(
+    "layout", [OWN, PUBLISHED, WITHOUT_QUESTION], ids=["own", "published", "without question"]
+)
 def test_both_layouts_in_every_kind_of_file(layout, suffix, tmp_path):
     path = write(tmp_path / f"rows.{suffix}", [layout] * 3)
     assert read_rows(path, "train", NEEDS) == [OWN] * 3
@@ -71,15 +84,18 @@ def test_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
         ({"prompt": None}, "field 'prompt' is missing or not a str"),
         ({"prompt": 7}, "field 'prompt'"),
         ({"hint": "1+5=6"}, "field 'hint' is missing or not a list"),
-        ({"hint": [1]}, "field 'hint' should be a list of strings"),
-        ({"answer": None}, "field 'answer'"),
+        ({"hint": [1]}, "field 'hint' must be a list of str"),
+        ({"answer": 6}, "field 'answer' is missing or not a str"),
+        ({"truth": {"target": True, "numbers": [1, 5]}}, "ground truth lacks a usable 'target'"),
         ({"truth": "6"}, "field 'truth' is missing or not a dict"),
         ({"truth": {"numbers": [1, 5]}}, "ground truth lacks a usable 'target'"),
         ({"truth": {"target": "6", "numbers": [1, 5]}}, "ground truth lacks a usable 'target'"),
     ],
 )
 def test_a_missing_field_is_named_with_file_and_row(change, wanted, tmp_path):
-    path = write(tmp_path / "rows.jsonl", [OWN, OWN, {k: v for k, v in (OWN | change).items() if v is not None}])
+    path = write(
+        tmp_path / "rows.jsonl", [OWN, OWN, {k: v for k, v in (OWN | change).items() if v is not None}]
+    )
     with pytest.raises(UserError, match=wanted) as e:
         read_rows(path, "train", NEEDS)
     assert f"{path} row 2: " in str(e.value)
@@ -92,9 +108,8 @@ def test_a_missing_field_is_named_with_file_and_row(change, wanted, tmp_path):
         ({"reward_model": None}, "'truth'"),
         ({"question": None, "prompt": []}, "'prompt'"),
         ({"question": None, "prompt": [{"role": "user"}]}, "'prompt'"),
-        ({"hint": None}, "'hint'"),
-        ({"answer": None}, "'answer'"),
-        ({"answer": "<answer>6</answer>"}, "'answer' should begin with the sentences of 'hint'"),
+        ({"hint": 3}, "'hint'"),
+        ({"answer": "<answer>6</answer>"}, "'answer' must begin with the sentences of 'hint'"),
     ],
 )
 def test_a_missing_field_of_the_published_layout_is_named(change, wanted, tmp_path):
@@ -108,7 +123,7 @@ def test_broken_lines_are_numbered(tmp_path):
     with pytest.raises(UserError, match=r"rows\.jsonl line 3: not JSON .*column 12"):
         read_records(path, "train")
     path.write_text(json.dumps(OWN) + "\n[1, 2]\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl row 1: an object with named fields is wanted, not list"):
+    with pytest.raises(UserError, match=r"rows\.jsonl row 1: must be an object with named fields, not list"):
         read_records(path, "train")
 
 
@@ -131,7 +146,9 @@ def test_what_is_no_text_at_all(tmp_path):
     with pytest.raises(UserError, match=r"rows\.json: no rows"):
         read_records(tmp_path / "rows.json", "train")
     (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match=r"rows\.csv: unknown kind of file; \.parquet, \.jsonl or \.json"):
+    with pytest.raises(
+        UserError, match=r"rows\.csv: unknown kind of file; must be \.parquet, \.jsonl or \.json"
+    ):
         read_records(tmp_path / "rows.csv", "train")
     with pytest.raises(UserError, match="no such file or folder"):
         read_records(tmp_path / "nothing.jsonl", "train")
@@ -157,3 +174,160 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs pyarrow: pip install -e '\.\[data\]'"):
         read_records(path, "train")
     assert len(read_records(write(tmp_path / "rows.jsonl", [OWN]), "train")) == 1
+
+
+def test_rows_without_a_solution_are_read(tmp_path):
+    bare = [
+        {"prompt": "1 5=6\n", "truth": TRUTH},
+        {"prompt": [{"content": "1 5=6\n"}], "reward_model": {"ground_truth": TRUTH}},
+    ]
+    for name, record in zip(("own", "published"), bare, strict=True):
+        (row,) = read_rows(write(tmp_path / f"{name}.jsonl", [record]), "train", NEEDS)
+        assert row == {"prompt": "1 5=6\n", "hint": [], "answer": "", "truth": TRUTH}
+
+
+# ---- unusual files -------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    for name in ("rows.jsonl", "rows.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + json.dumps(OWN).encode())
+        assert read_rows(tmp_path / name, "train", NEEDS) == [OWN]
+
+
+def test_json_lines_in_a_file_named_json(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(OWN) + "\n\n" + json.dumps(OWN) + "\n")
+    assert read_rows(path, "train", NEEDS) == [OWN] * 2
+    path.write_text(json.dumps(OWN) + "\n{]\n")
+    with pytest.raises(UserError, match=r"rows\.json line 2: not JSON"):
+        read_records(path, "train")
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ("9" * 5000, "line 2: an integer has too many digits"),
+        ("[" * 100_000, "line 2: .*(nested too deeply|not JSON)"),
+    ],
+)
+def test_values_python_cannot_read_are_refused_in_one_line(value, wanted, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(OWN) + f'\n{{"prompt": {value}}}\n')
+    with pytest.raises(UserError, match=wanted) as e:
+        read_records(path, "train")
+    assert "\n" not in str(e.value)
+
+
+def test_half_a_surrogate_pair_is_replaced_and_said_so(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a\\ud83d\\ud83d\\ude00", "truth": {"x\\udc00": ["\\ud83d"]}}\n')
+    ((_, record),) = read_records(path, "train")
+    assert record == {"prompt": "a\ufffd\U0001f600", "truth": {"x\ufffd": ["\ufffd"]}}
+    assert f"{path}: half surrogate pairs were replaced" in capsys.readouterr().err
+    path.write_text('{"prompt": "\\ud83d\\ude00"}')
+    read_records(path, "train")
+    assert capsys.readouterr().err == ""
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+
+def task(load, name="data.mine"):
+    return SimpleNamespace(__name__=name, load=load, score=None)
+
+
+def minimal(split, path=None):
+    return [{"prompt": f"{split} {i}", "truth": {"target": i}} for i in range(5)]
+
+
+def test_a_task_is_any_file_with_load_and_score():
+    assert load_task("countdown").__name__ == "data.countdown"
+    for name in ("rows", "tokenizer", "published", "algebra", "chess", "../model"):
+        with pytest.raises(
+            UserError, match=f"task = '{name}'.*tasks are countdown, gsm8k, hendrycks_math, logic$"
+        ):
+            load_task(name)
+
+
+def test_a_task_with_nothing_but_split_and_path():
+    rows = load_rows(task(minimal), "train", style="short", sizes=())
+    assert (
+        rows[1] == {"prompt": "train 1", "truth": {"target": 1}, "hint": [], "answer": ""} and len(rows) == 5
+    )
+    assert load_rows(task(minimal), "test", n=2, seed=0) == load_rows(task(minimal), "test")[:2]
+    with pytest.raises(UserError, match="n: 6 rows were asked for, task mine has 5 of split train"):
+        load_rows(task(minimal), "train", n=6)
+    with pytest.raises(UserError, match=r"sizes = \(3,\): task mine takes no sizes"):
+        load_rows(task(minimal), "train", sizes=(3,))
+    with pytest.raises(UserError, match="data_path = 'x': task mine takes no data_path"):
+        load_rows(task(lambda split: minimal(split)), "train", "x")
+
+
+def test_a_task_is_given_what_it_takes():
+    seen = []
+
+    def load(split, path=None, *, n=None, sizes=None, seed=0):
+        seen.append((split, path, n, sizes, seed))
+        return minimal(split)
+
+    load_rows(task(load), "train", "", n=3, style="short", sizes=[4], seed=7)
+    load_rows(task(load), "test", "rows.jsonl", sizes=None)
+    assert seen == [("train", None, 3, (4,), 7), ("test", "rows.jsonl", None, None, 0)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([], "task mine: the train set is empty"),
+        ([{"prompt": "x", "truth": 1}, "x"], "train row 1: must be a dict"),
+        ([{"prompt": 3, "truth": 1}], "train row 0: field 'prompt' is missing or not a str"),
+        ([{"prompt": "x"}], "train row 0: field 'truth' is missing"),
+        ([{"prompt": "x", "truth": 1, "hint": "y"}], "row 0: field 'hint' is missing or not a list"),
+        ([{"prompt": "x", "truth": 1, "hint": [1]}], "row 0: field 'hint' must be a list of str"),
+        ([{"prompt": "x", "truth": 1, "answer": 6}], "row 0: field 'answer'"),
+    ],
+)
+def test_rows_of_a_task_are_checked(rows, wanted):
+    with pytest.raises(UserError, match=wanted):
+        load_rows(task(lambda split, path=None: rows), "train")
+
+
+def test_one_file_is_split_into_training_and_test_rows(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [OWN | {"truth": TRUTH | {"target": i}} for i in range(25)])
+    mine = task(lambda split, path, n=None: first(read_rows(path, split, NEEDS), n, path, split))
+
+    def targets(*a, **k):
+        return [row["truth"]["target"] for row in load_rows(mine, *a, **k)]
+
+    assert targets("test", path, one_file="split") == [9, 19]
+    assert targets("train", path, one_file="split") == [i for i in range(25) if i not in (9, 19)]
+    assert targets("train", path, n=10, one_file="split") == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]
+    assert targets("test", path) == list(range(25))
+    with pytest.raises(UserError, match="n: 3 rows were asked for.* has 2 of split test"):
+        targets("test", path, n=3, one_file="split")
+    assert str(path) in split_note(path) and "10th" in split_note(path)
+    # a folder has its own split, made rows theirs
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "test.jsonl", [OWN] * 3)
+    assert len(load_rows(mine, "test", tmp_path / "folder", one_file="split")) == 3
+    assert split_note(tmp_path) == split_note("") == split_note(None) == ""
+
+
+def test_few_rows_keep_one_for_testing():
+    assert split_rows([0, 1, 2], "test") == [2] and split_rows([0, 1, 2], "train") == [0, 1]
+    assert split_rows([0, 1, 2], "dev") == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("a<answer>b</answer>c", ("a", "b")),
+        ("<answer>a</answer><answer>b</answer>", ("<answer>a</answer>", "b")),
+        ("<answer>a<answer>b</answer></answer>", ("<answer>a", "b")),
+        ("<answer>a</answer><answer>b", ("", "a")),
+        ("<answer>\n</answer>", ("", "\n")), ("a", None), ("</answer><answer>", None), ("", None),
+    ],
+)  # fmt: skip
+def test_the_last_and_innermost_block(text, block):
+    assert answer_block(text) == block
