@@ -1,11 +1,11 @@
 """The transformer: forward pass from ids or embeddings, KV cache, and the log-probs that losses are made of.
 
-A decoder of the Llama kind: RMSNorm before attention and MLP, rotary positions, grouped-query attention, gated MLP, tied
-or untied head. FAMILIES lists the settings in which Llama, Mistral, Qwen2, Qwen3 and Gemma differ. Parameter names are
-the checkpoint's, fields of ModelConfig are config.json's.
+A decoder of the Llama kind: RMSNorm before attention and MLP, rotary positions, grouped-query attention,
+gated MLP, tied or untied head. FAMILIES lists the settings in which Llama, Mistral, Qwen2, Qwen3 and Gemma
+differ. Parameter names are the checkpoint's, fields of ModelConfig are config.json's.
 
-Shapes: B rows, T positions, N tokens picked out of a batch, C hidden size, H query heads, K key/value heads, D head size,
-V vocabulary.
+Shapes: B rows, T positions, N tokens picked out of a batch, C hidden size, H query heads, K key/value heads,
+D head size, V vocabulary.
 """
 
 import math
@@ -29,7 +29,9 @@ class Family:
     qk_norm: bool = False  # RMSNorm of every query and key head
     window: bool = False  # honours sliding_window
     activations: tuple[str, ...] = ("silu",)  # values of hidden_act that mean this family's activation
-    gemma: bool = False  # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C), tied by default
+    gemma: bool = (
+        False  # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C), tied by default
+    )
     head_dim: int = 0  # where config.json gives none; 0: hidden_size / num_attention_heads
 
 
@@ -75,7 +77,7 @@ class ModelConfig:
         return self.extra.get("sliding_window") or 0 if self.family.window else 0
 
 
-# ---- layers ---------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -92,7 +94,9 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """(D/2,) float32 angles per position. Llama 3's rule stretches the long wavelengths and blends the middle band."""
+    """(D/2,) float32 angles per position. Llama 3's rule stretches the long wavelengths and blends the middle
+    band.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     f = config.rope_theta**-exponents
     if config.rope_scaling:
@@ -119,21 +123,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention (B, H, T, D) of queries (B, H, T, D) over keys and values (B, K, S, D), H a multiple of K.
+    """Softmax attention (B, H, T, D) of queries (B, H, T, D) over keys and values (B, K, S, D), H a multiple
+    of K.
 
     mask (B, 1, T, S) bool, True = may attend; None is causal. Each key head serves H / K query heads.
     """
     B, H, T, D = q.shape
     groups = H // k.shape[1]
-    if T == 1 and mask is not None:  # decoding: a key head's query heads are that head's queries, so nothing is copied
+    if (
+        T == 1 and mask is not None
+    ):  # decoding: a key head's query heads are that head's queries, so nothing is copied
         return F.scaled_dot_product_attention(q.reshape(B, -1, groups, D), k, v, mask).view(B, H, 1, D)
-    if groups > 1 and (mask is not None or q.dtype == torch.float32):  # no fused CUDA kernel groups heads here
+    if groups > 1 and (
+        mask is not None or q.dtype == torch.float32
+    ):  # no fused CUDA kernel groups heads here
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < H)
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in autocast's dtype, if that is on: several layers read it, and each would keep a converted copy of its own."""
+    """x in autocast's dtype, if that is on: several layers read it, and each would keep a converted copy of
+    its own.
+    """
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -191,7 +202,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# ---- KV cache -------------------------------------------------------------------------------------------------
+# ---- KV cache ----------------------------------------------------------------------------------------------
 
 
 class LayerCache:
@@ -201,7 +212,9 @@ class LayerCache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values (n, K, T, D) at `positions`; return all of the first n rows (n, K, length, D)."""
+        """Write new keys and values (n, K, T, D) at `positions`; return all of the first n rows (n, K,
+        length, D).
+        """
         n = len(k)
         for whole, new in ((self.k, k), (self.v, v)):
             whole[self.rows, :, self.positions] = new.transpose(1, 2).to(whole.dtype)
@@ -216,7 +229,9 @@ class KVCache:
         self.layers = [LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)]
 
     def view(self, positions: Tensor, length: int) -> None:
-        """Choose what the next forward pass writes, at positions (n, T) of the first n rows, and sees: < length."""
+        """Choose what the next forward pass writes, at positions (n, T) of the first n rows, and sees: <
+        length.
+        """
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.length = length
         for layer in self.layers:
@@ -231,7 +246,7 @@ class KVCache:
             layer.k[target], layer.v[target] = layer.k[source], layer.v[source]
 
 
-# ---- the model ------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
@@ -251,11 +266,17 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False  # keep only a block's input and run the block again in the backward pass
-        self.frequencies = rotary_frequencies(config)  # float32 whatever the model's dtype; not part of a checkpoint
+        self.gradient_checkpointing = (
+            False  # keep only a block's input and run the block again in the backward pass
+        )
+        self.frequencies = rotary_frequencies(
+            config
+        )  # float32 whatever the model's dtype; not part of a checkpoint
 
     def init_weights(self, seed: int = 0) -> "Transformer":
-        """Normal weights of config.initializer_range, zero biases, norms that scale by one; a function of the seed."""
+        """Normal weights of config.initializer_range, zero biases, norms that scale by one; a function of the
+        seed.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             with torch.no_grad():
@@ -264,7 +285,9 @@ class Transformer(nn.Module):
                 elif p.dim() == 1:
                     p.fill_(0.0 if self.config.family.gemma else 1.0)
                 else:
-                    p.copy_(torch.empty(p.shape).normal_(0, self.config.initializer_range, generator=generator))
+                    p.copy_(
+                        torch.empty(p.shape).normal_(0, self.config.initializer_range, generator=generator)
+                    )
         return self
 
     @property
@@ -280,7 +303,9 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,  # (B, 1, T, S) bool, True = may attend; default causal
         cache: KVCache | None = None,  # keys and values of earlier positions, to which this pass adds its own
     ) -> Tensor:
-        """Final hidden states (B, T, C), after the last norm. Right-padded batches need no mask: attention is causal."""
+        """Final hidden states (B, T, C), after the last norm. Right-padded batches need no mask: attention is
+        causal.
+        """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
@@ -290,7 +315,9 @@ class Transformer(nn.Module):
             cache.view(positions.expand(len(x), -1), x.shape[1] if mask is None else mask.shape[-1])
         if self.config.window:
             mask = self.window_mask(positions, mask, cache)
-        if mask is not None and x.shape[1] > 1:  # as attention adds it to its scores: converted once, not in every layer
+        if (
+            mask is not None and x.shape[1] > 1
+        ):  # as attention adds it to its scores: converted once, not in every layer
             zeros = torch.zeros((), dtype=autocast_input(x[:0]).dtype, device=x.device)
             mask = torch.where(mask, zeros, -torch.inf)
         if self.frequencies.device != x.device:  # moved once, since a CUDA graph must not copy from the host
@@ -305,7 +332,9 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def window_mask(self, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor | None:
-        """The mask, or the causal one, less the positions outside the sliding window; None where all lie inside."""
+        """The mask, or the causal one, less the positions outside the sliding window; None where all lie
+        inside.
+        """
         keys = positions if cache is None else cache.key_positions(positions)
         if keys.shape[1] <= self.config.window and mask is None:
             return None
@@ -313,11 +342,14 @@ class Transformer(nn.Module):
         return near.tril() if mask is None else near & mask
 
     def run(self, function: Callable, *args):
-        """function(*args) as one forward pass, around which FSDP gathers the weights used outside of blocks."""
+        """function(*args) as one forward pass, around which FSDP gathers the weights used outside of blocks.
+        """
         return function(*args)
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kw) -> Tensor:
-        """Logits (B, T, V) at every position. Training takes log-probs of single tokens from `hidden` instead."""
+        """Logits (B, T, V) at every position. Training takes log-probs of single tokens from `hidden`
+        instead.
+        """
         return F.linear(self.hidden(input_ids, inputs_embeds, **kw), self.head_weight)
 
     @classmethod
@@ -336,9 +368,9 @@ class Transformer(nn.Module):
         save_model(self, dir, dtype, stop_ids, **options)
 
 
-# ---- log-probs of tokens --------------------------------------------------------------------------------------
-# All logits at once: (N, V). fast/head.py has functions of the same names and arguments that work chunk by chunk.
-# hidden (N, C): the states that predict N tokens. weight (V, C): the head. targets (N,): the tokens.
+# ---- log-probs of tokens -----------------------------------------------------------------------------------
+# All logits at once: (N, V). fast/head.py has functions of the same names and arguments that work chunk by
+# chunk. hidden (N, C): the states that predict N tokens. weight (V, C): the head. targets (N,): the tokens.
 
 
 def compute_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -365,16 +397,20 @@ def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
     temperature: float | Tensor = 1.0, entropy: bool = False, chunks: list[slice] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss_fn(logp, entropy, *columns), a sum over tokens, and the log-probs and entropies (N,) for the metrics.
+    """loss_fn(logp, entropy, *columns), a sum over tokens, and the log-probs and entropies (N,) for the
+    metrics.
 
-    columns: further tensors (N,), or None. chunks matters to fast/head.py only, which calls loss_fn once for each chunk.
+    columns: further tensors (N,), or None. chunks matters to fast/head.py only, which calls loss_fn once for
+    each chunk.
     """
     logp, entropy = token_logprobs(hidden, weight, targets, temperature, entropy)
     return loss_fn(logp, entropy, *columns), logp.detach(), entropy.detach()
 
 
 def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
-    """KL(reference || model) in nats of the next-token distributions after N states, (N,); no reference gradient."""
+    """KL(reference || model) in nats of the next-token distributions after N states, (N,); no reference
+    gradient.
+    """
     logp = F.log_softmax(compute_logits(hidden, weight), -1)
     ref_logp = F.log_softmax(compute_logits(ref_hidden, ref_weight), -1).detach()
     return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
@@ -395,6 +431,8 @@ def sample_tokens(hidden: Tensor, weight: Tensor, u: Tensor) -> Tensor:
 
 
 def expected_embeddings(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    """Expectation (N, C) of the rows of `table` (V, C) under the next-token distribution; gradient to the table only."""
+    """Expectation (N, C) of the rows of `table` (V, C) under the next-token distribution; gradient to the
+    table only.
+    """
     p = compute_logits(hidden, weight).softmax(-1).detach()
     return p.to(table.dtype) @ table

@@ -1,10 +1,11 @@
 """Batched generation for rollouts and evaluation. It knows token ids, not text.
 
-`generate` is the algorithm: prefill the prompts, decode a token a row, stop. fast/engine.py gives the same tokens sooner.
+`generate` is the algorithm: prefill the prompts, decode a token a row, stop. fast/engine.py gives the same
+tokens sooner.
 
-A sampled token is a pure function of (seed, row, position, logits), where completion j of a prompt is row key x n + j.
-So batch size, the order of rows and the number of processes do not change the text, except where rounding of the logits
-flips a choice.
+A sampled token is a pure function of (seed, row, position, logits), where completion j of a prompt is row key
+x n + j. So batch size, the order of rows and the number of processes do not change the text, except where
+rounding of the logits flips a choice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +25,19 @@ COLDEST = 1e-30  # temperatures below it count as this one, so that logits / tem
 @dataclass
 class Completion:
     tokens: list[int]  # the sampled ids, the stop id included
-    logprobs: list[float]  # of each token, in nats, under the distribution it was drawn from (greedy: the model's own)
+    logprobs: list[
+        float
+    ]  # of each token, in nats, under the distribution it was drawn from (greedy: the model's own)
     finished: bool  # a stop id was sampled; False: cut at max_new_tokens
 
 
-# ---- drawing a token ------------------------------------------------------------------------------------------
+# ---- drawing a token ---------------------------------------------------------------------------------------
 
 
 def uniform(seed: int | Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """(n,) float64 in [0, 1): a hash (splitmix64's finaliser, wrapping int64) of seed, rows (n,) and positions (n,)."""
+    """(n,) float64 in [0, 1): a hash (splitmix64's finaliser, wrapping int64) of seed, rows (n,) and
+    positions (n,).
+    """
 
     def mix(z: Tensor) -> Tensor:
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
@@ -50,7 +55,9 @@ def int64(seed: int) -> int:
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """logits (n, V) with -inf for all but the top_k best tokens, then all but the fewest whose probabilities reach p."""
+    """logits (n, V) with -inf for all but the top_k best tokens, then all but the fewest whose probabilities
+    reach p.
+    """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -66,9 +73,9 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """One token a row: ids (n,) and their log-probs (n,), from logits (n, V) and u (n,) in [0, 1).
 
-    The token is the first whose cumulative probability exceeds u. Temperature 0 is greedy. Log-probs are those of the
-    tempered, truncated, renormalised distribution. The cumulative sums are taken in two levels, over blocks of tokens
-    and then inside one block, at a tenth of torch.multinomial's cost for V = 32,000.
+    The token is the first whose cumulative probability exceeds u. Temperature 0 is greedy. Log-probs are
+    those of the tempered, truncated, renormalised distribution. The cumulative sums are taken in two levels,
+    over blocks of tokens and then inside one block, at a tenth of torch.multinomial's cost for V = 32,000.
     """
     logits = logits.float()
     if temperature == 0:
@@ -94,7 +101,7 @@ def draw(
     return (block * BLOCK + within)[:, 0], inside.gather(1, within)[:, 0].log()
 
 
-# ---- prompts and steps ----------------------------------------------------------------------------------------
+# ---- prompts and steps -------------------------------------------------------------------------------------
 
 
 def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -110,7 +117,9 @@ def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]
 
 def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
     """Feed each row its last token, (n,) at positions (n,) < length; logits (n, V) of the next."""
-    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]  # (n, 1, 1, length)
+    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[
+        :, None, None
+    ]  # (n, 1, 1, length)
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache)
     return F.linear(hidden[:, 0], model.head_weight)
 
@@ -119,7 +128,8 @@ def check_arguments(prompts, n, max_new_tokens, temperature, top_k, top_p, batch
     """UserError for an empty prompt and for values out of range."""
     rules = (
         ("n", n, n >= 1, ">= 1"), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, ">= 1"),
-        ("temperature", temperature, temperature >= 0, ">= 0"), ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+        ("temperature", temperature, temperature >= 0, ">= 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
         ("top_k", top_k, top_k >= 0, ">= 0"), ("batch_size", batch_size, batch_size >= 0, ">= 0"),
     )  # fmt: skip
     for name, value, ok, rule in rules:
@@ -130,7 +140,7 @@ def check_arguments(prompts, n, max_new_tokens, temperature, top_k, top_p, batch
             raise UserError(f"prompt {i} has no tokens; a completion needs at least one to continue from")
 
 
-# ---- generation -----------------------------------------------------------------------------------------------
+# ---- generation --------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -144,20 +154,25 @@ def generate(
     seed: int = 0,
     top_k: int = 0,
     top_p: float = 1.0,
-    batch_size: int = 0,  # rows decoded at a time, at least n; 0: all (fast, on CUDA: as many as memory holds)
-    keys: Sequence[int] | None = None,  # one int a prompt, which its random numbers depend on; default its index
+    batch_size: int = 0,  # rows decoded at a time, at least n; 0: all, or what memory holds (fast, CUDA)
+    keys: Sequence[int]
+    | None = None,  # one int a prompt, which its random numbers depend on; default its index
     progress: Callable[[int, int], None] | None = None,  # called with (finished rows, tokens sampled)
+    on_finish: Callable[[int, list[Completion]], None] | None = None,  # called with (i, completions of prompt i)
     fast: bool = True,  # the engine of fast/, which samples the same tokens
     **engine_options,  # compile, check_every, reserve, longest_prompt: see fast/engine.py
 ) -> list[list[Completion]]:
-    """For each prompt (a list of ids) a list of n completions. UserError for an empty prompt or a value out of range."""
+    """For each prompt (a list of ids) a list of n completions. UserError for an empty prompt or a value out
+    of range.
+    """
     check_arguments(prompts, n, max_new_tokens, temperature, top_k, top_p, batch_size)
     keys = range(len(prompts)) if keys is None else keys
     if fast:
         from fast.engine import generate as fast_generate
 
         return fast_generate(
-            model, prompts, n, max_new_tokens, temperature, stop_ids, seed, top_k, top_p, batch_size, keys, progress,
+            model, prompts, n, max_new_tokens, temperature, stop_ids, seed, top_k, top_p, batch_size, keys,
+            progress, on_finish,
             **engine_options,
         )  # fmt: skip
     device, dtype = model.head_weight.device, model.head_weight.dtype
@@ -175,9 +190,14 @@ def generate(
         logits = prefill(model, cache, rows)
         for step in range(max_new_tokens):
             # 3. Sample a token for every row.
-            tokens, logprobs = draw(logits, uniform(int64(seed), numbers, position), temperature, top_k, top_p)
-            # 4. Keep it, and stop once every row has sampled a stop id. Finished rows keep decoding until then.
-            for completion, token, logprob in zip(completions, tokens.tolist(), logprobs.tolist(), strict=True):
+            tokens, logprobs = draw(
+                logits, uniform(int64(seed), numbers, position), temperature, top_k, top_p
+            )
+            # 4. Keep it, and stop once every row has sampled a stop id. Finished rows keep decoding until
+            # then.
+            for completion, token, logprob in zip(
+                completions, tokens.tolist(), logprobs.tolist(), strict=True
+            ):
                 if not completion.finished:
                     completion.tokens.append(token)
                     completion.logprobs.append(logprob)
@@ -191,6 +211,9 @@ def generate(
             logits = decode(model, cache, tokens, position, longest + step + 1)
             position = position + 1
         results += [completions[i : i + n] for i in range(0, len(completions), n)]
+        if on_finish:
+            for i in batch:
+                on_finish(i, results[i])
     return results
 
 

@@ -1,17 +1,17 @@
 """IFT, Intuitive Fine-Tuning (arXiv 2405.11870), and the methods its paper compares it with.
 
-    python train_ift.py                                                     the embedded example: sft and ift side by side
-    python train_ift.py --loss=ift --task=countdown --out_dir=out/ift        ift, sft, dpo, ipo, tdpo, orpo or simpo
-    python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR --out_dir=out/ift
-    python train_ift.py ... --resume=true                                    continue after an interruption
-    torchrun --nproc-per-node=8 train_ift.py config/ift-llama-3-8b.toml ...  on 8 GPUs, or 8 processes
-    python train_ift.py --help                                               every knob
+    python train_ift.py                                          the embedded example: sft and ift side by side
+    python train_ift.py --loss=ift --out_dir=out/ift             ift, sft, dpo, ipo, tdpo, orpo or simpo
+    python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR --out_dir=out/llama
+    python train_ift.py ... --resume=true                        continue after an interruption
+    torchrun --nproc-per-node=8 train_ift.py config/x.toml ...   on 8 GPUs, or 8 processes
+    python train_ift.py --help                                   every knob
 
 Departures from the paper and its published code:
-- The weights of relation propagation are Algorithm 1's as the published code reads it, gamma^(i - t); equation 21 and
-  the paper's alpha^(N - t) differ from it and from each other.
-- side = "right" adds an example's own smallest non-zero sum before it inverts; the published code adds the smallest of
-  the whole batch, so that an example's loss depends on its neighbours.
+- The weights of relation propagation are Algorithm 1's as the published code reads it, gamma^(i - t);
+  equation 21 and the paper's alpha^(N - t) differ from it and from each other.
+- side = "right" adds an example's own smallest non-zero sum before it inverts; the published code adds the
+  smallest of the whole batch, so that an example's loss depends on its neighbours.
 - An example whose losses are all 0 has weights of one, and one without a target has none; there both are NaN.
 - The input embedding is trained (train_embedding = true); in the published code it never is.
 - Averages run over the whole optimiser step, whatever the micro-batches.
@@ -69,10 +69,15 @@ class Config:
     """Every knob. The defaults are the embedded example; config/ has the paper's runs."""
 
     # What
-    loss: tuple[str, ...] = ("sft", "ift")  # ift, sft, dpo, ipo, tdpo, orpo, simpo; several run one after another
+    loss: tuple[str, ...] = (
+        "sft",
+        "ift",
+    )  # ift, sft, dpo, ipo, tdpo, orpo, simpo; several run one after another
     model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
-    task: str = "countdown"  # a file of data/ whose rows are (prompt, answer); empty: data_path holds conversations
+    task: str = (
+        "countdown"  # a file of data/ whose rows are (prompt, answer); empty: data_path holds conversations
+    )
     style: str = "short"  # the task's prompt: paper, or short for tiny models
     data_path: str = ""  # file or folder of rows; empty: made by the task
     template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml or zephyr
@@ -90,7 +95,9 @@ class Config:
     lam: float = 0.2  # lambda, the share of the model's own prediction in the embeddings
     lam_low: float = 0.0  # lambda at the start of a linear schedule
     lam_schedule: str = "static"  # static, or linear from lam_low over the warm-up
-    lam_disturb: float = 0.0  # std of a Gaussian disturbance, as a share of lambda; 0.5 in the published options
+    lam_disturb: float = (
+        0.0  # std of a Gaussian disturbance, as a share of lambda; 0.5 in the published options
+    )
     own: str = "argmax"  # the model's own prediction: argmax, sampled, or soft (the expected embedding)
     train_embedding: bool = True  # gradient into the input embeddings; the published code has none
     # Relation propagation (ift)
@@ -99,7 +106,9 @@ class Config:
     side: str = "left"  # left: from later tokens; right: from earlier ones
     norm: str = "L1"  # L1, L2, softmax or log
     # Other losses
-    average: str = "example"  # sft and ift: average over examples, or over token (all tokens alike)
+    average: str = (
+        "example"  # sft and ift: example, the mean of per-example means; or token, over all targets
+    )
     beta: float = 0.0  # dpo, ipo, tdpo, orpo, simpo; 0: the loss's own default (0.1, 0.1, 0.1, 0.25, 2.0)
     gamma_beta: float = 0.8  # simpo's target margin as a share of beta
     label_smoothing: float = 0.0  # dpo
@@ -112,7 +121,9 @@ class Config:
     weight_decay: float = 0.0  # decoupled weight decay, adamw only
     grad_clip: float = 1.0  # largest gradient norm; 10 in the paper
     # Speed
-    fast: bool = True  # use fast/: the same results sooner. false: the plain path, all of it in this file and model.py
+    fast: bool = (
+        True  # use fast/: the same results sooner. false: the plain path, all of it in this file and model.py
+    )
     token_budget: int = 16384  # padded tokens of a micro-batch
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: str = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
@@ -143,21 +154,33 @@ def check(cfg: Config) -> None:
     one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
     one_of(cfg, "dtype", ("float32", "bfloat16"))
     one_of(cfg, "compile", ("auto", "true", "false"))
-    positive = ("batch", "max_length", "token_budget", "max_new_tokens", "eval_every", "save_every", "print_every")
+    positive = (
+        "batch",
+        "max_length",
+        "token_budget",
+        "max_new_tokens",
+        "eval_every",
+        "save_every",
+        "print_every",
+    )
     require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
     shares = ("lam", "lam_low", "gamma", "warmup_ratio", "label_smoothing")
     require_each(cfg, shares, lambda v: 0 <= v <= 1, "must be from 0 to 1")
-    not_negative = ("train_rows", "test_rows", "seed", "threads", "weight_decay", "lam_disturb", "tdpo_alpha", "beta",
-                    "show")  # fmt: skip
+    not_negative = ("train_rows", "test_rows", "seed", "threads", "weight_decay", "lam_disturb", "tdpo_alpha",
+                    "beta", "show")  # fmt: skip
     require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
     require_each(cfg, ("epochs", "lr", "grad_clip"), lambda v: v > 0, "must be above 0")
     pairs = [name for name in cfg.loss if LOSSES[name].pairs]
     require(cfg, "task", not (pairs and cfg.task), f"{'/'.join(pairs)} needs pairs: --task= --data_path=FILE")
     require(cfg, "data_path", bool(cfg.task or cfg.data_path), "must name a file of rows if there is no task")
-    require(cfg, "model", bool(cfg.task or cfg.model), "must name a directory to start from if there is no task")
+    require(
+        cfg, "model", bool(cfg.task or cfg.model), "must name a directory to start from if there is no task"
+    )
+    if cfg.task:
+        load_task(cfg.task)  # UserError if there is no such task
 
 
-# ---- temporal residual (section 4.2) --------------------------------------------------------------------------
+# ---- temporal residual (section 4.2) -----------------------------------------------------------------------
 
 
 def ift_states(
@@ -166,8 +189,9 @@ def ift_states(
 ) -> Tensor:  # fmt: skip
     """Hidden states (N, C) that predict the N targets, on embeddings mixed with the model's own predictions.
 
-    ids, mask (B, T): tokens, and which of them are targets. predict: states (N, C) that predict the targets -> embeddings
-    (N, C) of the model's own predictions. fast/prefix.py runs what precedes the answers once for both passes.
+    ids, mask (B, T): tokens, and which of them are targets. predict: states (N, C) that predict the targets
+    -> embeddings (N, C) of the model's own predictions. fast/prefix.py runs what precedes the answers once
+    for both passes.
     """
     embeddings = model.model.embed_tokens(ids)  # E[x], (B, T, C)
     embeddings = embeddings if train_embedding else embeddings.detach()
@@ -195,8 +219,8 @@ def own_embeddings(
 ) -> Tensor:
     """E[y] (N, C): the embedding of the model's prediction after each state (N, C) (Algorithm 1, line 3).
 
-    kind: argmax; sampled, by u (N,) in [0, 1); or soft, the expected embedding. Gradient to the embedding table only.
-    head: model.py or fast/head.py.
+    kind: argmax; sampled, by u (N,) in [0, 1); or soft, the expected embedding. Gradient to the embedding
+    table only. head: model.py or fast/head.py.
     """
     table = model.model.embed_tokens.weight
     if kind == "soft":
@@ -217,7 +241,7 @@ def residual_lambda(
     return min(1.0, max(0.0, lam + noise * disturb * lam))
 
 
-# ---- relation propagation (section 4.3 and Algorithm 1) -------------------------------------------------------
+# ---- relation propagation (section 4.3 and Algorithm 1) ----------------------------------------------------
 
 
 def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
@@ -241,13 +265,15 @@ def propagation_weights(
     norm: str = "L1",
     floor: Tensor | float | None = None,
 ) -> Tensor:
-    """Weight (B, T) of each token's loss in relation propagation; an example's weights average 1 over its targets.
+    """Weight (B, T) of each token's loss in relation propagation; an example's weights average 1 over its
+    targets.
 
-    nll, mask (B, T): losses, and whether a position is a target. The weight is the discounted sum (Algorithm 1) of the
-    quantity: loss (nll / targets of the example), logps (nll, undivided) or mask (ones). side "left" sums over the later
-    tokens. "right" sums over the earlier ones and inverts: the more they weigh, the less the token does. norm: L1, L2,
-    softmax or log (of 1 + sum). Gradients flow through the weights. gamma = 0 is no propagation: weights of 1.
-    floor: what "right" adds before inverting; default the example's smallest non-zero sum.
+    nll, mask (B, T): losses, and whether a position is a target. The weight is the discounted sum (Algorithm
+    1) of the quantity: loss (nll / targets of the example), logps (nll, undivided) or mask (ones). side
+    "left" sums over the later tokens. "right" sums over the earlier ones and inverts: the more they weigh,
+    the less the token does. norm: L1, L2, softmax or log (of 1 + sum). Gradients flow through the weights.
+    gamma = 0 is no propagation: weights of 1. floor: what "right" adds before inverting; default the
+    example's smallest non-zero sum.
     """
     mask = mask.to(nll.dtype)
     if gamma == 0:
@@ -264,7 +290,9 @@ def propagation_weights(
             floor = torch.where(floor.isinf(), 1.0, floor)
         s = torch.where(target, s + floor, 1.0).clamp(min=torch.finfo(s.dtype).tiny)
         s = 1 / (s.log1p() if norm == "log" else s)
-        if norm != "softmax":  # the scale cancels below; without it squares and sums of large inverses overflow
+        if (
+            norm != "softmax"
+        ):  # the scale cancels below; without it squares and sums of large inverses overflow
             s = s / (s * mask).detach().amax(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
     elif norm == "log":
         s = s.log1p()
@@ -280,7 +308,8 @@ def propagation_weights(
 
 
 def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
-    """Loss of each example (B,): the mean over its targets of weight x nll (Algorithm 1), 0 for one without a target.
+    """Loss of each example (B,): the mean over its targets of weight x nll (Algorithm 1), 0 for one without a
+    target.
 
     With gamma = 0 it is the mean nll, SFT's loss.
     """
@@ -288,11 +317,12 @@ def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
     return (weights * nll * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# ---- losses of pairs: arguments (B,) are summed log-probs of the answers, results (B,) ------------------------
+# ---- losses of pairs: arguments and results (B,); log-probs are summed over tokens, or averaged where it say
 
 
 def dpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, label_smoothing: float = 0.0,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """DPO (arXiv 2305.18290, eq. 7), with label smoothing the conservative one (arXiv 2306.02858).
 
@@ -304,16 +334,20 @@ def dpo_loss(
     return losses, rewards.detach(), others.detach()
 
 
-def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+def ipo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> Tensor:
     """IPO (arXiv 2310.12036, eq. 17): (margin of log-ratios - 1 / (2 beta))^2."""
     return ((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 * beta)) ** 2
 
 
 def tdpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, kl_chosen: Tensor, kl_rejected: Tensor,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, kl_chosen: Tensor,
+    kl_rejected: Tensor,
     beta: float, alpha: float = 0.5,
 ) -> Tensor:  # fmt: skip
-    """TDPO2 (arXiv 2404.11999, eq. 17): DPO's margin less alpha times the difference of the answers' sequential KL.
+    """TDPO2 (arXiv 2404.11999, eq. 17): DPO's margin less alpha times the difference of the answers'
+    sequential KL.
 
     kl: KL(ref || policy) summed over an answer's tokens; no gradient through the chosen one's.
     """
@@ -331,22 +365,27 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """ORPO (arXiv 2403.07691, eq. 6) from mean log-probs a token: SFT's loss + beta x -log sigmoid(log odds ratio)."""
+    """ORPO (arXiv 2403.07691, eq. 6) from mean log-probs a token: SFT's loss + beta x -log sigmoid(log odds
+    ratio).
+    """
     odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     return -chosen - beta * F.logsigmoid(odds)
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta: float) -> Tensor:
-    """SimPO (arXiv 2405.14734, eq. 6) from mean log-probs a token; gamma_beta: target margin as a share of beta."""
+    """SimPO (arXiv 2405.14734, eq. 6) from mean log-probs a token; gamma_beta: target margin as a share of
+    beta.
+    """
     return -F.logsigmoid(beta * (chosen - rejected - gamma_beta))
 
 
-# ---- which loss is which --------------------------------------------------------------------------------------
+# ---- which loss is which -----------------------------------------------------------------------------------
 
 
-class PairSums(NamedTuple):
-    """Of each pair (B,): log-probs of both answers, summed or (per_token) averaged over tokens; the reference's sums,
-    and KL(ref || policy) summed over tokens, where the loss asks for them."""
+class PairLogprobs(NamedTuple):
+    """Of each pair (B,): log-probs of both answers, summed or (mean_logprobs) averaged over tokens; the
+    reference's sums, and KL(ref || policy) summed over tokens, where the loss asks for them.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -357,17 +396,21 @@ class PairSums(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What a loss needs and how it is computed: token_weights for single answers, pair_loss for pairs of answers."""
+    """What a loss needs and how it is computed: token_weights for single answers, pair_loss for pairs of
+    answers.
+    """
 
     residual: bool = False  # embeddings mixed with the model's own predictions
-    token_weights: Callable[[Tensor, Tensor, Config], Tensor] | None = None  # (nll, mask, cfg) -> weights (B, T)
+    token_weights: Callable[[Tensor, Tensor, Config], Tensor] | None = (
+        None  # (nll, mask, cfg) -> weights (B, T)
+    )
     tokenwise: bool = False  # a token's weight depends on no other token
     pairs: bool = False  # rows are (chosen, rejected)
     reference: bool = False  # needs the starting model
-    per_token: bool = False  # log-probs averaged over tokens
+    mean_logprobs: bool = False  # log-probs averaged over tokens instead of summed
     kl: bool = False  # needs the KL to the reference
     beta: float = 0.0  # its own default of the knob beta
-    pair_loss: Callable[[PairSums, float, Config], Tensor] | None = None  # (sums, beta, cfg) -> losses (B,)
+    pair_loss: Callable[[PairLogprobs, float, Config], Tensor] | None = None  # -> losses (B,)
 
 
 def sft_weights(nll: Tensor, mask: Tensor, cfg: Config) -> Tensor:
@@ -386,14 +429,14 @@ LOSSES = {
     "ipo": Loss(pairs=True, reference=True, beta=0.1, pair_loss=lambda p, beta, cfg: ipo_loss(*p[:4], beta)),
     "tdpo": Loss(pairs=True, reference=True, kl=True, beta=0.1,
                  pair_loss=lambda p, beta, cfg: tdpo_loss(*p, beta, cfg.tdpo_alpha)),
-    "orpo": Loss(pairs=True, per_token=True, beta=0.25,
+    "orpo": Loss(pairs=True, mean_logprobs=True, beta=0.25,
                  pair_loss=lambda p, beta, cfg: orpo_loss(p.chosen, p.rejected, beta)),
-    "simpo": Loss(pairs=True, per_token=True, beta=2.0,
+    "simpo": Loss(pairs=True, mean_logprobs=True, beta=2.0,
                   pair_loss=lambda p, beta, cfg: simpo_loss(p.chosen, p.rejected, beta, cfg.gamma_beta)),
 }  # fmt: skip
 
 
-# ---- a micro-batch --------------------------------------------------------------------------------------------
+# ---- a micro-batch -----------------------------------------------------------------------------------------
 
 
 def to_rows(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -412,7 +455,8 @@ def target_states(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def supervised_loss(
-    loss: Loss, model: Transformer, ids: Tensor, mask: Tensor, example_weights: Tensor, lam: float, cfg: Config,
+    loss: Loss, model: Transformer, ids: Tensor, mask: Tensor, example_weights: Tensor, lam: float,
+    cfg: Config,
     u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sum of example_weights (B,) x the loss of each example, and the log-probs (N,) of the targets.
@@ -427,9 +471,9 @@ def supervised_loss(
         states = target_states(model, ids, mask)
     row, column = mask.nonzero(as_tuple=True)
     counts = mask.sum(1)
-    share = (example_weights / counts.clamp(min=1))[row]  # (N,): what a target counts
+    weight = (example_weights / counts.clamp(min=1))[row]  # (N,) of each target in the mean over its example
     loss_fn = partial(examples_loss, shape=ids.shape, loss=loss, cfg=cfg)
-    columns, chunks = (row, column, share), None
+    columns, chunks = (row, column, weight), None
     if cfg.fast and not loss.tokenwise:
         chunks = example_chunks(counts.tolist(), model.config.vocab_size, ids.device)
         if chunks is None:  # an example too long to hold the gradient of all its logits
@@ -439,23 +483,27 @@ def supervised_loss(
 
 
 def examples_loss(
-    logp: Tensor, _entropy: Tensor, row: Tensor, column: Tensor, share: Tensor, shape: torch.Size, loss: Loss, cfg: Config,
+    logp: Tensor, _entropy: Tensor, row: Tensor, column: Tensor, weight: Tensor, shape: torch.Size,
+    loss: Loss, cfg: Config,
 ) -> Tensor:  # fmt: skip
-    """sum of share (N,) x token weight x nll, from the log-probs (N,) of the targets at (row, column) of a micro-batch.
+    """sum of weight (N,) x token weight x nll, from the log-probs (N,) of the targets at (row, column) of a
+    micro-batch.
 
     They have to be all targets of some examples, unless the loss is tokenwise.
     """
     nll = torch.zeros(shape, device=logp.device).index_put((row, column), -logp)
     mask = torch.zeros(shape, dtype=torch.bool, device=logp.device)
     mask = mask.index_put((row, column), torch.ones((), dtype=torch.bool, device=logp.device))
-    return (share * (loss.token_weights(nll, mask, cfg) * nll)[row, column]).sum()
+    return (weight * (loss.token_weights(nll, mask, cfg) * nll)[row, column]).sum()
 
 
 LONGEST = 1 << 26  # logits of one example up to which its loss and gradient are taken at once: 256 MB
 
 
 def example_chunks(counts: Sequence[int], vocab: int, device: torch.device) -> list[slice] | None:
-    """Whole examples of `counts` targets, as many at a time as fast.head likes but at least one; None beyond LONGEST."""
+    """Whole examples of `counts` targets, as many at a time as fast.head likes but at least one; None beyond
+    LONGEST.
+    """
     if max(counts, default=0) * vocab > LONGEST:
         return None
     slices, begin, end = [], 0, 0
@@ -479,14 +527,16 @@ def target_nll(
 def pairs_loss(
     loss: Loss, model: Transformer, reference: Transformer | None, ids: Tensor, mask: Tensor, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each pair (B,) and the nll (2B, T) behind it. The B chosen rows come first, then the B rejected."""
+    """Loss of each pair (B,) and the nll (2B, T) behind it. The B chosen rows come first, then the B
+    rejected.
+    """
     head = fast_head if cfg.fast else plain_head
     states = target_states(model, ids, mask)
     nll = target_nll(model, ids, mask, head, states)
     sums = -nll.sum(1)
-    if loss.per_token:
+    if loss.mean_logprobs:
         sums = sums / mask.sum(1)
-    pair = PairSums(*sums.chunk(2))
+    pair = PairLogprobs(*sums.chunk(2))
     if loss.reference:
         with torch.no_grad():
             ref_states = target_states(reference, ids, mask)
@@ -501,53 +551,76 @@ def pairs_loss(
     return loss.pair_loss(pair, cfg.beta or loss.beta, cfg), nll
 
 
-# ---- one optimiser step ---------------------------------------------------------------------------------------
+# ---- one optimiser step ------------------------------------------------------------------------------------
 
 
 def update(
-    loss: Loss, model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, batch: list,
-    lam: float, cfg: Config, seed: int = 0,
+    loss: Loss, model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer,
+    batch: list, lam: float, cfg: Config, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """Gradients of all micro-batches of a step's examples (or pairs of them), one clipped optimiser step, metrics."""
-    device = model.head_weight.device
+    """One clipped optimiser step on examples, or pairs of them; returns means over the step as metrics."""
     examples = [e for row in batch for e in (row if loss.pairs else (row,))]
-    tokens = sum(int(sum(e.mask[1:])) for e in examples)  # targets of the whole step
+    targets = sum(int(sum(e.mask[1:])) for e in examples)  # of the whole step
     lengths = [2 * max(len(e.ids) for e in row) if loss.pairs else len(row.ids) for row in batch]
     sums = {"loss": 0.0, "nll": 0.0}
     optimizer.zero_grad(set_to_none=True)
-    for chosen, counted in my_batches(lengths, cfg.token_budget):
-        rows = [batch[i] for i in chosen]
-        rows = [r[side] for side in (0, 1) for r in rows] if loss.pairs else rows
-        ids, mask = to_rows(rows, device)
-        with autocast(device, cfg.dtype):
+    # FSDP averages gradients over processes: x world() makes the average a sum. `counted` is 1, or 0 for a
+    # batch that a process repeats to make as many passes as the others.
+    for indices, counted in my_batches(lengths, cfg.token_budget):
+        with autocast(model.head_weight.device, cfg.dtype):
             if loss.pairs:
-                arguments = (pairs_loss, loss, model, reference, ids, mask, cfg)
-                losses, nll = model.run(reference.run, *arguments) if reference else model.run(*arguments)
-                value, nll_sum = losses.sum() / len(batch), nll.sum()
+                value, nll = pairs_step_loss(loss, model, reference, batch, indices, cfg)
             else:
-                weights = torch.full((len(ids),), 1 / len(batch), device=device)
-                if cfg.average == "token":
-                    weights = mask.sum(1) / tokens
-                u = None
-                if loss.residual and cfg.own == "sampled":
-                    row, column = mask.nonzero(as_tuple=True)
-                    u = uniform(int64(seed), torch.tensor(chosen, device=device)[row], column)
-                value, logp = model.run(supervised_loss, loss, model, ids, mask, weights, lam, cfg, u)
-                nll_sum = -logp.sum()
+                value, nll = examples_step_loss(loss, model, batch, indices, targets, lam, cfg, seed)
         (value * (counted * world())).backward()
         sums["loss"] += counted * value.item()
-        sums["nll"] += counted * nll_sum.item()
+        sums["nll"] += counted * nll.item()
     sums = add_up(sums)
     grad_norm = optimizer_step(model, optimizer, cfg.grad_clip, sums["loss"])
     return {
         "loss": sums["loss"],
-        "nll": sums["nll"] / max(1, tokens),
+        "nll": sums["nll"] / max(1, targets),
         "grad_norm": grad_norm,
         "tokens": sum(len(e.ids) for e in examples),
     }
 
 
-# ---- data -----------------------------------------------------------------------------------------------------
+def examples_step_loss(
+    loss: Loss, model: Transformer, batch: list[Example], indices: list[int], targets: int, lam: float,
+    cfg: Config, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a micro-batch of examples adds to the step's loss, and the sum of its targets' nll."""
+    device = model.head_weight.device
+    ids, mask = to_rows([batch[i] for i in indices], device)
+    weights = torch.full((len(ids),), 1 / len(batch), device=device)
+    if cfg.average == "token":
+        weights = mask.sum(1) / targets
+    u = None
+    if loss.residual and cfg.own == "sampled":
+        row, column = mask.nonzero(as_tuple=True)
+        u = uniform(int64(seed), torch.tensor(indices, device=device)[row], column)
+    value, logp = model.run(supervised_loss, loss, model, ids, mask, weights, lam, cfg, u)
+    return value, -logp.sum()
+
+
+def pairs_step_loss(
+    loss: Loss,
+    model: Transformer,
+    reference: Transformer | None,
+    batch: list,
+    indices: list[int],
+    cfg: Config,
+) -> tuple[Tensor, Tensor]:
+    """What a micro-batch of pairs adds to the step's loss, and the sum of its targets' nll."""
+    rows = [batch[i][side] for side in (0, 1) for i in indices]  # all chosen answers, then all rejected ones
+    ids, mask = to_rows(rows, model.head_weight.device)
+    arguments = (pairs_loss, loss, model, reference, ids, mask, cfg)
+    # reference.run inside model.run: FSDP gathers the weights of both.
+    losses, nll = model.run(reference.run, *arguments) if reference else model.run(*arguments)
+    return losses.sum() / len(batch), nll.sum()
+
+
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -577,25 +650,38 @@ def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig
     window = config.max_position_embeddings
     encoded = {}
     for split, rows in splits.items():
-        kept, counts = chat.encode_rows(rows, tokenizer, cfg.max_length, cfg.template, pairs=loss.pairs, window=window)
+        kept, counts = chat.encode_rows(
+            rows, tokenizer, cfg.max_length, cfg.template, pairs=loss.pairs, window=window
+        )
         print(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n))
         if not kept:
             raise UserError(f"{cfg.data_path or cfg.task}: no {split} row is left to train on")
         for i, e in enumerate(kept):
             for example in e if loss.pairs else (e,):
-                tokenizer.check_ids(example.ids, config.vocab_size, f"{cfg.data_path or cfg.task} {split} row {i}")
+                tokenizer.check_ids(
+                    example.ids, config.vocab_size, f"{cfg.data_path or cfg.task} {split} row {i}"
+                )
         encoded[split] = kept
     examples = [e for row in encoded["train"] for e in (row if loss.pairs else (row,))]
     longest = max(len(e.ids) for e in examples) * (2 if loss.pairs else 1)
-    require(cfg, "token_budget", cfg.token_budget >= longest, f"must be >= {longest}, the tokens of the longest row")
+    require(
+        cfg,
+        "token_budget",
+        cfg.token_budget >= longest,
+        f"must be >= {longest}, the tokens of the longest row",
+    )
     return Data(task, encoded["train"], encoded["test"], test_rows, chat.turn_ends(examples))
 
 
-# ---- validation -----------------------------------------------------------------------------------------------
+# ---- validation --------------------------------------------------------------------------------------------
 
 
-def validate(run: Run, data: Data, name: str, step: int, steps: int, show: int, cfg: Config) -> dict[str, float]:
-    """Test nll; on a task greedy accuracy too, from the problem and from another first step. Returns the record."""
+def validate(
+    run: Run, data: Data, name: str, step: int, steps: int, show: int, cfg: Config
+) -> dict[str, float]:
+    """Test nll; on a task greedy accuracy too, from the problem and from another first step. Returns the
+    record.
+    """
     record = {"val/loss": validation_nll(run.model, data.test, cfg)}
     line, shown = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}", []
     if data.task:
@@ -623,13 +709,16 @@ def answer(run: Run, task: ModuleType, rows: list[dict], cfg: Config) -> list[li
     """Greedy answers of all rows; every process samples its share."""
     options = {"compile": False if cfg.compile == "false" else None} if cfg.fast else {}
     return gather(evaluate.answer(
-        run.sampler, run.tokenizer, task, share(rows), max_new_tokens=cfg.max_new_tokens, fast=cfg.fast, **options
+        run.sampler, run.tokenizer, task, share(rows), max_new_tokens=cfg.max_new_tokens, fast=cfg.fast,
+        **options,
     ))  # fmt: skip
 
 
 @torch.no_grad()
 def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
-    """Mean nll of the targets (of pairs: of the chosen answers), in nats a token, in the arithmetic of training."""
+    """Mean nll of the targets (of pairs: of the chosen answers), in nats a token, in the arithmetic of
+    training.
+    """
     head = fast_head if cfg.fast else plain_head
     rows = [e if isinstance(e, Example) else e[0] for e in examples]
     sums, device = {"nll": 0.0, "tokens": 0.0}, model.head_weight.device
@@ -642,7 +731,9 @@ def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
     return sums["nll"] / max(1, sums["tokens"])
 
 
-# ---- the run --------------------------------------------------------------------------------------------------
+NOISE_STREAM = 4  # key of the random stream of lambda's disturbance; infra/training.py's order of rows has 1
+
+# ---- the run -----------------------------------------------------------------------------------------------
 
 COLUMNS = (  # of a console line: name, metric, format
     ("loss", "loss", ".4f"), ("nll", "nll", ".4f"), ("gnorm", "grad_norm", ".2f"), ("lr", "lr", ".2e"),
@@ -652,6 +743,7 @@ COLUMNS = (  # of a console line: name, metric, format
 
 def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.device) -> dict[str, float]:
     """Train one method from the starting model to out_dir; returns its last validation."""
+    # Model, data, optimiser; all of it from out_dir/resume if the run continues.
     resume = cfg.resume and resume_folder(out_dir) is not None  # of several methods some may not have begun
     run = set_up(cfg, str(out_dir), device, "float32")
     data = load_data(loss, cfg, run.tokenizer, run.model.config)
@@ -661,7 +753,9 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
         run.optimizer = torch.optim.AdamW(run.model.parameters(), **options)
     else:
         run.optimizer = torch.optim.RMSprop(run.model.parameters())
-    start_or_resume(run, cfg, resume, {}, {"train": fingerprint(data.examples), "test": fingerprint(data.test)})
+    start_or_resume(
+        run, cfg, resume, {}, {"train": fingerprint(data.examples), "test": fingerprint(data.test)}
+    )
     steps = max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
     warmup = round(cfg.warmup_ratio * steps)
     size = f"{sum(p.numel() for p in run.model.parameters()):,} parameters on {device}"
@@ -675,12 +769,12 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
         batch = [data.examples[i] for i in batch_rows(step, cfg.batch, len(data.examples), cfg.seed)]
         lr = cfg.lr * lr_factor(step, steps, warmup, cfg.lr_schedule)
         set_options(run.optimizer, lr=lr)
-        noise = float(np.random.default_rng((cfg.seed, 4, step)).normal())
+        noise = float(np.random.default_rng((cfg.seed, NOISE_STREAM, step)).normal())
+        sampling_seed = cfg.seed * 1_000_003 + step
         lam = residual_lambda(step, cfg.lam_low, cfg.lam, cfg.lam_schedule, warmup, cfg.lam_disturb, noise)
         # 2. Loss and optimiser step.
         with explain_failure(run, cfg, step):
-            seed = cfg.seed * 1_000_003 + step
-            metrics = update(loss, run.model, reference, run.optimizer, batch, lam, cfg, seed)
+            metrics = update(loss, run.model, reference, run.optimizer, batch, lam, cfg, sampling_seed)
         # 3. Log, validate, save.
         seconds, tokens = time.perf_counter() - started, metrics.pop("tokens")
         metrics |= {"lr": lr, "lambda": lam, "timing_s/step": seconds}

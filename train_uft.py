@@ -1,19 +1,20 @@
 """UFT, Unified Fine-Tuning (arXiv 2505.16984), and every method its paper compares it with.
 
-    python train_uft.py                                              the embedded example: a tiny model learns Countdown
-    python train_uft.py --algo=sft --out_dir=out/sft                 sft, rft, sft-rft, r3, stage, rft-cosine or uft
+    python train_uft.py                                          the embedded example: Countdown, a tiny model
+    python train_uft.py --algo=sft --out_dir=out/sft             sft, rft, sft-rft, r3, stage, rft-cosine, uft
     python train_uft.py config/countdown.toml --model=DIR --data_path=DIR --out_dir=out/qwen
-    python train_uft.py config/countdown.toml ... --resume=true      continue after an interruption
-    torchrun --nproc-per-node=8 train_uft.py config/countdown.toml ...   on 8 GPUs, or 8 processes
-    python train_uft.py --help                                       every knob
+    python train_uft.py config/countdown.toml ... --resume=true  continue after an interruption
+    torchrun --nproc-per-node=8 train_uft.py config/x.toml ...   on 8 GPUs, or 8 processes
+    python train_uft.py --help                                   every knob
 
 Departures from the paper and its published code:
-- Each loss term is a sum over tokens divided by the number of such tokens in the whole optimiser step, so micro-batches
-  do not change it. The paper sums a trajectory's hint log-probs; the code averages over tokens per micro-batch
-  (loss_norm = "paper_code" does that too).
-- A hint is trained on once a group, not once for each of its rollouts; the mean is the same.
+- Each loss term is a sum over tokens divided by the number of such tokens in the whole optimiser step, so
+  micro-batches do not change it. The paper sums a trajectory's hint log-probs; the code averages over tokens
+  per micro-batch (loss_norm = "paper_code" does that too).
+- A hint is trained on once per group, not once for each of its rollouts; the mean is the same.
 - stage and r3 never train on the hint's log-likelihood; the published stage does.
-- The first step is not spent at learning rate 0. Groups with equal rewards have advantages of exactly 0.
+- The first step is not spent at learning rate 0.
+- Groups with equal rewards have advantages of exactly 0.
 - A begin-of-text token is put in front where the tokenizer has one (Llama); the published code has none.
 - A prompt too long for the window is refused; the published code cuts its end off, and with it the hint.
 """
@@ -21,7 +22,7 @@ Departures from the paper and its published code:
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -108,13 +109,17 @@ class Config:
     mini_batch: int = 16  # problems an optimiser step
     # Hints
     hint: str = "auto"  # auto (the algorithm's), none, cosine, uniform, stage, target or on-failure
-    hint_steps: int = 600  # T_hint: no hints from this step on
-    segments: int = 5  # L: a solution is cut into at most this many segments
+    hint_steps: int = 600  # T_hint: no hints from this step on (uniform ignores it)
+    segments: int = 5  # L: the hint sentences of a solution are cut into at most this many segments
     p_low: float = 0.05  # cosine: expected share of the solution shown just before hint_steps
     p_high: float = 0.95  # cosine: the same at the start; target: the share that every problem begins with
     hint_coef: float = 0.001  # beta of the hint's log-likelihood, used by uft
-    hint_weight: str = "one"  # weight of a hint token: one, or prob = min(p / 0.1, 1), low where the model is lost
-    hint_loss: str = "sft"  # sft, or ift: hint embeddings mixed with the model's own predictions
+    hint_weight: str = (
+        "one"  # weight of a hint or solution token: one, or prob = min(p / 0.1, 1), p the model's
+    )
+    hint_loss: str = (
+        "sft"  # sft, or ift: embeddings of hints and solutions mixed with the model's own predictions
+    )
     ift_lambda: float = 0.2  # lambda of hint_loss = ift
     target_eta: float = 0.2  # hint = target: step by which a problem's share follows its success
     # Loss
@@ -123,7 +128,9 @@ class Config:
     kl_coef: float = 0.0  # beta of the KL to the starting model; 0 loads no reference model
     entropy_coef: float = 0.001  # entropy bonus
     adv_norm: str = "std"  # divide advantages by the group's std, or none as in Dr. GRPO
-    loss_norm: str = "tokens"  # tokens of the optimiser step, constant (Dr. GRPO), or paper_code (micro-batch means)
+    loss_norm: str = (
+        "tokens"  # tokens of the optimiser step, constant (Dr. GRPO), or paper_code (micro-batch means)
+    )
     drop_dead: bool = False  # leave out groups whose rewards are all equal
     # Optimiser (AdamW)
     lr: float = 2e-4  # learning rate of reinforcement
@@ -141,7 +148,9 @@ class Config:
     temperature: float = 1.0  # temperature of rollouts, and of the log-probs of their tokens
     rollout_batch: int = 0  # completions decoded at a time; 0: all, on CUDA as many as memory holds
     # Speed
-    fast: bool = True  # use fast/: the same results sooner. false: the plain path, all of it in this file and model.py
+    fast: bool = (
+        True  # use fast/: the same results sooner. false: the plain path, this file, model.py and sampler.py
+    )
     token_budget: int = 32768  # padded tokens of a micro-batch
     pack: bool = True  # fast: a group's completions share their prompt in one row where that is cheaper
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
@@ -169,25 +178,30 @@ def check(cfg: Config) -> None:
     one_of(cfg, "dtype", ("float32", "bfloat16"))
     one_of(cfg, "rollout_dtype", ("float32", "bfloat16"))
     one_of(cfg, "compile", ("auto", "true", "false"))
-    positive = ("steps", "sft_steps", "problems", "rollouts", "mini_batch", "hint_steps", "segments", "max_prompt",
-                "max_new_tokens", "token_budget", "eval_every", "save_every", "print_every")  # fmt: skip
+    positive = ("steps", "sft_steps", "problems", "rollouts", "mini_batch", "hint_steps", "segments",
+                "max_prompt", "max_new_tokens", "token_budget", "eval_every", "save_every",
+                "print_every")  # fmt: skip
     require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
     require_each(cfg, ("p_low", "p_high", "ift_lambda"), lambda v: 0 <= v <= 1, "must be from 0 to 1")
     require_each(cfg, ("beta1", "beta2", "sft_beta2"), lambda v: 0 <= v < 1, "must be >= 0 and below 1")
     require_each(cfg, ("lr", "sft_lr", "grad_clip"), lambda v: v > 0, "must be above 0")
-    not_negative = ("train_rows", "test_rows", "seed", "threads", "rollout_batch", "hint_coef", "kl_coef", "show",
-                    "entropy_coef", "clip_low", "clip_high", "weight_decay", "warmup", "target_eta")  # fmt: skip
+    not_negative = ("train_rows", "test_rows", "seed", "threads", "rollout_batch", "hint_coef", "kl_coef",
+                    "show", "entropy_coef", "clip_low", "clip_high", "weight_decay", "warmup",
+                    "target_eta")  # fmt: skip
     require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
     require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
     require(cfg, "temperature", cfg.temperature > 0, "rollouts need a temperature above 0")
     require(cfg, "mini_batch", cfg.problems % cfg.mini_batch == 0, f"must divide problems = {cfg.problems}")
+    load_task(cfg.task)  # UserError if there is no such task
 
 
-# ---- hints (section 3.1 and Algorithm 1) ----------------------------------------------------------------------
+# ---- hints (section 3.1 and Algorithm 1) -------------------------------------------------------------------
 
 
 def cut_points(n_sentences: int, n_segments: int = 5) -> list[int]:
-    """Where a solution of n sentences may be cut: round(k n / m), k = 0..m, m = min(n_segments, n). [0] for n = 0."""
+    """Where a solution of n sentences may be cut: round(k n / m), k = 0..m, m = min(n_segments, n). [0] for n
+    = 0.
+    """
     m = min(n_segments, n_sentences)
     return [round(k * n_sentences / m) for k in range(m + 1)] if m else [0]
 
@@ -207,8 +221,9 @@ def hint_rule(cfg: Config) -> str:
 def hint_length(rule: str, step: int, m: int, cfg: Config, rng: np.random.Generator, memory=None) -> int:
     """How many of a problem's m segments to show at `step`.
 
-    cosine: Algorithm 1, l ~ Binomial(m, p(t)). uniform: R3, at every step. stage: all segments, then one less at a time.
-    target: binomial with the problem's own share. memory: what remember() returned for this problem, None at first.
+    cosine: Algorithm 1, l ~ Binomial(m, p(t)). uniform: R3, at every step. stage: all segments, then one less
+    at a time. target: binomial with the problem's own share. memory: what remember() returned for this
+    problem, None at first.
     """
     if rule == "uniform":
         return int(rng.integers(m + 1))
@@ -225,27 +240,30 @@ def hint_length(rule: str, step: int, m: int, cfg: Config, rng: np.random.Genera
 
 
 def remember(rule: str, memory, shown: int, solved: float, cfg: Config):
-    """A problem's memory (any JSON value) after `shown` segments led to a share `solved` of right completions.
+    """A problem's memory (any JSON value) after `shown` segments led to a share `solved` of right
+    completions.
 
-    target: more hint for a problem solved less than half the time, less for one solved more often. Not in the paper,
-    whose one schedule ignores how hard a problem is.
+    target: show more of a problem solved less than half the time, less of one solved more often. Not in the
+    paper, whose one schedule ignores how hard a problem is.
     """
     if rule != "target":
         return None
     return move_share(cfg.p_high if memory is None else memory, solved, cfg.target_eta)
 
 
-def move_share(share: float, solved: float, eta: float) -> float:
-    return min(1.0, max(0.0, share + eta * (0.5 - solved)))
+def move_share(old: float, solved: float, eta: float) -> float:
+    """hint = target: the new share of a solution to show, from 0 to 1."""
+    return min(1.0, max(0.0, old + eta * (0.5 - solved)))
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
     """GRPO's advantages of (P, n) rewards: (r - mean) / (std + 1e-6) within a group, std unbiased.
 
-    norm "none" (Dr. GRPO) only subtracts the mean. 0 where all rewards are equal; a group of one keeps its reward.
+    norm "none" (Dr. GRPO) only subtracts the mean. 0 where all rewards are equal; a group of one keeps its
+    reward.
     """
     if rewards.shape[1] == 1:
         return rewards.clone()
@@ -255,7 +273,7 @@ def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
 
 
 def rollout_advantages(rewards: Tensor, groups: list["Group"], cfg: Config) -> list[list]:
-    """Of each group, one advantage a completion, or a list of one a token. rewards (P, n)."""
+    """For each group, one advantage per completion, or a list of one per token. rewards (P, n)."""
     return group_advantages(rewards, cfg.adv_norm).tolist()
 
 
@@ -263,18 +281,20 @@ def policy_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
     sequence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """PPO's clipped surrogate of each token (N,), to be minimised, and which tokens are clipped (J_value of eq. 3.2).
+    """PPO's clipped surrogate of each token (N,), to be minimised, and which tokens are clipped (J_value of
+    eq. 3.2).
 
-    sequence (N,): which completion of the micro-batch a token belongs to, -1 for hint tokens; None on the fast path,
-    which may see only some of a completion's tokens at a time.
+    sequence (N,): which completion of the micro-batch a token belongs to, -1 for hint tokens; None on the
+    fast path, which may see only some of a completion's tokens at a time.
     """
-    ratio = (logp - old_logp).clamp(max=20).exp()
+    ratio = (logp - old_logp).clamp(max=20).exp()  # finite, and so is its gradient
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(plain, clipped), clipped > plain
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1, d = ref - new, clamped to 10 as published.
+    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1, d = ref_logp - logp, clamped to 10 as
+    published.
 
     The inner clamp changes no value; it keeps the gradient finite where exp would overflow.
     """
@@ -283,7 +303,9 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def hint_token_weight(logp: Tensor, alpha: float = 0.1) -> Tensor:
-    """min(p / alpha, 1) of each hint token, without gradient: a token the model finds impossible teaches little."""
+    """min(p / alpha, 1) of each hint token, without gradient: a token the model finds impossible teaches
+    little.
+    """
     return (logp.detach().exp() / alpha).clamp(max=1)
 
 
@@ -297,9 +319,10 @@ def uft_loss(
 
         sum of rl_weight (policy loss + kl_coef KL - entropy_coef entropy) - hint_weight log p
 
-    All tensors are (N,). rl_weight: what a completion token counts, such as 1 / completion tokens of the optimiser step;
-    0 at hint tokens. hint_weight: what a hint token's log-likelihood counts, such as beta / hint tokens; 0 at completion
-    tokens. Without a hint it is GRPO's loss; with nothing but hints, supervised fine-tuning on them.
+    All tensors are (N,). rl_weight: the weight of a completion token, by default 1 / completion tokens of the
+    optimiser step; 0 at hint tokens. hint_weight: the weight of a hint token, hint_coef / hint tokens; 0 at
+    completion tokens. See token_weights(). Without a hint it is GRPO's loss; with nothing but hints,
+    supervised fine-tuning on them.
     """
     loss = policy_loss(logp, old_logp, advantages, clip_low, clip_high, sequence)[0]
     if entropy_coef:
@@ -311,7 +334,7 @@ def uft_loss(
     return (rl_weight * loss - hint_weight * logp).sum()
 
 
-# ---- from groups to rows of tokens ----------------------------------------------------------------------------
+# ---- from groups to rows of tokens -------------------------------------------------------------------------
 
 
 @dataclass
@@ -321,36 +344,37 @@ class Group:
     prompt: list[int]
     hint: list[int]  # ids of the hint, or of the whole solution
     completions: list[Completion] = field(default_factory=list)
-    advantages: list = field(default_factory=list)  # of each completion a number, or a list of one a token
-    rl_weights: list[float] = field(default_factory=list)  # what a token of each completion counts in the loss
-    hint_weight: float = 0.0  # and a token of the hint
+    advantages: list = field(default_factory=list)  # per completion a number, or a list of one per token
+    rl_weights: list[float] = field(default_factory=list)  # loss weight of each completion's tokens
+    hint_weight: float = 0.0  # loss weight of the hint's tokens
 
     def length(self) -> int:
-        """Tokens of its packed row."""
-        return packing.packed_length(self)
+        """Tokens of a row that holds the whole group; the last token of a completion is predicted but need
+        not be fed.
+        """
+        completions = sum(len(c.tokens) - 1 for c in self.completions)
+        return len(self.prompt) + len(self.hint) + (completions if self.completions else -1)
 
     def unpack(self) -> list["Group"]:
-        """One group a completion; the hint's likelihood stays with the first."""
-        if len(self.completions) < 2:
-            return [self]
-        weights = self.rl_weights or [0.0] * len(self.completions)
-        parts = [
-            Group(self.prompt + self.hint, [], [c], [a], [w])
-            for c, a, w in zip(self.completions, self.advantages, weights, strict=True)
-        ]
-        parts[0] = Group(self.prompt, self.hint, *(part[:1] for part in (self.completions, self.advantages, weights)),
-                         self.hint_weight)  # fmt: skip
-        return parts
+        """One group per completion; the hint's likelihood stays with the first."""
+        parts = []
+        for j, (c, a) in enumerate(zip(self.completions, self.advantages, strict=True)):
+            weights = self.rl_weights[j : j + 1]
+            if j == 0:
+                parts.append(Group(self.prompt, self.hint, [c], [a], weights, self.hint_weight))
+            else:
+                parts.append(Group(self.prompt + self.hint, [], [c], [a], weights))
+        return parts or [self]
 
 
 @dataclass
 class Rows:
-    """A micro-batch: B rows of T tokens, and the N tokens in them that are trained on, group by group: hint, completions."""
+    """A micro-batch: B rows of T tokens, and the N tokens to train on, group by group, first the hint's."""
 
     ids: Tensor  # (B, T)
     positions: Tensor  # (B, T)
     mask: Tensor | None  # (B, 1, T, T) bool; None: causal
-    states: Tensor  # (N,) index into the flattened B x T of the state that predicts each token
+    places: Tensor  # (N,) index into the flattened B x T of the state that predicts each token
     targets: Tensor  # (N,)
     old_logp: Tensor  # (N,) 0 at hint tokens, and so are the next two
     advantages: Tensor  # (N,)
@@ -361,9 +385,11 @@ class Rows:
 
 
 def lay_out(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
-    """ids, positions (B, T), states (N,) and no mask: right-padded rows prompt + hint + completion, one a completion.
+    """ids, positions (B, T), places (N,) and no mask: right-padded rows prompt + hint + completion, one per
+    completion.
 
-    The hint's tokens are predicted in the row of the first completion. fast/packing.py lays out one row a group instead.
+    The hint's tokens are predicted in the row of the first completion. fast/packing.py makes one row per
+    group instead.
     """
     rows, places = [], []
     for g in groups:
@@ -383,98 +409,121 @@ def lay_out(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return ids, positions, np.concatenate([b * T + p for b, p in enumerate(places)]), None
 
 
+class Columns(NamedTuple):
+    """Of the tokens of one hint or completion, (k,) each; see Rows."""
+
+    targets: np.ndarray
+    old_logp: np.ndarray
+    advantages: np.ndarray
+    rl_weight: np.ndarray
+    hint_weight: np.ndarray
+    sequence: np.ndarray
+
+
+def hint_columns(g: Group) -> Columns:
+    k = len(g.hint)
+    targets, zeros = np.array(g.hint, np.int64), np.zeros(k)
+    return Columns(
+        targets, zeros, zeros, zeros, hint_weight=np.full(k, g.hint_weight), sequence=np.full(k, -1)
+    )
+
+
+def completion_columns(g: Group, j: int, sequence: int) -> Columns:
+    c, k = g.completions[j], len(g.completions[j].tokens)
+    return Columns(
+        targets=np.array(c.tokens, np.int64),
+        old_logp=np.array(c.logprobs, float),
+        advantages=np.broadcast_to(
+            np.array(g.advantages[j], float), k
+        ),  # one per completion or one per token
+        rl_weight=np.full(k, g.rl_weights[j] if g.rl_weights else 0.0),
+        hint_weight=np.zeros(k),
+        sequence=np.full(k, sequence),
+    )
+
+
 def make_rows(groups: Sequence[Group], device: torch.device, lay_out: Callable = lay_out) -> Rows:
-    """Groups as a micro-batch. lay_out: which row and place each token has, plain or packed."""
-    ids, positions, states, mask = lay_out(groups)
-    pieces, sequence = [], 0
+    """Groups as a micro-batch. lay_out decides which row and place each token has: plain or packed."""
+    ids, positions, places, mask = lay_out(groups)
+    pieces, number = [], 0
     for g in groups:
         pieces.append(hint_columns(g))
         for j in range(len(g.completions)):
-            pieces.append(completion_columns(g, j, sequence))
-            sequence += 1
-    columns = [np.concatenate(column) for column in zip(*pieces, strict=True)]
-    targets, old_logp, advantages, rl_weight, hint_weight, sequence = (
-        torch.from_numpy(c).to(device, torch.long if c.dtype == np.int64 else torch.float32) for c in columns
-    )
-    ids, positions, states = (torch.tensor(x, dtype=torch.long, device=device) for x in (ids, positions, states))
-    mask = None if mask is None else mask.to(device)
-    is_hint = sequence < 0
+            pieces.append(completion_columns(g, j, number))
+            number += 1
+    c = Columns(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+
+    def tensor(x: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(x, dtype=dtype, device=device)
+
     return Rows(
-        ids, positions, mask, states, targets, old_logp, advantages, rl_weight, hint_weight, is_hint, sequence
-    )
-
-
-def hint_columns(g: Group) -> tuple[np.ndarray, ...]:
-    """targets, old_logp, advantages, rl_weight, hint_weight and sequence of the hint's tokens."""
-    k, nothing = len(g.hint), np.zeros(len(g.hint))
-    return np.array(g.hint, np.int64), nothing, nothing, nothing, np.full(k, g.hint_weight), np.full(k, -1)
-
-
-def completion_columns(g: Group, j: int, sequence: int) -> tuple[np.ndarray, ...]:
-    """The same columns of the tokens of completion j."""
-    c, advantage, weight = g.completions[j], g.advantages[j], g.rl_weights[j] if g.rl_weights else 0.0
-    k = len(c.tokens)
-    advantage = np.broadcast_to(np.array(advantage, float), k)  # one for the completion, or one a token
-    targets, old_logp = np.array(c.tokens, np.int64), np.array(c.logprobs, float)
-    return targets, old_logp, advantage, np.full(k, weight), np.zeros(k), np.full(k, sequence)
+        ids=tensor(ids, torch.long), positions=tensor(positions, torch.long),
+        mask=None if mask is None else mask.to(device), places=tensor(places, torch.long),
+        targets=tensor(c.targets, torch.long), old_logp=tensor(c.old_logp), advantages=tensor(c.advantages),
+        rl_weight=tensor(c.rl_weight), hint_weight=tensor(c.hint_weight),
+        is_hint=tensor(c.sequence < 0, torch.bool), sequence=tensor(c.sequence, torch.long),
+    )  # fmt: skip
 
 
 def token_weights(groups: list[Group], cfg: Config, hint_coef: float) -> None:
-    """Set what each token counts in the loss of this optimiser step: rl_weights and hint_weight of every group.
+    """Set the loss weight of every token of an optimiser step: rl_weights and hint_weight of its groups.
 
-    tokens: 1 / completion tokens and hint_coef / hint tokens of the whole step. constant: completion tokens count
-    1 / (completions x max_new_tokens), as in Dr. GRPO. paper_code: means over micro-batches of the means over their
-    tokens, the micro-batches being those of a single process on the plain path.
+    tokens: 1 / completion tokens and hint_coef / hint tokens of the whole step. constant (Dr. GRPO): a
+    completion token has 1 / (completions x max_new_tokens), whatever its completion's length.
     """
     completion_tokens = sum(len(c.tokens) for g in groups for c in g.completions)
-    rl, hint = 1 / max(1, completion_tokens), hint_coef / max(1, sum(len(g.hint) for g in groups))
+    hint_tokens = sum(len(g.hint) for g in groups)
+    rl_weight = 1 / max(1, completion_tokens)
     if cfg.loss_norm == "constant":
-        rl = 1 / (cfg.mini_batch * cfg.rollouts * cfg.max_new_tokens)
+        rl_weight = 1 / (cfg.mini_batch * cfg.rollouts * cfg.max_new_tokens)
     for g in groups:
-        g.rl_weights, g.hint_weight = [rl] * len(g.completions), hint
-    if cfg.loss_norm != "paper_code":
-        return
-    rows = [(g, j) for g in groups for j in range(max(1, len(g.completions)))]  # one row a completion
-    lengths = [len(g.prompt) + len(g.hint) + (len(g.completions[j].tokens) if g.completions else 0) - 1 for g, j in rows]
-    batches = token_batches(lengths, cfg.token_budget)
+        g.rl_weights, g.hint_weight = [rl_weight] * len(g.completions), hint_coef / max(1, hint_tokens)
+    if cfg.loss_norm == "paper_code":
+        paper_code_weights(groups, cfg.token_budget, hint_coef)
+
+
+def paper_code_weights(groups: list[Group], token_budget: int, hint_coef: float) -> None:
+    """token_weights of the published code: the mean over micro-batches of the means over their tokens.
+
+    The micro-batches are those of one process with a row per completion, whatever runs in fact.
+    """
+    rows = [(g, j, part) for g in groups for j, part in enumerate(g.unpack())]
+    batches = token_batches([part.length() for _, _, part in rows], token_budget)
     for batch in batches:
-        members = [rows[i] for i in batch]
-        n_rl = sum(len(g.completions[j].tokens) for g, j in members if g.completions)
-        n_hint = sum(len(g.hint) for g, j in members if j == 0)
-        for g, j in members:
-            if g.completions:
-                g.rl_weights[j] = 1 / (max(1, n_rl) * len(batches))
-            if j == 0:
-                g.hint_weight = hint_coef / (max(1, n_hint) * len(batches))
+        parts = [rows[i][2] for i in batch]
+        n_completion = sum(len(c.tokens) for part in parts for c in part.completions)
+        n_hint = sum(len(part.hint) for part in parts)
+        for g, j, part in (rows[i] for i in batch):
+            if part.completions:
+                g.rl_weights[j] = 1 / (n_completion * len(batches))
+            if part.hint:
+                g.hint_weight = hint_coef / (n_hint * len(batches))
 
 
-# ---- one optimiser step ---------------------------------------------------------------------------------------
+# ---- one optimiser step ------------------------------------------------------------------------------------
 
 
 def update(
     model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, groups: list[Group],
     cfg: Config, hint_coef: float, policy_loss: Callable = policy_loss,
 ) -> dict[str, float]:  # fmt: skip
-    """Gradients of all micro-batches, then one clipped AdamW step. Returns means over the whole step as metrics."""
+    """Gradients of all micro-batches, then one clipped AdamW step. Returns means over the whole step as
+    metrics.
+    """
     device = model.head_weight.device
     token_weights(groups, cfg, hint_coef)
     hinted = [g for g in groups if g.hint]
     residual = cfg.hint_loss == "ift" and hint_coef > 0 and bool(hinted)
     sums = dict.fromkeys(("loss", "pg", "clipped", "entropy", "kl", "hint_nll", "tokens", "hint_tokens"), 0.0)
     optimizer.zero_grad(set_to_none=True)
+    # FSDP averages gradients over processes: x world() makes the average a sum. `counted` is 1, or 0 for a
+    # batch that a process repeats to make as many passes as the others.
     for batch, counted in micro_batches(groups, cfg, model.config):
         rows = make_rows(batch, device, row_layout(cfg))
         with autocast(device, cfg.dtype):
-            # hint_loss = ift: the hints' likelihood on mixed embeddings, in a pass of its own.
-            if residual:
-                own_hints, factor = [g for g in batch if g.hint], counted
-                if not own_hints:  # all processes run this pass or none
-                    own_hints, factor = hinted[:1], 0.0
-                hint_loss = model.run(residual_hint_loss, model, own_hints, cfg)
-                (hint_loss * (factor * world())).backward()
-                sums["loss"] += factor * hint_loss.item()
-                rows.hint_weight = torch.zeros_like(rows.hint_weight)
-            # The loss of everything else.
+            if residual:  # the hints' likelihood on mixed embeddings, in a pass of its own
+                sums["loss"] += residual_step(model, batch, hinted, counted, cfg)
+                rows = replace(rows, hint_weight=torch.zeros_like(rows.hint_weight))
             ref_logp = None
             if reference is not None and cfg.kl_coef:
                 with torch.no_grad():
@@ -503,10 +552,10 @@ def batch_loss(
     """uft_loss of a micro-batch, with its tokens' log-probs and entropies (N,) for the metrics."""
     head = fast_head if cfg.fast else plain_head
     hidden = model.hidden(rows.ids, positions=rows.positions, mask=rows.mask)  # (B, T, C)
-    states = hidden.flatten(0, 1)[rows.states]  # (N, C)
+    states = hidden.flatten(0, 1)[rows.places]  # (N, C)
     loss_fn = partial(
-        uft_loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, entropy_coef=cfg.entropy_coef,
-        weigh_hints=cfg.hint_weight == "prob", policy_loss=policy_loss,
+        uft_loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef,
+        entropy_coef=cfg.entropy_coef, weigh_hints=cfg.hint_weight == "prob", policy_loss=policy_loss,
     )  # fmt: skip
     sequence = None if cfg.fast else rows.sequence  # the fast path calls loss_fn for some tokens at a time
     columns = (rows.old_logp, rows.advantages, ref_logp, rows.rl_weight, rows.hint_weight, sequence)
@@ -524,18 +573,36 @@ def token_temperature(rows: Rows, cfg: Config) -> float | Tensor:
 def row_logprobs(model: Transformer, rows: Rows, cfg: Config) -> Tensor:
     """Log-probs (N,) of a micro-batch's targets."""
     head = fast_head if cfg.fast else plain_head
-    states = model.hidden(rows.ids, positions=rows.positions, mask=rows.mask).flatten(0, 1)[rows.states]
+    states = model.hidden(rows.ids, positions=rows.positions, mask=rows.mask).flatten(0, 1)[rows.places]
     return head.token_logprobs(states, model.head_weight, rows.targets, token_temperature(rows, cfg))[0]
 
 
+def residual_step(
+    model: Transformer, batch: list[Group], hinted: list[Group], counted: float, cfg: Config
+) -> float:
+    """hint_loss = ift: the gradient of a micro-batch's hint term; returns its value.
+
+    All processes make this pass for every micro-batch or none does: a batch without hints takes the first
+    group of the step that has one, with weight 0.
+    """
+    hints = [g for g in batch if g.hint]
+    counted = counted if hints else 0.0
+    loss = model.run(residual_hint_loss, model, hints or hinted[:1], cfg)
+    (loss * (counted * world())).backward()
+    return counted * loss.item()
+
+
 def residual_hint_loss(model: Transformer, groups: list[Group], cfg: Config) -> Tensor:
-    """The negative log-likelihood of the groups' hints, each times its hint_weight, on embeddings mixed with the model's
-    own predictions: IFT's temporal residual (train_ift.ift_states) on UFT's hints, our addition."""
+    """The negative log-likelihood of the groups' hints, each times its hint_weight, on embeddings mixed with
+    the model's own predictions: IFT's temporal residual (train_ift.ift_states) on UFT's hints, our addition.
+    """
     head, states_of = (fast_head, fast_prefix.ift_states) if cfg.fast else (plain_head, ift_states)
-    rows = make_rows([Group(g.prompt, g.hint, hint_weight=g.hint_weight) for g in groups], model.head_weight.device)
+    rows = make_rows(
+        [Group(g.prompt, g.hint, hint_weight=g.hint_weight) for g in groups], model.head_weight.device
+    )
     # ift_states wants whole rows and the places of the targets, which follow the states that predict them.
     ids = torch.nn.functional.pad(rows.ids, (0, 1))
-    row, column = rows.states // rows.ids.shape[1], rows.states % rows.ids.shape[1] + 1
+    row, column = rows.places // rows.ids.shape[1], rows.places % rows.ids.shape[1] + 1
     ids[row, column] = rows.targets
     mask = torch.zeros_like(ids, dtype=torch.bool).index_put((row, column), rows.is_hint)
     predict = partial(own_embeddings, model, "argmax", None, head)
@@ -553,8 +620,15 @@ def row_layout(cfg: Config) -> Callable:
     return packing.lay_out if cfg.fast else lay_out
 
 
+def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The means over a step's optimiser steps."""
+    return {k: sum(u[k] for u in updates) / len(updates) for k in (updates[0] if updates else ())}
+
+
 def training_rows(groups: list[Group], cfg: Config, config: ModelConfig) -> list[Group]:
-    """Plain: one group a completion. Fast: all completions of a group together where one packed row is cheaper and fits."""
+    """Plain: one group a completion. Fast: all completions of a group together where one packed row is
+    cheaper and fits.
+    """
     if not (cfg.fast and cfg.pack):
         return [part for g in groups for part in g.unpack()]
     pays = partial(packing.packing_pays, config=config, most=cfg.token_budget)
@@ -562,15 +636,17 @@ def training_rows(groups: list[Group], cfg: Config, config: ModelConfig) -> list
 
 
 def micro_batches(groups: list[Group], cfg: Config, config: ModelConfig) -> list[tuple[list[Group], float]]:
-    """This process's rows in micro-batches of at most token_budget padded tokens, each with the factor it counts."""
+    """This process's rows in micro-batches of at most token_budget padded tokens, each with the factor it
+    counts.
+    """
     rows = training_rows(groups, cfg, config)
     batches = my_batches([g.length() for g in rows], cfg.token_budget)
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
 
 
 def add_metrics(
-    sums: dict[str, float], counted: float, rows: Rows, logp: Tensor, entropy: Tensor, ref_logp: Tensor | None,
-    cfg: Config, policy_loss: Callable,
+    sums: dict[str, float], counted: float, rows: Rows, logp: Tensor, entropy: Tensor,
+    ref_logp: Tensor | None, cfg: Config, policy_loss: Callable,
 ) -> None:  # fmt: skip
     """Add a micro-batch's sums over tokens to those of the step."""
     sequence = None if cfg.fast else rows.sequence
@@ -588,7 +664,10 @@ def add_metrics(
 
 @torch.no_grad()
 def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config) -> None:
-    """Replace the sampler's log-probs by the training model's, where the two compute in different precision."""
+    """Replace the sampler's log-probs by the training model's, unless both compute in float32.
+
+    Sampling with bfloat16 weights differs from bfloat16 products over float32 weights, too.
+    """
     rows, mine = training_rows(groups, cfg, model.config), {}
     for batch, _ in my_batches([g.length() for g in rows], cfg.token_budget):
         r = make_rows([rows[i] for i in batch], model.head_weight.device, row_layout(cfg))
@@ -602,12 +681,14 @@ def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config)
                 completion.logprobs = values  # rows and groups share their completions
 
 
-# ---- data -----------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Problem:
-    """A training row and its token ids. Prompt and hint are tokenised apart, as their texts meet in a rollout."""
+    """A training row and its token ids. Prompt and hint are tokenised apart, as their texts meet in a
+    rollout.
+    """
 
     row: dict
     prompt: list[int]
@@ -615,13 +696,20 @@ class Problem:
 
     @property
     def segments(self) -> int:
+        """How many segments the hint sentences are cut into."""
         return len(self.cuts) - 1
 
     def hint(self, segments: int) -> str:
         return "".join(self.row["hint"][: self.cuts[segments]])
 
     def solution(self) -> str:
+        """All hint sentences and the closing answer, which a hint never shows."""
         return "".join(self.row["hint"]) + self.row["answer"]
+
+
+def solution_group(problem: Problem, tokenizer: Tokenizer) -> Group:
+    """Supervised fine-tuning on a problem: all of its solution and the end token as a hint."""
+    return Group(problem.prompt, [*tokenizer.encode(problem.solution()), tokenizer.eos_id])
 
 
 @dataclass
@@ -634,136 +722,197 @@ class Data:
 
 def load_data(cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     """Training problems and test rows, checked against the algorithm, the model's window and the knobs."""
-    task, where = load_task(cfg.task), cfg.data_path or cfg.task
+    task = load_task(cfg.task)
     options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
     train_rows = load_rows(task, "train", cfg.data_path, cfg.train_rows, **options)
     test_rows = load_rows(task, "test", cfg.data_path, cfg.test_rows, **options)
     if note := split_note(cfg.data_path):
         print(note)
-    algo = ALGOS[cfg.algo]
-    needed = "answer" if algo.supervised else "hint" if hint_rule(cfg) != "none" else None
-    for i, row in enumerate(train_rows if needed else ()):
+    require(
+        cfg,
+        "problems",
+        cfg.problems <= len(train_rows),
+        f"there are only {len(train_rows)} training problems",
+    )
+    require_solutions(train_rows, cfg)
+    prompts = encode_prompts(train_rows, "train", tokenizer, config.vocab_size, cfg)
+    encode_prompts(test_rows, "test", tokenizer, config.vocab_size, cfg)
+    problems = [
+        Problem(row, prompt, cut_points(len(row["hint"]), cfg.segments))
+        for row, prompt in zip(train_rows, prompts, strict=True)
+    ]
+    return Data(task, problems, test_rows, check_lengths(problems, tokenizer, config, cfg))
+
+
+def require_solutions(rows: list[dict], cfg: Config) -> None:
+    """UserError if the algorithm needs hints, or whole solutions, that a row does not have."""
+    needed = "answer" if ALGOS[cfg.algo].supervised else "hint" if hint_rule(cfg) != "none" else None
+    for i, row in enumerate(rows if needed else ()):
         if not row[needed]:
+            where = f"{cfg.data_path or cfg.task} train row {i}"
             advice = f"{cfg.algo} needs it; --algo=rft needs no solutions"
-            raise UserError(f"{where} train row {i}: field '{needed}' is missing or empty: {advice}")
-    require(cfg, "problems", cfg.problems <= len(train_rows), f"there are only {len(train_rows)} training problems")
-
-    # Token ids, within the windows.
-    problems, longest, longest_solution = [], 0, 0
-    for split, rows in (("train", train_rows), ("test", test_rows)):
-        for i, row in enumerate(rows):
-            prompt = evaluate.encode_prompt(tokenizer, row)
-            if len(prompt) > cfg.max_prompt:
-                rule = f"must be >= {len(prompt)}, the prompt's tokens in {where} {split} row {i}"
-                raise UserError(f"max_prompt = {cfg.max_prompt}: {rule}")
-            tokenizer.check_ids(prompt, config.vocab_size, f"{where} {split} row {i}")
-            if split == "train":
-                problem = Problem(row, prompt, cut_points(len(row["hint"]), cfg.segments))
-                hint, solution = tokenizer.encode(problem.hint(problem.segments)), tokenizer.encode(problem.solution())
-                tokenizer.check_ids(solution, config.vocab_size, f"{where} {split} row {i}")
-                problems.append(problem)
-                longest = max(longest, len(prompt) + len(hint))
-                longest_solution = max(longest_solution, len(prompt) + len(solution) + 1)
-            longest = max(longest, len(prompt))
-    tokens, window = longest + cfg.max_new_tokens, config.max_position_embeddings
-    if algo.supervised:
-        tokens = max(tokens, longest_solution) if algo.reinforced else longest_solution
-    rule = f"with the longest prompt and hint ({longest} tokens) that is more than the model's {window} positions"
-    require(cfg, "max_new_tokens", longest + cfg.max_new_tokens <= window, rule)
-    require(cfg, "token_budget", cfg.token_budget >= tokens, f"must be >= {tokens}, the longest row that can occur")
-    return Data(task, problems, test_rows, longest)
+            raise UserError(f"{where}: field '{needed}' is missing or empty: {advice}")
 
 
-# ---- rollouts -------------------------------------------------------------------------------------------------
+def encode_prompts(
+    rows: list[dict], split: str, tokenizer: Tokenizer, vocab_size: int, cfg: Config
+) -> list[list[int]]:
+    """The rows' prompts as ids, each at most max_prompt tokens."""
+    prompts = []
+    for i, row in enumerate(rows):
+        where = f"{cfg.data_path or cfg.task} {split} row {i}"
+        prompts.append(evaluate.encode_prompt(tokenizer, row))
+        if len(prompts[-1]) > cfg.max_prompt:
+            rule = f"must be >= {len(prompts[-1])}, the tokens of the prompt of {where}"
+            raise UserError(f"max_prompt = {cfg.max_prompt}: {rule}")
+        tokenizer.check_ids(prompts[-1], vocab_size, where)
+    return prompts
+
+
+def check_lengths(problems: list[Problem], tokenizer: Tokenizer, config: ModelConfig, cfg: Config) -> int:
+    """The tokens of the longest prompt with its whole hint. UserError if what follows it may not fit."""
+    algo, longest, longest_solution = ALGOS[cfg.algo], 0, 0
+    for i, problem in enumerate(problems):
+        solution = tokenizer.encode(problem.solution())
+        tokenizer.check_ids(solution, config.vocab_size, f"{cfg.data_path or cfg.task} train row {i}")
+        hint = tokenizer.encode(problem.hint(problem.segments))
+        longest = max(longest, len(problem.prompt) + len(hint))
+        longest_solution = max(longest_solution, len(problem.prompt) + len(solution) + 1)
+    window = config.max_position_embeddings
+    too_long = f"with the longest prompt and hint ({longest} tokens) it exceeds the {window} positions"
+    require(cfg, "max_new_tokens", longest + cfg.max_new_tokens <= window, too_long)
+    row = longest + cfg.max_new_tokens if algo.reinforced else 0
+    row = max(row, longest_solution) if algo.supervised else row
+    require(cfg, "token_budget", cfg.token_budget >= row, f"must be >= {row}, the longest row that can occur")
+    return longest
+
+
+# ---- rollouts ----------------------------------------------------------------------------------------------
+
+SAMPLING_STREAM, HINT_STREAM = 2, 3  # keys of the random streams; infra/training.py's order of rows has 1
+
+
+class Pick(NamedTuple):
+    """A problem of a step. Its random draws depend on the key: a problem that the batch has twice has two
+    keys.
+    """
+
+    problem: int
+    key: int
+
+
+def pick_problems(step: int, n_problems: int, cfg: Config) -> list[Pick]:
+    """The problems of a step, which may hold one twice where an epoch ends."""
+    picks, times_seen = [], {}
+    for i in batch_rows(step, cfg.problems, n_problems, cfg.seed):
+        picks.append(Pick(i, i + times_seen.get(i, 0) * n_problems))
+        times_seen[i] = times_seen.get(i, 0) + 1
+    return picks
 
 
 def rollout(
-    run: Run, data: Data, picks: Sequence[tuple[int, int]], segments: Sequence[int], step: int, attempt: int, cfg: Config
+    run: Run, data: Data, picks: Sequence[Pick], shown: Sequence[int], step: int, attempt: int, cfg: Config
 ) -> tuple[list[Group], Tensor, list[str]]:
-    """Sample and score completions of problems with their hints; every process samples its share.
+    """Sample and score completions of problems with `shown` segments of hint; every process samples its
+    share.
 
-    picks: (problem, key) pairs; the random draws depend on the key. Returns groups without advantages, rewards (P, n),
-    and the last response of each.
+    Returns groups without advantages, rewards (P, n), and the last response of each group. A response is what
+    the checker sees: hint and completion.
     """
-    mine = share(list(zip(picks, segments, strict=True)))
-    hints = [data.problems[i].hint(k) for (i, _), k in mine]
-    groups = [Group(data.problems[i].prompt, run.tokenizer.encode(h)) for ((i, _), _), h in zip(mine, hints, strict=True)]
+    mine, groups = share(list(picks)), []
+    hints = [data.problems[pick.problem].hint(k) for pick, k in zip(mine, share(list(shown)), strict=True)]
+    for pick, hint in zip(mine, hints, strict=True):
+        groups.append(Group(data.problems[pick.problem].prompt, run.tokenizer.encode(hint)))
     completions = generate(
         run.sampler, [g.prompt + g.hint for g in groups], cfg.rollouts, cfg.max_new_tokens, cfg.temperature,
         run.tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch,
-        keys=[key for (_, key), _ in mine], fast=cfg.fast, **engine_options(run, data, cfg),
+        keys=[pick.key for pick in mine], fast=cfg.fast, **engine_options(run, data, cfg),
     )  # fmt: skip
     rewards, last = [], []
-    for ((i, _), _), hint, group, sampled in zip(mine, hints, groups, completions, strict=True):
+    for pick, hint, group, sampled in zip(mine, hints, groups, completions, strict=True):
         group.completions = sampled
         responses = [hint + run.tokenizer.decode(c.tokens, skip_special=True) for c in sampled]
-        rewards.append([data.task.score(r, data.problems[i].row["truth"])[0] for r in responses])
+        truth = data.problems[pick.problem].row["truth"]
+        rewards.append([data.task.score(response, truth)[0] for response in responses])
         last.append(responses[-1])
     return gather(groups), torch.tensor(gather(rewards)), gather(last)
 
 
+def sampling_seed(seed: int, step: int, attempt: int) -> int:
+    """62 random bits."""
+    stream = np.random.SeedSequence((seed, SAMPLING_STREAM, step, attempt))
+    return int(stream.generate_state(1, np.uint64)[0] >> 2)
+
+
 def engine_options(run: Run, data: Data, cfg: Config) -> dict:
-    """What only the fast sampler heeds."""
+    """Arguments of generate() that only the fast sampler uses."""
     if not cfg.fast:
         return {}
     # Gradients and moments are allocated in the first update: leave room for them.
     reserve = 0 if run.optimizer.state else 12 * sum(p.numel() for p in run.model.parameters()) // world()
-    return {"compile": False if cfg.compile == "false" else None, "reserve": reserve, "longest_prompt": data.longest}
+    return {
+        "compile": False if cfg.compile == "false" else None,
+        "reserve": reserve,
+        "longest_prompt": data.longest,
+    }
 
 
 def retry_with_hints(
-    run: Run, data: Data, picks: list[tuple[int, int]], segments: list[int], groups: list[Group], rewards: Tensor,
-    step: int, cfg: Config,
-) -> None:  # fmt: skip
+    run: Run,
+    data: Data,
+    picks: list[Pick],
+    shown: list[int],
+    groups: list[Group],
+    rewards: Tensor,
+    step: int,
+    cfg: Config,
+) -> None:
     """hint = on-failure: groups that all failed try again with 1/4, then 1/2, then 3/4 of the solution shown.
 
-    Replaces their entries of segments, groups and rewards.
+    Replaces their entries of shown, groups and rewards.
     """
     for attempt, part in enumerate((0.25, 0.5, 0.75), 1):
-        counts = [data.problems[i].segments for i, _ in picks]
+        counts = [data.problems[pick.problem].segments for pick in picks]
         failed = [j for j in range(len(picks)) if (rewards[j] < 1).all() and counts[j]]
         if not failed:
             return
         for j in failed:
-            segments[j] = max(1, round(part * counts[j]))
-        again, new, _ = rollout(run, data, [picks[j] for j in failed], [segments[j] for j in failed], step, attempt, cfg)
+            shown[j] = max(1, round(part * counts[j]))
+        again, new, _ = rollout(
+            run, data, [picks[j] for j in failed], [shown[j] for j in failed], step, attempt, cfg
+        )
         for j, group, r in zip(failed, again, new, strict=True):
             groups[j], rewards[j] = group, r
 
 
-def sampling_seed(seed: int, step: int, attempt: int) -> int:
-    return int(np.random.SeedSequence((seed, 2, step, attempt)).generate_state(1, np.uint64)[0] >> 2)
-
-
-def pick_problems(step: int, n_problems: int, cfg: Config) -> list[tuple[int, int]]:
-    """(problem, key) of each problem of a step. A problem that a batch across an epoch's end has twice gets two keys."""
-    picks, seen = [], {}
-    for i in batch_rows(step, cfg.problems, n_problems, cfg.seed):
-        seen[i] = seen.get(i, -1) + 1
-        picks.append((i, i + seen[i] * n_problems))
-    return picks
-
-
 def split_evenly(groups: list[Group], size: int) -> list[list[Group]]:
-    """Mini-batches of about `size` groups that differ by one at most, so that every optimiser step weighs alike."""
+    """Mini-batches of about `size` groups whose sizes differ by one at most, so that no optimiser step rests
+    on a few.
+    """
     n = max(1, round(len(groups) / size))
     bounds = [round(k * len(groups) / n) for k in range(n + 1)]
     return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
 
 
 def rollout_metrics(
-    groups: list[Group], rewards: Tensor, segments: list[int], problems: list[Problem]
+    groups: list[Group], rewards: Tensor, shown: list[int], problems: list[Problem]
 ) -> dict[str, float]:
     completions = [c for g in groups for c in g.completions]
-    shown = [k / max(1, p.segments) for p, k in zip(problems, segments, strict=True)]
+    shares = [k / max(1, p.segments) for p, k in zip(problems, shown, strict=True)]
     return {
         "critic/rewards/mean": rewards.mean().item(),
         "solved": (rewards == 1).float().mean(1).mean().item(),
-        "hint/share": sum(shown) / len(shown),
+        "hint/share": sum(shares) / len(shares),
         "response_length/mean": sum(len(c.tokens) for c in completions) / len(completions),
         "response_length/clip_ratio": sum(not c.finished for c in completions) / len(completions),
         "dead_groups": dead_groups(rewards).float().mean().item(),
     }
+
+
+def log_sample(run: Run, step: int, problem: Problem, shown: int, response: str, rewards: Tensor) -> None:
+    """Write a rollout to samples.jsonl."""
+    record = {"prompt": problem.row["prompt"], "hint_segments": shown, "response": response}
+    run.log.write("samples", step, record | {"rewards": rewards.tolist()})
 
 
 def dead_groups(rewards: Tensor) -> Tensor:
@@ -779,12 +928,12 @@ def drop_dead_groups(groups: list[Group], rewards: Tensor, hint_coef: float) -> 
     return [g for g in groups if g.completions or g.hint and hint_coef]
 
 
-# ---- validation -----------------------------------------------------------------------------------------------
+# ---- validation --------------------------------------------------------------------------------------------
 
 
 def validate(run: Run, data: Data, step: int, total: int, show: int, cfg: Config) -> None:
     """Greedy accuracy on the test rows, without hints; every process answers its share."""
-    started = time.perf_counter()
+    validation_start = time.perf_counter()
     refresh(run.sampler, run.model)
     rows = data.test_rows
     answers = gather(evaluate.answer(
@@ -795,7 +944,7 @@ def validate(run: Run, data: Data, step: int, total: int, show: int, cfg: Config
     low, high = wilson(accuracy * n, n)
     record = {"val/accuracy": accuracy, "val/low": low, "val/high": high}
     record["val/reward"] = sum(a["reward"] for (a,) in answers) / n
-    record |= {"timing_s/testing": time.perf_counter() - started, "train_s": run.state["train_s"]}
+    record |= {"timing_s/testing": time.perf_counter() - validation_start, "train_s": run.state["train_s"]}
     run.log.write("metrics", step, record)
     interval = f"95 % interval {low:.1%} .. {high:.1%}"
     print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}) on {n} problems")
@@ -813,84 +962,93 @@ COLUMNS = (  # of a console line: name, metric, format
 )  # fmt: skip
 
 
-# ---- the run --------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 def main(
     argv: Sequence[str], hint_length: Callable = hint_length, remember: Callable = remember,
     advantages: Callable = rollout_advantages, policy_loss: Callable = policy_loss,
 ) -> None:  # fmt: skip
-    """Train as argv says. The other arguments replace this file's functions of those names: see variants/."""
+    """Train as argv says. The other arguments take the place of hint_length, remember, rollout_advantages and
+    policy_loss of this file: see variants/."""
+    # Configuration, model, data, optimiser; all of it from out_dir/resume if the run continues.
     cfg = parse_config(Config, argv, __doc__)
     check(cfg)
-    algo = ALGOS[cfg.algo]
-    rule = hint_rule(cfg)
+    algo, rule = ALGOS[cfg.algo], hint_rule(cfg)
     hint_coef = cfg.hint_coef if algo.hint_likelihood else 0.0
     sft_steps = cfg.sft_steps if algo.supervised else 0
     total = sft_steps + (cfg.steps if algo.reinforced else 0)
     run = set_up(cfg, cfg.out_dir, start(cfg), cfg.rollout_dtype)
     data = load_data(cfg, run.tokenizer, run.model.config)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), weight_decay=cfg.weight_decay, fused=True)
-    rows = {"train": fingerprint([p.row for p in data.problems]), "test": fingerprint(data.test_rows)}
-    start_or_resume(run, cfg, cfg.resume, {"memory": [None] * len(data.problems)}, rows)
-    reference, memory = None, run.state["memory"]
+    fingerprints = {"train": fingerprint([p.row for p in data.problems]), "test": fingerprint(data.test_rows)}
+    start_or_resume(run, cfg, cfg.resume, {"memory": [None] * len(data.problems)}, fingerprints)
+    memory, reference = run.state["memory"], None
     size = f"{sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device}"
-    print(f"{cfg.algo} on {cfg.task}: {len(data.problems)} train, {len(data.test_rows)} test problems, {size}")
+    print(
+        f"{cfg.algo} on {cfg.task}: {len(data.problems)} train, {len(data.test_rows)} test problems, {size}"
+    )
     if run.state["step"] == 0:
         validate(run, data, 0, total, cfg.show, cfg)
 
     for step in range(run.state["step"], total):
-        started = time.perf_counter()
+        step_start = time.perf_counter()
         # 1. Choose the problems.
         picks = pick_problems(step, len(data.problems), cfg)
-        problems = [data.problems[i] for i, _ in picks]
+        problems = [data.problems[pick.problem] for pick in picks]
         if step < sft_steps:
-            # Supervised phase: a hint of the whole solution, and no completion.
-            solutions = [[*run.tokenizer.encode(p.solution()), run.tokenizer.eos_id] for p in problems]
-            groups = [Group(p.prompt, s) for p, s in zip(problems, solutions, strict=True)]
+            # 2-4, supervised phase: a hint of the whole solution, and no completions.
+            groups, metrics = [solution_group(p, run.tokenizer) for p in problems], {}
+            mini_batches, coef, update_start = [groups], 1.0, step_start
             lr = cfg.sft_lr * lr_factor(step, sft_steps, max(1, sft_steps // 10), "cosine")
             set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.sft_beta2))
-            metrics, coef, mini_batches, sampled = {}, 1.0, [groups], started
         else:
             t = step - sft_steps
-            if t == 0:
-                run.optimizer.state.clear()  # reinforcement starts afresh from the result of the supervised phase
-            if cfg.kl_coef and reference is None:
+            if t == 0:  # reinforcement starts afresh from the result of the supervised phase
+                run.optimizer.state.clear()
+            if cfg.kl_coef and reference is None:  # loaded here, since out_dir/sft exists only now
                 reference = frozen_model(run.out / "sft" if sft_steps else run.base, cfg, run.device)
             # 2. How much of each solution to show: l ~ Binomial(m, p(t)), eq. 3.1.
-            rngs = [np.random.default_rng((cfg.seed, 3, step, key)) for _, key in picks]
-            segments = [hint_length(rule, t, data.problems[i].segments, cfg, rng, memory[i])
-                        for (i, _), rng in zip(picks, rngs, strict=True)]  # fmt: skip
+            rngs = [np.random.default_rng((cfg.seed, HINT_STREAM, step, pick.key)) for pick in picks]
+            shown = [hint_length(rule, t, problem.segments, cfg, rng, memory[pick.problem])
+                     for pick, problem, rng in zip(picks, problems, rngs, strict=True)]  # fmt: skip
             # 3. Sample completions of prompt + hint and score them.
             refresh(run.sampler, run.model)
-            groups, rewards, responses = rollout(run, data, picks, segments, step, 0, cfg)
+            groups, rewards, responses = rollout(run, data, picks, shown, step, 0, cfg)
             if rule == "on-failure" and t < cfg.hint_steps:
-                retry_with_hints(run, data, picks, segments, groups, rewards, step, cfg)
-            for (i, _), shown, r in zip(picks, segments, rewards, strict=True):
-                memory[i] = remember(rule, memory[i], shown, (r == 1).float().mean().item(), cfg)
-            metrics = rollout_metrics(groups, rewards, segments, problems)
+                retry_with_hints(run, data, picks, shown, groups, rewards, step, cfg)
+            for pick, k, r in zip(picks, shown, rewards, strict=True):
+                memory[pick.problem] = remember(
+                    rule, memory[pick.problem], k, (r == 1).float().mean().item(), cfg
+                )
+            metrics = rollout_metrics(groups, rewards, shown, problems)
             if step % cfg.eval_every == 0:
-                run.log.write("samples", step + 1, {"prompt": problems[-1].row["prompt"], "response": responses[-1],
-                              "hint_segments": segments[-1], "rewards": rewards[-1].tolist()})  # fmt: skip
+                log_sample(run, step + 1, problems[-1], shown[-1], responses[-1], rewards[-1])
             # 4. Advantages: (r - mean) / std within each group.
             for group, values in zip(groups, advantages(rewards, groups, cfg), strict=True):
                 group.advantages = values
             groups = drop_dead_groups(groups, rewards, hint_coef) if cfg.drop_dead else groups
+            mini_batches, coef, update_start = (
+                split_evenly(groups, cfg.mini_batch),
+                hint_coef,
+                time.perf_counter(),
+            )
             lr = cfg.lr * lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
             set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
-            coef, mini_batches, sampled = hint_coef, split_evenly(groups, cfg.mini_batch), time.perf_counter()
             if {cfg.rollout_dtype, cfg.dtype} != {"float32"} and groups:
                 recompute_old_logprobs(run.model, groups, cfg)
-        # 5. Loss (eq. 3.3) and optimiser steps.
+        # 5. Loss (eq. 3.3) and one optimiser step per mini-batch.
         updates = []
         for mini_batch in mini_batches:
             with explain_failure(run, cfg, step):
-                updates.append(update(run.model, reference, run.optimizer, mini_batch, cfg, coef, policy_loss))
-        metrics |= {k: sum(u[k] for u in updates) / len(updates) for k in (updates[0] if updates else ())}
+                updates.append(
+                    update(run.model, reference, run.optimizer, mini_batch, cfg, coef, policy_loss)
+                )
+        metrics |= mean_metrics(updates)
         # 6. Log, validate, save.
-        update_s = time.perf_counter() - sampled
-        metrics |= {"lr": lr, "timing_s/gen": sampled - started, "timing_s/update": update_s}
-        log_step(run, step, metrics, started, update_s, sum(g.length() for g in groups), len(groups))
+        update_s = time.perf_counter() - update_start
+        metrics |= {"lr": lr, "timing_s/gen": update_start - step_start, "timing_s/update": update_s}
+        log_step(run, step, metrics, step_start, update_s, sum(g.length() for g in groups), len(groups))
         if (step + 1) % cfg.print_every == 0:
             print(console_line(f"step {step + 1}/{total}", metrics, COLUMNS))
         if step + 1 == sft_steps and algo.reinforced:

@@ -228,7 +228,7 @@ def _row(record: dict, where: str) -> tuple[dict, str]:
     if preference:
         if not isinstance(chosen, list) or not isinstance(rejected, list):
             raise UserError(
-                f"{where}: 'chosen' and 'rejected' must both be lists of messages, or with 'prompt' texts"
+                f"{where}: 'chosen' and 'rejected' must both be lists of messages, or both texts like 'prompt'"
             )
         pair = []
         for name in ("chosen", "rejected"):
@@ -243,18 +243,13 @@ def _row(record: dict, where: str) -> tuple[dict, str]:
         if first == 0:
             raise UserError(f"{where}: 'chosen' and 'rejected' do not begin with the same message")
         first = min(first, len(pair[0]) - 1, len(pair[1]) - 1)
-        return {
-            "chosen": pair[0],
-            "rejected": pair[1],
-            "first": first,
-        } | tools, "'chosen' and 'rejected' as messages"
+        row = {"chosen": pair[0], "rejected": pair[1], "first": first}
+        return row | tools, "'chosen' and 'rejected' as messages"
 
     # One conversation.
     if conversation is not None:
-        return {
-            "messages": _messages(conversation, f"{where}: field 'messages'"),
-            "first": 0,
-        } | tools, "'messages'"
+        row = {"messages": _messages(conversation, f"{where}: field 'messages'"), "first": 0}
+        return row | tools, "'messages'"
     if isinstance(prompt, list) and isinstance(completion, list):
         before = _messages(prompt, f"{where}: field 'prompt'", answered=False)
         after = _messages(completion, f"{where}: field 'completion'")

@@ -68,7 +68,16 @@ def find_turns(
     def render(messages: list[dict], ask: bool, tools: list | None = tools) -> str:
         return tokenizer.render(messages, ask, template, date_string=DATE, tools=tools)
 
-    whole, cuts, closed, notes = render(messages, False), [], [], Counter()
+    try:
+        whole = render(messages, False)
+    except UserError as e:
+        for i, m in enumerate(messages):
+            if m["content"] is None:
+                raise UserError(
+                    f"message {i}: has calls but no content, which the chat template cannot render ({e})"
+                ) from None
+        raise
+    cuts, closed, notes = [], [], Counter()
     if not plain:
         _refuse_ignored(messages, tools, whole, render)
     for i in trained:
@@ -112,11 +121,11 @@ def _has_loss(message: dict) -> bool:
 def _last_turn(messages: list[dict], prompt: str, render: Callable) -> tuple[str, int | None, str]:
     """A conversation as it is trained on, where its last turn begins in it (None: unknown), and a note or "".
 
-    prompt: the conversation before that turn with the assistant asked to answer. The turn follows it, with two
-    exceptions:
+    prompt: the conversation before that turn with the assistant asked to answer. The turn follows it, with
+    two exceptions:
 
-    - The template drops the turn's thought, or the prompt already begins it (R1's ends with "<think>\\n"). Then
-      the turn is written in full behind the prompt, just as the model will have to continue it.
+    - The template drops the turn's thought, or the prompt already begins it (R1's ends with "<think>\\n").
+      Then the turn is written in full behind the prompt, just as the model will have to continue it.
     - The prompt begins a thought and the turn has none. Then the turn follows the assistant's header alone.
     """
     text, header = render(messages, False), prompt
@@ -271,11 +280,11 @@ class Watched(Sequence):
 class MarkedTemplate:
     """A copy of a chat template that marks where each message ends, so that one rendering shows all turns.
 
-    The mark stands at the end of the template's loop over the messages. If the template has not looked beyond
-    message i when it gets there, it has written what it would write if the conversation ended with i, since
-    its text depends on nothing but what it reads. The text after the loop, which asks for an answer, must be
-    the same for all conversations, and nothing before that may depend on add_generation_prompt; _mark()
-    refuses other templates. Rows that still leave a doubt are left to the slow way.
+    The mark stands at the end of the template's loop over the messages. A template that has not looked beyond
+    message i when it gets there has written the same text as for a conversation that ends with i, because
+    it has read nothing that differs. The text after the loop, which asks for an answer, must be the same for
+    all conversations, and nothing before it may depend on add_generation_prompt; _mark() refuses other
+    templates. Turns that remain uncertain are found by rendering every beginning of the conversation.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str):
@@ -297,7 +306,7 @@ class MarkedTemplate:
     def find_turns(
         self, messages: list[dict], trained: list[int]
     ) -> tuple[str, list[int], list[bool]] | None:
-        """What the function find_turns() gives for a plain conversation, or None if that is not certain."""
+        """Text, cuts and closed as from the function find_turns(), or None if they are not certain."""
         if not trained or any(CLOSE in messages[i]["content"] for i in trained):
             return None
         try:
@@ -363,7 +372,7 @@ def _mark(source: str) -> str | None:
     if not isinstance(loop.target, nodes.Name) or loop.else_ or loop.recursive:
         return None
 
-    # The rest reads add_generation_prompt and fixed tokens only, calls nothing, and nothing else reads that.
+    # The rest calls nothing and reads only add_generation_prompt, which nothing else reads, and fixed tokens.
     names, names_in_rest = list(tree.find_all(nodes.Name)), list(rest.find_all(nodes.Name))
     for name in names_in_rest:
         if name.ctx != "load" or name.name != "add_generation_prompt" and not name.name.endswith("_token"):
@@ -375,8 +384,7 @@ def _mark(source: str) -> str | None:
     if asks != asks_in_rest or changed & {n.name for n in names_in_rest} or any(rest.find_all(nodes.Call)):
         return None
 
-    # The block opens as the tag does, so white space is treated alike. But for the block the programs must be
-    # equal.
+    # The block opens as the tag does, so white space is treated alike. Without it the programs must be equal.
     block = "{%" + tag[1] + " if true %}{{ mark_turn(" + loop.target.name + ") }}{% endif %}"
     marked = source[: tag.start()] + block + source[tag.start() :]
     other = environment.parse(marked)

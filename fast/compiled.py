@@ -1,4 +1,6 @@
-"""torch.compile: of a model's blocks for training, and of functions for all shapes. The plain twin is the function itself."""
+"""torch.compile: of a model's blocks for training, and of functions for all shapes. The plain twin is the
+function itself.
+"""
 
 import sys
 from collections.abc import Callable
@@ -12,8 +14,8 @@ from model import Block, LayerCache, Transformer
 def compile_for_all_shapes(function: Callable) -> Callable:
     """torch.compile with dynamic shapes. All layers share its programs.
 
-    There is one program each with and without gradient, mask, prefix and a second row, and as many for another model:
-    more than the 8 of a function that torch allows by default.
+    There is one program each with and without gradient, mask, prefix and a second row, and as many for
+    another model: more than the 8 of a function that torch allows by default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=True)
@@ -22,7 +24,8 @@ def compile_for_all_shapes(function: Callable) -> Callable:
 def compile_blocks(model: Transformer) -> str:
     """Compile every block's pass over whole rows, one program for all lengths and layers.
 
-    Tried out at once, forward and backward. Returns the reason if that fails, and then compiles nothing; else "".
+    Tried out at once, forward and backward. Returns the reason if that fails, and then compiles nothing; else
+    "".
     """
     p = model.head_weight
     x = torch.zeros(2, 16, model.config.hidden_size, dtype=p.dtype, device=p.device, requires_grad=True)
@@ -45,7 +48,8 @@ def compile_blocks(model: Transformer) -> str:
 
 
 def or_uncompiled(function: Callable) -> Callable:
-    """compile_for_all_shapes(function), or the function itself, after one warning, where that does not work."""
+    """compile_for_all_shapes(function), or the function itself, after one warning, where that does not work.
+    """
     state = {"run": compile_for_all_shapes(function)}
 
     def call(*args):

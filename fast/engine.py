@@ -1,8 +1,8 @@
 """The rollout engine: the twin of sampler.generate, with slots that are refilled, and CUDA graphs.
 
-A prompt is prefilled once and its keys and values are copied to the slots of its n completions. Every decode step runs the
-first `active` slots of one preallocated cache. A finished row's slot is overwritten by the last active row, so the batch
-stays dense and shrinks, or by a waiting prompt, so it stays full.
+A prompt is prefilled once and its keys and values are copied to the slots of its n completions. Every decode
+step runs the first `active` slots of one preallocated cache. A finished row's slot is overwritten by the last
+active row, so the batch stays dense and shrinks, or by a waiting prompt, so it stays full.
 """
 
 import copy
@@ -20,13 +20,15 @@ from infra.parallel import has_bfloat16
 from model import KVCache, Transformer
 from sampler import Completion, draw, int64, uniform
 
-PREFILL_TOKENS = 1 << 15  # prompt tokens run at a time, so that activations take less memory than keys and values
+PREFILL_TOKENS = (
+    1 << 15
+)  # prompt tokens run at a time, so that activations take less memory than keys and values
 PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: programs are made for multiples of these
 CHECK_EVERY = 8  # CUDA: decode steps between two checks for finished rows
 FREE_SHARE = 0.5  # of the free memory that keys and values may take if no batch size is given
 
 
-# ---- one pass -------------------------------------------------------------------------------------------------
+# ---- one pass ----------------------------------------------------------------------------------------------
 
 
 def prompt_states(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -38,7 +40,8 @@ def prompt_states(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tuple[T
 def prefill(
     model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int, states: Callable
 ) -> Tensor:
-    """Run ragged prompts once and copy each one's keys and values to n slots from slots[i] on; last logits (prompts, V).
+    """Run ragged prompts once and copy each one's keys and values to n slots from slots[i] on; last logits
+    (prompts, V).
 
     states: prompt_states, or its compiled form.
     """
@@ -59,16 +62,24 @@ def prefill(
 
 
 def decode(
-    model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int, head: Callable | None = None
+    model: Transformer,
+    cache: KVCache,
+    tokens: Tensor,
+    positions: Tensor,
+    length: int,
+    head: Callable | None = None,
 ) -> Tensor:
     """sampler.decode with a head of its own: packed_head's, if there is one."""
-    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]  # (n, 1, 1, length)
+    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[
+        :, None, None
+    ]  # (n, 1, 1, length)
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache)
     return head(hidden[:, 0]) if head else compute_logits(hidden[:, 0], model.head_weight)
 
 
 def packed_head(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """States (n, C) -> logits (n, V) by a large float32 weight (V, C) laid out once for oneDNN; None where not useful.
+    """States (n, C) -> logits (n, V) by a large float32 weight (V, C) laid out once for oneDNN; None where
+    not useful.
 
     On a CPU it takes half the time of compute_logits for 2 rows, nine tenths for 64.
     """
@@ -83,14 +94,14 @@ def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-# ---- the slots ------------------------------------------------------------------------------------------------
+# ---- the slots ---------------------------------------------------------------------------------------------
 
 
 class Engine:
     """The slots of a batch: keys and values, last token and position of each, and the decode step over them.
 
-    On CUDA the step, sampling included, is compiled and replayed as a CUDA graph, one for each number of rows and span of
-    positions, both rounded up; elsewhere it is called as it is.
+    On CUDA the step, sampling included, is compiled and replayed as a CUDA graph, one for each number of rows
+    and span of positions, both rounded up; elsewhere it is called as it is.
     """
 
     def __init__(
@@ -102,9 +113,13 @@ class Engine:
         self.row, self.position, self.end, self.token = (
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4)
         )
-        self.logprob, self.seed = torch.zeros(rows, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        self.logprob, self.seed = (
+            torch.zeros(rows, device=device),
+            torch.zeros(1, dtype=torch.long, device=device),
+        )
         self.on_cuda = device.type == "cuda"
-        # Functions, not bound methods: an engine that refers to itself would outlive its use, and its cache with it.
+        # Functions, not bound methods: an engine that refers to itself would outlive its use, and its cache
+        # with it.
         self.step, self.states, self.head = decode_slots, prompt_states, None
         if compile:
             self.step, self.states = or_uncompiled(decode_slots), or_uncompiled(prompt_states)
@@ -132,7 +147,9 @@ class Engine:
         self.graphs[n, length].replay()
 
     def capture(self, n: int, length: int) -> "torch.cuda.CUDAGraph":
-        """A CUDA graph of the step. Tokens sampled while warming up are undone; keys and values are written again."""
+        """A CUDA graph of the step. Tokens sampled while warming up are undone; keys and values are written
+        again.
+        """
         token, position = self.token.clone(), self.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -144,15 +161,23 @@ class Engine:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog may go on
+        with torch.cuda.graph(
+            graph, pool=pool, capture_error_mode="thread_local"
+        ):  # NCCL's watchdog may go on
             self.step(self, n, length)
         return graph
 
-    def admit(self, slots: slice, prompts: list[list[int]], rows: list[int], n: int, max_new_tokens: int) -> None:
+    def admit(
+        self, slots: slice, prompts: list[list[int]], rows: list[int], n: int, max_new_tokens: int
+    ) -> None:
         """Fill slots with n completions of each prompt, and sample the first token of each."""
-        logits = prefill(self.model, self.cache, prompts, list(range(slots.start, slots.stop, n)), n, self.states)
+        logits = prefill(
+            self.model, self.cache, prompts, list(range(slots.start, slots.stop, n)), n, self.states
+        )
         self.row[slots] = torch.tensor(rows, device=self.row.device)
-        self.position[slots] = torch.tensor([len(p) for p in prompts for _ in range(n)], device=self.row.device)
+        self.position[slots] = torch.tensor(
+            [len(p) for p in prompts for _ in range(n)], device=self.row.device
+        )
         self.end[slots] = self.position[slots] + max_new_tokens
         self.draw(logits.repeat_interleave(n, 0), slots)
 
@@ -199,7 +224,8 @@ def engine_for(
 
 
 def fitting_rows(model: Transformer, room: int, dtype: torch.dtype, reserve: int = 0) -> int:
-    """How many slots of `room` positions fit into FREE_SHARE of the free memory less `reserve` bytes; on CUDA only.
+    """How many slots of `room` positions fit into FREE_SHARE of the free memory less `reserve` bytes; on CUDA
+    only.
 
     The memory of the model's last engine counts as free, since it is reused or given up.
     """
@@ -215,12 +241,14 @@ def fitting_rows(model: Transformer, room: int, dtype: torch.dtype, reserve: int
     return max(1, int(FREE_SHARE * (free - reserve)) // row)
 
 
-# ---- generation -----------------------------------------------------------------------------------------------
+# ---- generation --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Chunk:
-    """Tokens sampled since the last check: which completion each column belongs to, ids and log-probs (k, slots)."""
+    """Tokens sampled since the last check: which completion each column belongs to, ids and log-probs (k,
+    slots).
+    """
 
     owners: list[Completion]
     ids: Tensor
@@ -241,10 +269,11 @@ def generate(
     batch_size: int,
     keys: Sequence[int],
     progress: Callable[[int, int], None] | None,
+    on_finish: Callable[[int, list[Completion]], None] | None = None,
     compile: bool | None = None,  # torch.compile the steps; None: on CUDA
     check_every: int = 0,  # decode steps between two checks for finished rows; 0: 1, on CUDA CHECK_EVERY
     reserve: int = 0,  # bytes of GPU memory to leave for later allocations if batch_size is 0
-    longest_prompt: int = 0,  # tokens that a later call's prompt may have, so that it finds the engine large enough
+    longest_prompt: int = 0,  # tokens of the longest prompt of later calls, which then reuse the engine (CUDA)
 ) -> list[list[Completion]]:
     """For each prompt a list of n completions; arguments as in sampler.generate."""
     if not prompts:
@@ -266,8 +295,12 @@ def generate(
         engine = engine_for(model, rows, room, dtype, sampling, on_cuda if compile is None else compile)
         engine.seed.fill_(int64(seed))
         stop, stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), frozenset(stop_ids)
-        waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # popped from the end: longest first
+        waiting = sorted(
+            range(len(prompts)), key=lambda i: (len(prompts[i]), i)
+        )  # popped from the end: longest first
         results = [[Completion([], [], False) for _ in range(n)] for _ in prompts]
+        prompt_of = {id(c): i for i, group in enumerate(results) for c in group}
+        unfinished = [n] * len(prompts)  # completions of each prompt
         owner: list[Completion] = []  # of each active slot, the completion it writes
         lengths: list[int] = []  # and its position, as the engine's
         history: list[Chunk] = []
@@ -284,7 +317,9 @@ def generate(
                 fresh = [c for i in new for c in results[i]]
                 owner, lengths = owner + fresh, lengths + [len(prompts[i]) for i in new for _ in range(n)]
                 active = len(owner)
-                history.append(Chunk(fresh, engine.token[None, slots].clone(), engine.logprob[None, slots].clone()))
+                history.append(
+                    Chunk(fresh, engine.token[None, slots].clone(), engine.logprob[None, slots].clone())
+                )
             # 2. Or decode some steps.
             else:
                 ids, logprobs = [], []
@@ -304,6 +339,11 @@ def generate(
                 for chunk in history:
                     write_down(chunk, stops, max_new_tokens)
                 history.clear()
+                for slot in done.nonzero()[:, 0].tolist():
+                    i = prompt_of[id(owner[slot])]
+                    unfinished[i] -= 1
+                    if on_finish and not unfinished[i]:
+                        on_finish(i, results[i])
                 keep = (~done).nonzero()[:, 0]
                 finished += active - len(keep)
                 order = engine.close_gaps(keep, active).tolist()
@@ -315,7 +355,9 @@ def generate(
 
 def write_down(chunk: Chunk, stops: frozenset[int], max_new_tokens: int) -> None:
     """Append a chunk's tokens to its completions, each up to its end."""
-    for completion, ids, logprobs in zip(chunk.owners, chunk.ids.T.tolist(), chunk.logprobs.T.tolist(), strict=True):
+    for completion, ids, logprobs in zip(
+        chunk.owners, chunk.ids.T.tolist(), chunk.logprobs.T.tolist(), strict=True
+    ):
         for i, p in zip(ids, logprobs, strict=True):
             if completion.finished or len(completion.tokens) == max_new_tokens:
                 break

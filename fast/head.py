@@ -1,8 +1,9 @@
-"""Log-probs and losses of tokens without an (N, V) tensor of logits: the twins of the functions at the end of model.py.
+"""Log-probs and losses of tokens without an (N, V) tensor of logits: the twins of the functions at the end of
+model.py.
 
-The head is applied to a chunk of states at a time, and the logits are either computed again in the backward pass
-(token_logprobs) or, for losses that are sums over tokens, turned into their gradient at once (token_loss). At most
-chunk_size() logits exist at a time, whatever N is.
+The head is applied to a chunk of states at a time, and the logits are either computed again in the backward
+pass (token_logprobs) or, for losses that are sums over tokens, turned into their gradient at once
+(token_loss). At most chunk_size() logits exist at a time, whatever N is.
 """
 
 import ctypes
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from model import autocast_input
 
-CPU_CHUNK = 1 << 22  # logits alive at a time on a CPU: few enough for the cache, enough rows for a full-speed product
+CPU_CHUNK = (
+    1 << 22
+)  # logits alive at a time on a CPU: few enough for the cache, enough rows for a full-speed product
 CUDA_CHUNK = 1 << 26  # elsewhere: enough that launching a chunk's kernels costs little beside running them
 PIECE = 1024  # CPU: rows of the head multiplied at a time
 LARGE_TABLE = 1 << 24  # CPU: elements of an embedding table whose gradient needs room in the heap
@@ -33,7 +36,9 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 def _in_head_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
     """The states in the dtype of the product with the head: autocast's, or else the weight's."""
-    return autocast_input(hidden) if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
+    return (
+        autocast_input(hidden) if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
+    )
 
 
 def _at(temperature: float | Tensor, rows: slice) -> float | Tensor:
@@ -44,7 +49,8 @@ def _at(temperature: float | Tensor, rows: slice) -> float | Tensor:
 def compute_logits(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Logits (N, V) in the dtype of the states (N, C), into `out` if given.
 
-    On a CPU a large vocabulary is multiplied piece by piece, which stays in the cache: a quarter faster for few rows.
+    On a CPU a large vocabulary is multiplied piece by piece, which stays in the cache: a quarter faster for
+    few rows.
     """
     if states.device.type == "cpu" and len(weight) > 4 * PIECE:
         out = states.new_empty(len(states), len(weight)) if out is None else out
@@ -67,7 +73,9 @@ def _buffers(hidden: Tensor, weight: Tensor, rows: int, count: int) -> Buffers:
     return None
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float | Tensor, buffers: Buffers = None) -> Tensor:
+def _log_softmax(
+    hidden: Tensor, weight: Tensor, temperature: float | Tensor, buffers: Buffers = None
+) -> Tensor:
     """Float32 log-probs (n, V) of a chunk, in the second buffer if there are any."""
     scaled = isinstance(temperature, Tensor) or temperature != 1
     if buffers is not None:
@@ -85,7 +93,8 @@ def _entropy(p: Tensor, lp: Tensor, buffers: Buffers = None) -> Tensor:
 def _grad_logits(
     p: Tensor, lp: Tensor, targets: Tensor, g_logp: Tensor, entropy: Tensor, g_entropy: Tensor | None
 ) -> Tensor:
-    """Gradient (n, V) of the scaled logits from those of log p[target] and of the entropy H, each (n,). Overwrites p.
+    """Gradient (n, V) of the scaled logits from those of log p[target] and of the entropy H, each (n,).
+    Overwrites p.
 
     d log p_t / dz = onehot(t) - p   and   dH / dz = -p (log p + H).
     """
@@ -104,7 +113,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
-# ---- log-probs ------------------------------------------------------------------------------------------------
+# ---- log-probs ---------------------------------------------------------------------------------------------
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -142,7 +151,7 @@ def token_logprobs(
     return _TokenLogprobs.apply(_in_head_dtype(hidden, weight), weight, targets, temperature, entropy)
 
 
-# ---- a loss that is a sum over tokens -------------------------------------------------------------------------
+# ---- a loss that is a sum over tokens ----------------------------------------------------------------------
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -165,7 +174,9 @@ class _TokenLoss(torch.autograd.Function):
             g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
             g_logp = torch.zeros_like(logp) if g_logp is None else g_logp
             # From there to the logits, the states and the head.
-            dz = _grad_logits(p, lp, targets[s], g_logp, entropy.detach(), g_entropy if want_entropy else None)
+            dz = _grad_logits(
+                p, lp, targets[s], g_logp, entropy.detach(), g_entropy if want_entropy else None
+            )
             scaled = isinstance(temperature, Tensor) or temperature != 1
             dz = (dz.div_(_at(temperature, s)) if scaled else dz).to(hidden.dtype)
             torch.mm(dz, head, out=g_hidden[s])
@@ -191,15 +202,15 @@ def token_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Twin of model.token_loss. The result may be differentiated once.
 
-    loss_fn is called once a chunk, so it has to be a sum over tokens, or over groups of tokens that `chunks` keeps
-    together. Its gradient is known as soon as the logits are, so the head is multiplied three times (logits, gradient of
-    the states, gradient of the head); token_logprobs computes the logits twice.
+    loss_fn is called once a chunk, so it has to be a sum over tokens, or over groups of tokens that `chunks`
+    keeps together. Its gradient is known as soon as the logits are, so the head is multiplied three times
+    (logits, gradient of the states, gradient of the head); token_logprobs computes the logits twice.
     """
     hidden = _in_head_dtype(hidden, weight)
     return _TokenLoss.apply(hidden, weight, targets, loss_fn, columns, temperature, entropy, chunks)
 
 
-# ---- KL, predictions ------------------------------------------------------------------------------------------
+# ---- KL, predictions ---------------------------------------------------------------------------------------
 
 
 class _TokenKL(torch.autograd.Function):
@@ -229,7 +240,9 @@ class _TokenKL(torch.autograd.Function):
 
 def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
     """Twin of model.token_kl."""
-    return _TokenKL.apply(_in_head_dtype(hidden, weight), weight, _in_head_dtype(ref_hidden, ref_weight), ref_weight)
+    return _TokenKL.apply(
+        _in_head_dtype(hidden, weight), weight, _in_head_dtype(ref_hidden, ref_weight), ref_weight
+    )
 
 
 @torch.no_grad()
@@ -259,7 +272,10 @@ class _ExpectedEmbeddings(torch.autograd.Function):
     def forward(ctx, hidden, weight, table):
         ctx.save_for_backward(hidden, weight)
         ctx.table_dtype = table.dtype
-        rows = [_log_softmax(hidden[s], weight, 1.0).exp_().to(table.dtype) @ table for s in _chunks(hidden, weight)]
+        rows = [
+            _log_softmax(hidden[s], weight, 1.0).exp_().to(table.dtype) @ table
+            for s in _chunks(hidden, weight)
+        ]
         return torch.cat(rows) if rows else table.new_zeros(0, table.shape[1])
 
     @staticmethod
@@ -277,13 +293,14 @@ def expected_embeddings(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor
     return _ExpectedEmbeddings.apply(hidden, weight.detach().to(hidden.dtype), table)
 
 
-# ---- the heap of a CPU process --------------------------------------------------------------------------------
+# ---- the heap of a CPU process -----------------------------------------------------------------------------
 
 _malloc_trim = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)
 
 
 def trim_heap_before_table_gradient(embedding: nn.Embedding) -> None:
-    """On a CPU, return freed activations to the system before the gradient of a large embedding table is allocated.
+    """On a CPU, return freed activations to the system before the gradient of a large embedding table is
+    allocated.
 
     glibc keeps freed pages otherwise, and the gradient comes on top: a seventh of the peak at V = 151,936.
     """

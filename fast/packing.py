@@ -2,7 +2,8 @@
 
     prompt hint | completion 1 | completion 2 | ...
 
-Every completion continues the positions of the prompt and attends to the prompt and itself only, by a block mask.
+Every completion continues the positions of the prompt and attends to the prompt and itself only, by a block
+mask.
 """
 
 from collections.abc import Sequence
@@ -15,46 +16,44 @@ from model import ModelConfig
 
 
 def lay_out(groups: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor | None]:
-    """ids and positions (B, T), states (N,), mask (B, 1, T, T) bool or None: one row a group. Twin of train_uft.lay_out.
+    """ids and positions (B, T), places (N,), mask (B, 1, T, T) bool or None: one row per group. Twin of
+    train_uft.lay_out.
 
-    A group has `prompt`, `hint` (ids) and `completions` with `tokens`. states index the flattened B x T: the places whose
-    states predict the group's tokens, first the hint's, then those of each completion.
+    A group has `prompt`, `hint` (ids), `completions` with `tokens`, and length(). places index the flattened
+    B x T: the positions whose states predict the group's tokens, first the hint's, then those of each
+    completion.
     """
-    T = max(packed_length(g) for g in groups)
+    T = max(g.length() for g in groups)
     ids, positions, owner = (np.zeros((len(groups), T), np.int64) for _ in range(3))
-    states = []
+    places = []
     for b, g in enumerate(groups):
         prefix = g.prompt + (g.hint if g.completions else g.hint[:-1])
         n = len(prefix)
         ids[b, :n], positions[b, :n] = prefix, np.arange(n)
-        states.append(b * T + len(g.prompt) - 1 + np.arange(len(g.hint)))
+        places.append(b * T + len(g.prompt) - 1 + np.arange(len(g.hint)))
         end = n
         for i, c in enumerate(g.completions):
             k = len(c.tokens)
             ids[b, end : end + k - 1] = c.tokens[:-1]  # the last token is predicted, but need not be fed
             positions[b, end : end + k - 1] = n + np.arange(k - 1)
             owner[b, end : end + k - 1] = i + 1
-            states.append(b * T + np.concatenate(([n - 1], end + np.arange(k - 1))))
+            places.append(b * T + np.concatenate(([n - 1], end + np.arange(k - 1))))
             end += k - 1
     mask = None
     if any(len(g.completions) > 1 for g in groups):
         o = torch.from_numpy(owner)
-        mask = ((o[:, None, :] == 0) | (o[:, None, :] == o[:, :, None])).tril_()[:, None]  # (B, 1, queries, keys)
-    return ids, positions, np.concatenate(states), mask
-
-
-def packed_length(group) -> int:
-    """Tokens of a group's row."""
-    if not group.completions:
-        return len(group.prompt) + len(group.hint) - 1
-    return len(group.prompt) + len(group.hint) + sum(len(c.tokens) - 1 for c in group.completions)
+        mask = ((o[:, None, :] == 0) | (o[:, None, :] == o[:, :, None])).tril_()[
+            :, None
+        ]  # (B, 1, queries, keys)
+    return ids, positions, np.concatenate(places), mask
 
 
 def packing_pays(group, config: ModelConfig, most: int) -> bool:
-    """Whether one row of at most `most` tokens costs less than a row a completion, counted in multiplications.
+    """Whether one row of at most `most` tokens costs less than a row per completion, counted in
+    multiplications.
 
-    A packed row runs its prompt once, but with a mask attention computes every pair of tokens, where a causal row of its
-    own computes half of its pairs: long completions are cheaper apart.
+    A packed row runs its prompt once, but with a mask attention computes every pair of tokens, where a causal
+    row of its own computes half of its pairs: long completions are cheaper apart.
     """
     if len(group.completions) < 2:
         return True
@@ -68,4 +67,3 @@ def packing_pays(group, config: ModelConfig, most: int) -> bool:
     together = packed * per_token + packed**2 * per_pair
     apart = sum((prompt + k) * per_token + (prompt + k) ** 2 / 2 * per_pair for k in lengths)
     return packed <= most and together < apart
-

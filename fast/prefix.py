@@ -1,7 +1,7 @@
 """IFT's two passes with the part before the answers run once: the twin of train_ift.ift_states.
 
-Both passes share the prompt, so it is run once and its keys and values are reused: IFT costs 1/3 of the answers' part of
-a step more than SFT, not 1/3 of the whole step.
+Both passes share the prompt, so it is run once and its keys and values are reused: IFT costs 1/3 of the
+answers' part of a step more than SFT, not 1/3 of the whole step.
 """
 
 from collections.abc import Callable
@@ -56,11 +56,14 @@ def ift_states(
     if lam == 0:
         return model.hidden(inputs_embeds=embeddings)[row, column - 1]
 
-    # Cut every row into the prefix, up to the state before the one that predicts its first target, and the part after.
+    # Cut every row into the prefix, up to the state before the one that predicts its first target, and the
+    # part after.
     (B, T), places = ids.shape, torch.arange(ids.shape[1], device=ids.device)
     last = torch.where(mask, places, 0).amax(1)  # the last target is predicted, but not fed
     start = (torch.where(mask, places, T).amin(1) - 1).clamp(max=last)
-    if model.gradient_checkpointing:  # keeping the prefix's keys and values would cost what checkpointing saves
+    if (
+        model.gradient_checkpointing
+    ):  # keeping the prefix's keys and values would cost what checkpointing saves
         start = torch.zeros_like(start)
     # Under FSDP all processes run the same number of passes, whether or not their own rows have a prefix.
     distributed = dist.is_initialized()
@@ -77,13 +80,17 @@ def ift_states(
         attention = torch.cat((before, causal), -1)  # (B, 1, A, P + A)
     positions = (start[:, None] + places[:A]).clamp(max=T - 1)  # (B, A)
     part = embeddings.gather(1, positions[..., None].expand(-1, -1, embeddings.shape[2]))
-    if P and distributed:  # FSDP gathers a block for its backward pass when a gradient reaches its output: send one
+    if (
+        P and distributed
+    ):  # FSDP gathers a block for its backward pass when a gradient reaches its output: send one
         part = part + 0 * end[:, -1:]
 
     # First pass: predict every target from the data's own tokens.
     place = column - 1 - start[row]  # in the part, of the state that predicts each target
     with torch.no_grad():
-        states = model.hidden(inputs_embeds=part, positions=positions, mask=attention, cache=prefix)[row, place]
+        states = model.hidden(inputs_embeds=part, positions=positions, mask=attention, cache=prefix)[
+            row, place
+        ]
     own = predict(states)
     own = own if train_embedding else own.detach()
 

@@ -3,6 +3,8 @@
 A run touches only its own files. Whatever else lies in a folder that it replaces is carried over.
 """
 
+import filecmp
+import itertools
 import json
 import os
 import re
@@ -20,7 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from infra.config import UserError, write_toml
 from infra.parallel import barrier, full, rank
 
-MARK = "# written by nanoFT; a run in this folder continues with --resume=true"  # first line of a run's config.toml
+# The first line of a run's config.toml.
+MARK = "# written by nanoFT; a run in this folder continues with --resume=true"
 RUN_FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "model", "model.old", "sft", "sft.old")
 OWN_FILE = re.compile(  # names that runs write into model/ and resume/
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|state|adapter_config)\.json"
@@ -29,7 +32,7 @@ OWN_FILE = re.compile(  # names that runs write into model/ and resume/
 )
 PART_BYTES = 2 * 10**9  # of a file of out_dir/resume
 
-# ---- out_dir --------------------------------------------------------------------------------------------------
+# ---- out_dir -----------------------------------------------------------------------------------------------
 
 
 def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
@@ -37,16 +40,20 @@ def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
     if not out_dir.strip():
         raise UserError("out_dir is empty: name the folder to write to")
     out = Path(out_dir)
-    for name in ("model", "sft", "resume"):
+    for name in ("model", "sft", "resume", "model.old", "sft.old", "resume.old"):
         if base.resolve() == (out / name).resolve():
-            raise UserError(f"out_dir = {out_dir!r}: its {name}/ is the model to start from and would be replaced")
+            raise UserError(
+                f"out_dir = {out_dir!r}: its {name}/ is the model to start from and would be replaced"
+            )
     if not resume:
         if any((out / name).exists() for name in ("resume", "resume.old")):
             advice = "--resume=true continues it, or give another out_dir"
             raise UserError(f"out_dir = {out_dir!r} holds a run already: {advice}")
         if foreign := next((name for name in RUN_FILES if (out / name).exists()), None):
             if not _is_run(out):
-                raise UserError(f"out_dir = {out_dir!r} holds a {foreign} that no run here wrote; give another")
+                raise UserError(
+                    f"out_dir = {out_dir!r} holds a {foreign} that no run here wrote; give another"
+                )
     try:
         out.mkdir(parents=True, exist_ok=True)
         trial = out / f".writable-{os.getpid()}"
@@ -69,7 +76,9 @@ def check_disk(out: Path, parameters: int) -> None:
     needed = 28 * parameters  # bytes: model 4, resume 12 (weights and two moments), and 12 for the new resume
     free = shutil.disk_usage(out).free
     if free < needed:
-        raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, checkpoints need {needed / 1e9:.2f} GB")
+        raise UserError(
+            f"{out}: the disk has {free / 1e9:.2f} GB free, checkpoints need {needed / 1e9:.2f} GB"
+        )
 
 
 def write_config(out: Path, config: Any) -> None:
@@ -80,7 +89,7 @@ def write_config(out: Path, config: Any) -> None:
         (out / "config.toml").write_text(f"{MARK}\n{content}", encoding="utf-8")
 
 
-# ---- folders replaced as a whole ------------------------------------------------------------------------------
+# ---- folders replaced as a whole ---------------------------------------------------------------------------
 
 
 def new_folder(folder: Path) -> None:
@@ -92,7 +101,9 @@ def new_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of another. At every moment either `target` or `target`.old is whole."""
+    """Put a finished folder in the place of another. At every moment either `target` or `target`.old is
+    whole.
+    """
     barrier()
     if rank() == 0:
         old = target.with_name(target.name + ".old")
@@ -107,21 +118,37 @@ def replace_folder(new: Path, target: Path) -> None:
 def discard(folder: Path, rescue_to: Path | None = None) -> None:
     """Delete the files that runs write from a folder, and the folder if nothing else is left in it.
 
-    Other files are moved to `rescue_to`, if given, unless it has one of that name.
+    Other files are moved to `rescue_to`, if given.
     """
     if not folder.is_dir():
         return
-    for path in folder.iterdir():
+    for path in list(folder.iterdir()):
         if OWN_FILE.fullmatch(path.name) and path.is_file():
             path.unlink()
-        elif rescue_to and not (rescue_to / path.name).exists():
-            os.replace(path, rescue_to / path.name)
+        elif rescue_to:
+            _move(path, rescue_to / path.name)
     if not any(folder.iterdir()):
         folder.rmdir()
 
 
+def _move(path: Path, target: Path) -> None:
+    """Move a file or folder. Where `target` exists, folders are merged, equal files are one, others get a
+    free name.
+    """
+    if path.is_dir() and target.is_dir() and not path.is_symlink():
+        for inner in list(path.iterdir()):
+            _move(inner, target / inner.name)
+        path.rmdir()
+    elif path.is_file() and target.is_file() and filecmp.cmp(path, target, shallow=False):
+        path.unlink()
+    else:
+        free = (target.with_name(f"{target.name}.{i}") for i in itertools.count(1))
+        os.replace(path, next(p for p in free if not p.exists()) if target.exists() else target)
+
+
 def save_model(out: Path, model, tokenizer, name: str = "model", stop_ids=(), template: str = "auto") -> None:
-    """out_dir/model (or another name), a Hugging Face directory. stop_ids: further ids that end a completion."""
+    """out_dir/model (or another name), a Hugging Face directory. stop_ids: further ids that end a completion.
+    """
     new = out / f"{name}.new"
     new_folder(new)
     with _disk_errors(out / name):
@@ -143,17 +170,20 @@ class _disk_errors:
     def __exit__(self, kind, error, _traceback) -> None:
         if isinstance(error, OSError | SafetensorError):
             reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{self.path}: cannot be written ({reason}); the one written before is kept") from None
+            raise UserError(
+                f"{self.path}: cannot be written ({reason}); the one written before is kept"
+            ) from None
 
 
-# ---- resume ---------------------------------------------------------------------------------------------------
+# ---- resume ------------------------------------------------------------------------------------------------
 
 
 def save_resume(out: Path, model, optimizer: torch.optim.Optimizer, state: dict, config: Any) -> None:
-    """out_dir/resume: parameters, optimiser state and `state` (JSON), the same whatever the number of processes.
+    """out_dir/resume: parameters, optimiser state and `state` (JSON), the same whatever the number of
+    processes.
 
-    Random numbers are functions of (seed, step, row), so there is no generator to keep. Tensors are gathered one by one
-    and written by rank 0 in files of about PART_BYTES.
+    Random numbers are functions of (seed, step, row), so there is no generator to keep. Tensors are gathered
+    one by one and written by rank 0 in files of about PART_BYTES.
     """
     new = out / "resume.new"
     new_folder(new)
@@ -175,7 +205,9 @@ def save_resume(out: Path, model, optimizer: torch.optim.Optimizer, state: dict,
 
 
 def _named_tensors(model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """("parameter/NAME", tensor) and ("MOMENT/NAME", tensor) of everything to keep, in the same order everywhere."""
+    """("parameter/NAME", tensor) and ("MOMENT/NAME", tensor) of everything to keep, in the same order
+    everywhere.
+    """
     names = {p: n for n, p in model.named_parameters()}
     for p, name in names.items():
         yield f"parameter/{name}", p
@@ -184,16 +216,18 @@ def _named_tensors(model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[st
 
 
 MAY_DIFFER = (  # knobs that a resumed run may change
-    "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing", "fast",
-    "token_budget", "pack", "eval_every", "save_every", "print_every", "show",
+    "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing",
+    "fast", "token_budget", "pack", "eval_every", "save_every", "print_every", "show",
 )  # fmt: skip
 
 
-def load_resume(out: Path, model, optimizer: torch.optim.Optimizer, config: Any, data: dict[str, str]) -> dict:
+def load_resume(
+    out: Path, model, optimizer: torch.optim.Optimizer, config: Any, data: dict[str, str]
+) -> dict:
     """Fill model and optimiser from out_dir/resume and return the state.
 
-    The configuration must be the saved one except for the knobs in MAY_DIFFER, and so must `data`, a fingerprint of each
-    split's rows. Any number of processes reads what any number wrote.
+    The configuration must be the saved one except for the knobs in MAY_DIFFER, and so must `data`, a
+    fingerprint of each split's rows. Any number of processes reads what any number wrote.
     """
     folder = resume_folder(out)
     if folder is None:
@@ -222,7 +256,9 @@ def _check_same(folder: Path, saved: dict, config: Any) -> None:
         now = getattr(config, f.name)
         now = list(now) if isinstance(now, tuple) else now
         if f.name not in MAY_DIFFER and now != saved.get(f.name):
-            raise UserError(f"{folder}: the run has {f.name} = {saved.get(f.name)!r}, not {now!r}; resume with the same")
+            raise UserError(
+                f"{folder}: the run has {f.name} = {saved.get(f.name)!r}, not {now!r}; resume with the same"
+            )
 
 
 def _fill(folder: Path, model, optimizer: torch.optim.Optimizer) -> None:
@@ -238,7 +274,9 @@ def _fill(folder: Path, model, optimizer: torch.optim.Optimizer) -> None:
                 if kind == "parameter":
                     missing.discard(name)
                 if isinstance(p, DTensor) and value.dim():
-                    value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+                    value = distribute_tensor(
+                        value.to(p.device), p.device_mesh, p.placements, src_data_rank=None
+                    )
                 if kind == "parameter":
                     with torch.no_grad():
                         p.copy_(value)

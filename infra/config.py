@@ -1,4 +1,6 @@
-"""Knobs and errors: a dataclass filled from defaults, a TOML file and --key=value, and mistakes reported in one line."""
+"""Knobs and errors: a dataclass filled from defaults, a TOML file and --key=value, and mistakes reported in
+one line.
+"""
 
 import difflib
 import errno
@@ -32,15 +34,20 @@ def fail(message: str) -> NoReturn:
     from infra.parallel import rank
 
     line = " ".join(message.encode("utf-8", "replace").decode().split("\n"))
-    print(f"error: {line}" if rank() == 0 else f"error (process {rank()}): {line}", file=sys.stderr, flush=True)
+    print(
+        f"error: {line}" if rank() == 0 else f"error (process {rank()}): {line}", file=sys.stderr, flush=True
+    )
     sys.exit(2)
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Call main(argv). A UserError becomes one line and exit code 2; other exceptions keep their traceback."""
+    """Call main(argv). A UserError becomes one line and exit code 2; other exceptions keep their traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a console that cannot show a character loses it, not the run
+            stream.reconfigure(
+                errors="replace"
+            )  # a console that cannot show a character loses it, not the run
     try:
         main(sys.argv[1:])
     except UserError as e:
@@ -55,13 +62,18 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-# ---- knobs ---------------------------------------------------------------------------------------------------
+# ---- knobs -------------------------------------------------------------------------------------------------
 
 
 def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
-    """An instance of the dataclass `cls` from [file.toml] --key=value ... UserError for unknown keys and wrong types."""
+    """An instance of the dataclass `cls` from [file.toml] --key=value ... UserError for unknown keys and
+    wrong types.
+    """
     if {"--help", "-h"} & set(argv):
-        print(f"{usage}\n\nEvery knob with its default (also as key = value in the TOML file):\n{describe_knobs(cls)}")
+        print(
+            f"{usage}\n\nEvery knob with its default (also as key = value in the TOML file):\n"
+            + describe_knobs(cls)
+        )
         sys.exit(0)
     types_of, values = get_type_hints(cls), {}
     # The TOML file first, then the command line, which overrides it.
@@ -86,8 +98,10 @@ def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, di
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); arguments are [file.toml] --key=value") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UserError(
+            f"{path}: cannot be read ({e.strerror}); arguments are [file.toml] --key=value"
+        ) from None
+    except (ValueError, RecursionError) as e:  # of TOML, UTF-8, a number too long, or a NUL in the path
         raise UserError(f"{path}: not TOML ({e})") from None
     include = content.pop("include", None)
     if include is None:
@@ -163,12 +177,16 @@ def describe_knobs(cls: type) -> str:
 
 def write_toml(config: Any, path: Path) -> None:
     def text(v: Any) -> str:
-        return "[" + ", ".join(map(text, v)) + "]" if isinstance(v, tuple) else json.dumps(v, ensure_ascii=False)
+        if isinstance(v, tuple):
+            return "[" + ", ".join(map(text, v)) + "]"
+        return json.dumps(v, ensure_ascii=False).replace(
+            "\x7f", "\\u007f"
+        )  # JSON allows a bare DEL, TOML does not
 
     path.write_text("".join(f"{k} = {text(v)}\n" for k, v in asdict(config).items()), encoding="utf-8")
 
 
-# ---- errors with advice --------------------------------------------------------------------------------------
+# ---- errors with advice ------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Hugging Face directories: config.json and safetensors read into a Transformer, and written back.
 
-A parameter's name is its name in the checkpoint, and a field of ModelConfig is a field of config.json, so nothing is
-translated here; what the model cannot honour is refused by name.
+A parameter's name is its name in the checkpoint, and a field of ModelConfig is a field of config.json, so
+nothing is translated here; what the model cannot honour is refused by name.
 """
 
 import json
@@ -19,16 +19,20 @@ from infra.config import UserError
 from infra.parallel import full
 from model import FAMILIES, ModelConfig, Transformer
 
-# ---- config.json ----------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------------------
 
 
 def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
-    """ModelConfig of the content of a config.json, as transformers 4 or 5 writes it. UserError if it is unsupported."""
+    """ModelConfig of the content of a config.json, as transformers 4 or 5 writes it. UserError if it is
+    unsupported.
+    """
     d = dict(d)
     family = FAMILIES.get(d.get("model_type")) if isinstance(d.get("model_type"), str) else None
     if family is None:
         known = ", ".join(FAMILIES)
-        raise UserError(f"{where}: model_type {d.get('model_type')!r} is not supported; supported are {known}")
+        raise UserError(
+            f"{where}: model_type {d.get('model_type')!r} is not supported; supported are {known}"
+        )
     d["rope_theta"], d["rope_scaling"] = _rope(d, where)
     d.pop("rope_parameters", None)
     # Fields that change the arithmetic and have one value here.
@@ -55,7 +59,8 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
 
 
 def _rope(d: dict, where: str) -> tuple[float, dict | None]:
-    """(rope_theta, rope_scaling or None) from either spelling; what rope_parameters lacks stands beside it."""
+    """(rope_theta, rope_scaling or None) from either spelling; what rope_parameters lacks stands beside it.
+    """
     parameters = d.get("rope_scaling") or d.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise UserError(f"{where}: rope_scaling = {parameters!r}: must be an object")
@@ -96,7 +101,9 @@ def _check_fields(known: dict, d: dict, where: str) -> None:
         if key in known and (not _is_number(known[key]) or known[key] < 0):
             raise UserError(f"{where}: {key} = {known[key]!r}: must be a number >= 0")
     if type(known.get("tie_word_embeddings", False)) is not bool:
-        raise UserError(f"{where}: tie_word_embeddings = {known['tie_word_embeddings']!r}: must be true or false")
+        raise UserError(
+            f"{where}: tie_word_embeddings = {known['tie_word_embeddings']!r}: must be true or false"
+        )
     window = d.get("sliding_window")
     if window is not None and (type(window) is not int or window < 0):
         raise UserError(f"{where}: sliding_window = {window!r}: must be a whole number or null")
@@ -111,7 +118,11 @@ def config_to_dict(config: ModelConfig) -> dict:
     """The content of config.json in transformers 4's spelling, which 5 reads too."""
     d = asdict(config)
     extra = d.pop("extra")
-    return {"architectures": [config.family.architecture], "hidden_act": config.family.activations[-1]} | extra | d
+    return (
+        {"architectures": [config.family.architecture], "hidden_act": config.family.activations[-1]}
+        | extra
+        | d
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -128,17 +139,20 @@ def read_json(path: Path) -> dict:
     return content
 
 
-# ---- reading --------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def load_model(
-    dir: str | Path, dtype: torch.dtype | None = None, device=None, shard: Callable[[Transformer], None] | None = None
+    dir: str | Path,
+    dtype: torch.dtype | None = None,
+    device=None,
+    shard: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
     """A Transformer with the weights of a Hugging Face directory. dtype None keeps the files'.
 
-    The model is laid out without memory and filled tensor by tensor, so the peak is the model plus one tensor. `shard`
-    is called in between (FSDP), and each process then keeps its part of every tensor. UserError names a missing, extra
-    or misshapen tensor.
+    The model is laid out without memory and filled tensor by tensor, so the peak is the model plus one
+    tensor. `shard` is called in between (FSDP), and each process then keeps its part of every tensor.
+    UserError names a missing, extra or misshapen tensor.
     """
     dir = Path(dir).expanduser()
     config = config_from_dict(read_json(dir / "config.json"), str(dir / "config.json"))
@@ -157,9 +171,13 @@ def load_model(
             _fill(model, name, missing.pop(name), tensor.to(device=device, dtype=dtype))
     if head and embedding in missing:  # some tied checkpoints keep the embedding under the head's name only
         _fill(model, embedding, missing.pop(embedding), head[1].to(device=device, dtype=dtype))
-    elif head and not torch.equal(full(model.head_weight.detach()).cpu(), head[1].to(dtype=model.head_weight.dtype)):
+    elif head and not torch.equal(
+        full(model.head_weight.detach()).cpu(), head[1].to(dtype=model.head_weight.dtype)
+    ):
         fix = "set tie_word_embeddings to false in config.json if the head is meant"
-        raise UserError(f"{head[0]}: lm_head.weight differs from the embedding that config.json ties it to; {fix}")
+        raise UserError(
+            f"{head[0]}: lm_head.weight differs from the embedding that config.json ties it to; {fix}"
+        )
     if missing:
         raise UserError(f"{dir}: tensor {next(iter(missing))} is missing ({len(missing)} in all)")
     return model
@@ -176,12 +194,15 @@ def weight_files(dir: Path) -> list[Path]:
             raise UserError(f"{index}: weight_map is missing or not an object of file names")
         return [dir / name for name in sorted(set(weight_map.values()))]
     if pickled := sorted([*dir.glob("*.bin"), *dir.glob("*.pth"), *dir.glob("*.pt")]):
-        convert = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{dir}').save_pretrained(...)"
-        raise UserError(f"{pickled[0]}: only safetensors files are read; convert with python -c \"{convert}\"")
+        convert = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{dir}')"
+        convert += ".save_pretrained('NEW_DIR')"
+        raise UserError(f'{pickled[0]}: only safetensors files are read; convert with python -c "{convert}"')
     raise UserError(f"{dir / 'model.safetensors'}: no such file, nor an index of shards beside it")
 
 
-def _tensors(path: Path, expected: dict[str, nn.Parameter], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    path: Path, expected: dict[str, nn.Parameter], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a safetensors file, one at a time, each checked against the model."""
     shapes = {name: tuple(p.shape) for name, p in expected.items()}
     if config.tie_word_embeddings:
@@ -195,10 +216,14 @@ def _tensors(path: Path, expected: dict[str, nn.Parameter], config: ModelConfig)
                     raise UserError(f"{path}: tensor {name} is not part of this {config.model_type} model")
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != shapes[name]:
-                    raise UserError(f"{path}: tensor {name} has shape {shape}, by config.json it is {shapes[name]}")
+                    raise UserError(
+                        f"{path}: tensor {name} has shape {shape}, by config.json it is {shapes[name]}"
+                    )
                 tensor = file.get_tensor(name)
                 if not tensor.is_floating_point():
-                    raise UserError(f"{path}: tensor {name} is of type {tensor.dtype}, not a floating-point one")
+                    raise UserError(
+                        f"{path}: tensor {name} is of type {tensor.dtype}, not a floating-point one"
+                    )
                 yield name, tensor
     except (SafetensorError, OSError, ValueError, AttributeError, KeyError) as e:
         raise UserError(f"{path}: cannot be read as safetensors ({e})") from None
@@ -214,18 +239,20 @@ def _fill(model: Transformer, name: str, parameter: nn.Parameter, tensor: Tensor
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.contiguous()))
 
 
-# ---- writing --------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def save_model(
     model: Transformer, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (),
     shard_bytes: int = 5 * 10**9, write: bool = True,
 ) -> None:  # fmt: skip
-    """Write config.json, generation_config.json and weights as transformers 4 and 5, vLLM and others read them.
+    """Write config.json, generation_config.json and weights as transformers 4 and 5, vLLM and others read
+    them.
 
-    dtype None keeps the parameters'. generation_config.json stops at config.json's eos_token_id and `stop_ids`. Weights
-    go to model.safetensors, or to files of at most shard_bytes (or one tensor) with an index; a tied head is not
-    written. Every process has to call this for a sharded model, one of them with write; the others only help to gather.
+    dtype None keeps the parameters'. generation_config.json stops at config.json's eos_token_id and
+    `stop_ids`. Weights go to model.safetensors, or to files of at most shard_bytes (or one tensor) with an
+    index; a tied head is not written. Every process has to call this for a sharded model, one of them with
+    write; the others only help to gather.
     """
     dir = Path(dir)
     parameters = dict(model.named_parameters())
@@ -248,7 +275,10 @@ def save_model(
     if len(shards) > 1:
         total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        described["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        described["model.safetensors.index.json"] = {
+            "metadata": {"total_size": total},
+            "weight_map": weight_map,
+        }
     if write:
         dir.mkdir(parents=True, exist_ok=True)
         for file, content in described.items():

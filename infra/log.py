@@ -15,7 +15,8 @@ from infra.parallel import rank, world
 class Log:
     """metrics.jsonl and samples.jsonl of a run; `step` counts the steps done.
 
-    A run resumed after `steps_done` steps writes later lines again, so they are cut off first, as is a half-written line.
+    A run resumed after `steps_done` steps writes later lines again, so they are cut off first, as is a
+    half-written line.
     """
 
     def __init__(self, out_dir: Path, steps_done: int):
@@ -37,7 +38,9 @@ class Log:
 
 
 class Counter:
-    """A line on the terminal that counts finished answers, with tokens a second and the time left; nothing elsewhere."""
+    """A line on the terminal that counts finished answers, with tokens a second and the time left; nothing
+    elsewhere.
+    """
 
     def __init__(self, total: int):
         self.total, self.start, self.shown = total, time.perf_counter(), 0.0
@@ -69,8 +72,8 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def flops_per_token(model, length: int | float) -> float:
     """Floating-point operations of a forward and backward pass for a token of a row of `length`.
 
-    6 a parameter that multiplies (the head does, an embedding table does not), and 6 x layers x H x D x length for causal
-    attention.
+    6 a parameter that multiplies (the head does, an embedding table does not), and 6 x layers x H x D x
+    length for causal attention.
     """
     c = model.config
     table = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
@@ -79,7 +82,9 @@ def flops_per_token(model, length: int | float) -> float:
 
 
 def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
-    """Model FLOPs utilisation of training on `tokens` in `rows`: operations over the devices' peak; None off CUDA."""
+    """Model FLOPs utilisation of training on `tokens` in `rows`: operations over the devices' peak; None off
+    CUDA.
+    """
     device = model.head_weight.device
     if device.type != "cuda" or not rows:
         return None

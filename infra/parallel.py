@@ -1,7 +1,7 @@
 """Several processes (torchrun, FSDP2), each with its share of the work, and the device and arithmetic of one.
 
-A collective is called by all processes or by none: whether it is called depends on the configuration or on sums over all
-processes, never on what one process happens to hold.
+A collective is called by all processes or by none: whether it is called depends on the configuration or on
+sums over all processes, never on what one process happens to hold.
 """
 
 import os
@@ -17,30 +17,38 @@ from torch.distributed.tensor import DTensor
 
 from infra.config import UserError
 
-# ---- processes: torchrun starts them, each calls start_process() ----------------------------------------------
+# ---- processes: torchrun starts them, each calls start_process() -------------------------------------------
 
 
 def start_process(device: str, threads: int) -> torch.device:
-    """This process's device. Under torchrun, join the others, take the GPU of the local rank, print on rank 0 only."""
+    """This process's device. Under torchrun, join the others, take the GPU of the local rank, print on rank 0
+    only.
+    """
     if threads:
         torch.set_num_threads(threads)
     picked = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if missing:
-            raise UserError(f"WORLD_SIZE is set but not {', '.join(missing)}: start several processes with torchrun")
+            raise UserError(
+                f"WORLD_SIZE is set but not {', '.join(missing)}: start several processes with torchrun"
+            )
         local = int(os.environ["LOCAL_RANK"])
         if picked.type == "cuda":
             if local >= torch.cuda.device_count():
                 found = torch.cuda.device_count()
-                raise UserError(f"process {local} of this machine finds only {found} GPUs; start {found} processes")
+                raise UserError(
+                    f"process {local} of this machine finds only {found} GPUs; start {found} processes"
+                )
             picked = torch.device("cuda", local)
             torch.cuda.set_device(picked)
         try:
             dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
         except (dist.DistError, RuntimeError, ValueError) as e:
             reason = (str(e).strip().splitlines() or [""])[0]
-            raise UserError(f"the {os.environ['WORLD_SIZE']} processes did not find each other: {reason}") from None
+            raise UserError(
+                f"the {os.environ['WORLD_SIZE']} processes did not find each other: {reason}"
+            ) from None
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
     return picked
@@ -52,7 +60,11 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"device = {name!r}: must be auto, cpu, cuda, mps or xpu") from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    there = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+    }
     if device.type != "cpu" and not there.get(device.type, lambda: False)():
         raise UserError(f"device = {name!r}: torch finds no such device here")
     return device
@@ -72,7 +84,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-# ---- shares of the work ---------------------------------------------------------------------------------------
+# ---- shares of the work ------------------------------------------------------------------------------------
 
 
 def share(items: Sequence) -> Sequence:
@@ -100,16 +112,22 @@ def add_up(sums: dict[str, float]) -> dict[str, float]:
     return {k: sum(p[k] for p in parts) for k in sums}
 
 
-MAX_PADDING = 0.04  # start a new micro-batch once padding exceeds this part of it and it fills 1/8 of the budget
+MAX_PADDING = (
+    0.04  # start a new micro-batch once padding exceeds this part of it and it fills 1/8 of the budget
+)
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Row indices, longest first, cut into micro-batches of at most `budget` tokens (rows x longest) with little padding."""
+    """Row indices, longest first, cut into micro-batches of at most `budget` tokens (rows x longest) with
+    little padding.
+    """
     batches: list[list[int]] = [[]]
     tokens = 0  # of the last batch, without padding
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > budget:
-            raise UserError(f"token_budget = {budget}: must be >= {lengths[i]}, the tokens of the longest row")
+            raise UserError(
+                f"token_budget = {budget}: must be >= {lengths[i]}, the tokens of the longest row"
+            )
         if batches[-1]:
             longest, rows = lengths[batches[-1][0]], len(batches[-1])
             padded = longest * (rows + 1)
@@ -125,8 +143,8 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], float]]:
     """token_batches of this process's share of the rows, each with the factor its loss counts.
 
-    Every process gets the same number of micro-batches, or FSDP would wait for ever: a process with fewer repeats the
-    shortest row with factor 0.0. All others have 1.0.
+    Every process gets the same number of micro-batches, or FSDP would wait for ever: a process with fewer
+    repeats the shortest row with factor 0.0. All others have 1.0.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     parts = []
@@ -137,14 +155,14 @@ def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], flo
     return parts[rank()] + [(order[-1:], 0.0)] * (max(map(len, parts)) - len(parts[rank()]))
 
 
-# ---- FSDP2 ----------------------------------------------------------------------------------------------------
+# ---- FSDP2 -------------------------------------------------------------------------------------------------
 
 
 def shard_model(model, dtype: str = "float32") -> None:
     """FSDP2 over all processes, one unit a block; with bfloat16 the blocks are gathered in it.
 
-    Gradients are summed in float32 and come out averaged over processes: multiply losses by world(). `model.run` counts
-    as a forward pass.
+    Gradients are summed in float32 and come out averaged over processes: multiply losses by world().
+    `model.run` counts as a forward pass.
     """
     block_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(block_dtype, torch.float32, cast_forward_inputs=False)
@@ -166,7 +184,9 @@ def full(p: torch.Tensor) -> torch.Tensor:
 
 
 def whole_copy(model, dtype: torch.dtype):
-    """The model to sample from: `model` itself if unsharded and already in dtype, else a copy that refresh() fills."""
+    """The model to sample from: `model` itself if unsharded and already in dtype, else a copy that refresh()
+    fills.
+    """
     p = model.head_weight
     if not isinstance(p, DTensor) and p.dtype == dtype:
         return model
@@ -183,7 +203,7 @@ def refresh(copy, model) -> None:
             a.copy_(full(b))
 
 
-# ---- arithmetic -----------------------------------------------------------------------------------------------
+# ---- arithmetic --------------------------------------------------------------------------------------------
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -196,7 +216,9 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def settle_dtype(cfg: Any, device: torch.device) -> None:
-    """Replace bfloat16 by float32 on a device without bfloat16, with a warning. UserError on a GPU without it."""
+    """Replace bfloat16 by float32 on a device without bfloat16, with a warning. UserError on a GPU without
+    it.
+    """
     if "bfloat16" not in (cfg.dtype, getattr(cfg, "rollout_dtype", "")) or has_bfloat16(device):
         return
     if device.type == "cuda":

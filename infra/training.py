@@ -32,7 +32,9 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Run:
-    """A run's parts. `state` is what out_dir/resume keeps besides tensors: the steps done and the trainer's memory."""
+    """A run's parts. `state` is what out_dir/resume keeps besides tensors: the steps done and the trainer's
+    memory.
+    """
 
     out: Path
     base: Path  # the directory of the starting model
@@ -45,7 +47,7 @@ class Run:
     log: Log | None = None
 
 
-# ---- set-up ---------------------------------------------------------------------------------------------------
+# ---- set-up ------------------------------------------------------------------------------------------------
 
 
 def start(cfg: Any) -> torch.device:
@@ -65,8 +67,12 @@ def starting_model(cfg: Any) -> Path:
     if base.exists():
         return base
     if not cfg.model:
-        raise UserError(f"model: the task {cfg.task} has no tiny base; give a Hugging Face directory as --model=DIR")
-    hub = getattr(cfg, "hub", "") or (cfg.model if re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model) else "OWNER/NAME")
+        raise UserError(
+            f"model: the task {cfg.task} has no tiny base; give a Hugging Face directory as --model=DIR"
+        )
+    hub = getattr(cfg, "hub", "") or (
+        cfg.model if re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model) else "OWNER/NAME"
+    )
     get = f"hf download {hub} --local-dir={cfg.model}"
     raise UserError(f"model = {cfg.model!r}: no such directory; download it with: {get}")
 
@@ -77,7 +83,9 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str) -> 
     out = check_out_dir(out_dir, base, cfg.resume)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
-        raise UserError(f"{base / 'tokenizer_config.json'}: eos_token is missing, and without it no answer ends")
+        raise UserError(
+            f"{base / 'tokenizer_config.json'}: eos_token is missing, and without it no answer ends"
+        )
     model = load_model(base, torch.float32, device, sharding(cfg.dtype))
     speed_up(model, cfg, device)
     check_disk(out, sum(p.numel() for p in model.parameters()))
@@ -96,14 +104,18 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
 
 
 def frozen_model(dir: Path, cfg: Any, device: torch.device) -> Transformer:
-    """The reference model of a KL term or of a pair loss: no gradients, sharded and compiled like the trained one."""
+    """The reference model of a KL term or of a pair loss: no gradients, sharded and compiled like the trained
+    one.
+    """
     model = load_model(dir, torch.float32, device, sharding(cfg.dtype))
     speed_up(model, cfg, device)
     return model.requires_grad_(False)
 
 
 def start_or_resume(run: Run, cfg: Any, resume: bool, state: dict, data: dict[str, str]) -> None:
-    """Fill the run's state from out_dir/resume, or begin with `state`. data: fingerprints of the rows of each split."""
+    """Fill the run's state from out_dir/resume, or begin with `state`. data: fingerprints of the rows of each
+    split.
+    """
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
     else:
@@ -132,7 +144,7 @@ def fingerprint(rows: Sequence) -> str:
     return f"{len(rows)} rows {digest.hexdigest()}"
 
 
-# ---- batches, learning rate -----------------------------------------------------------------------------------
+# ---- batches, learning rate --------------------------------------------------------------------------------
 
 
 def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
@@ -146,12 +158,15 @@ def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
 
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Factor of the peak learning rate at `step` (from 0): linear warm-up whose first step is not 0, then constant, or
-    linear or cosine decay to 0 at `steps`."""
+    """Factor of the peak learning rate at `step` (from 0): linear warm-up whose first step is not 0, then
+    constant, or linear or cosine decay to 0 at `steps`.
+    """
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        schedule
+    ]
 
 
 def set_options(optimizer: torch.optim.Optimizer, **options) -> None:
@@ -161,7 +176,9 @@ def set_options(optimizer: torch.optim.Optimizer, **options) -> None:
 
 
 def optimizer_step(model, optimizer: torch.optim.Optimizer, grad_clip: float, loss: float) -> float:
-    """One clipped step; returns the gradient norm before clipping. UserError, and no step, if it or loss is not finite."""
+    """One clipped step; returns the gradient norm before clipping. UserError, and no step, if it or loss is
+    not finite.
+    """
     grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise UserError(f"the loss is {loss} and the gradient norm {grad_norm}: not updated; try a lower lr")
@@ -171,9 +188,13 @@ def optimizer_step(model, optimizer: torch.optim.Optimizer, grad_clip: float, lo
 
 @contextmanager
 def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
-    """Name the step and the last good checkpoint when an update fails, and the knob to change when memory runs out."""
+    """Name the step and the last good checkpoint when an update fails, and the knob to change when memory
+    runs out.
+    """
     try:
-        with memory_advice("in the update", "gradient_checkpointing = true, or token_budget", cfg.token_budget // 2):
+        with memory_advice(
+            "in the update", "gradient_checkpointing = true, or token_budget", cfg.token_budget // 2
+        ):
             yield
     except UserError as e:
         saved = f"{run.out / 'resume'} is the last good checkpoint"
@@ -181,10 +202,12 @@ def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
         raise UserError(f"step {step + 1}: {e} ({saved})") from None
 
 
-# ---- the end of a step ----------------------------------------------------------------------------------------
+# ---- the end of a step -------------------------------------------------------------------------------------
 
 
-def log_step(run: Run, step: int, metrics: dict, started: float, update_s: float, tokens: int, rows: int) -> None:
+def log_step(
+    run: Run, step: int, metrics: dict, started: float, update_s: float, tokens: int, rows: int
+) -> None:
     """Count the step done, add its times and speed to the metrics, and write them down."""
     seconds = time.perf_counter() - started
     run.state["step"], run.state["train_s"] = step + 1, run.state["train_s"] + seconds
@@ -195,7 +218,9 @@ def log_step(run: Run, step: int, metrics: dict, started: float, update_s: float
 
 
 def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:
-    """Write out_dir/model and out_dir/resume when they are due. After a signal to stop, do so at once and exit."""
+    """Write out_dir/model and out_dir/resume when they are due. After a signal to stop, do so at once and
+    exit.
+    """
     done, stop = run.state["step"], stop_requested()
     if done % cfg.save_every == 0 or done == total or stop:
         save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
@@ -232,4 +257,6 @@ def stop_requested() -> int:
 
 def console_line(head: str, metrics: dict[str, float], columns: Sequence[tuple[str, str, str]]) -> str:
     """`head | name value | ...` for the (name, key, format) columns that the metrics have."""
-    return " | ".join([head, *(f"{name} {format(metrics[key], f)}" for name, key, f in columns if key in metrics)])
+    return " | ".join(
+        [head, *(f"{name} {format(metrics[key], f)}" for name, key, f in columns if key in metrics)]
+    )

@@ -1,22 +1,27 @@
-"""data/chat.py and the chat templates of data/tokenizer.py: which text, which tokens, which of them are trained on."""
+"""data/chat.py, data/turns.py and chat templates: which text, which tokens, which of them are trained on."""
 
 import copy
 import json
 import os
+import pickle
+import sys
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import UserError
-from data import chat, countdown
+from data import chat, countdown, turns
 from data.tokenizer import END, TEMPLATES, Tokenizer
+from infra.config import UserError
 
 REAL = Path(os.environ.get("NANOFT_TOKENIZERS", "")).absolute() / "cases" / "chat"
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>")
-LEARNED = Tokenizer.learn(["User: the cat sat\nAssistant: on the mat\n 12 + 3 = 15\n\nsystem user assistant"] * 3, 60)
+LEARNED = Tokenizer.learn(
+    ["User: the cat sat\nAssistant: on the mat\n 12 + 3 = 15\n\nsystem user assistant"] * 3, 60
+)
 
 CHATML = """{% for message in messages %}
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}
@@ -28,7 +33,8 @@ LLAMA = """{{ bos_token }}{% for m in messages %}
 LLAMA_ALWAYS_ASKS = LLAMA.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
 MISTRAL = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'system' %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}
-{%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ m.content + eos_token + ' ' }}{% endif %}
+{%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
+{%- else %}{{ m.content + eos_token + ' ' }}{% endif %}
 {% endfor %}"""
 UNCLOSED = """{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}
 {%- if add_generation_prompt %}assistant:{% endif %}"""
@@ -37,7 +43,27 @@ THINKING = """{% for m in messages %}{% if m.role == 'assistant' and not loop.la
 {{- '<|im_start|>assistant\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}
 {%- else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-PREFILLED = CHATML.replace("assistant\n", "assistant\n<think>")
+# R1's distillations: thoughts are dropped from every answer, and the prompt begins one
+R1 = """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}
+{{- '<|head|>' + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ m.content }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|head|><think>\n' }}{% endif %}"""
+FORGETFUL = R1.replace("<think>\n", "")
+# looks ahead: at the end, at the next message, at the number of messages, at a sum over all of them
+AHEAD = [
+    "{% for m in messages %}{{ '<s>' + m.content + ('!' if loop.last else '?') + '</s>' }}{% endfor %}",
+    "{% for m in messages %}{{ '<s>' + m.content }}"
+    "{{ (messages[loop.index0 + 1].role or '.') + '</s>' }}{% endfor %}",
+    "{{ messages | length }}{% for m in messages %}{{ '<s>' + m.content + '</s>' }}{% endfor %}",
+    "{% set n = namespace(last='') %}{% for m in messages %}{% set n.last = m.content %}{% endfor %}"
+    "{% for m in messages %}{{ '<s>' + m.content + n.last + '</s>' }}{% endfor %}",
+    "{% for m in messages %}{{ '<s>' + m.content + '</s>' }}{% endfor %}{{ messages[0].content }}",
+    "{% for m in messages %}{{ '<s>' + m.content + ('+' if add_generation_prompt) + '</s>' }}{% endfor %}",
+    "{% for m in messages %}{% set x = m.content %}{{ '<s>' + m.content + '</s>' }}{% if m.content == 'a' %}"
+    "{% continue %}{% endif %}{{ '<|im_start|>' }}{% endfor %}",
+    "{% set n = namespace(x='') %}{% for m in messages %}{% set n.x = m.content %}"
+    "{{ '<s>' + m.content + '</s>' }}{% endfor %}{{ n.x if add_generation_prompt }}",
+]
 OWN = {"chatml": CHATML, "llama": LLAMA, "llama, always asks": LLAMA_ALWAYS_ASKS, "mistral": MISTRAL}
 ENDS = {"chatml": "<|im_end|>", "llama": "<|eot|>", "llama, always asks": "<|eot|>", "mistral": "</s>"}
 
@@ -60,14 +86,21 @@ def talk(*contents, system=None):
 
 
 def encode(messages, t, max_length=10**6, template="auto", first=0):
-    return chat.encode({"where": "x row 0", "messages": messages, "first": first}, t, max_length, template)
+    row = {"where": "x row 0", "messages": messages, "first": first}
+    return listed(chat.encode(row, t, max_length, template))
+
+
+def listed(e):
+    """An example with lists for arrays, so that it can be compared."""
+    assert e.ids.dtype == np.int32 and e.mask.dtype == bool and e.ids.shape == e.mask.shape
+    return e._replace(ids=e.ids.tolist(), mask=[int(m) for m in e.mask])
 
 
 def trained(e, t):
     """The texts of the runs of tokens with loss."""
     assert len(e.ids) == len(e.mask) and set(e.mask) <= {0, 1}
     runs, last = [], 0
-    for i, m in zip(e.ids, e.mask, strict=True):
+    for i, m in zip(map(int, e.ids), e.mask, strict=True):
         if m:
             runs = [*runs[:-1], [*runs[-1], i]] if last else [*runs, [i]]
         last = m
@@ -75,17 +108,22 @@ def trained(e, t):
 
 
 def write(path, *records):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
 
 
-# ---- templates ------------------------------------------------------------------------------------------------------
+# ---- templates ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (REAL / "cases.jsonl").exists(), reason="NANOFT_TOKENIZERS names no folder with chat cases")
+@pytest.mark.skipif(
+    not (REAL / "cases.jsonl").exists(), reason="NANOFT_TOKENIZERS names no folder with chat cases"
+)
 def test_published_templates_render_as_transformers_does():
     templates = json.loads((REAL / "templates.json").read_text(encoding="utf-8"))
-    cases = [json.loads(line) for line in (REAL / "cases.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    cases = [
+        json.loads(line) for line in (REAL / "cases.jsonl").read_text(encoding="utf-8").split("\n") if line
+    ]
     assert len(cases) == 100 and len(templates) == 9
     for case in cases:
         for name, wanted in case["expected"].items():
@@ -93,7 +131,9 @@ def test_published_templates_render_as_transformers_does():
             t = tokenizer(known["template"], bos_token=known["bos_token"], eos_token=known["eos_token"])
             ask = case["add_generation_prompt"]
             try:
-                assert {"text": t.render(case["messages"], ask, date_string=case["date_string"])} == wanted, name
+                assert {"text": t.render(case["messages"], ask, date_string=case["date_string"])} == wanted, (
+                    name
+                )
             except UserError as e:
                 assert {"refused": str(e).removeprefix("chat template 'default': ")} == wanted, name
             if name in TEMPLATES:  # ours of these names are equal to the published ones
@@ -107,12 +147,15 @@ def test_named_templates():
     assert t.render(m) == t.render(m, template="plain") == plain
     assert t.render(m, False, "plain") == plain.removesuffix("Assistant:")
     assert t.render(m, True, "zephyr") == (
-        "<|system|>\nbe nice</s>\n<|user|>\nhi</s>\n<|assistant|>\nho </s>\n<|user|>\nand?</s>\n<|assistant|>\n"
+        "<|system|>\nbe nice</s>\n<|user|>\nhi</s>\n<|assistant|>\nho </s>\n"
+        "<|user|>\nand?</s>\n<|assistant|>\n"
     )
     assert t.render(m[:2], True, "chatml") == (
         "<|im_start|>system\nbe nice<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
-    with pytest.raises(UserError, match="template = 'chatlm': no such chat template; there are plain, chatml, zephyr"):
+    with pytest.raises(
+        UserError, match="template = 'chatlm': no such chat template; there are plain, chatml, zephyr"
+    ):
         t.render(m, template="chatlm")
 
 
@@ -136,7 +179,11 @@ def test_template_is_found_where_checkpoints_keep_it(tmp_path):
     named = [{"name": "default", "template": "D"}, {"name": "tools", "template": "T"}]
     tokenizer(named).save(tmp_path)
     read = Tokenizer.from_pretrained(tmp_path)
-    assert (read.render(m), read.render(m, template="tools"), read.render(m, False, "plain")) == ("D", "T", "User: hi\n")
+    assert (read.render(m), read.render(m, template="tools"), read.render(m, False, "plain")) == (
+        "D",
+        "T",
+        "User: hi\n",
+    )
     with pytest.raises(UserError, match="there are default, tools, plain, chatml, zephyr"):
         read.render(m, template="rag")
     (tmp_path / "chat_template.jinja").write_text("J {{ eos_token }}")
@@ -156,7 +203,10 @@ def test_environment_is_the_one_of_transformers():
     assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert render("  {% if true %}\nx\n  {% endif %}\n") == "x\n"
     assert render("{% generation %}x{% endgeneration %}y") == "xy"
-    assert render("{{ tools is none }}{{ unk_token is defined }}{{ bos_token }}", unk_token=None) == "TrueFalse<s>"
+    assert (
+        render("{{ tools is none }}{{ unk_token is defined }}{{ bos_token }}", unk_token=None)
+        == "TrueFalse<s>"
+    )
     assert render("{{ eos_token }}", eos_token={"content": "</s>", "lstrip": False}) == "</s>"
 
 
@@ -177,7 +227,7 @@ def test_a_template_that_fails_or_misbehaves_is_one_line(template, why):
     assert "\n" not in str(e.value)
 
 
-# ---- masks ----------------------------------------------------------------------------------------------------------
+# ---- masks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -224,7 +274,11 @@ def test_a_stripped_answer_is_found_and_leading_white_space_stays_apart():
 
 
 def test_answers_that_look_like_the_template():
-    for name, answer in (("llama, always asks", "assistant"), ("chatml", "user"), ("mistral", "[INST] [/INST]")):
+    for name, answer in (
+        ("llama, always asks", "assistant"),
+        ("chatml", "user"),
+        ("mistral", "[INST] [/INST]"),
+    ):
         t = tokenizer(OWN[name])
         m = talk("assistant", answer, "user", answer)
         assert trained(encode(m, t), t) == [answer + ENDS[name]] * 2
@@ -233,7 +287,9 @@ def test_answers_that_look_like_the_template():
 def test_special_tokens_inside_an_answer_do_not_end_it():
     t = tokenizer(CHATML)
     assert trained(encode(talk("a", "b<|im_end|>c"), t), t) == ["b<|im_end|>c<|im_end|>"]
-    t = tokenizer(CHATML.replace("message['content']", "message['content'].replace(' ', '')"))  # the answer is not found
+    t = tokenizer(
+        CHATML.replace("message['content']", "message['content'].replace(' ', '')")
+    )  # the answer is not found
     assert trained(encode(talk("a", "b <answer> </answer> c"), t), t) == ["b<answer></answer>c<|im_end|>"]
 
 
@@ -264,13 +320,23 @@ def test_turns_that_the_template_rewrites_are_context_and_counted():
     assert t.decode(e.ids) == t.render(m, False) and "x" not in t.decode(e.ids)
     rows = [{"where": "r", "messages": m, "first": 0}] * 3
     _, counts = chat.encode_rows(rows, t, 1000)
-    assert counts == {"rows": 3, "kept": 3, "truncated": 0, "turns without loss (rewritten by the template)": 3}
-    with pytest.raises(UserError, match="x row 0: chat template 'auto' asks for an answer otherwise than it writes it"):
-        encode(talk("a", "b"), tokenizer(PREFILLED))
+    assert counts == {
+        "rows": 3,
+        "kept": 3,
+        "truncated": 0,
+        "turns without loss (rewritten by the template)": 3,
+    }
+    other = CHATML.replace("assistant\n'", "bot\n'")
+    with pytest.raises(
+        UserError, match="x row 0: chat template 'auto' does not write an answer where it asks for one"
+    ):
+        encode(talk("a", "b"), tokenizer(other))
 
 
 def test_a_refusal_of_the_template_names_the_row():
-    with pytest.raises(UserError, match="x row 0: chat template 'default': Only user and assistant roles are supported!"):
+    with pytest.raises(
+        UserError, match="x row 0: chat template 'default': Only user and assistant roles are supported!"
+    ):
         encode(talk("a", "b", system="s"), tokenizer(MISTRAL))
 
 
@@ -283,7 +349,12 @@ CONTENT = st.text("the cat\n 1é🙂:<", min_size=1).filter(str.strip)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(CONTENT, min_size=1, max_size=5), st.sampled_from([*OWN, "plain", "zephyr"]), st.booleans(), st.data())
+@given(
+    st.lists(CONTENT, min_size=1, max_size=5),
+    st.sampled_from([*OWN, "plain", "zephyr"]),
+    st.booleans(),
+    st.data(),
+)
 def test_masks_of_random_conversations(contents, name, bos, data):
     m = talk(*contents, *(["end"] if len(contents) % 2 else []))
     t = tokenizer(OWN.get(name), bos)
@@ -298,7 +369,270 @@ def test_masks_of_random_conversations(contents, name, bos, data):
     assert short.ids == e.ids[:n] and short.mask == e.mask[:n] and short.cut == (n < len(e.ids))
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+# ---- one rendering for all turns ---------------------------------------------------------------------------
+
+
+def turns_by_definition(messages, t, template):
+    """Text and cuts from a rendering of every beginning of a conversation."""
+
+    def render(n, ask):
+        return t.render(messages[:n], ask, template, date_string=turns.DATE)
+
+    whole, cuts = render(len(messages), False), []
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant":
+            before, after = render(i, True), render(i + 1, False)
+            found = max(after.find(m["content"].strip(), len(before)), len(before))
+            close = turns._special_tokens(t).search(after, found + len(m["content"].strip()))
+            if after.startswith(before) and whole.startswith(after[: close.end()]):
+                cuts += [len(before), close.end()]
+    return whole, cuts
+
+
+def same_turns(m, t, template):
+    """Whether one rendering sufficed for a conversation. Its turns must be those of the definition anyway."""
+    row, marked = {"messages": m, "first": 0}, turns.MarkedTemplate.of(t, template)
+    text, cuts, closed, _ = turns.find_turns(row, "messages", t, template, marked)
+    assert (text, cuts) == turns_by_definition(m, t, template) and all(closed)
+    assert turns.find_turns(row, "messages", t, template)[:2] == (text, cuts)
+    return (
+        marked is not None
+        and marked.find_turns(m, [i for i, x in enumerate(m) if x["role"] == "assistant"]) is not None
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(CONTENT, min_size=2, max_size=6),
+    st.sampled_from([*OWN, "plain", "zephyr"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_one_rendering_finds_the_turns_of_many(contents, name, bos, system):
+    m = talk(*contents[: len(contents) // 2 * 2], system="the cat" if system and name != "mistral" else None)
+    assert same_turns(m, tokenizer(OWN.get(name), bos), "auto" if name in OWN else name)
+
+
+@pytest.mark.skipif(
+    not (REAL / "templates.json").exists(), reason="NANOFT_TOKENIZERS names no folder with chat cases"
+)
+@pytest.mark.parametrize("system", [None, "the cat"])
+def test_published_templates_in_one_rendering(system):
+    templates = json.loads((REAL / "templates.json").read_text(encoding="utf-8"))
+    fast = set()
+
+    @settings(deadline=None, max_examples=15)
+    @given(st.lists(CONTENT, min_size=2, max_size=6))
+    def check(contents):
+        m = talk(*contents[: len(contents) // 2 * 2], system=system)
+        for name, known in templates.items():
+            t = tokenizer(known["template"], bos_token=known["bos_token"], eos_token=known["eos_token"])
+            added = {k for k in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") if k in known["template"]}
+            t.description["added_tokens"] += [{"id": 999, "content": k, "special": True} for k in added]
+            if system is None or "mistral" not in name and name != "gemma":
+                fast.update([name] if same_turns(m, t, "auto") else [])
+
+    check()
+    assert fast == set(templates) - {"zephyr"} - (
+        {"mistral-instruct-v0.1", "mistral-instruct-v0.2", "gemma"} if system else set()
+    )
+
+
+@pytest.mark.parametrize("template", AHEAD)
+def test_a_template_that_looks_ahead_is_not_trusted(template):
+    t = tokenizer(template + "{{ '<s>' if add_generation_prompt }}")
+    m = talk("a", "b", "c", "d", "e", "f")
+    row = {"messages": m, "first": 0}
+    marked = turns.MarkedTemplate.of(t, "auto")
+    fast = marked and marked.find_turns(m, [1, 3, 5])
+    try:
+        slow = turns.find_turns(row, "messages", t, "auto")
+    except UserError:
+        slow = None
+    assert fast is None or slow is not None and fast == slow[:3]
+    assert fast is None, "none of these can be certain of its turns"
+
+
+def test_the_work_grows_with_the_text_and_not_with_its_square(monkeypatch):
+    t, work = tokenizer(CHATML), {"render": 0, "encode": 0}
+    for name in work:
+        original = getattr(Tokenizer, name)
+
+        def counting(self, text, *args, name=name, original=original, **kw):
+            work[name] += 1 if name == "render" else len(text)
+            return original(self, text, *args, **kw)
+
+        monkeypatch.setattr(Tokenizer, name, counting)
+    m = talk(*["the cat sat"] * 80)
+    chat.encode_rows([{"where": "r", "messages": m, "first": 0}], t, 10**6)
+    length = len(Tokenizer.render(t, m, False))
+    assert work["render"] <= 4 and work["encode"] <= 2 * length
+
+
+SPECIALS = [s for s in SPECIAL if s != "<s>"]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text("the cat\n", max_size=6) | st.sampled_from(SPECIALS), max_size=8), st.data())
+def test_parts_are_those_of_the_whole_text(pieces, data):
+    t, text = tokenizer(), "".join(pieces)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=4)))
+    parts = turns.encode_parts(text, cuts, t)
+    alone = [t.encode(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert len(parts) == len(cuts) + 1 and t.decode(sum(parts, [])) == text
+    if sum(alone, []) == t.encode(text):
+        assert parts == alone
+
+
+# ---- thoughts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "<think>\nadd</think>\n\n5"},
+        {"content": "<think>add</think>\n\n5\n"},
+        {"content": "add</think>\n\n5"},
+        {"content": "5", "reasoning_content": "add"},
+    ],
+)
+def test_a_thought_that_the_prompt_begins_is_trained_from_there_on(answer):
+    t = tokenizer(R1)
+    m = [*talk("2+3?"), {"role": "assistant"} | answer]
+    e = encode(m, t)
+    space = "\n" if "reasoning_content" in answer else ""  # a thought in its own field gets a line of its own
+    end = "\n</s>" if answer["content"].endswith("\n") else "</s>"
+    assert trained(e, t) == [f"add{space}</think>\n\n5{end}"]
+    assert e.ids[: e.mask.index(1)] == t.chat(m[:1]), "the context is the prompt that the model meets"
+    assert e.ends == (t.eos_id,) and e.rewritten == 0
+
+
+def test_answers_without_the_thought_that_the_prompt_begins():
+    t = tokenizer(R1)
+    rows = [{"where": "r", "messages": talk("2+3?", "5", "2+4?", "6"), "first": 0}]
+    (e,), counts = chat.encode_rows(rows, t, 1000)
+    assert trained(e, t) == ["5</s>", "6</s>"] and counts[turns.BARE] == 2
+    rows[0]["messages"] = talk("2+3?", "<think>\nx</think>5", "2+4?", "<think>\ny</think>6")
+    (e,), counts = chat.encode_rows(rows, t, 1000)
+    assert trained(e, t) == ["y</think>6</s>"] and counts[turns.REWRITTEN] == e.rewritten == 1
+    assert t.decode(e.ids.tolist()) == "<s>2+3?<|head|>5</s>2+4?<|head|><think>\ny</think>6</s>"
+
+
+def test_a_last_thought_that_the_template_drops_is_trained_all_the_same():
+    t = tokenizer(FORGETFUL)
+    e = encode(talk("a", "<think>x</think>b", "c", "<think>y</think> d"), t)
+    assert trained(e, t) == ["<think>y</think> d</s>"] and e.rewritten == 1
+
+
+# ---- fields of messages ------------------------------------------------------------------------------------
+
+REASONS = CHATML.replace("message['content']", "('<think>' + message.reasoning_content + '</think>' if "
+                         "message.reasoning_content else '') + message['content']")  # fmt: skip
+TOOLS = """{% if tools %}{{ tools | tojson + '</s>' }}{% endif %}{% for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}
+{{- '<|head|>' + c.function.name + c.function.arguments | tojson + '<|/head|>' }}{% endfor %}
+{{- '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "cat", "arguments": {"the": "mat"}}}]}
+CALLED = [*talk("2+3?"), CALL, {"role": "tool", "content": "12", "name": "cat"}, *talk("", "5")[1:]]
+
+
+def test_messages_keep_their_fields(tmp_path):
+    tools = [{"name": "cat"}]
+    record = {"messages": [*CALLED[:3], CALLED[3] | {"name": None, "rating": 3}], "tools": json.dumps(tools)}
+    (row,) = chat.load("train", write(tmp_path / "x.jsonl", record))
+    assert row["tools"] == tools and row["messages"][2] == CALLED[2] and "content" not in CALL
+    assert row["messages"][1] == CALL | {"content": None} and row["messages"][3] == CALLED[3] | {"rating": 3}
+    t = tokenizer(TOOLS)
+    e = encode_row(row, t)
+    assert trained(e, t) == ['<|head|>cat{"the": "mat"}<|/head|></s>', "5</s>"]
+    assert t.decode(e.ids).startswith('[{"name": "cat"}]</s>')
+
+
+def encode_row(row, t):
+    return listed(chat.encode({"where": "x row 0", "first": 0} | row, t, 10**6))
+
+
+def test_reasoning_is_trained_where_the_template_writes_it():
+    t = tokenizer(REASONS)
+    assert trained(
+        encode([*talk("a"), {"role": "assistant", "content": "b", "reasoning_content": "c"}], t), t
+    ) == ["<think>c</think>b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "template, fields, why",
+    [
+        (CHATML, {"tools": [{"name": "cat"}]}, "the chat template ignores field 'tools'; use one"),
+        (REASONS, {"messages": [*talk("a"), CALL | {"content": "5"}]},
+         "message 1: the chat template ignores field 'tool_calls'"),
+        (CHATML, {"messages": CALLED[:2]}, "message 1: has calls but no content, which the chat"),
+        (LLAMA, {"messages": [*talk("a"), {"role": "assistant", "content": "5", "thinking": "sat on"}]},
+         "message 1: chat template 'auto' ignores field 'thinking'"),
+        (TOOLS.replace("m in messages", "m in messages if m.role != 'tool'"),
+         {"messages": CALLED}, "message 2: the chat template ignores role 'tool'"),
+    ],
+)  # fmt: skip
+def test_fields_that_the_template_ignores_are_refused(template, fields, why):
+    with pytest.raises(UserError, match=f"^x row 0: {why}"):
+        messages = [m | {"content": m.get("content")} for m in fields.get("messages", talk("a", "b"))]
+        encode_row(fields | {"messages": messages}, tokenizer(template))
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_turns_can_be_left_without_loss(off, tmp_path):
+    t, m = tokenizer(CHATML), talk("a", "b", "c", "d")
+    m[1] |= off
+    rows = chat.load(
+        "train", write(tmp_path / "x.jsonl", {"messages": m}, {"messages": [*m[:3], m[3] | off]})
+    )
+    examples, counts = chat.encode_rows(rows, t, 100)
+    assert [trained(e, t) for e in examples] == [["d<|im_end|>"]] and counts[
+        "skipped: no turn to train on"
+    ] == 1
+
+
+def test_a_conversation_may_begin_with_the_assistant():
+    begins = talk("", "hi", "a", "b")[1:]
+    t = tokenizer(CHATML)
+    assert trained(encode(begins, t), t) == ["hi<|im_end|>", "b<|im_end|>"]
+    t = tokenizer("{{ messages[0].content + '\n' }}" + CHATML)
+    rows = [{"where": "r", "messages": begins, "first": 0}]
+    (e,), counts = chat.encode_rows(rows, t, 100)
+    assert trained(e, t) == ["b<|im_end|>"] and counts[turns.UNPROMPTED] == 1
+
+
+# ---- ends of turns -----------------------------------------------------------------------------------------
+
+
+def test_ends_of_trained_turns_are_reported():
+    t = tokenizer(CHATML)
+    end = t.encode("<|im_end|>")
+    assert t.eos_id not in end
+    rows = [{"where": "r", "messages": talk("a", "b", "c", "d"), "first": 0}]
+    examples, _ = chat.encode_rows(rows, t, 1000)
+    assert chat.turn_ends(examples) == chat.turn_ends(list(examples)) == set(end)
+    cut = examples[0].mask.tolist().index(True) + 1
+    assert chat.turn_ends(chat.encode_rows(rows, t, cut)[0]) == set(), "the turn is cut"
+    assert chat.turn_ends(chat.encode_rows(rows, t, cut + 1)[0]) == set(end)
+    # A turn that its text ends is no reason to stop at its last word.
+    t = tokenizer(UNCLOSED)
+    assert chat.turn_ends(chat.encode_rows(rows, t, 1000)[0]) == {t.eos_id}
+    texts = [{"where": "r", "prompt": "1", "chosen": "2", "rejected": "3"}]
+    pairs, _ = chat.encode_rows(texts, t, 9, pairs=True)
+    assert chat.turn_ends(pairs) == chat.turn_ends(list(pairs)) == {t.eos_id}
+
+
+def test_an_end_that_is_not_flagged_as_special_is_one():
+    d = copy.deepcopy(tokenizer().description)
+    for token in d["added_tokens"]:
+        token["special"] = token["content"] == "</s>"
+    t = Tokenizer(d, {"eos_token": "</s>", "chat_template": CHATML})
+    e = encode(talk("a", "b", "c", "d"), t)
+    assert trained(e, t) == ["b<|im_end|>", "d<|im_end|>"] and e.ends == tuple(t.encode("<|im_end|>"))
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
 
 CHOSEN, REJECTED = talk("2+3?", "5"), talk("2+3?", "6")
 ULTRAFEEDBACK = {
@@ -319,7 +653,10 @@ ULTRAFEEDBACK = {
         ({"messages": [m | {"name": None} for m in CHOSEN]}, {"messages": CHOSEN, "first": 0}),
         ({"prompt": "2+3=", "completion": "5"}, {"prompt": "2+3=", "completion": "5"}),
         ({"prompt": CHOSEN[:1], "completion": CHOSEN[1:]}, {"messages": CHOSEN, "first": 1}),
-        ({"prompt": "2+3=", "chosen": "5", "rejected": "6"}, {"prompt": "2+3=", "chosen": "5", "rejected": "6"}),
+        (
+            {"prompt": "2+3=", "chosen": "5", "rejected": "6"},
+            {"prompt": "2+3=", "chosen": "5", "rejected": "6"},
+        ),
         (ULTRAFEEDBACK, {"chosen": CHOSEN, "rejected": REJECTED, "first": 1}),
         ({"chosen": CHOSEN, "rejected": REJECTED}, {"chosen": CHOSEN, "rejected": REJECTED, "first": 1}),
         (
@@ -344,43 +681,130 @@ def test_forms_of_rows(record, row, ending, tmp_path):
         pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([record] * 2), path)
     else:
         write(path, record, record)
-    assert chat.load("train", path) == chat.load("train", tmp_path) == [{"where": f"{path} row {n}"} | row for n in (0, 1)]
+    assert (
+        chat.load("train", path)
+        == chat.load("train", tmp_path)
+        == [{"where": f"{path} row {n}"} | row for n in (0, 1)]
+    )
 
 
 def test_shards_as_the_hub_names_them(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    for n, name in enumerate(("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-00000-of-00001-c5")):
-        parquet.write_table(pyarrow.Table.from_pylist([{"messages": talk("a", str(n))}]), tmp_path / f"{name}.parquet")
+    for n, name in enumerate(
+        ("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-00000-of-00001-c5")
+    ):
+        parquet.write_table(
+            pyarrow.Table.from_pylist([{"messages": talk("a", str(n))}]), tmp_path / f"{name}.parquet"
+        )
     for split in ("train", "train_sft"):
         assert [r["messages"][1]["content"] for r in chat.load(split, tmp_path)] == ["0", "1"]
     assert len(chat.load("test", tmp_path)) == 1
     with pytest.raises(UserError, match="no dev.parquet"):
         chat.load("dev", tmp_path)
-    (tmp_path / "train_gen-00000-of-00001.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match="split train could be any of train_gen, train_sft"):
-        chat.load("train", tmp_path)
+
+
+def shards(folder, **contents):
+    """Parquet files named as on the hub, a row each."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, record in contents.items():
+        parquet.write_table(pyarrow.Table.from_pylist([record]), folder / f"{name}-00000-of-00001.parquet")
+
+
+def test_folders_as_the_hub_has_them(tmp_path, capsys):
+    pair = {"chosen": CHOSEN, "rejected": REJECTED, "messages": CHOSEN}
+    feedback = {f"{split}_{kind}": pair for split in ("train", "test") for kind in ("prefs", "sft", "gen")}
+    shards(tmp_path / "ultrafeedback" / "data", **feedback)
+    for split in ("train", "test"):
+        (row,) = chat.load(split, tmp_path / "ultrafeedback")
+        assert f"data/{split}_prefs-00000-of-00001.parquet row 0" in row["where"] and row["chosen"] == CHOSEN
+        assert f"reading {split}_prefs, not {split}_gen, {split}_sft; the path " in capsys.readouterr().out
+    chats = {
+        f"{split}_{kind}": {"messages": CHOSEN} for split in ("train", "test") for kind in ("sft", "gen")
+    }
+    shards(tmp_path / "ultrachat" / "data", **chats)
+    assert "train_sft-" in chat.load("train", str(tmp_path / "ultrachat"))[0]["where"]
+    assert "train_sft-" in chat.load("train", tmp_path / "ultrachat" / "data")[0]["where"]
+    capsys.readouterr()
+    assert (
+        "test_gen-" in chat.load("test", f"{tmp_path}/ultrachat:gen")[0]["where"]
+        and not capsys.readouterr().out
+    )
+    assert "test_gen-" in chat.load("test_gen", f"{tmp_path}/ultrachat")[0]["where"]
+    with pytest.raises(
+        UserError, match="ultrachat:prefs: no train_prefs-.*parquet in .*ultrachat or .*ultrachat/data"
+    ):
+        chat.load("train", f"{tmp_path}/ultrachat:prefs")
+    write(tmp_path / "lines" / "data" / "train.jsonl", {"messages": CHOSEN})
+    assert len(chat.load("train", tmp_path / "lines")) == 1
+
+
+def test_one_file_can_be_split(tmp_path):
+    path = write(tmp_path / "x.jsonl", *[{"prompt": "a", "completion": str(n)} for n in range(20)])
+    assert len(chat.load("train", path)) == len(chat.load("test", path)) == 20
+    test = [r["completion"] for r in chat.load("test", path, one_file="split")]
+    train = [r["completion"] for r in chat.load("train", path, one_file="split")]
+    assert test == ["9", "19"] and len(train) == 18 and not set(test) & set(train)
+    write(tmp_path / "train.jsonl", {"prompt": "a", "completion": "b"})
+    assert len(chat.load("train", tmp_path, one_file="split")) == 1, "a folder has its own splits"
 
 
 @pytest.mark.parametrize(
     "record, why",
     [
-        ({"prompt": "a"}, "there is no answer; the fields 'messages', .* are wanted, not prompt$"),
-        ({"text": "a"}, "are wanted, not text$"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 0: field 'content' is missing or null"),
+        (
+            {"messages": [*talk("a"), {"role": "assistant", "tool_calls": []}]},
+            "message 1: field 'content' is missing",
+        ),
+        (
+            {"messages": [*talk("a"), {"role": "assistant", "content": "b", "weight": 0.5}]},
+            "message 1: field 'weight' is 0.5, which cannot be honoured; must be 1 or 0",
+        ),
+        (
+            {"messages": [*talk("a"), {"role": "assistant", "content": "b", "train": "no"}]},
+            "field 'train' is 'no'",
+        ),
+        (
+            {"messages": [talk("a")[0] | {"weight": 1}, *talk("a", "b")[1:]]},
+            "message 0: field 'weight' asks to train on the user",
+        ),
+        (
+            {"messages": [*talk("a"), {"role": "assistant", "content": "b", "reasoning": ["c"]}]},
+            "message 1: field 'reasoning' must be a text, not list",
+        ),
+        ({"messages": CHOSEN, "tools": "cat"}, "field 'tools' is not JSON"),
+        ({"messages": CHOSEN, "tools": {"name": "cat"}}, "field 'tools' must be a list of tools"),
+        ({"messages": CHOSEN, "images": ["x.png"]}, "field 'images' is not supported"),
+        ({"prompt": "a"}, "there is no answer; a row needs the fields 'messages', .* but has prompt$"),
+        ({"text": "a"}, "but has text$"),
         ({"messages": talk("a")}, "field 'messages' has no assistant turn"),
         ({"messages": talk("a", "b", "c")}, "field 'messages' ends with a turn of the user"),
         ({"messages": talk("a", " \n")}, "field 'messages', message 1: the answer is empty"),
         ({"messages": talk("a", "", "b", "c")}, "message 1: the answer is empty"),
-        ({"messages": []}, "should be a list of messages, not an empty one"),
-        ({"messages": "a"}, "field 'messages' should be a list of messages"),
-        ({"messages": ["a"]}, "message 0: the content is not a text"),
-        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "message 0: the content is not a text"),
-        ({"messages": [{"from": "human", "value": "a"}]}, "message 0: the content is not a text"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool' is not one of system, user, assistant"),
+        ({"messages": []}, "must be a list of messages, not an empty one"),
+        ({"messages": "a"}, "field 'messages' must be a list of messages"),
+        ({"messages": ["a"]}, "message 0: must be an object with role and content, not str"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+            "message 0: field 'content' must be a text, not list",
+        ),
+        (
+            {"messages": [{"from": "human", "value": "a"}]},
+            "message 0: field 'role' is None; must be .*; the message has the fields from, value$",
+        ),
+        (
+            {"messages": [{"role": "bot", "content": "a"}]},
+            "message 0: field 'role' is 'bot'; must be one of system, user",
+        ),
         ({"prompt": "a", "completion": " "}, "field 'completion' is empty"),
-        ({"prompt": "a", "completion": talk("a", "b")[1:]}, "should both be texts or both be lists"),
+        ({"prompt": "a", "completion": talk("a", "b")[1:]}, "must both be texts or both be lists"),
         ({"prompt": talk("a"), "completion": talk("b")}, "field 'completion' has no assistant turn"),
-        ({"prompt": "a", "chosen": "b"}, "'chosen' and 'rejected' should both be lists of messages, or texts"),
-        ({"chosen": "b", "rejected": "c"}, "should both be lists of messages, or texts with a text 'prompt'"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            "'chosen' and 'rejected' must both be lists of messages, or both texts like 'prompt'",
+        ),
+        ({"chosen": "b", "rejected": "c"}, "must both be lists of messages, or both texts like 'prompt'"),
         ({"chosen": CHOSEN, "rejected": talk("2+4?", "6")}, "do not begin with the same message"),
         ({"chosen": CHOSEN, "rejected": talk("2+3?")}, "field 'rejected' has no assistant turn"),
     ],
@@ -393,22 +817,29 @@ def test_bad_rows_are_named(record, why, tmp_path):
 
 
 def test_mixed_files_are_refused(tmp_path):
-    path = write(tmp_path / "x.jsonl", {"messages": CHOSEN}, {"messages": CHOSEN}, {"prompt": "a", "completion": "b"})
-    with pytest.raises(UserError, match="row 2: has 'prompt' and 'completion' as texts, but the rows before have 'messages'"):
+    path = write(
+        tmp_path / "x.jsonl", {"messages": CHOSEN}, {"messages": CHOSEN}, {"prompt": "a", "completion": "b"}
+    )
+    with pytest.raises(
+        UserError,
+        match="row 2: has 'prompt' and 'completion' as texts, but the rows before it have 'messages'",
+    ):
         chat.load("train", path)
 
 
-# ---- examples -------------------------------------------------------------------------------------------------------
+# ---- examples ----------------------------------------------------------------------------------------------
 
 
 def test_texts_are_prompt_completion_eos():
     for t in (tokenizer(), tokenizer(bos=True)):
         row = {"where": "r", "prompt": "2+3", "completion": "=5"}
-        e = chat.encode(row, t, 100)
+        e = listed(chat.encode(row, t, 100))
         prompt = t.encode("2+3", bos=True)
         assert e.ids == prompt + t.encode("=5") + [t.eos_id] and e.mask == [0] * len(prompt) + [1, 1, 1]
-        assert chat.encode(row | {"completion": "=5</s>"}, t, 100) == e, "an eos that stands there already is the one"
-    e = chat.encode({"where": "r", "prompt": "", "completion": "ab"}, tokenizer(), 100)
+        assert listed(chat.encode(row | {"completion": "=5</s>"}, t, 100)) == e, (
+            "an eos that stands there already is the one"
+        )
+    e = listed(chat.encode({"where": "r", "prompt": "", "completion": "ab"}, tokenizer(), 100))
     assert e.mask == [0, *[1] * (len(e.ids) - 1)], "nothing predicts the first token"
 
 
@@ -424,7 +855,9 @@ def test_reasoning_tasks_become_prompt_and_completion():
 
 def test_long_rows_lose_the_end_of_the_answer_and_are_counted():
     t = tokenizer()
-    rows = [{"where": f"r{n}", "prompt": "?" * n, "completion": "2+2"} for n in (5, 6, 8, 9)]  # a token a character
+    rows = [
+        {"where": f"r{n}", "prompt": "?" * n, "completion": "2+2"} for n in (5, 6, 8, 9)
+    ]  # a token a character
     examples, counts = chat.encode_rows(rows, t, 9)
     assert counts == {"rows": 4, "kept": 3, "truncated": 2, "skipped: the prompt fills max_length": 1}
     assert [len(e.ids) for e in examples] == [9, 9, 9] and [e.cut for e in examples] == [False, True, True]
@@ -439,10 +872,17 @@ def test_pairs(text, tmp_path):
         if text:
             return {"prompt": "2+3?", "chosen": chosen, "rejected": rejected}
         before = talk("1+1?", "2", "2+3?")
-        return {"prompt": "x", "chosen": [*before, *talk("", chosen)[1:]], "rejected": [*before, *talk("", rejected)[1:]]}
+        return {
+            "prompt": "x",
+            "chosen": [*before, *talk("", chosen)[1:]],
+            "rejected": [*before, *talk("", rejected)[1:]],
+        }
 
     end = "</s>" if text else "<|im_end|>"
-    rows = chat.load("train", write(tmp_path / "p.jsonl", record("5", "6"), record("5", "5"), record("5", ""), record("", "6")))
+    rows = chat.load(
+        "train",
+        write(tmp_path / "p.jsonl", record("5", "6"), record("5", "5"), record("5", ""), record("", "6")),
+    )
     examples, counts = chat.encode_rows(rows, t, 1000, pairs=True)
     assert counts == {
         "rows": 4,
@@ -451,13 +891,17 @@ def test_pairs(text, tmp_path):
         "skipped: chosen equals rejected": 1,
         "skipped: an answer is empty": 2,
     }
-    chosen, rejected = examples[0]
+    chosen, rejected = map(listed, examples[0])
     assert trained(chosen, t) == ["5" + end] and trained(rejected, t) == ["6" + end]
     start = chosen.mask.index(1)
-    assert chosen.ids[:start] == rejected.ids[:start] and rejected.mask[: start + 1] == chosen.mask[: start + 1]
+    assert (
+        chosen.ids[:start] == rejected.ids[:start] and rejected.mask[: start + 1] == chosen.mask[: start + 1]
+    )
     # without pairs the chosen answer is an answer, whatever the rejected one is
     examples, counts = chat.encode_rows(rows, t, 1000)
-    assert [trained(e, t) for e in examples] == [["5" + end]] * 3 and counts["skipped: an answer is empty"] == 1
+    assert [trained(e, t) for e in examples] == [["5" + end]] * 3 and counts[
+        "skipped: an answer is empty"
+    ] == 1
 
 
 def test_pairs_that_are_equal_up_to_max_length_are_skipped():
@@ -465,10 +909,88 @@ def test_pairs_that_are_equal_up_to_max_length_are_skipped():
     rows = [{"where": "r", "prompt": "1", "chosen": "2+2", "rejected": "2+3"}]
     assert chat.encode_rows(rows, t, 4, pairs=True)[1]["kept"] == 1
     assert chat.encode_rows(rows, t, 3, pairs=True)[1]["skipped: chosen equals rejected"] == 1
-    with pytest.raises(UserError, match="r0: pairs are wanted, but there are no 'chosen' and 'rejected'"):
+    with pytest.raises(
+        UserError, match="r0: this loss needs pairs, but the row has no 'chosen' and 'rejected'"
+    ):
         chat.encode_rows([{"where": "r0", "prompt": "1", "completion": "2"}], t, 9, pairs=True)
 
 
 def test_a_tokenizer_without_eos_is_refused():
     with pytest.raises(UserError, match="no eos_token"):
         encode(talk("a", "b"), tokenizer(CHATML, eos_token=None))
+
+
+def test_rows_beyond_the_window_are_counted():
+    t = tokenizer()
+    rows = [{"where": f"r{n}", "prompt": "?" * n, "completion": "2"} for n in (1, 5, 9)]  # n + 2 tokens
+    key = "longer than the model's window of 6 tokens"
+    assert chat.encode_rows(rows, t, 100, window=6)[1][key] == 2
+    assert (
+        key not in chat.encode_rows(rows, t, 6, window=6)[1] and key not in chat.encode_rows(rows, t, 100)[1]
+    )
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_examples_are_a_sequence_of_few_bytes(pairs):
+    t = tokenizer(CHATML)
+    rows = [
+        {"where": f"r{n}", "chosen": talk("a", f"b{n}" * 50), "rejected": talk("a", f"c{n}" * 50), "first": 1}
+        for n in range(20)
+    ]
+    examples, _ = chat.encode_rows(rows, t, 1000, pairs=pairs)
+    single = [chat.encode(row, t, 1000, answer="chosen") for row in rows]
+    assert len(examples) == 20 and len(list(examples)) == 20 and len(examples[3:5]) == 2
+    for i in (0, 7, -1):
+        e = examples[i][0] if pairs else examples[i]
+        assert listed(e) == listed(single[i])
+        assert sum(e.mask[1:]) == sum(map(bool, e.mask)) > 100
+    with pytest.raises(IndexError):
+        examples[20]
+    tokens = sum(len(e.ids) for row in examples for e in (row if pairs else (row,)))
+    held = sum(
+        sys.getsizeof(getattr(examples, name))
+        for name in ("ids", "mask", "offsets", "cut", "rewritten", "ends")
+    )
+    assert held <= 6 * tokens + 600
+
+
+def test_processes_give_the_same_in_the_same_order(monkeypatch):
+    monkeypatch.setattr(chat, "CHUNK", 7)
+    t = tokenizer(CHATML)
+    rows = [{"where": f"r{n}", "messages": talk("a", "b" * (n % 9 + 1)), "first": 0} for n in range(30)]
+    alone, shared = (chat.encode_rows(rows, t, 12, processes=n) for n in (0, 2))
+    assert [listed(e) for e in alone[0]] == [listed(e) for e in shared[0]] and alone[1] == shared[1]
+    assert chat.turn_ends(shared[0]) == chat.turn_ends(alone[0])
+    for n in (25, 10):
+        rows[n]["messages"] = [*talk("a"), CALL | {"content": "x"}]
+    with pytest.raises(UserError, match="^r10: message 1: the chat template ignores field 'tool_calls'"):
+        chat.encode_rows(rows, t, 12, processes=2)
+
+
+def test_a_process_that_is_spawned_can_build_the_tokenizer(monkeypatch):
+    class Pool:  # what it is given has to survive pickling
+        def __init__(self, processes, context, begin, arguments):
+            assert context.get_start_method() == "spawn" and processes == 2
+            pickle.loads(pickle.dumps(begin))(*pickle.loads(pickle.dumps(arguments)))
+
+        __enter__, __exit__ = (lambda self: self), (lambda *_: None)
+        map = staticmethod(lambda work, chunks: [pickle.loads(pickle.dumps(work))(c) for c in chunks])
+
+    monkeypatch.setattr(chat, "CHUNK", 2)
+    monkeypatch.setattr(chat, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(chat.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(chat, "_tokenizer", None)
+    t = tokenizer(CHATML)
+    rows = [{"where": "r", "messages": talk("a", "b"), "first": 0}] * 4
+    alone, shared = (chat.encode_rows(rows, t, 12, processes=n)[0] for n in (0, 2))
+    assert [listed(e) for e in alone] == [listed(e) for e in shared]
+
+
+def test_many_rows_show_a_counter_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(chat, "COUNTED", 2)
+    rows = [{"where": "r", "prompt": "a", "completion": "b"}] * 3
+    chat.encode_rows(rows, tokenizer(), 9)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
+    chat.encode_rows(rows, tokenizer(), 9)
+    assert capsys.readouterr().out == "\rtokenizing 3/3 rows\n"

@@ -14,17 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import common
 import data.countdown
-import model as model_file
+import infra.parallel
+import model as plain_head
 import train_uft
-from model import Transformer, fused_token_loss, token_logprobs
+from fast import head as fast_head
+from infra.config import UserError, run_script
+from infra.training import ROOT, batch_rows
+from model import Transformer
 from sampler import Completion
 from train_uft import (
     ALGOS,
     Config,
     Group,
-    batch_rows,
     group_advantages,
     kl_k3,
     move_share,
@@ -35,6 +37,8 @@ from train_uft import (
 )
 
 HERE = Path(__file__).parent
+PATHS = {"packed": {}, "a row a completion": {"pack": False}, "plain": {"fast": False}}
+each_path = pytest.mark.parametrize("path", PATHS)
 
 
 def tiny(kind="llama"):
@@ -78,8 +82,8 @@ def assert_same(a, b, tolerance):
 def plain_gradients(model, groups, coef, cfg, reference=None):
     """The objective written down again: one unpadded sequence at a time, plain log_softmax."""
 
-    def logp_of(m, ids):
-        return (m(torch.tensor([ids]))[0] / cfg.temperature).log_softmax(-1)
+    def logp_of(m, ids, temperature=cfg.temperature):
+        return (m(torch.tensor([ids]))[0] / temperature).log_softmax(-1)
 
     n_completion = sum(len(c.tokens) for g in groups for c in g.completions)
     n_hint = sum(len(g.hint) for g in groups)
@@ -98,7 +102,7 @@ def plain_gradients(model, groups, coef, cfg, reference=None):
                     d = logp_of(reference, ids)[first + t, token].detach() - logp[t, token]
                     loss = loss + cfg.kl_coef * (d.exp() - d - 1) / n_completion
         if g.hint:
-            logp = logp_of(model, g.prompt + g.hint)[len(g.prompt) - 1 : -1]
+            logp = logp_of(model, g.prompt + g.hint, 1.0)[len(g.prompt) - 1 : -1]
             loss = loss - coef * sum(logp[t, token] for t, token in enumerate(g.hint)) / n_hint
     model.zero_grad()
     loss.backward()
@@ -108,9 +112,9 @@ def plain_gradients(model, groups, coef, cfg, reference=None):
 # ---- identities -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@each_path
 @pytest.mark.parametrize(("kind", "temperature", "kl"), [("llama", 1.0, 0.0), ("qwen2", 0.7, 0.3)])
-def test_update_is_the_objective_written_down_again(kind, temperature, kl, pack):
+def test_update_is_the_objective_written_down_again(kind, temperature, kl, path):
     model, reference = tiny(kind), None
     if kl:
         reference = tiny(kind).requires_grad_(False)
@@ -118,7 +122,7 @@ def test_update_is_the_objective_written_down_again(kind, temperature, kl, pack)
             for p in reference.parameters():
                 p.mul_(1.05)
     groups = some_groups(model)
-    knobs = {"temperature": temperature, "kl_coef": kl, "entropy_coef": 0.05, "clip_high": 0.28, "pack": pack}
+    knobs = {"temperature": temperature, "kl_coef": kl, "entropy_coef": 0.05, "clip_high": 0.28, **PATHS[path]}
     metrics, ours = gradients(model, groups, 0.5, reference, **knobs)
     loss, plain = plain_gradients(model, groups, 0.5, Config(**knobs), reference)
     assert metrics["actor/loss"] == pytest.approx(loss, abs=1e-5)
@@ -134,9 +138,10 @@ def test_packing_and_micro_batches_change_nothing_but_in_paper_code(window):
     groups = some_groups(model)
     knobs = {"entropy_coef": 0.01}
     whole, wanted = gradients(model, groups, **knobs)
-    for pack in (True, False):
+    assert train_uft.training_rows(groups, Config(), model.config) == groups  # a row a group
+    for path in PATHS.values():
         for budget in (45, 90):
-            metrics, ours = gradients(model, groups, pack=pack, token_budget=budget, **knobs)
+            metrics, ours = gradients(model, groups, **path, token_budget=budget, **knobs)
             assert metrics == pytest.approx(whole, rel=1e-5, abs=1e-6)
             assert_same(ours, wanted, 1e-6)
     mean_of_means = gradients(model, groups, token_budget=45, loss_norm="paper_code", **knobs)[0]["actor/loss"]
@@ -146,12 +151,22 @@ def test_packing_and_micro_batches_change_nothing_but_in_paper_code(window):
 
 
 def test_budget_is_kept_and_no_group_is_dropped():
-    groups = [Group([1] * k, [2, 3], [Completion([4] * 5, [0.0] * 5, True)] * 2, [0.0, 0.0]) for k in (3, 9, 1, 20, 4, 7)]
-    batches = [batch for batch, _ in train_uft.micro_batches(groups, 40)]
+    config, groups = tiny().config, []
+    for k in (3, 9, 1, 20, 4, 7):
+        completions = [Completion([4] * 5, [0.0] * 5, True) for _ in range(2)]
+        groups.append(Group([1] * k, [2, 3], completions, [0.0, 0.0]))
+    batches = [batch for batch, _ in train_uft.micro_batches(groups, Config(token_budget=40), config)]
     assert sorted(id(g) for b in batches for g in b) == sorted(map(id, groups))
     assert all(len(b) * max(g.length() for g in b) <= 40 for b in batches)
-    with pytest.raises(common.UserError, match="token_budget"):
-        train_uft.micro_batches(groups, 29)
+    # The longest has 22 + 4 + 4 tokens: two rows of 26 where that is over the budget, an error below 26.
+    batches = [batch for batch, _ in train_uft.micro_batches(groups, Config(token_budget=29), config)]
+    assert sorted(len(g.completions) for b in batches for g in b) == [1, 1, 2, 2, 2, 2, 2]
+    assert {id(c) for b in batches for g in b for c in g.completions} == {
+        id(c) for g in groups for c in g.completions
+    }
+    assert all(len(b) * max(g.length() for g in b) <= 29 for b in batches)
+    with pytest.raises(UserError, match="token_budget = 25: must be >= 26"):
+        train_uft.micro_batches(groups, Config(token_budget=25), config)
 
 
 def test_without_hints_uft_is_grpo_whatever_the_coefficient():
@@ -185,20 +200,21 @@ def test_a_hint_counts_once_a_group_in_packed_and_unpacked_rows():
     assert [a for p in parts for a in p.advantages] == g.advantages
 
 
-def test_stop_token_is_trained_although_it_is_the_padding_id():
+@pytest.mark.parametrize("fast", [True, False])
+def test_stop_token_is_trained_although_it_is_the_padding_id(fast):
     """Rows are padded with id 0: as a target that id must count like any other, in the middle and at the end."""
     model = tiny()
     groups = [Group([5, 6], [0, 8, 0]), Group([7, 5, 6, 9, 0, 3], [4, 0, 0, 0, 0])]
-    _, ours = gradients(model, groups, 1.0)
+    _, ours = gradients(model, groups, 1.0, fast=fast)
     _, plain = plain_gradients(model, groups, 1.0, Config())
     assert_same(ours, plain, 1e-5)
-    r = train_uft.make_rows(
-        groups[:1] + [Group([1], [2], [Completion([3, 0], [-1.0, -2.0], True)], [1.0])], torch.device("cpu")
-    )
+    with_completion = Group([1], [2], [Completion([3, 0], [-1.0, -2.0], True)], [1.0])
+    lay_out = train_uft.row_layout(Config(fast=fast))
+    r = train_uft.make_rows([groups[0], with_completion], torch.device("cpu"), lay_out)
     assert r.targets.tolist() == [0, 8, 0, 2, 3, 0]
     assert r.old_logp.tolist() == [0, 0, 0, 0, -1.0, -2.0]
     only_stop = [Group([5, 6], [], [Completion([0], [0.0], True)], [1.0])]  # ratio below 1: not clipped
-    _, g = gradients(model, only_stop, entropy_coef=0.0)
+    _, g = gradients(model, only_stop, entropy_coef=0.0, fast=fast)
     assert g["lm_head.weight"][0].norm() > 1e-3
 
 
@@ -215,25 +231,30 @@ def test_a_completion_never_sees_another_of_its_row():
         assert (embedding[list(trained)].norm(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_fused_loss_is_token_logprobs_is_log_softmax(temperature, monkeypatch):
-    monkeypatch.setattr(model_file, "CHUNK", 16 * 33)  # chunks of 16 of the 50 rows
+@pytest.mark.parametrize("temperature", [1.0, 0.6, "one a token"])
+def test_token_loss_is_token_logprobs_is_log_softmax(temperature, monkeypatch):
+    monkeypatch.setattr(fast_head, "CPU_CHUNK", 16 * 33)  # chunks of 16 of the 50 rows
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(50, 12), torch.randn(33, 12), torch.randint(33, (50,))
     a, b = torch.randn(50), torch.randn(50)
+    temperature = 0.5 + torch.rand(50) if temperature == "one a token" else temperature
 
-    def loss_fn(logp, entropy, s):
-        return (a[s] * logp.exp() + b[s] * entropy**2).sum()
+    def loss_fn(logp, entropy, a, b):
+        return (a * logp.exp() + b * entropy**2).sum()
 
     def plain(h, w):
-        logp = (h @ w.T / temperature).log_softmax(-1)
-        return loss_fn(logp[range(50), targets], -(logp.exp() * logp).sum(-1), slice(None))
+        logits = h @ w.T
+        logp = torch.stack([z / t for z, t in zip(logits, torch.as_tensor(temperature).expand(50), strict=True)])
+        logp = logp.log_softmax(-1)
+        return loss_fn(logp[range(50), targets], -(logp.exp() * logp).sum(-1), a, b)
 
     results = []
     for f in (
         plain,
-        lambda h, w: loss_fn(*token_logprobs(h, w, targets, temperature, True), slice(None)),
-        lambda h, w: fused_token_loss(h, w, targets, loss_fn, temperature, True)[0],
+        lambda h, w: loss_fn(*plain_head.token_logprobs(h, w, targets, temperature, True), a, b),
+        lambda h, w: loss_fn(*fast_head.token_logprobs(h, w, targets, temperature, True), a, b),
+        lambda h, w: plain_head.token_loss(h, w, targets, loss_fn, (a, b), temperature, True)[0],
+        lambda h, w: fast_head.token_loss(h, w, targets, loss_fn, (a, b), temperature, True)[0],
     ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = f(h, w)
@@ -290,10 +311,11 @@ def test_dr_grpo_by_hand():
     assert gradients(model, groups, **knobs)[0]["actor/loss"] == pytest.approx(1 / 8, abs=1e-6)
 
 
-def test_hint_weight_prob_scales_each_token_and_has_no_gradient_of_its_own():
+@pytest.mark.parametrize("fast", [True, False])
+def test_hint_weight_prob_scales_each_token_and_has_no_gradient_of_its_own(fast):
     model = tiny()
     groups = [Group([5, 6], [0, 8, 3]), Group([7, 5, 6], [4, 9])]
-    _, ours = gradients(model, groups, 2.0, hint_weight="prob")
+    _, ours = gradients(model, groups, 2.0, hint_weight="prob", fast=fast)
     model.zero_grad()
     loss = torch.zeros(())
     for g in groups:
@@ -305,12 +327,13 @@ def test_hint_weight_prob_scales_each_token_and_has_no_gradient_of_its_own():
     assert_same(ours, {n: p.grad for n, p in model.named_parameters()}, 1e-5)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_ift_hints_without_mixing_are_supervised_hints(pack):
-    model = tiny()
+@each_path
+@pytest.mark.parametrize("weight", ["one", "prob"])
+def test_ift_hints_without_mixing_are_supervised_hints(weight, path):
+    model, knobs = tiny(), {"token_budget": 120, "hint_weight": weight, **PATHS[path]}
     groups = some_groups(model)
-    sft, wanted = gradients(model, groups, pack=pack, token_budget=120)
-    ift, ours = gradients(model, groups, pack=pack, token_budget=120, hint_loss="ift", ift_lambda=0.0)
+    sft, wanted = gradients(model, groups, **knobs)
+    ift, ours = gradients(model, groups, hint_loss="ift", ift_lambda=0.0, **knobs)
     assert_same(ours, wanted, 1e-6)
     assert ift["actor/hint_nll"] == pytest.approx(sft["actor/hint_nll"], abs=1e-5)
 
@@ -322,11 +345,12 @@ def test_ift_hints_count_in_the_logged_loss():
     assert ift["actor/loss"] == pytest.approx(sft["actor/loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("prompts", [[[5, 6, 7], [9, 3]], [[5], [7], [9]]], ids=["usual", "prompts of one token"])
-def test_ift_hints_mix_each_fed_hint_embedding_with_the_prediction_made_before_it(prompts):
+@pytest.mark.parametrize("prompts", [[[5, 6, 7], [9, 3]], [[5], [7], [9]]], ids=["usual", "of one token"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_ift_hints_mix_each_fed_hint_embedding_with_the_prediction_made_before_it(fast, prompts):
     model, lam = tiny(), 0.3
     groups = [Group(p, [10 + i, 20, 30, 40 + i]) for i, p in enumerate(prompts)]
-    _, ours = gradients(model, groups, 1.0, hint_loss="ift", ift_lambda=lam)
+    _, ours = gradients(model, groups, 1.0, hint_loss="ift", ift_lambda=lam, fast=fast)
     model.zero_grad()
     table, loss = model.model.embed_tokens, torch.zeros(())
     for g in groups:
@@ -372,7 +396,7 @@ def test_nan_is_refused_before_the_update():
     groups = some_groups(model)
     groups[0].completions[0].logprobs[0] = math.nan
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.raises(common.UserError, match="nan"):
+    with pytest.raises(UserError, match="nan"):
         update(model, None, torch.optim.AdamW(model.parameters(), lr=1.0), groups, Config(), 0.5)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
@@ -398,9 +422,9 @@ def outcome(out):
     """Everything of a run that must not depend on how it came about."""
     out = Path(out)
     state = json.loads((out / "resume/state.json").read_text())
-    files = [f"resume/{n}.safetensors" for n in ("parameters", "optimizer")] + ["model/model.safetensors"]
-    tensors = {f: {k: v.numpy().tobytes() for k, v in load_file(out / f).items()} for f in files}
-    return {"step": state["step"], "shares": state["shares"]} | tensors
+    files = [*sorted(out.glob("resume/*.safetensors")), out / "model/model.safetensors"]
+    tensors = {f.name: {k: v.numpy().tobytes() for k, v in load_file(f).items()} for f in files}
+    return {"step": state["step"], "memory": state["memory"]} | tensors
 
 
 def interrupt(monkeypatch, call):
@@ -423,7 +447,7 @@ def test_every_algorithm_runs(algo, tmp_path):
     assert [m["step"] for m in lines] == list(range(1, 1 + {"sft": 2, "sft-rft": 4}.get(algo, 2)))
     assert all(math.isfinite(m["actor/loss"]) and m["lr"] > 0 for m in lines)
     hinted = [m.get("hint/share", 0) > 0 for m in lines]
-    assert any(hinted) == (ALGOS[algo][0] != "none")
+    assert any(hinted) == (ALGOS[algo].hint != "none")
     Transformer.from_pretrained(tmp_path / "model")
 
 
@@ -438,7 +462,7 @@ def test_every_algorithm_runs(algo, tmp_path):
     ],
 )
 def test_every_variant_runs(knobs, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "has_bfloat16", lambda _: True)  # or a processor without would train in float32
+    monkeypatch.setattr(infra.parallel, "has_bfloat16", lambda _: True)  # or a processor without would train in float32
     go(tmp_path, "--steps=2", *knobs.split())
     assert sum("lr" in m for m in metrics(tmp_path)) == 2
 
@@ -511,7 +535,7 @@ def test_resume_after_a_kill_in_the_middle_of_a_log_line(tmp_path, monkeypatch):
 def test_dead_groups_left_out(tmp_path, monkeypatch):
     """All rewards equal: with drop_dead rft trains on nothing, while uft still learns from the hints."""
     monkeypatch.setattr(data.countdown, "score", lambda response, truth: (0.1, "wrong"))
-    base = load_file(Path(train_uft.HERE) / "data/tiny/countdown/model.safetensors")
+    base = load_file(ROOT / "data/tiny/countdown/model.safetensors")
     for algo, same in (("rft", True), ("uft", False)):
         go(tmp_path / algo, f"--algo={algo}", "--steps=2", "--drop_dead=true")
         after = load_file(tmp_path / algo / "model/model.safetensors")
@@ -521,15 +545,15 @@ def test_dead_groups_left_out(tmp_path, monkeypatch):
 
 def test_target_remembers_each_problem(tmp_path):
     go(tmp_path, "--hint=target", "--train_rows=4", "--hint_steps=20", "--steps=3", "--target_eta=0.1")
-    shares = outcome(tmp_path)["shares"]
-    assert len(shares) == 4 and any(abs(x - 0.95) > 1e-9 for x in shares)
+    memory = outcome(tmp_path)["memory"]
+    assert len(memory) == 4 and any(abs(x - 0.95) > 1e-9 for x in memory)
 
 
 def test_a_supervised_solution_ends_with_its_answer_and_the_stop_token(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_uft, "update", lambda *args: seen.append(args[3]) or update(*args))
     go(tmp_path, "--algo=sft", "--sft_steps=1")
-    tokenizer = train_uft.Tokenizer.from_pretrained(Path(train_uft.HERE) / "data/tiny/countdown")
+    tokenizer = train_uft.Tokenizer.from_pretrained(ROOT / "data/tiny/countdown")
     rows = data.countdown.load("train", n=32, style="short")
     solutions = {r["prompt"]: "".join(r["hint"]) + r["answer"] for r in rows}
     assert len(seen) == 1 and len(seen[0]) == 4  # one optimiser step of the whole batch
@@ -542,9 +566,9 @@ def test_hints_drive_what_is_trained(tmp_path, monkeypatch):
     """Hint tokens reach update() for uft at first and never for rft; they count for uft and sft only."""
     seen = []
 
-    def watching(model, reference, optimizer, groups, cfg, coef):
+    def watching(model, reference, optimizer, groups, cfg, coef, *rest):
         seen.append((sum(len(g.hint) for g in groups), coef))
-        return update(model, reference, optimizer, groups, cfg, coef)
+        return update(model, reference, optimizer, groups, cfg, coef, *rest)
 
     monkeypatch.setattr(train_uft, "update", watching)
     for algo in ALGOS:
@@ -574,7 +598,7 @@ def refused(capsys, monkeypatch, *args):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["train_uft.py", *SMALL, *map(str, args)])
     with pytest.raises(SystemExit) as e:
-        common.run(train_uft.main)
+        run_script(train_uft.main)
     assert e.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1, err
@@ -623,7 +647,7 @@ def test_bad_data_files(content, tmp_path, capsys, monkeypatch):
 
 
 def test_bad_models(tmp_path, capsys, monkeypatch):
-    base = Path(train_uft.HERE) / "data/tiny/countdown"
+    base = ROOT / "data/tiny/countdown"
     for name in ("tokenizer.json", "config.json", "model.safetensors"):
         broken = tmp_path / name
         shutil.copytree(base, broken)
@@ -638,7 +662,7 @@ def test_bad_out_dirs(tmp_path, capsys, monkeypatch):
     out = f"--out_dir={tmp_path / 'run'}"
     assert "holds a run already" in refused(capsys, monkeypatch, out, "--steps=3")
     assert "lr = 0.0002, not 0.5" in refused(capsys, monkeypatch, out, "--steps=3", "--resume=true", "--lr=0.5")
-    path = tmp_path / "run/resume/parameters.safetensors"
+    path = tmp_path / "run/resume/tensors-00000.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     assert "resume" in refused(capsys, monkeypatch, out, "--steps=3", "--resume=true")
 
@@ -649,12 +673,12 @@ def test_out_dir_that_is_a_file(tmp_path, capsys, monkeypatch):
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    def spoiling(model, reference, optimizer, groups, cfg, coef):
+    def spoiling(model, reference, optimizer, groups, cfg, coef, *rest):
         calls.append(1)
         if len(calls) == 9:
             with torch.no_grad():
                 model.model.norm.weight[0] = math.nan
-        return update(model, reference, optimizer, groups, cfg, coef)
+        return update(model, reference, optimizer, groups, cfg, coef, *rest)
 
     calls = []
     go(tmp_path / "good", "--steps=3", "--lr_schedule=constant")
@@ -670,7 +694,7 @@ def test_a_learning_rate_that_explodes_is_one_line(tmp_path, capsys, monkeypatch
 
 
 def test_from_the_shell(tmp_path):
-    command = [sys.executable, str(Path(train_uft.HERE) / "train_uft.py"), f"--out_dir={tmp_path}", "--stepz=1"]
+    command = [sys.executable, str(ROOT / "train_uft.py"), f"--out_dir={tmp_path}", "--stepz=1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "steps" in result.stderr

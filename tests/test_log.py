@@ -1,0 +1,80 @@
+"""infra/log.py: metrics.jsonl, Wilson's interval, the live counter, floating-point operations."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from infra import log
+from infra.log import Counter, Log, brief, flops_per_token, wilson
+from model import ModelConfig, Transformer
+
+
+def test_a_new_log_is_empty_and_a_resumed_one_keeps_the_steps_done(tmp_path):
+    def steps():
+        return [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 99}\n')
+    log = Log(tmp_path, 0)
+    assert steps() == []
+    for s in (1, 2, 3):
+        log.write("metrics", s, {"text": "é\n\u2028"})
+        log.write("samples", s, {})
+    Log(tmp_path, 3)
+    assert [json.loads(r) for r in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]] == [
+        {"step": s, "text": "é\n\u2028"} for s in (1, 2, 3)
+    ]
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "cut in the mid')
+    Log(tmp_path, 2).write("metrics", 3, {"text": ""})
+    assert [json.loads(r)["step"] for r in (tmp_path / "metrics.jsonl").read_text().split("\n")[:-1]] == [1, 2, 3]
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 3.8416 / 13.8416),  # z^2 / (n + z^2)
+        (10, 10, 10 / 13.8416, 1.0),
+        (5, 10, 0.236589, 0.763411),  # (5 + 1.9208 -+ 1.96 sqrt(2.5 + 0.9604)) / 13.8416
+    ],
+)
+def test_wilson_by_hand(successes, n, low, high):
+    assert wilson(successes, n) == pytest.approx((low, high), abs=1e-6)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(1, 4), (263, 300), (0.5, 7), (1, 10**6)])
+def test_wilson_is_where_the_normal_test_just_rejects(successes, n):
+    for p in wilson(successes, n):
+        assert abs(successes / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n))
+
+
+def test_a_counter_writes_on_a_terminal_only(capsys, monkeypatch):
+    Counter(3)(1, 10)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    now = iter([0.0, 2.0, 2.1, 4.0, 4.05])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(now))
+    counter = Counter(4)
+    for finished, tokens in ((0, 10), (1, 11), (1, 20), (4, 40)):
+        counter(finished, tokens)
+    shown = capsys.readouterr().out.split("\r")[1:]
+    assert [s.strip() for s in shown] == ["0/4 answers, 5 tok/s", "1/4 answers, 5 tok/s, 12 s left", "", ""]
+
+
+def test_brief_shows_both_ends_of_a_long_text():
+    assert brief(" a\n b ") == repr("a\n b")
+    assert brief("x" * 200) == repr("x" * 200)
+    assert brief("a" * 150 + "b" * 150) == repr("a" * 100 + " [...] " + "b" * 100)
+
+
+def test_flops_of_a_token_by_hand():
+    """Qwen2.5-0.5B: 357,898,112 parameters in blocks (biases and norms too) and 136,134,656 in the tied head."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(151936, 896, 4864, 24, 14, 2, model_type="qwen2", tie_word_embeddings=True))
+    assert sum(p.numel() for p in model.parameters()) == 494_032_768
+    assert flops_per_token(model, 4096) == 6 * 494_032_768 + 6 * 24 * 14 * 64 * 4096
+    with torch.device("meta"):
+        untied = Transformer(ModelConfig(151936, 896, 4864, 24, 14, 2, model_type="qwen2"))
+    assert flops_per_token(untied, 4096) == flops_per_token(model, 4096)  # an embedding table multiplies nothing
