@@ -228,7 +228,7 @@ def _row(record: dict, where: str) -> tuple[dict, str]:
     if preference:
         if not isinstance(chosen, list) or not isinstance(rejected, list):
             raise UserError(
-                f"{where}: 'chosen' and 'rejected' must both be lists of messages, or both texts like 'prompt'"
+                f"{where}: 'chosen' and 'rejected' must both be lists of messages, or texts like 'prompt'"
             )
         pair = []
         for name in ("chosen", "rejected"):

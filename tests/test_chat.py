@@ -802,9 +802,9 @@ def test_one_file_can_be_split(tmp_path):
         ({"prompt": talk("a"), "completion": talk("b")}, "field 'completion' has no assistant turn"),
         (
             {"prompt": "a", "chosen": "b"},
-            "'chosen' and 'rejected' must both be lists of messages, or both texts like 'prompt'",
+            "'chosen' and 'rejected' must both be lists of messages, or texts like 'prompt'",
         ),
-        ({"chosen": "b", "rejected": "c"}, "must both be lists of messages, or both texts like 'prompt'"),
+        ({"chosen": "b", "rejected": "c"}, "must both be lists of messages, or texts like 'prompt'"),
         ({"chosen": CHOSEN, "rejected": talk("2+4?", "6")}, "do not begin with the same message"),
         ({"chosen": CHOSEN, "rejected": talk("2+3?")}, "field 'rejected' has no assistant turn"),
     ],
