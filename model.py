@@ -74,7 +74,9 @@ class ModelConfig:
     @property
     def window(self) -> int:
         """How many positions a token attends to, itself included; 0: all before it."""
-        return self.extra.get("sliding_window") or 0 if self.family.window else 0
+        if not self.family.window:
+            return 0
+        return self.extra.get("sliding_window") or 0
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -123,28 +125,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention (B, H, T, D) of queries (B, H, T, D) over keys and values (B, K, S, D), H a multiple
-    of K.
+    """Softmax attention: queries (B, H, T, D), keys and values (B, K, S, D), result (B, H, T, D).
 
-    mask (B, 1, T, S) bool, True = may attend; None is causal. Each key head serves H / K query heads.
+    mask (B, 1, T, S): bool, True = may attend, or what to add to the scores; None is causal. Each key head serves
+    H / K query heads.
     """
     B, H, T, D = q.shape
     groups = H // k.shape[1]
-    if (
-        T == 1 and mask is not None
-    ):  # decoding: a key head's query heads are that head's queries, so nothing is copied
+    if T == 1 and mask is not None:
+        # Decoding: a key head's query heads are taken as its queries, so that no key is copied.
         return F.scaled_dot_product_attention(q.reshape(B, -1, groups, D), k, v, mask).view(B, H, 1, D)
-    if groups > 1 and (
-        mask is not None or q.dtype == torch.float32
-    ):  # no fused CUDA kernel groups heads here
+    if groups > 1 and (mask is not None or q.dtype == torch.float32):
+        # No fused CUDA kernel takes fewer key heads with a mask or in float32.
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < H)
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in autocast's dtype, if that is on: several layers read it, and each would keep a converted copy of
-    its own.
-    """
+    """x in autocast's dtype, if that is on. Layers that read the same x would each keep a converted copy."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -301,7 +299,7 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,  # (B, T, C), instead of ids
         positions: Tensor | None = None,  # (B, T), default 0..T-1
         mask: Tensor | None = None,  # (B, 1, T, S) bool, True = may attend; default causal
-        cache: KVCache | None = None,  # keys and values of earlier positions, to which this pass adds its own
+        cache: KVCache | None = None,  # earlier keys and values, to which this pass adds its own; no mask: empty
     ) -> Tensor:
         """Final hidden states (B, T, C), after the last norm. Right-padded batches need no mask: attention is
         causal.
@@ -317,7 +315,7 @@ class Transformer(nn.Module):
             mask = self.window_mask(positions, mask, cache)
         if (
             mask is not None and x.shape[1] > 1
-        ):  # as attention adds it to its scores: converted once, not in every layer
+        ):  # made additive once, not in every layer
             zeros = torch.zeros((), dtype=autocast_input(x[:0]).dtype, device=x.device)
             mask = torch.where(mask, zeros, -torch.inf)
         if self.frequencies.device != x.device:  # moved once, since a CUDA graph must not copy from the host

@@ -158,7 +158,7 @@ def generate(
     keys: Sequence[int]
     | None = None,  # one int a prompt, which its random numbers depend on; default its index
     progress: Callable[[int, int], None] | None = None,  # called with (finished rows, tokens sampled)
-    on_finish: Callable[[int, list[Completion]], None] | None = None,  # called with (i, completions of prompt i)
+    on_finish: Callable[[int, list[Completion]], None] | None = None,  # (i, its completions)
     fast: bool = True,  # the engine of fast/, which samples the same tokens
     **engine_options,  # compile, check_every, reserve, longest_prompt: see fast/engine.py
 ) -> list[list[Completion]]:

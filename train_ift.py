@@ -1,6 +1,6 @@
 """IFT, Intuitive Fine-Tuning (arXiv 2405.11870), and the methods its paper compares it with.
 
-    python train_ift.py                                          the embedded example: sft and ift side by side
+    python train_ift.py                                          the embedded example: sft, then ift
     python train_ift.py --loss=ift --out_dir=out/ift             ift, sft, dpo, ipo, tdpo, orpo or simpo
     python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR --out_dir=out/llama
     python train_ift.py ... --resume=true                        continue after an interruption
@@ -626,51 +626,40 @@ def pairs_step_loss(
 @dataclass
 class Data:
     task: ModuleType | None
-    examples: list  # Examples to train on, or pairs of them
-    test: list
+    examples: Sequence  # Examples to train on, or pairs of them
+    test: Sequence
     test_rows: list[dict]  # of a task
     stop_ids: set[int]  # tokens that end a trained turn
 
 
 def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     """Rows of a task or of a file of conversations, as token ids and loss masks."""
-    task = load_task(cfg.task) if cfg.task else None
-    splits, test_rows = {}, []
-    for split, n in (("train", cfg.train_rows), ("test", cfg.test_rows)):
-        if task:
-            made = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
-            rows = load_rows(task, split, cfg.data_path, n, **made)
-            test_rows = rows
-            rows = chat.rows_of_task(rows)
-        else:
-            rows = chat.load(split, cfg.data_path, one_file="split")[: n or None]
-        splits[split] = rows
+    task, encoded, test_rows = load_task(cfg.task) if cfg.task else None, {}, []
     if note := split_note(cfg.data_path):
         print(note)
-    window = config.max_position_embeddings
-    encoded = {}
-    for split, rows in splits.items():
-        kept, counts = chat.encode_rows(
+    for split, n in (("train", cfg.train_rows), ("test", cfg.test_rows)):
+        # The rows: problems with their solutions, or conversations.
+        if task:
+            options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
+            test_rows = load_rows(task, split, cfg.data_path, n, **options)  # the last split's, which is test
+            rows = chat.rows_of_task(test_rows)
+        else:
+            rows = chat.load(split, cfg.data_path, one_file="split")[: n or None]
+        # Their ids and masks, within the model's window and vocabulary.
+        where, window = f"{cfg.data_path or cfg.task} {split}", config.max_position_embeddings
+        encoded[split], counts = chat.encode_rows(
             rows, tokenizer, cfg.max_length, cfg.template, pairs=loss.pairs, window=window
         )
-        print(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n))
-        if not kept:
-            raise UserError(f"{cfg.data_path or cfg.task}: no {split} row is left to train on")
-        for i, e in enumerate(kept):
-            for example in e if loss.pairs else (e,):
-                tokenizer.check_ids(
-                    example.ids, config.vocab_size, f"{cfg.data_path or cfg.task} {split} row {i}"
-                )
-        encoded[split] = kept
-    examples = [e for row in encoded["train"] for e in (row if loss.pairs else (row,))]
-    longest = max(len(e.ids) for e in examples) * (2 if loss.pairs else 1)
-    require(
-        cfg,
-        "token_budget",
-        cfg.token_budget >= longest,
-        f"must be >= {longest}, the tokens of the longest row",
-    )
-    return Data(task, encoded["train"], encoded["test"], test_rows, chat.turn_ends(examples))
+        print(f"{split}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count))
+        if not encoded[split]:
+            raise UserError(f"{where}: no row is left to use")
+        for i, example in enumerate(encoded[split]):
+            for part in example if loss.pairs else (example,):
+                tokenizer.check_ids(part.ids, config.vocab_size, f"{where} row {i}")
+    train = encoded["train"]
+    longest = max(2 * max(len(e.ids) for e in row) if loss.pairs else len(row.ids) for row in train)
+    require(cfg, "token_budget", cfg.token_budget >= longest, f"must be >= {longest}, the longest row")
+    return Data(task, train, encoded["test"], test_rows, chat.turn_ends(train))
 
 
 # ---- validation --------------------------------------------------------------------------------------------

@@ -45,6 +45,11 @@ def judge(name: str) -> ModuleType:
     return load_task(SOURCES[name].task if name in SOURCES else name)
 
 
+def data_sources() -> dict[str, str]:
+    """The name in the column data_source of each source."""
+    return {name: source.data_source for name, source in SOURCES.items()}
+
+
 def names(tasks: tuple[str, ...], path: str, split: str) -> list[str]:
     """The tasks, each once, with "uft" replaced by all sources of the file. UserError for an unknown one."""
     if ALL in tasks:

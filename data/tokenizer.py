@@ -298,9 +298,8 @@ class Tokenizer:
         ids = [i for i in ids if i in self._bytes and i not in skip]
         runs = groupby(ids, self._byte_ids.__contains__) if self._byte_ids else [(False, ids)]
         text = "".join(self._decode_run(list(run), in_bytes) for in_bytes, run in runs)
-        for _ in range(self._strip):
-            text = text.removeprefix(" ")
-        return text
+        spaces = len(text) - len(text.lstrip(" "))
+        return text[min(spaces, self._strip) :]
 
     def _decode_run(self, ids: list[int], in_bytes: bool) -> str:
         run = b"".join(map(self._bytes.__getitem__, ids))
@@ -1179,5 +1178,5 @@ def _decoder(part: dict | None, pieces: bool, where: str) -> int:
     ):
         if (parts[0]["pattern"], parts[0]["content"]) == ({"String": "▁"}, " "):
             if all(p["content"] == " " and not p["stop"] for p in parts[3:]):
-                return sum(p["start"] for p in parts[3:])
+                return sum(max(int(p["start"]), 0) for p in parts[3:])
     raise UserError(f"{where}: decoder {', '.join(kinds)} is not supported here")

@@ -273,7 +273,7 @@ def generate(
     compile: bool | None = None,  # torch.compile the steps; None: on CUDA
     check_every: int = 0,  # decode steps between two checks for finished rows; 0: 1, on CUDA CHECK_EVERY
     reserve: int = 0,  # bytes of GPU memory to leave for later allocations if batch_size is 0
-    longest_prompt: int = 0,  # tokens of the longest prompt of later calls, which then reuse the engine (CUDA)
+    longest_prompt: int = 0,  # of later calls, in tokens, so that they find the engine large enough (CUDA)
 ) -> list[list[Completion]]:
     """For each prompt a list of n completions; arguments as in sampler.generate."""
     if not prompts:

@@ -10,6 +10,7 @@ import math
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,27 +18,29 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import common
-import model as model_file
+import model as plain_head
 import train_ift
 from data.chat import Example
-from model import Transformer, expected_rows, sample_tokens, token_kl
+from fast import head as fast_head
+from fast import prefix as fast_prefix
+from fast.compiled import compile_blocks
+from infra.config import UserError, run_script
+from infra.training import ROOT
+from model import Transformer
 from sampler import uniform
 from train_ift import (
     LOSSES,
-    PAIRS,
     Config,
     discounted_sum,
     dpo_loss,
     ift_loss,
-    ift_states,
     ipo_loss,
     log1mexp,
     mix_embeddings,
     orpo_loss,
     own_embeddings,
     propagation_weights,
-    residual_share,
+    residual_lambda,
     simpo_loss,
     supervised_loss,
     target_nll,
@@ -49,6 +52,9 @@ from train_ift import (
 
 HERE = Path(__file__).parent / "vectors/ift"
 MODELS = HERE.parent / "uft/models"
+PAIRS = [name for name, loss in LOSSES.items() if loss.pairs]
+each_path = pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+HEADS = pytest.mark.parametrize("head", [fast_head, plain_head], ids=["fast", "plain"])
 
 
 def read(name):
@@ -377,12 +383,12 @@ def test_orpo_with_certain_answers_is_finite():
 
 
 @pytest.mark.parametrize("r", read("update_lambda"), ids=lambda r: f"{r['name']}-{r['max_lambda']}")
-def test_residual_share_is_the_published_lambda(r):
+def test_residual_lambda_is_the_published_one(r):
     noise = r["noise"] or [0.0] * len(r["steps"])
     disturb = r["disturb_std"] if r["lambda_disturb"] else 0.0
     schedule = "linear" if r["lambda_schedule"] else "static"
     for step, z, published in zip(r["steps"], noise, r["lambda"], strict=False):
-        ours = residual_share(step, r["min_lambda"], r["max_lambda"], schedule, r["config_warmup_steps"], disturb, z)
+        ours = residual_lambda(step, r["min_lambda"], r["max_lambda"], schedule, r["config_warmup_steps"], disturb, z)
         assert ours == pytest.approx(published, abs=1e-6)
 
 
@@ -418,6 +424,18 @@ def assert_published_gradients(model, kind, name, tolerance=1e-4):
     assert total == pytest.approx(case["grad_norm"], rel=1e-4)
 
 
+def states_of(model, ids, mask, cfg, u=None):
+    """The states of both passes as supervised_loss() asks for them."""
+    head, ift_states = (fast_head, fast_prefix.ift_states) if cfg.fast else (plain_head, train_ift.ift_states)
+    predict = partial(own_embeddings, model, cfg.own, u, head)
+    return ift_states(model, ids, mask, cfg.lam, predict, cfg.train_embedding)
+
+
+def nll_after(model, ids, mask, cfg, u=None):
+    head = fast_head if cfg.fast else plain_head
+    return target_nll(model, ids, mask, head, states_of(model, ids, mask, cfg, u))
+
+
 def knobs(case):
     return {
         "lam": case["lambda"],
@@ -430,13 +448,14 @@ def knobs(case):
     }
 
 
+@each_path
 @pytest.mark.parametrize("name", E2E["llama"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_both_passes_are_the_published_ones(kind, name):
+def test_both_passes_are_the_published_ones(kind, name, fast):
     model, case = tiny(kind), E2E[kind][name]
     ids, mask, _ = published_rows(kind)
-    cfg = Config(**knobs(case))
-    nll = target_nll(model, ids, mask, ift_states(model, ids, mask, cfg.lam, cfg))
+    cfg = Config(**knobs(case), fast=fast)
+    nll = nll_after(model, ids, mask, cfg)
     key = f"{case['propagation_type']}/{case['propagation_side']}/{case['propagation_norm']}/{case['gamma']}"
     gamma, kw = with_floor(nll, mask, key)
     loss = ift_loss(nll, mask, gamma, **kw).mean()
@@ -444,7 +463,8 @@ def test_both_passes_are_the_published_ones(kind, name):
     assert loss.item() == pytest.approx(case["loss"], abs=2e-5)
     assert ift_loss(nll, mask, 0.0).mean().item() == pytest.approx(case["loss_further"], abs=2e-5)
     weights = torch.full((len(ids),), 1 / len(ids))
-    assert supervised_loss("sft", model, ids, mask, weights, 0, cfg)[0].item() == pytest.approx(case["loss_sft"], abs=2e-5)
+    sft = supervised_loss(LOSSES["sft"], model, ids, mask, weights, 0, cfg)[0].item()
+    assert sft == pytest.approx(case["loss_sft"], abs=2e-5)
     torch.testing.assert_close(-nll.detach()[:, 1:], E2E_T[f"{kind}/{name}/logps"] * mask[:, 1:], rtol=0, atol=2e-5)
     weights = propagation_weights(nll.detach(), mask, gamma, **kw)
     published = E2E_T[f"{kind}/{name}/weights"]
@@ -452,13 +472,15 @@ def test_both_passes_are_the_published_ones(kind, name):
     assert_published_gradients(model, kind, name)
 
 
+@each_path
 @pytest.mark.parametrize("name", [n for n in E2E["llama"] if "right" not in n])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_update_has_the_published_loss_and_gradient(kind, name):
+def test_update_has_the_published_loss_and_gradient(kind, name, fast):
     """Of side right the published floor is the batch's."""
     model, case = tiny(kind), E2E[kind][name]
-    cfg = Config(**knobs(case), token_budget=20)
-    metrics = update("ift", model, None, torch.optim.SGD(model.parameters(), lr=0.0), published_rows(kind)[2], cfg.lam, cfg)
+    cfg = Config(**knobs(case), token_budget=20, fast=fast)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    metrics = update(LOSSES["ift"], model, None, optimizer, published_rows(kind)[2], cfg.lam, cfg)
     assert metrics["loss"] == pytest.approx(case["loss"], abs=2e-5)
     assert metrics["grad_norm"] == pytest.approx(case["grad_norm"], rel=1e-4)
     assert_published_gradients(model, kind, name)
@@ -477,8 +499,8 @@ def test_first_pass_and_residual_are_the_published_ones_at_answer_positions_only
     plain = model.model.embed_tokens(ids).detach()
     for lam in (0.2, 0.5, 1.0):
         seen.clear()
-        ift_states(model, ids, mask, lam, Config())
-        assert [g for g, _, _ in seen] == [True, False, True]  # what stands before the answers, then both passes over them
+        states_of(model, ids, mask, Config(lam=lam))
+        assert [g for g, _, _ in seen] == [True, False, True]  # the prompts, then both passes over the answers
         assert torch.equal(seen[0][1], plain[:, : seen[0][1].shape[1]])
         mixed = plain.clone()
         for b, (row, at) in enumerate(zip(seen[2][1].detach(), seen[2][2], strict=True)):
@@ -496,9 +518,32 @@ def test_first_pass_and_residual_are_the_published_ones_at_answer_positions_only
             every[::7] = True
             every = every.view_as(mixed) & ~last[..., None]
             torch.testing.assert_close(mixed[every], whole.view_as(mixed)[every], rtol=0, atol=1e-6)
-        own = own_embeddings(model, target_states(model, ids, mask), "argmax")
+        own = own_embeddings(model, "argmax", None, fast_head, target_states(model, ids, mask))
         pass2 = E2E_T[f"{kind}/pass2/input_ids"][mask]
         assert torch.equal(own, model.model.embed_tokens(pass2))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_plain_passes_and_their_residual_are_the_published_ones(kind, monkeypatch):
+    model, seen, hidden = tiny(kind), [], Transformer.hidden
+    ids, mask, _ = published_rows(kind)
+
+    def watching(self, input_ids=None, inputs_embeds=None, **kw):
+        seen.append((torch.is_grad_enabled(), inputs_embeds))
+        return hidden(self, input_ids, inputs_embeds, **kw)
+
+    monkeypatch.setattr(Transformer, "hidden", watching)
+    plain = model.model.embed_tokens(ids).detach()
+    for lam in (0.2, 0.5, 1.0):
+        seen.clear()
+        states_of(model, ids, mask, Config(lam=lam, fast=False))
+        assert [g for g, _ in seen] == [False, True]
+        assert torch.equal(seen[0][1], plain)
+        mixed = seen[1][1].detach()
+        assert torch.equal(mixed[~mask], plain[~mask]) and (mixed[mask] != plain[mask]).any(-1).all()
+        published = E2E_T.get(f"{kind}/default/lam{lam}/frozen/inputs_embeds")
+        if published is not None:
+            torch.testing.assert_close(mixed.flatten()[::7], published, rtol=0, atol=1e-6)
 
 
 # ---- identities -----------------------------------------------------------------------------------------------------
@@ -529,9 +574,10 @@ def other(model):
     return model
 
 
-def gradients(loss, model, batch, share=0.3, reference=None, seed=5, **kw):
+def gradients(loss, model, batch, lam=0.3, reference=None, seed=5, **kw):
     cfg = Config(grad_clip=1e9, **kw)
-    metrics = update(loss, model, reference, torch.optim.SGD(model.parameters(), lr=0.0), batch, share, cfg, seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    metrics = update(LOSSES[loss], model, reference, optimizer, batch, lam, cfg, seed)
     return metrics, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -547,7 +593,7 @@ def assert_same(a, b, tolerance):
 def test_compiled_passes_over_prompts_and_answers_give_the_same_gradients():
     model, batch = tiny(), some_examples(12)
     metrics, wanted = gradients("ift", model, batch)
-    assert model.compile_blocks() == ""
+    assert compile_blocks(model) == ""
     torch._dynamo.utils.counters.clear()
     compiled_metrics, compiled = gradients("ift", model, batch)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # the prompts, and the answers twice
@@ -555,17 +601,19 @@ def test_compiled_passes_over_prompts_and_answers_give_the_same_gradients():
     assert_same(compiled, wanted, 1e-5)
 
 
+@each_path
 @pytest.mark.parametrize("average", ["example", "token"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_without_lambda_and_gamma_ift_is_sft(kind, average):
+def test_without_lambda_and_gamma_ift_is_sft(kind, average, fast):
     model, batch = tiny(kind), some_examples()
-    sft, wanted = gradients("sft", model, batch, average=average)
-    ift, ours = gradients("ift", model, batch, 0.0, gamma=0.0, average=average)
+    sft, wanted = gradients("sft", model, batch, average=average, fast=fast)
+    ift, ours = gradients("ift", model, batch, 0.0, gamma=0.0, average=average, fast=fast)
     assert ift == pytest.approx(sft, abs=1e-6)
     assert_same(ours, wanted, 1e-6)
 
 
-def test_averages_by_hand():
+@each_path
+def test_averages_by_hand(fast):
     model, batch = tiny(), some_examples(4)
     sums, counts = [], []
     for e in batch:
@@ -577,12 +625,13 @@ def test_averages_by_hand():
     assert abs(by_token - by_example) > 1e-3
     for budget in (30, 10_000):
         for average, wanted in (("token", by_token), ("example", by_example)):
-            metrics, _ = gradients("sft", model, batch, average=average, token_budget=budget)
+            metrics, _ = gradients("sft", model, batch, average=average, token_budget=budget, fast=fast)
             assert metrics["loss"] == pytest.approx(wanted, abs=1e-5)
             assert metrics["nll"] == pytest.approx(by_token, abs=1e-5)
             assert metrics["tokens"] == sum(len(e.ids) for e in batch)
 
 
+@each_path
 @pytest.mark.parametrize(
     ("loss", "kw"),
     [
@@ -595,8 +644,8 @@ def test_averages_by_hand():
     ],
     ids=str,
 )
-def test_micro_batches_change_nothing(loss, kw):
-    model, pairs = tiny("qwen2"), loss in PAIRS
+def test_micro_batches_change_nothing(loss, kw, fast):
+    model, pairs, kw = tiny("qwen2"), loss in PAIRS, kw | {"fast": fast}
     batch = some_pairs() if pairs else some_examples()
     reference = other(model) if pairs else None
     whole, wanted = gradients(loss, model, batch, reference=reference, **kw)
@@ -606,9 +655,10 @@ def test_micro_batches_change_nothing(loss, kw):
         assert_same(ours, wanted, 1e-6)
 
 
+@each_path
 @pytest.mark.parametrize("loss", PAIRS)
-def test_pair_losses_are_those_of_the_model_run_on_each_answer(loss):
-    """One unpadded answer at a time, plain log_softmax and autograd."""
+def test_pair_losses_are_those_of_the_model_run_on_each_answer(loss, fast):
+    """One unpadded answer at a time, log_softmax and autograd."""
     model, batch = tiny(), some_pairs(3)
     reference, cfg = other(model), Config(beta=0.3, label_smoothing=0.1)
 
@@ -637,32 +687,38 @@ def test_pair_losses_are_those_of_the_model_run_on_each_answer(loss):
         total = total + value.mean() / len(batch)
     names, parameters = zip(*model.named_parameters(), strict=True)
     plain = dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
-    metrics, ours = gradients(loss, model, batch, reference=reference, beta=0.3, label_smoothing=0.1)
+    options = {"beta": 0.3, "label_smoothing": 0.1, "fast": fast}
+    metrics, ours = gradients(loss, model, batch, reference=reference, **options)
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert_same(ours, plain, 1e-5)
 
 
-def test_a_soft_prediction_of_a_peaked_model_is_its_argmax():
+@HEADS
+def test_a_soft_prediction_of_a_peaked_model_is_its_argmax(head):
     model = tiny()
     ids, mask = to_rows(some_examples(), torch.device("cpu"))
     states = target_states(model, ids, mask).detach()
-    argmax, soft = (own_embeddings(model, states, k) for k in ("argmax", "soft"))
+    argmax, soft = (own_embeddings(model, kind, None, head, states) for kind in ("argmax", "soft"))
     assert (soft - argmax).abs().max() > 0.01
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    torch.testing.assert_close(own_embeddings(model, states, "soft"), argmax, rtol=1e-5, atol=1e-6)
+    peaked = own_embeddings(model, "soft", None, head, states)
+    torch.testing.assert_close(peaked, argmax, rtol=1e-5, atol=1e-6)
     u = uniform(1, torch.arange(len(argmax)), torch.arange(len(argmax)))
-    torch.testing.assert_close(own_embeddings(model, states, "sampled", u), argmax, rtol=0, atol=0)
+    sampled = own_embeddings(model, "sampled", u, head, states)
+    torch.testing.assert_close(sampled, argmax, rtol=0, atol=0)
 
 
-def test_a_row_without_target_is_0_and_moves_nothing():
+@each_path
+def test_a_row_without_target_is_0_and_moves_nothing(fast):
     model, batch = tiny(), some_examples(3)
     ids, mask = to_rows([*batch, Example([5, 6, 7], [0, 0, 0], False, 0), Example([9], [1], False, 0)], torch.device("cpu"))
     for kw in ({}, {"side": "right"}, {"norm": "softmax"}, {"gamma": 0.0}):
         grads, values = [], []
         for rows in ((ids, mask), to_rows(batch, torch.device("cpu"))):
             model.zero_grad()
-            value, logp = supervised_loss("ift", model, *rows, torch.ones(len(rows[0])), 0.3, Config(**kw))
+            ones, cfg = torch.ones(len(rows[0])), Config(fast=fast, **kw)
+            value, logp = supervised_loss(LOSSES["ift"], model, *rows, ones, 0.3, cfg)
             value.backward()
             grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
             values.append((value.item(), len(logp)))
@@ -687,8 +743,8 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
 @pytest.mark.parametrize("embedding", [True, False])
-def test_sharing_the_prompt_and_fusing_change_nothing(kind, embedding, monkeypatch):
-    """Against two whole passes and plain autograd; with one example a chunk; and with examples too long to fuse."""
+def test_neither_sharing_the_prompt_nor_chunks_change_anything(kind, embedding, monkeypatch):
+    """Against two whole passes and autograd: all examples at once, one a chunk, examples too long, and plain."""
     model, batch = tiny("llama" if kind == "window" else kind), some_examples(12)
     if kind == "window":
         model.config.model_type, model.config.extra["sliding_window"] = "mistral", 3
@@ -702,20 +758,24 @@ def test_sharing_the_prompt_and_fusing_change_nothing(kind, embedding, monkeypat
     loss = ift_loss(nll, mask, 0.95).mean()
     parameters = [p for n, p in model.named_parameters() if embedding or "embed" not in n]
     wanted = torch.autograd.grad(loss, parameters)
-    for module, limit, value in ((model_file, "CHUNK", 1 << 22), (model_file, "CHUNK", 1), (train_ift, "FUSED", 1)):
-        monkeypatch.setattr(module, limit, value)
+    limits = (fast_head, "CPU_CHUNK", 1 << 22), (fast_head, "CPU_CHUNK", 1), (train_ift, "LONGEST", 1), None
+    for limit in limits:
+        if limit:
+            monkeypatch.setattr(*limit)
         model.zero_grad()
-        metrics, ours = gradients("ift", model, batch, train_embedding=embedding)
+        metrics, ours = gradients("ift", model, batch, train_embedding=embedding, fast=limit is not None)
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
         names = [n for n, _ in model.named_parameters() if embedding or "embed" not in n]
         assert_same({n: ours[n] for n in names}, dict(zip(names, wanted, strict=True)), 1e-5)
 
 
 def test_examples_are_cut_into_chunks_whole(monkeypatch):
-    assert train_ift.example_chunks([5, 0, 4, 1, 20, 3, 7], 10, 100) == [slice(0, 10), slice(10, 30), slice(30, 40)]
-    assert train_ift.example_chunks([5], 1, 100) == [slice(0, 5)]
-    monkeypatch.setattr(train_ift, "FUSED", 199)
-    assert train_ift.example_chunks([5, 0, 4, 1, 20, 3, 7], 10, 100) is None
+    counts, cpu = [5, 0, 4, 1, 20, 3, 7], torch.device("cpu")
+    monkeypatch.setattr(fast_head, "CPU_CHUNK", 100)
+    assert train_ift.example_chunks(counts, 10, cpu) == [slice(0, 10), slice(10, 30), slice(30, 40)]
+    assert train_ift.example_chunks([5], 1, cpu) == [slice(0, 5)]
+    monkeypatch.setattr(train_ift, "LONGEST", 199)
+    assert train_ift.example_chunks(counts, 10, cpu) is None
 
 
 @pytest.mark.parametrize("own", ["argmax", "sampled", "soft"])
@@ -724,22 +784,24 @@ def test_no_tensor_of_all_logits(own, monkeypatch):
     ids, mask = to_rows(some_examples(20), torch.device("cpu"))
     n = int(mask.sum())
     u = uniform(0, *mask.nonzero().T)
-    whole = target_nll(model, ids, mask, ift_states(model, ids, mask, 0.4, Config(own=own), u)).detach()
-    monkeypatch.setattr(model_file, "CHUNK", 97 * 16)
+    cfg = Config(own=own, lam=0.4)
+    whole = nll_after(model, ids, mask, cfg, u).detach()
+    monkeypatch.setattr(fast_head, "CPU_CHUNK", 97 * 16)
     assert n > 80
     with Watch(97, 32) as watch:
-        nll = target_nll(model, ids, mask, ift_states(model, ids, mask, 0.4, Config(own=own), u))
+        nll = nll_after(model, ids, mask, cfg, u)
         nll.sum().backward()
     assert 0 < watch.largest <= 97 * 16
     torch.testing.assert_close(nll.detach(), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_token_kl_is_that_of_plain_autograd(monkeypatch):
-    monkeypatch.setattr(model_file, "CHUNK", 16 * 23)
+@HEADS
+def test_token_kl_is_that_of_autograd(head, monkeypatch):
+    monkeypatch.setattr(fast_head, "CPU_CHUNK", 16 * 23)
     h, w, rh, rw = (torch.randn(*s, dtype=torch.float64) for s in ((40, 8), (23, 8), (40, 8), (23, 8)))
     g = torch.rand(40)
     inputs = [x.requires_grad_() for x in (h, w)]
-    kl = token_kl(h, w, rh, rw)
+    kl = head.token_kl(h, w, rh, rw)
     ours = torch.autograd.grad((kl * g).sum(), inputs)
     lp, ref = (h @ w.T).log_softmax(-1), (rh @ rw.T).log_softmax(-1)
     plain = torch.nn.functional.kl_div(lp, ref, log_target=True, reduction="none").sum(-1)
@@ -747,15 +809,16 @@ def test_token_kl_is_that_of_plain_autograd(monkeypatch):
     torch.testing.assert_close(kl.detach().double(), plain.detach(), rtol=1e-5, atol=1e-5)
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert token_kl(h, w, h, w).abs().max() < 1e-6
+    assert head.token_kl(h, w, h, w).abs().max() < 1e-6
 
 
-def test_sampled_tokens_have_the_models_frequencies():
+@HEADS
+def test_sampled_tokens_have_the_models_frequencies(head):
     torch.manual_seed(0)
     logits = torch.tensor([0.0, 1.5, -1.0, -torch.inf, 0.7])
     n = 20_000
     u = uniform(3, torch.arange(n), torch.ones(n, dtype=torch.int64))
-    drawn = sample_tokens(torch.ones(n, 1), logits.clamp(min=-1e4)[:, None], u)
+    drawn = head.sample_tokens(torch.ones(n, 1), logits.clamp(min=-1e4)[:, None], u)
     expected = n * logits.softmax(0)
     counts = torch.bincount(drawn, minlength=5)
     assert counts[3] == 0
@@ -763,15 +826,23 @@ def test_sampled_tokens_have_the_models_frequencies():
     assert (((counts - expected) ** 2)[seen] / expected[seen]).sum() < 21  # 99.97 % quantile for 3 degrees of freedom
 
 
-def test_a_draw_of_0_does_not_give_a_token_of_probability_0():
-    logits = torch.tensor([-1e4, 0.0, 1.0])
-    assert sample_tokens(torch.ones(2, 1), logits[:, None], torch.tensor([0.0, 1 - 2**-53]).double()).tolist() == [1, 2]
+@HEADS
+def test_a_draw_of_0_does_not_give_a_token_of_probability_0(head):
+    logits, u = torch.tensor([-1e4, 0.0, 1.0]), torch.tensor([0.0, 1 - 2**-53]).double()
+    assert head.sample_tokens(torch.ones(2, 1), logits[:, None], u).tolist() == [1, 2]
 
 
-def test_expected_rows_by_hand(monkeypatch):
-    monkeypatch.setattr(model_file, "CHUNK", 16 * 5)
-    h, w, table = torch.randn(40, 3), torch.randn(5, 3), torch.randn(5, 3)
-    torch.testing.assert_close(expected_rows(h, w, table), (h @ w.T).softmax(-1) @ table)
+@HEADS
+def test_expected_embeddings_by_hand(head, monkeypatch):
+    """With gradient to the table, and neither to the states nor to the head."""
+    monkeypatch.setattr(fast_head, "CPU_CHUNK", 16 * 5)
+    h, w, table = (torch.randn(*s, requires_grad=True) for s in ((40, 3), (5, 3), (5, 3)))
+    p, g = (h @ w.T).softmax(-1).detach(), torch.randn(40, 3)
+    ours = head.expected_embeddings(h, w, table)
+    torch.testing.assert_close(ours, p @ table)
+    ours.backward(g)
+    assert h.grad is None and w.grad is None
+    torch.testing.assert_close(table.grad, p.T @ g)
 
 
 def test_the_end_token_is_trained_although_it_is_the_padding_id():
@@ -780,12 +851,13 @@ def test_the_end_token_is_trained_although_it_is_the_padding_id():
     assert mask.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
 
 
+@each_path
 @pytest.mark.parametrize("loss", LOSSES)
-def test_bfloat16_arithmetic_is_near_float32(loss):
+def test_bfloat16_arithmetic_is_near_float32(loss, fast):
     model, pairs = tiny(), loss in PAIRS
     batch, reference = some_pairs() if pairs else some_examples(), other(model) if pairs else None
     full, _ = gradients(loss, model, batch, reference=reference)
-    half, grads = gradients(loss, model, batch, reference=reference, dtype="bfloat16")
+    half, grads = gradients(loss, model, batch, reference=reference, dtype="bfloat16", fast=fast)
     assert half["loss"] == pytest.approx(full["loss"], rel=0.1)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values())
 
@@ -797,8 +869,9 @@ def test_a_nan_is_refused_before_the_update(loss):
         model.model.norm.weight[0] = math.nan
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(common.UserError, match="stopped before the update") as e:
-        update(loss, model, model if pairs else None, optimizer, some_pairs() if pairs else some_examples(), 0.3, Config())
+    batch, reference = some_pairs() if pairs else some_examples(), model if pairs else None
+    with pytest.raises(UserError, match="nan.*: not updated") as e:
+        update(LOSSES[loss], model, reference, optimizer, batch, 0.3, Config())
     assert "\n" not in str(e.value)
     assert all(torch.equal(p.nan_to_num(7), before[n].nan_to_num(7)) for n, p in model.named_parameters())
 
@@ -820,8 +893,8 @@ def metrics(out):
 
 
 def outcome(out):
-    files = [f"resume/{n}.safetensors" for n in ("parameters", "optimizer")] + ["model/model.safetensors"]
-    kept = {f: {k: v.numpy().tobytes() for k, v in load_file(Path(out) / f).items()} for f in files}
+    files = [*sorted(Path(out).glob("resume/*.safetensors")), Path(out) / "model/model.safetensors"]
+    kept = {f.name: {k: v.numpy().tobytes() for k, v in load_file(f).items()} for f in files}
     return kept | {"step": json.loads((Path(out) / "resume/state.json").read_text())["step"]}
 
 
@@ -830,7 +903,7 @@ def pairs_args(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"{a} + 3 = ", "chosen": f"{a + 3}", "rejected": f"{a + 4} or so"} for a in range(16)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return ["--task=", f"--data_path={path}", f"--model={train_ift.HERE / 'data/tiny/countdown'}"]
+    return ["--task=", f"--data_path={path}", f"--model={ROOT / 'data/tiny/countdown'}"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -865,12 +938,12 @@ def test_every_step_has_its_own_lambda_and_its_own_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(train_ift, "update", watching)
     linear = ["--loss=ift", "--lam_schedule=linear", "--lam_low=0.1", "--lam=0.4", "--warmup_ratio=0.6"]
     go(tmp_path / "a", *linear)
-    assert [share for share, _ in seen] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert [lam for lam, _ in seen] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
     seen.clear()
     go(tmp_path / "b", *linear, "--lam_disturb=0.5", "--seed=1")
-    assert len({share for share, _ in seen}) == 5
+    assert len({lam for lam, _ in seen}) == 5
     assert len({seed for _, seed in seen}) == 5
-    assert [line["lambda"] for line in metrics(tmp_path / "b") if "lambda" in line] == [share for share, _ in seen]
+    assert [line["lambda"] for line in metrics(tmp_path / "b") if "lambda" in line] == [lam for lam, _ in seen]
 
 
 def interrupt(monkeypatch, call):
@@ -928,7 +1001,7 @@ def refused(capsys, monkeypatch, *args):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["train_ift.py", *SMALL, *map(str, args)])
     with pytest.raises(SystemExit) as e:
-        common.run(train_ift.main)
+        run_script(train_ift.main)
     assert e.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1, err
@@ -948,7 +1021,7 @@ def refused(capsys, monkeypatch, *args):
         ("--task= --data_path=nowhere.jsonl --model=data/tiny/countdown", "nowhere.jsonl"),
         ("--task=chess", "countdown"),
         ("--gama=0.9", "'gamma'"),
-        ("--lambda=0.2", "there is no knob 'lambda'"),
+        ("--lambda=0.2", "unknown knob 'lambda'"),
         ("--gamma=1.5", "gamma"),
         ("--lam=-0.1", "lam"),
         ("--lam=nan", "lam"),
@@ -958,7 +1031,7 @@ def refused(capsys, monkeypatch, *args):
         ("--quantity=los", "'loss'"),
         ("--average=row", "average"),
         ("--optimizer=sgd", "optimizer"),
-        ("--beta=0", "beta"),
+        ("--beta=-1", "beta"),
         ("--batch=0", "batch"),
         ("--token_budget=4", "token_budget"),
         ("--max_length=2", "no train row is left"),
@@ -973,16 +1046,17 @@ def refused(capsys, monkeypatch, *args):
     ],
 )
 def test_bad_knobs(args, wanted, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(train_ift.HERE)
+    monkeypatch.chdir(ROOT)
     assert wanted in refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", *args.split())
 
 
-def test_pairs_wanted_of_rows_that_are_none(tmp_path, capsys, monkeypatch):
+def test_rows_that_are_no_pairs_are_refused_by_a_loss_of_pairs(tmp_path, capsys, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "2 + 3 = ", "completion": "5"}\n')
-    base = f"--model={train_ift.HERE / 'data/tiny/countdown'}"
-    err = refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", "--loss=orpo", "--task=", f"--data_path={path}", base)
-    assert "pairs are wanted" in err and "rows.jsonl" in err
+    base = f"--model={ROOT / 'data/tiny/countdown'}"
+    args = ["--loss=orpo", "--task=", f"--data_path={path}", base]
+    err = refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", *args)
+    assert "pairs" in err and "rows.jsonl" in err
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_other_knobs(tmp_path, capsys, monkeypatch):
@@ -1007,7 +1081,7 @@ def test_divergence_stops_with_one_line_and_the_last_good_checkpoint(tmp_path, c
 
 
 def test_from_the_shell(tmp_path):
-    command = [sys.executable, str(train_ift.HERE / "train_ift.py"), f"--out_dir={tmp_path}", "--gama=1"]
+    command = [sys.executable, str(ROOT / "train_ift.py"), f"--out_dir={tmp_path}", "--gama=1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 

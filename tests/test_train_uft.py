@@ -5,6 +5,7 @@ test_uft_golden.py compares with the published code."""
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -365,6 +366,102 @@ def test_ift_hints_mix_each_fed_hint_embedding_with_the_prediction_made_before_i
     assert_same(ours, {n: p.grad for n, p in model.named_parameters()}, 1e-5)
 
 
+# ---- what a token counts -----------------------------------------------------------------------------------
+
+
+@each_path
+def test_the_temperature_of_rollouts_does_not_change_the_likelihood_of_hints_and_solutions(path):
+    model = tiny()
+    solutions = [Group(g.prompt, g.hint) for g in some_groups(model) if g.hint]
+    cold, ours = gradients(model, solutions, 1.0, temperature=0.5, **PATHS[path])
+    warm, wanted = gradients(model, solutions, 1.0, **PATHS[path])
+    assert cold["actor/loss"] == pytest.approx(warm["actor/loss"], abs=1e-6)
+    assert cold["actor/hint_nll"] == pytest.approx(warm["actor/hint_nll"], abs=1e-6)
+    assert_same(ours, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_paper_code_weights_do_not_depend_on_the_number_of_processes(processes, monkeypatch):
+    model = tiny()
+    groups = some_groups(model)
+    knobs = {"loss_norm": "paper_code", "token_budget": 60, "pack": False, "entropy_coef": 0.01}
+    alone, wanted = gradients(model, groups, **knobs)
+    plain_norm = gradients(model, groups, **(knobs | {"loss_norm": "tokens"}))[0]
+    assert abs(alone["actor/loss"] - plain_norm["actor/loss"]) > 1e-3
+    losses, parts = [], []
+    monkeypatch.setattr(infra.parallel, "collect", lambda mine: [mine])
+    for module in (infra.parallel, train_uft):
+        monkeypatch.setattr(module, "world", lambda: processes)
+    for rank in range(processes):
+        monkeypatch.setattr(infra.parallel, "rank", lambda rank=rank: rank)
+        metrics, grads = gradients(model, groups, **knobs)
+        losses.append(metrics["actor/loss"])
+        parts.append(grads)
+    assert sum(losses) == pytest.approx(alone["actor/loss"], abs=1e-6)
+    averaged = {n: sum(part[n] for part in parts) / processes for n in wanted}  # as FSDP does
+    assert_same(averaged, wanted, 1e-6)
+
+
+@each_path
+def test_the_entropy_is_logged_without_a_bonus_for_it(path):
+    model = tiny()
+    groups = some_groups(model)
+    without, _ = gradients(model, groups, entropy_coef=0.0, **PATHS[path])
+    with_bonus, _ = gradients(model, groups, entropy_coef=0.1, **PATHS[path])
+    assert without["actor/entropy"] == pytest.approx(with_bonus["actor/entropy"], rel=1e-6)
+    assert without["actor/entropy"] > 0.1
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_ift_hints_heed_the_weight_of_improbable_tokens(fast):
+    model = tiny()
+    groups = [Group([5, 6], [0, 8, 3]), Group([7, 5, 6], [4, 9])]
+    knobs = {"hint_loss": "ift", "ift_lambda": 0.3, "fast": fast}
+    one, grads_one = gradients(model, groups, 1.0, hint_weight="one", **knobs)
+    prob, grads_prob = gradients(model, groups, 1.0, hint_weight="prob", **knobs)
+    assert prob["actor/loss"] < 0.9 * one["actor/loss"]
+    with pytest.raises(AssertionError):
+        assert_same(grads_prob, grads_one, 1e-2)
+
+
+@pytest.mark.parametrize(("pack", "rows"), [(True, 4), (False, 12)])
+def test_old_log_probs_are_recomputed_in_the_rows_that_are_trained_on(pack, rows, monkeypatch):
+    model, made, make_rows = tiny(), [], train_uft.make_rows
+    groups = some_groups(model)
+    monkeypatch.setattr(train_uft, "make_rows", lambda *args: made.append(make_rows(*args)) or made[-1])
+    train_uft.recompute_old_logprobs(model, groups, Config(pack=pack))
+    assert sum(len(r.ids) for r in made) == rows
+    assert all((r.mask is not None) == pack for r in made)
+
+
+def test_mini_batches_of_what_is_left_differ_by_one_group_at_most():
+    for n, sizes in {8: [4, 4], 7: [4, 3], 6: [3, 3], 5: [5], 3: [3], 1: [1], 0: []}.items():
+        groups = [Group([i], [1]) for i in range(n)]
+        parts = train_uft.split_evenly(groups, 4)
+        assert [len(part) for part in parts] == sizes
+        assert [g for part in parts for g in part] == groups
+
+
+def test_a_problem_that_a_batch_has_twice_gets_two_random_keys():
+    cfg, twice = Config(problems=4, mini_batch=4), 0
+    for step in range(30):
+        picks = train_uft.pick_problems(step, 5, cfg)
+        problems, keys = [i for i, _ in picks], [key for _, key in picks]
+        assert problems == batch_rows(step, 4, 5, cfg.seed)
+        assert len(set(keys)) == 4 and all(key % 5 == i for i, key in picks)
+        twice += len(set(problems)) < 4
+    assert twice > 5
+
+
+def test_only_the_target_rule_remembers():
+    cfg = Config(target_eta=0.1)
+    assert train_uft.remember("target", None, 3, 0.0, cfg) == pytest.approx(1.0)  # from p_high, at most 1
+    assert train_uft.remember("target", 0.5, 3, 1.0, cfg) == pytest.approx(0.45)
+    assert [train_uft.remember(rule, None, 3, 1.0, cfg) for rule in train_uft.HINT_RULES if rule != "target"] == [
+        None
+    ] * 5
+
+
 def test_share_of_a_problem_moves_with_its_success():
     assert move_share(0.5, 0.0, 0.2) == pytest.approx(0.6)
     assert move_share(0.5, 1.0, 0.2) == pytest.approx(0.4)
@@ -501,6 +598,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(knobs, call, tmp_pat
     assert (tmp_path / "cut/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
 
 
+@pytest.mark.parametrize("knob", ["--fast=false", "--pack=false", "--token_budget=110"])
+def test_a_resumed_run_may_change_how_its_work_is_laid_out(knob, tmp_path, monkeypatch):
+    go(tmp_path / "whole")
+    with monkeypatch.context() as m:
+        interrupt(m, 9)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "cut")
+    go(tmp_path / "cut", "--resume=true", knob)
+    for a, b in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
 def test_resuming_keeps_the_validation_made_just_before_the_checkpoint(tmp_path, monkeypatch):
     knobs = ("--eval_every=3", "--save_every=3")
     go(tmp_path / "whole", *knobs)
@@ -530,6 +639,56 @@ def test_resume_after_a_kill_in_the_middle_of_a_log_line(tmp_path, monkeypatch):
         f.write('{"step": 4, "critic/rew')
     go(tmp_path / "cut", "--resume=true")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("rollout_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_old_log_probs_are_the_samplers_only_if_all_is_float32(dtype, rollout_dtype, tmp_path, monkeypatch):
+    """Of bfloat16 the sampler and the trainer round differently, even if both compute in it."""
+    monkeypatch.setattr(infra.parallel, "has_bfloat16", lambda _: True)
+    seen, first = [], []
+
+    def recomputing(*args):
+        seen.append(1)
+        recompute_old_logprobs(*args)
+
+    monkeypatch.setattr(train_uft, "recompute_old_logprobs", recomputing)
+    monkeypatch.setattr(train_uft, "update", lambda *args: first.append(update(*args)) or first[-1])
+    monkeypatch.setattr(data.countdown, "score", lambda response, truth: (len(response) % 2, ""))
+    go(tmp_path, f"--dtype={dtype}", f"--rollout_dtype={rollout_dtype}", "--steps=1", "--mini_batch=4")
+    assert len(seen) == ((dtype, rollout_dtype) != ("float32", "float32"))
+    # on policy the ratio is 1: the loss a token is minus the mean of the advantages
+    assert first[0]["actor/pg_clipfrac"] == 0
+
+
+def test_each_phase_has_its_own_decay_of_the_second_moment(tmp_path, monkeypatch):
+    seen = []
+
+    def watching(model, reference, optimizer, *rest):
+        seen.append(optimizer.param_groups[0]["betas"])
+        return update(model, reference, optimizer, *rest)
+
+    monkeypatch.setattr(train_uft, "update", watching)
+    phases = ["--algo=sft-rft", "--sft_steps=2", "--steps=1"]
+    go(tmp_path, *phases, "--beta1=0.8", "--beta2=0.98", "--sft_beta2=0.95")
+    assert seen == [(0.8, 0.95)] * 2 + [(0.8, 0.98)] * 2
+
+
+def test_every_problem_of_a_step_is_sampled_with_a_key_of_its_own(tmp_path, monkeypatch):
+    """5 problems in batches of 4: the steps across the end of an epoch have some of them twice."""
+    seen, generate = [], train_uft.generate
+    monkeypatch.setattr(train_uft, "generate", lambda *a, **kw: seen.append(kw["keys"]) or generate(*a, **kw))
+    go(tmp_path, "--train_rows=5", "--steps=5")
+    assert len(seen) == 5 and all(len(set(keys)) == 4 for keys in seen)
+    assert any(len({key % 5 for key in keys}) < 4 for keys in seen)
+
+
+def test_dead_groups_leave_even_mini_batches(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(train_uft, "drop_dead_groups", lambda groups, *_: groups[:6])
+    monkeypatch.setattr(train_uft, "update", lambda *args: sizes.append(len(args[3])) or update(*args))
+    go(tmp_path, "--problems=8", "--mini_batch=4", "--drop_dead=true", "--steps=2")
+    assert sizes == [3] * 4
 
 
 def test_dead_groups_left_out(tmp_path, monkeypatch):
@@ -644,6 +803,19 @@ def test_bad_data_files(content, tmp_path, capsys, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     assert "rows.jsonl" in refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", f"--data_path={path}")
+
+
+@pytest.mark.parametrize("algo", ["uft", "sft", "sft-rft"])
+def test_the_longest_row_that_can_occur_must_fit_the_budget(algo, tmp_path, capsys, monkeypatch):
+    """Refused before any work, with the number that is enough for completions of any length."""
+    monkeypatch.setattr(train_uft, "generate", lambda *a, **kw: pytest.fail("it is sampled already"))
+    args = f"--out_dir={tmp_path / 'out'}", f"--algo={algo}", "--hint_steps=100", "--p_low=1", "--p_high=1"
+    err = refused(capsys, monkeypatch, *args, "--token_budget=4")
+    least = int(re.search(r"token_budget = 4: must be >= (\d+)", err)[1])
+    assert f"must be >= {least}," in refused(capsys, monkeypatch, *args, f"--token_budget={least - 1}")
+    monkeypatch.undo()
+    monkeypatch.setattr(train_uft.Tokenizer, "stop_ids", property(lambda _: set()), raising=False)
+    go(tmp_path / "out", *args[1:], f"--token_budget={least}", "--steps=2", "--sft_steps=8")
 
 
 def test_bad_models(tmp_path, capsys, monkeypatch):

@@ -1,7 +1,8 @@
 """train_uft.py against recorded outputs of the published code of UFT (tests/vectors/uft/README.md).
 
-Where ours departs on purpose the test says so: the learning rate wastes no step at 0, equal rewards have no advantage,
-a huge log-ratio is capped, an overflowing k3 has a finite gradient, prompt logits are not clamped."""
+Where ours departs on purpose the test says so: the learning rate wastes no step at 0, equal rewards have no
+advantage, a huge log-ratio is capped, an overflowing k3 has a finite gradient, prompt logits are not clamped,
+hint tokens are not tempered."""
 
 import json
 import math
@@ -12,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import model as plain_head
 import train_uft
-from common import lr_factor
-from model import Transformer, fused_token_loss, token_logprobs
+from fast import head as fast_head
+from infra.training import lr_factor
+from model import Transformer
 from sampler import Completion
 from train_uft import (
     Config,
@@ -82,7 +85,7 @@ def chi_square(drawn, pmf):
 )
 def test_hint_lengths_are_drawn_from_their_distribution(schedule, step, m):
     cfg = Config(hint_steps=300)
-    drawn = [hint_length(schedule, step, m, cfg, np.random.default_rng((0, 3, step, i)), share=0.4) for i in range(4000)]
+    drawn = [hint_length(schedule, step, m, cfg, np.random.default_rng((0, 3, step, i)), 0.4) for i in range(4000)]
     p = {"cosine": hint_probability(step, 300), "target": 0.4}.get(schedule)
     pmf = [1 / (m + 1)] * (m + 1) if p is None else binomial(m, p)
     assert chi_square(drawn, pmf) < 25.7  # 99.99 % quantile for 5 degrees of freedom
@@ -96,7 +99,7 @@ def test_uniform_still_draws_all_lengths_after_hint_steps_and_the_others_stop():
         assert sorted({cuts[k] for k in draws}) == r["slice_length"]
         assert r["pmf"] == pytest.approx([1 / len(cuts)] * len(cuts), abs=1e-12)
     for schedule in ("cosine", "stage", "target", "none", "on-failure"):
-        assert hint_length(schedule, 300, 5, cfg, np.random.default_rng(0), share=1.0) == 0
+        assert hint_length(schedule, 300, 5, cfg, np.random.default_rng(0), 1.0) == 0
 
 
 def stage(step, m, hint_steps):
@@ -193,25 +196,28 @@ def test_learning_rate_is_the_published_one_without_its_step_at_0(case):
 
 
 @pytest.mark.parametrize("batch", ["a", "b"])
-@pytest.mark.parametrize("fused", [False, True])
-def test_logprobs_entropies_and_their_gradients(batch, fused):
+@pytest.mark.parametrize("head", [plain_head, fast_head], ids=["plain", "fast"])
+@pytest.mark.parametrize("loss_at_once", [False, True], ids=["token_logprobs", "token_loss"])
+def test_logprobs_entropies_and_their_gradients(batch, head, loss_at_once):
     t = {k[2:]: v for k, v in load_file(HERE / "core_logits.safetensors").items() if k.startswith(batch)}
     V, mask = t["logits"].shape[-1], t["mask"].bool().flatten()
     for what in ("logprob", "entropy"):
         logits = t["logits"].clone().requires_grad_()
-        hidden, labels, eye = logits.flatten(0, 1)[mask], t["labels"].flatten()[mask], torch.eye(V, dtype=torch.float64)
+        states, labels = logits.flatten(0, 1)[mask], t["labels"].flatten()[mask]
+        eye = torch.eye(V, dtype=torch.float64)
 
-        def loss_fn(logp, entropy, _, pick=what, labels=labels):
-            return (logp if pick == "logprob" else entropy).sum() / len(labels)
+        def loss_fn(logp, entropy, pick=what, n=len(labels)):
+            return (logp if pick == "logprob" else entropy).sum() / n
 
-        if fused:
-            mean, logp, entropy = fused_token_loss(hidden, eye, labels, loss_fn, 1.0, True)
+        if loss_at_once:
+            mean, logp, entropy = head.token_loss(states, eye, labels, loss_fn, (), 1.0, True)
         else:
-            logp, entropy = token_logprobs(hidden, eye, labels, 1.0, True)
-            mean = loss_fn(logp, entropy, None)
+            logp, entropy = head.token_logprobs(states, eye, labels, 1.0, True)
+            mean = loss_fn(logp, entropy)
         mean.backward()
-        torch.testing.assert_close(logp.detach().double(), t["logprobs"].flatten()[mask], rtol=1e-6, atol=2e-6)
-        torch.testing.assert_close(entropy.detach().double(), t["entropy"].flatten()[mask], rtol=1e-6, atol=2e-6)
+        published = t["logprobs"].flatten()[mask], t["entropy"].flatten()[mask]
+        torch.testing.assert_close(logp.detach().double(), published[0], rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(entropy.detach().double(), published[1], rtol=1e-6, atol=2e-6)
         torch.testing.assert_close(logits.grad, t[f"grad_masked_mean_{what}"], rtol=0, atol=2e-7)
 
 
@@ -247,10 +253,10 @@ def test_uft_loss_and_gradient_on_given_logits(name):
             torch.cat((t["ref_log_prob"][rows][answer], zeros)) if config["use_kl_loss"] else None,
             torch.where(is_hint, 0.0, 1 / (len(logp) * accumulation)).double(),
             torch.where(is_hint, config["sft_loss_coef"] / (max(1, len(hint_logp)) * accumulation), 0.0).double(),
-            config["clip_ratio"],
-            config["clip_ratio"],
-            config["kl_loss_coef"],
-            config["entropy_coeff"],
+            clip_low=config["clip_ratio"],
+            clip_high=config["clip_ratio"],
+            kl_coef=config["kl_loss_coef"],
+            entropy_coef=config["entropy_coeff"],
         )
         assert loss.item() == pytest.approx(published, abs=1e-6)
         loss.backward()
@@ -300,45 +306,47 @@ def assert_gradients(model, key, tolerance=1e-4):
     assert ((sample - published).abs() <= tolerance * of_tensor + 1e-7).all()
 
 
+PATHS = {"packed": {}, "a row a completion": {"pack": False}, "plain": {"fast": False}}
+each_path = pytest.mark.parametrize("path", PATHS)
+
+
 @pytest.fixture
 def known_reference(monkeypatch):
-    """Make update() see given reference log-probs, looked up by the completion's old log-probs, all different."""
+    """Make update() see given reference log-probs, found by the completion's old log-probs, all different."""
 
     def install(t):
-        known = dict(zip(t["old_log_probs"].flatten().tolist(), t["ref_log_prob"].flatten().tolist(), strict=True))
-        rows = []
+        old, ref = t["old_log_probs"].flatten().tolist(), t["ref_log_prob"].flatten().tolist()
+        known = dict(zip(old, ref, strict=True))
 
-        def recording(groups, device):
-            rows.append(make_rows(groups, device))
-            return rows[-1]
+        def recorded(_model, rows, _cfg):
+            return torch.tensor([known.get(x, 0.0) for x in rows.old_logp.tolist()])
 
-        def recorded(h, weight, targets, *_):
-            assert torch.equal(targets, rows[-1].targets)
-            return torch.tensor([known.get(x, 0.0) for x in rows[-1].old_logp.tolist()]), None
-
-        make_rows = train_uft.make_rows
-        monkeypatch.setattr(train_uft, "make_rows", recording)
-        monkeypatch.setattr(train_uft, "token_logprobs", recorded)
+        monkeypatch.setattr(train_uft, "row_logprobs", recorded)
 
     return install
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one row a completion", "packed"])
+@each_path
 @pytest.mark.parametrize("name", E2E["llama"]["cases"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_update_is_the_published_optimiser_step(kind, name, packed, known_reference, monkeypatch):
+def test_update_is_the_published_optimiser_step(kind, name, path, known_reference, monkeypatch):
     case = E2E[kind]["cases"][name]
     config, t = case["config"], inputs(kind)
-    if name == "strong_micro2":  # its micro-batches are of rows in the given order
+    packed = path == "packed"
+    if name == "strong_micro2":  # its micro-batches are of two rows in the given order
         if packed:
             pytest.skip("two rows of a group cannot be packed apart from the other two")
-        monkeypatch.setattr(train_uft, "micro_batches", lambda groups, _: [(groups[i : i + 2], 1.0) for i in range(0, 8, 2)])
+        twos = [[i, i + 1] for i in range(0, 8, 2)]
+        monkeypatch.setattr(train_uft, "token_batches", lambda *_: twos)
+        monkeypatch.setattr(train_uft, "my_batches", lambda *_: [(two, 1.0) for two in twos])
     advantages = torch.zeros_like(t["advantages"]) if case["advantages"] == "all zero" else t["advantages"]
     known_reference(t)
+    # the published code divides the logits of hint tokens, too, by the temperature of the rollouts
+    monkeypatch.setattr(train_uft, "token_temperature", lambda _, cfg: cfg.temperature)
     for clip in (1e9, 1.0):
         cfg = Config(
             loss_norm="paper_code",
-            pack=packed,
+            **PATHS[path],
             temperature=case["temperature"],
             grad_clip=clip,
             entropy_coef=config["entropy_coeff"],
@@ -346,7 +354,9 @@ def test_update_is_the_published_optimiser_step(kind, name, packed, known_refere
         )
         model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-        metrics = update(model, model, optimizer, golden_groups(t, advantages, packed), cfg, config["sft_loss_coef"])
+        groups = golden_groups(t, advantages, packed)
+        assert len(train_uft.training_rows(groups, cfg, model.config)) == len(groups)
+        metrics = update(model, model, optimizer, groups, cfg, config["sft_loss_coef"])
         if clip > 1:
             assert_gradients(model, f"{kind}/{name}/grad")
     assert metrics["actor/loss"] == pytest.approx(sum(case["loss_given_to_backward_per_micro_batch"]), abs=1e-4)
@@ -364,22 +374,24 @@ def test_update_is_the_published_optimiser_step(kind, name, packed, known_refere
     torch.testing.assert_close(parameters, E2E_TENSORS[f"{kind}/{name}/params_after"], rtol=0, atol=2e-4)
 
 
+@each_path
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_recomputed_old_logprobs_are_the_published_ones_at_the_sampling_temperature(kind, temperature):
+def test_recomputed_old_logprobs_are_the_published_ones_at_the_sampling_temperature(kind, temperature, path):
     t = inputs(kind)
     model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
     groups = golden_groups(t, t["advantages"], packed=True)
-    train_uft.recompute_old_logprobs(model, groups, Config(temperature=temperature))
+    train_uft.recompute_old_logprobs(model, groups, Config(temperature=temperature, **PATHS[path]))
     ours = torch.tensor([p for g in groups for c in g.completions for p in c.logprobs])
     answer = t["attention_mask"][:, t["hint_mask"].shape[1] :].bool()
     published = E2E_TENSORS[f"{kind}/compute_log_prob/temp{temperature}"][answer]
     torch.testing.assert_close(ours, published, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("micro", [False, True], ids=["whole batch", "two micro-batches"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_supervised_loss_is_a_hint_of_the_whole_solution(kind, micro, monkeypatch):
+def test_supervised_loss_is_a_hint_of_the_whole_solution(kind, micro, fast, monkeypatch):
     t = {k.split("/", 3)[3]: v for k, v in E2E_TENSORS.items() if k.startswith(f"sft/{kind}/in/")}
     case, groups = E2E["sft"][kind], []
     for ids, attention, mask in zip(t["input_ids"], t["attention_mask"], t["loss_mask"], strict=True):
@@ -387,9 +399,12 @@ def test_supervised_loss_is_a_hint_of_the_whole_solution(kind, micro, monkeypatc
         groups.append(Group(ids[:first].tolist(), ids[first:length].tolist()))
     assert sum(len(g.hint) for g in groups) == case["tokens"]
     if micro:
-        monkeypatch.setattr(train_uft, "micro_batches", lambda groups, _: [(groups[:2], 1.0), (groups[2:], 1.0)])
+        twos = [[0, 1], [2, 3]]
+        assert len(groups) == 4
+        monkeypatch.setattr(train_uft, "token_batches", lambda *_: twos)
+        monkeypatch.setattr(train_uft, "my_batches", lambda *_: [(two, 1.0) for two in twos])
     model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
-    cfg = Config(algo="sft", grad_clip=1e9, loss_norm="paper_code" if micro else "tokens")
+    cfg = Config(algo="sft", grad_clip=1e9, loss_norm="paper_code" if micro else "tokens", fast=fast)
     metrics = update(model, None, torch.optim.SGD(model.parameters(), lr=0.0), groups, cfg, 1.0)
     assert metrics["actor/loss"] == pytest.approx(case["loss_two_micro_batches" if micro else "loss"], abs=1e-4)
     assert metrics["actor/hint_nll"] == pytest.approx(case["loss"], abs=1e-4)
