@@ -140,11 +140,15 @@ def judge(task: ModuleType, tokenizer: Tokenizer, row: dict, completion: Complet
 
 
 def judge_published(task: ModuleType, row: dict, result: dict) -> dict:
-    """An answer with the published checker's "published": [reward, verdict]; the task's own if it has no other."""
-    own = [result["reward"], result["verdict"]]
+    """An answer with the published checker's "published": [reward, verdict].
+
+    The task's own if it has no other, or the problem asks for checked steps (style short), which that does not know.
+    """
+    check, truth = getattr(task, "score_published", None), row["truth"]
+    if not check or isinstance(truth, dict) and truth.get("steps"):
+        return result | {"published": [result["reward"], result["verdict"]]}
     try:
-        check = getattr(task, "score_published", None)
-        return result | {"published": list(check(result["response"], row["truth"])) if check else own}
+        return result | {"published": list(check(result["response"], truth))}
     except UserError:  # a truth that stops the published checker
         return result | {"published": [0.0, "published checker fails"]}
 
@@ -167,8 +171,9 @@ def load_problems(cfg: Config, tokenizer: Tokenizer, vocab_size: int) -> list[Pr
     problems = []
     for name in sources.names(cfg.task, cfg.data_path, cfg.split):
         rows = sources.load(name, cfg.data_path, cfg.split, cfg.rows, cfg.style, cfg.sizes)
+        task = sources.judge(name)
         for i, row in enumerate(rows):
-            problems.append(Problem(name, i, sources.judge(name), row, encode_prompt(tokenizer, row)))
+            problems.append(Problem(name, i, task, row, encode_prompt(tokenizer, row)))
             tokenizer.check_ids(problems[-1].prompt, vocab_size, f"{cfg.data_path or name} row {i} of {name}")
     return problems
 
@@ -200,6 +205,8 @@ def sample(
         if len(p.prompt) >= window:
             records[p.name, p.index] = p.record([TOO_LONG] * cfg.n)
             exports.append(file, records[p.name, p.index])
+    if long := sum(len(p.prompt) >= window for p in problems):
+        print(f"note: {long} of {len(problems)} prompts fill the model's {window} positions and count as wrong")
     problems = [p for p in problems if len(p.prompt) < window]
     if not problems:
         return
@@ -219,6 +226,12 @@ def accuracy(answers: list[list[dict]]) -> float:
     """Share of all answers that are right."""
     solved = [a["reward"] == 1.0 for group in answers for a in group]
     return sum(solved) / len(solved)
+
+
+def accuracy_interval(answers: list[list[dict]]) -> "Estimate":
+    """Share of all answers that are right, with its 95 % interval; the same number of answers for each problem."""
+    means = [sum(a["reward"] == 1.0 for a in group) / len(group) for group in answers]
+    return share_interval(means, len(answers[0]))
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -279,10 +292,10 @@ def share_interval(means: Sequence[float], answers: int) -> Estimate:
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of independent estimates; its interval combines the distances to their ends (Newcombe 1998's MOVER)."""
+    """Mean of independent shares; its interval combines the distances to their ends (Newcombe 1998's MOVER)."""
     n, mean = len(estimates), math.fsum(e.mean for e in estimates) / len(estimates)
     below, above = math.hypot(*(e.mean - e.low for e in estimates)), math.hypot(*(e.high - e.mean for e in estimates))
-    return Estimate(mean, mean - below / n, mean + above / n)
+    return Estimate(mean, max(0.0, mean - below / n), min(1.0, mean + above / n))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -29,10 +29,9 @@ class Family:
     qk_norm: bool = False  # RMSNorm of every query and key head
     window: bool = False  # honours sliding_window
     activations: tuple[str, ...] = ("silu",)  # values of hidden_act that mean this family's activation
-    gemma: bool = (
-        False  # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C), tied by default
-    )
-    head_dim: int = 0  # where config.json gives none; 0: hidden_size / num_attention_heads
+    # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C), tied by default
+    gemma: bool = False
+    head_dim: int = 0  # default if config.json gives none; 0: hidden_size / num_attention_heads
 
 
 FAMILIES = {
@@ -73,7 +72,7 @@ class ModelConfig:
 
     @property
     def window(self) -> int:
-        """How many positions a token attends to, itself included; 0: all before it."""
+        """Positions that a token attends to, itself included; 0: all up to itself."""
         if not self.family.window:
             return 0
         return self.extra.get("sliding_window") or 0
@@ -89,15 +88,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), 1 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.offset:  # Gemma; in float32, since 1 + weight would lose the weight's digits in bfloat16
+        if self.offset:  # Gemma; in float32, since 1 + weight would round small weights away in bfloat16
             scale = self.offset + self.weight.float()
             return F.rms_norm(x.float(), self.weight.shape, scale, self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """(D/2,) float32 angles per position. Llama 3's rule stretches the long wavelengths and blends the middle
-    band.
+    """Angles per position in radians, (D/2,) float32.
+
+    Llama 3's rope scaling stretches the long wavelengths by `factor` and blends the middle band.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     f = config.rope_theta**-exponents
@@ -111,7 +111,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D) of positions (B, T). sin's first half is negated, as rotate() needs it."""
+    """cos and sin (B, 1, T, D) of positions (B, T). The first half of sin is negated, as rotate() expects."""
     angles = positions[..., None].float() * frequencies  # (B, T, D/2)
     cos, sin = angles.cos(), angles.sin()
     cos = torch.cat((cos, cos), -1).unsqueeze(1).to(dtype)
@@ -127,22 +127,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention: queries (B, H, T, D), keys and values (B, K, S, D), result (B, H, T, D).
 
-    mask (B, 1, T, S): bool, True = may attend, or what to add to the scores; None is causal. Each key head serves
-    H / K query heads.
+    mask (B, 1, T, S): bool (True = may attend) or floats added to the scores; None is causal. Each key head
+    serves H / K query heads.
     """
     B, H, T, D = q.shape
     groups = H // k.shape[1]
     if T == 1 and mask is not None:
-        # Decoding: a key head's query heads are taken as its queries, so that no key is copied.
+        # Decoding: treat the query heads of a key head as its queries, so that no key is copied.
         return F.scaled_dot_product_attention(q.reshape(B, -1, groups, D), k, v, mask).view(B, H, 1, D)
     if groups > 1 and (mask is not None or q.dtype == torch.float32):
-        # No fused CUDA kernel takes fewer key heads with a mask or in float32.
+        # No fused CUDA kernel takes fewer key heads with a mask or in float32, so copy keys and values.
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < H)
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in autocast's dtype, if that is on. Layers that read the same x would each keep a converted copy."""
+    """x in autocast's dtype, if that is on: converted once, or each reader of x would keep its own copy."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -169,7 +169,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = autocast_input(rotate(q, cos, sin)), autocast_input(rotate(k, cos, sin))
         if cache is not None:
-            k, v = cache.update(k, v)  # those of earlier positions too
+            k, v = cache.update(k, v)  # now with those of earlier positions
         y = attend(q.to(k.dtype), k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -210,9 +210,7 @@ class LayerCache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values (n, K, T, D) at `positions`; return all of the first n rows (n, K,
-        length, D).
-        """
+        """Write keys and values (n, K, T, D) at `positions`; return the first n rows' (n, K, length, D)."""
         n = len(k)
         for whole, new in ((self.k, k), (self.v, v)):
             whole[self.rows, :, self.positions] = new.transpose(1, 2).to(whole.dtype)
@@ -227,9 +225,7 @@ class KVCache:
         self.layers = [LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)]
 
     def view(self, positions: Tensor, length: int) -> None:
-        """Choose what the next forward pass writes, at positions (n, T) of the first n rows, and sees: <
-        length.
-        """
+        """Set up the next pass: it writes positions (n, T) of the first n rows and reads those < length."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.length = length
         for layer in self.layers:
@@ -264,16 +260,15 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.gradient_checkpointing = (
-            False  # keep only a block's input and run the block again in the backward pass
-        )
-        self.frequencies = rotary_frequencies(
-            config
-        )  # float32 whatever the model's dtype; not part of a checkpoint
+        # Gradient checkpointing keeps only each block's input and runs the block again in the backward pass.
+        self.gradient_checkpointing = False
+        # Not a buffer, since they stay float32 whatever the model's dtype and are not part of a checkpoint.
+        self.frequencies = rotary_frequencies(config)
 
     def init_weights(self, seed: int = 0) -> "Transformer":
-        """Normal weights of config.initializer_range, zero biases, norms that scale by one; a function of the
-        seed.
+        """Fill in normal weights, zero biases and norms that scale by one; a function of the seed.
+
+        The weights' standard deviation is config.initializer_range.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -290,7 +285,7 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, C)"""
+        """The output head (V, C): the embedding table if the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def hidden(
@@ -299,27 +294,30 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,  # (B, T, C), instead of ids
         positions: Tensor | None = None,  # (B, T), default 0..T-1
         mask: Tensor | None = None,  # (B, 1, T, S) bool, True = may attend; default causal
-        cache: KVCache | None = None,  # earlier keys and values, to which this pass adds its own; no mask: empty
+        cache: KVCache | None = None,  # earlier keys and values, to which this pass adds; empty if no mask
     ) -> Tensor:
-        """Final hidden states (B, T, C), after the last norm. Right-padded batches need no mask: attention is
-        causal.
+        """Final hidden states (B, T, C), after the last norm.
+
+        Right-padded batches need no mask: attention is causal, so no token attends to padding after it.
         """
+        # Embeddings and positions.
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         if self.config.family.gemma:  # the factor is rounded to x's dtype, as it was in pretraining
             x = x * torch.full((), self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        # The keys that each position may attend to.
         if cache is not None:
             cache.view(positions.expand(len(x), -1), x.shape[1] if mask is None else mask.shape[-1])
         if self.config.window:
             mask = self.window_mask(positions, mask, cache)
-        if (
-            mask is not None and x.shape[1] > 1
-        ):  # made additive once, not in every layer
+        # Make the mask additive once, not in every layer.
+        if mask is not None and x.shape[1] > 1:
             zeros = torch.zeros((), dtype=autocast_input(x[:0]).dtype, device=x.device)
             mask = torch.where(mask, zeros, -torch.inf)
         if self.frequencies.device != x.device:  # moved once, since a CUDA graph must not copy from the host
             self.frequencies = self.frequencies.to(x.device)
+        # The blocks. Positions enter as rotary angles.
         cos, sin = rotary_angles(positions, self.frequencies, x.dtype)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
@@ -330,9 +328,7 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def window_mask(self, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor | None:
-        """The mask, or the causal one, less the positions outside the sliding window; None where all lie
-        inside.
-        """
+        """`mask` (None: causal) without the keys outside the sliding window; None if causal is enough."""
         keys = positions if cache is None else cache.key_positions(positions)
         if keys.shape[1] <= self.config.window and mask is None:
             return None
@@ -340,19 +336,16 @@ class Transformer(nn.Module):
         return near.tril() if mask is None else near & mask
 
     def run(self, function: Callable, *args):
-        """function(*args) as one forward pass, around which FSDP gathers the weights used outside of blocks.
-        """
+        """function(*args) as one forward pass: FSDP gathers the weights outside of blocks around it."""
         return function(*args)
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kw) -> Tensor:
-        """Logits (B, T, V) at every position. Training takes log-probs of single tokens from `hidden`
-        instead.
-        """
+        """Logits (B, T, V) at every position. Training uses hidden() and the log-probs of single tokens."""
         return F.linear(self.hidden(input_ids, inputs_embeds, **kw), self.head_weight)
 
     @classmethod
     def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = None, device=None) -> "Transformer":
-        """Read a Hugging Face directory (infra/huggingface.py). dtype None keeps the files'."""
+        """Read a Hugging Face directory (infra/huggingface.py). dtype None: as stored."""
         from infra.huggingface import load_model
 
         return load_model(dir, dtype, device)
@@ -360,14 +353,14 @@ class Transformer(nn.Module):
     def save_pretrained(
         self, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (), **options
     ) -> None:  # fmt: skip
-        """Write a Hugging Face directory (infra/huggingface.py). dtype None keeps the parameters'."""
+        """Write a Hugging Face directory (infra/huggingface.py). dtype None: the parameters' own."""
         from infra.huggingface import save_model
 
         save_model(self, dir, dtype, stop_ids, **options)
 
 
 # ---- log-probs of tokens -----------------------------------------------------------------------------------
-# All logits at once: (N, V). fast/head.py has functions of the same names and arguments that work chunk by
+# All logits (N, V) at once. fast/head.py has functions of the same names and arguments that work chunk by
 # chunk. hidden (N, C): the states that predict N tokens. weight (V, C): the head. targets (N,): the tokens.
 
 
@@ -381,7 +374,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets under softmax(logits / temperature) and entropies in nats, both (N,) float32.
 
-    temperature: a number, or (N,) for one a token. Entropies are zeros unless asked for.
+    temperature: a number, or (N,), one per token. Entropies are zeros unless `entropy` is true.
     """
     logits = compute_logits(hidden, weight)
     if isinstance(temperature, Tensor):
@@ -395,19 +388,19 @@ def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
     temperature: float | Tensor = 1.0, entropy: bool = False, chunks: list[slice] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss_fn(logp, entropy, *columns), a sum over tokens, and the log-probs and entropies (N,) for the
-    metrics.
+    """loss_fn(logp, entropy, *columns), a sum over tokens, and detached log-probs and entropies (N,).
 
-    columns: further tensors (N,), or None. chunks matters to fast/head.py only, which calls loss_fn once for
-    each chunk.
+    columns: further tensors (N,), or None. chunks matters only to fast/head.py, which calls loss_fn once per
+    chunk.
     """
     logp, entropy = token_logprobs(hidden, weight, targets, temperature, entropy)
     return loss_fn(logp, entropy, *columns), logp.detach(), entropy.detach()
 
 
 def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
-    """KL(reference || model) in nats of the next-token distributions after N states, (N,); no reference
-    gradient.
+    """KL(reference || model) of the next-token distributions after N states, (N,), in nats.
+
+    The reference gets no gradient.
     """
     logp = F.log_softmax(compute_logits(hidden, weight), -1)
     ref_logp = F.log_softmax(compute_logits(ref_hidden, ref_weight), -1).detach()
@@ -416,21 +409,22 @@ def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Ten
 
 @torch.no_grad()
 def argmax_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The likeliest token (N,) after each state."""
+    """The most likely token (N,) after each state."""
     return compute_logits(hidden, weight).argmax(-1)
 
 
 @torch.no_grad()
 def sample_tokens(hidden: Tensor, weight: Tensor, u: Tensor) -> Tensor:
-    """A token (N,) drawn after each state: the inverse of the cumulative distribution at u (N,) in [0, 1)."""
+    """A token (N,) sampled after each state: the inverse cumulative distribution at u (N,) in [0, 1)."""
     total = compute_logits(hidden, weight).log_softmax(-1).exp().cumsum(-1)
     target = (u * total[:, -1]).to(total.dtype)
     return torch.searchsorted(total, target[:, None], right=True).clamp(max=len(weight) - 1)[:, 0]
 
 
 def expected_embeddings(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    """Expectation (N, C) of the rows of `table` (V, C) under the next-token distribution; gradient to the
-    table only.
+    """The expected row (N, C) of `table` (V, C) under the next-token distribution after each state.
+
+    Only the table gets a gradient.
     """
     p = compute_logits(hidden, weight).softmax(-1).detach()
     return p.to(table.dtype) @ table

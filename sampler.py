@@ -1,11 +1,11 @@
 """Batched generation for rollouts and evaluation. It knows token ids, not text.
 
-`generate` is the algorithm: prefill the prompts, decode a token a row, stop. fast/engine.py gives the same
-tokens sooner.
+`generate` is the algorithm: prefill the prompts, then decode one token per row until all rows have stopped.
+fast/engine.py samples the same tokens faster.
 
-A sampled token is a pure function of (seed, row, position, logits), where completion j of a prompt is row key
-x n + j. So batch size, the order of rows and the number of processes do not change the text, except where
-rounding of the logits flips a choice.
+A sampled token is a pure function of (seed, row, position, logits), where completion j of a prompt has row
+number key x n + j. So the batch size, the order of rows and the number of processes do not change the text,
+except where rounding of the logits flips a choice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +18,15 @@ from torch import Tensor
 from infra.config import UserError
 from model import KVCache, Transformer
 
-BLOCK = 128  # tokens of a block of draw(); divides the vocabulary of every common model
-COLDEST = 1e-30  # temperatures below it count as this one, so that logits / temperature stays finite
+BLOCK = 128  # tokens per block in draw(); divides the vocabulary of every common model
+COLDEST = 1e-30  # lower temperatures are raised to this one, so that logits / temperature stays finite
 
 
 @dataclass
 class Completion:
     tokens: list[int]  # the sampled ids, the stop id included
-    logprobs: list[
-        float
-    ]  # of each token, in nats, under the distribution it was drawn from (greedy: the model's own)
+    # Of each token, in nats, under the distribution it was drawn from; greedy: under the model's own.
+    logprobs: list[float]
     finished: bool  # a stop id was sampled; False: cut at max_new_tokens
 
 
@@ -35,8 +34,9 @@ class Completion:
 
 
 def uniform(seed: int | Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """(n,) float64 in [0, 1): a hash (splitmix64's finaliser, wrapping int64) of seed, rows (n,) and
-    positions (n,).
+    """Numbers (n,), float64 in [0, 1), hashed from the seed, rows (n,) and positions (n,).
+
+    The hash is splitmix64's finaliser, in int64 arithmetic that wraps around.
     """
 
     def mix(z: Tensor) -> Tensor:
@@ -50,13 +50,14 @@ def uniform(seed: int | Tensor, rows: Tensor, positions: Tensor) -> Tensor:
 
 
 def int64(seed: int) -> int:
-    """A seed of any size as a signed 64-bit integer, wrapped around."""
+    """A seed of any size, wrapped around to a signed 64-bit integer."""
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """logits (n, V) with -inf for all but the top_k best tokens, then all but the fewest whose probabilities
-    reach p.
+    """logits (n, V) with -inf for the tokens that top_k, and then top_p, exclude.
+
+    top_k keeps that many best tokens (0: all), top_p the fewest tokens whose probabilities reach it.
     """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -71,11 +72,11 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 def draw(
     logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """One token a row: ids (n,) and their log-probs (n,), from logits (n, V) and u (n,) in [0, 1).
+    """One token per row: ids (n,) and their log-probs (n,), from logits (n, V) and u (n,) in [0, 1).
 
     The token is the first whose cumulative probability exceeds u. Temperature 0 is greedy. Log-probs are
-    those of the tempered, truncated, renormalised distribution. The cumulative sums are taken in two levels,
-    over blocks of tokens and then inside one block, at a tenth of torch.multinomial's cost for V = 32,000.
+    those of the tempered, truncated, renormalised distribution. Cumulative sums are taken over blocks of
+    tokens and then inside one block, which costs a tenth of torch.multinomial for V = 32,000.
     """
     logits = logits.float()
     if temperature == 0:
@@ -88,14 +89,14 @@ def draw(
     p = F.pad(p, (0, -V % BLOCK)).view(n, -1, BLOCK)
     blocks = p.sum(-1).cumsum(-1)  # (n, V / BLOCK)
     total = blocks[:, -1:]
-    # strictly below the total even where float32 rounds up: the last block may have no probability at all
+    # Strictly below the total even where float32 rounds up: the last block may have no probability at all.
     target = torch.minimum((u[:, None] * total).to(p.dtype), total.nextafter(torch.zeros_like(total)))
     block = torch.searchsorted(blocks, target, right=True).clamp_(max=blocks.shape[1] - 1)  # (n, 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0.0)
     # Level 2: the token inside it.
     inside = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]  # (n, BLOCK)
     within = torch.searchsorted(inside.cumsum(-1), target - before, right=True)
-    # rounding may point past the block's last possible token: take that one, never a token of probability 0
+    # Rounding may point past the block's last possible token: take that one, never a token of probability 0.
     last = BLOCK - 1 - (inside > 0).flip(-1).int().argmax(-1, keepdim=True)
     within = torch.minimum(within, last)
     return (block * BLOCK + within)[:, 0], inside.gather(1, within)[:, 0].log()
@@ -105,7 +106,7 @@ def draw(
 
 
 def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Run right-padded prompts once, which fills the cache; logits (rows, V) of each one's next token."""
+    """Run right-padded prompts once, which fills the cache; returns next-token logits (rows, V)."""
     device = model.head_weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
@@ -116,16 +117,15 @@ def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]
 
 
 def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Feed each row its last token, (n,) at positions (n,) < length; logits (n, V) of the next."""
-    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[
-        :, None, None
-    ]  # (n, 1, 1, length)
+    """Feed each row its last token, (n,) at positions (n,) < length; returns next-token logits (n, V)."""
+    # Every row attends to its own positions so far: (n, 1, 1, length).
+    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache)
     return F.linear(hidden[:, 0], model.head_weight)
 
 
 def check_arguments(prompts, n, max_new_tokens, temperature, top_k, top_p, batch_size) -> None:
-    """UserError for an empty prompt and for values out of range."""
+    """UserError for an empty prompt or a value out of range."""
     rules = (
         ("n", n, n >= 1, ">= 1"), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, ">= 1"),
         ("temperature", temperature, temperature >= 0, ">= 0"),
@@ -154,16 +154,16 @@ def generate(
     seed: int = 0,
     top_k: int = 0,
     top_p: float = 1.0,
-    batch_size: int = 0,  # rows decoded at a time, at least n; 0: all, or what memory holds (fast, CUDA)
-    keys: Sequence[int]
-    | None = None,  # one int a prompt, which its random numbers depend on; default its index
+    batch_size: int = 0,  # rows decoded at a time, at least n; 0: all, or as many as fit (fast, on CUDA)
+    keys: Sequence[int] | None = None,  # per prompt, a number for its random draws; default: its index
     progress: Callable[[int, int], None] | None = None,  # called with (finished rows, tokens sampled)
-    on_finish: Callable[[int, list[Completion]], None] | None = None,  # (i, its completions)
+    on_finish: Callable[[int, list[Completion]], None] | None = None,  # called with (i, completions)
     fast: bool = True,  # the engine of fast/, which samples the same tokens
     **engine_options,  # compile, check_every, reserve, longest_prompt: see fast/engine.py
 ) -> list[list[Completion]]:
-    """For each prompt (a list of ids) a list of n completions. UserError for an empty prompt or a value out
-    of range.
+    """For each prompt (a list of ids) a list of n completions.
+
+    UserError for an empty prompt or a value out of range.
     """
     check_arguments(prompts, n, max_new_tokens, temperature, top_k, top_p, batch_size)
     keys = range(len(prompts)) if keys is None else keys
@@ -175,11 +175,12 @@ def generate(
             progress, on_finish,
             **engine_options,
         )  # fmt: skip
+    # The plain path: batches of whole prompts, each decoded until all its rows have stopped.
     device, dtype = model.head_weight.device, model.head_weight.dtype
     results, at_a_time = [], max(1, (batch_size or len(prompts) * n) // n)
     for first in range(0, len(prompts), at_a_time):
         batch = range(first, min(first + at_a_time, len(prompts)))
-        # 1. Rows: every prompt n times, each with a number of its own for its random draws.
+        # 1. Rows: every prompt n times, each with its own number for its random draws.
         rows = [prompts[i] for i in batch for _ in range(n)]
         completions = [Completion([], [], False) for _ in rows]
         numbers = torch.tensor([keys[i] * n + j for i in batch for j in range(n)], device=device)
@@ -193,8 +194,7 @@ def generate(
             tokens, logprobs = draw(
                 logits, uniform(int64(seed), numbers, position), temperature, top_k, top_p
             )
-            # 4. Keep it, and stop once every row has sampled a stop id. Finished rows keep decoding until
-            # then.
+            # 4. Keep it. Finished rows keep decoding until every row has sampled a stop id.
             for completion, token, logprob in zip(
                 completions, tokens.tolist(), logprobs.tolist(), strict=True
             ):
@@ -202,12 +202,14 @@ def generate(
                     completion.tokens.append(token)
                     completion.logprobs.append(logprob)
                     completion.finished = token in stop_ids
+            last = step + 1 == max_new_tokens
             if progress:
-                done = len(results) * n + sum(c.finished for c in completions)
-                progress(done, sum(len(c.tokens) for c in completions))
-            if all(c.finished for c in completions) or step + 1 == max_new_tokens:
+                earlier = [c for group in results for c in group]
+                finished = len(earlier) + sum(c.finished or last for c in completions)
+                progress(finished, sum(len(c.tokens) for c in earlier + completions))
+            if last or all(c.finished for c in completions):
                 break
-            # 5. Decode: feed the token, which gives the logits of the next one.
+            # 5. Decode: feed the tokens to get the logits of the next ones.
             logits = decode(model, cache, tokens, position, longest + step + 1)
             position = position + 1
         results += [completions[i : i + n] for i in range(0, len(completions), n)]

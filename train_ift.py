@@ -36,13 +36,13 @@ import evaluate
 import model as plain_head
 from data import chat
 from data.chat import Example
-from data.rows import load_rows, load_task, split_note
+from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra.checkpoint import resume_folder
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
-from infra.log import brief, wilson
+from infra.log import brief
 from infra.parallel import add_up, autocast, gather, my_batches, refresh, share, world
 from infra.training import (
     Run,
@@ -69,62 +69,52 @@ class Config:
     """Every knob. The defaults are the embedded example; config/ has the paper's runs."""
 
     # What
-    loss: tuple[str, ...] = (
-        "sft",
-        "ift",
-    )  # ift, sft, dpo, ipo, tdpo, orpo, simpo; several run one after another
+    loss: tuple[str, ...] = ("sft", "ift")  # ift, sft, dpo, ipo, tdpo, orpo, simpo; several run in turn
     model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
-    task: str = (
-        "countdown"  # a file of data/ whose rows are (prompt, answer); empty: data_path holds conversations
-    )
-    style: str = "short"  # the task's prompt: paper, or short for tiny models
-    data_path: str = ""  # file or folder of rows; empty: made by the task
+    task: str = "countdown"  # a file of data/ with prompts and answers; empty: data_path has conversations
+    style: str = "short"  # the task's prompt style: paper, or short for tiny models
+    checker: str = "ours"  # who decides what is right: ours, or published (the papers' code)
+    data_path: str = ""  # file or folder of rows; empty: the task makes them
     template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml or zephyr
-    train_rows: int = 0  # the first so many rows; 0: all
-    test_rows: int = 0  # likewise
-    sizes: tuple[int, ...] = ()  # numbers or people of made problems; empty: the task's default
+    train_rows: int = 0  # use the first so many rows; 0: all
+    test_rows: int = 0  # the same for the test rows
+    sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
     out_dir: str = "out/ift"  # where everything goes
     resume: bool = False  # continue the run in out_dir
     seed: int = 0  # random seed
     # Schedule
     epochs: float = 16.0  # passes over the training rows
-    batch: int = 32  # rows an optimiser step
-    max_length: int = 1024  # longest row in tokens; longer ones lose their end
+    batch: int = 32  # rows per optimiser step
+    max_length: int = 1024  # longest row in tokens; longer ones are cut at the end
     # Temporal residual (ift)
     lam: float = 0.2  # lambda, the share of the model's own prediction in the embeddings
     lam_low: float = 0.0  # lambda at the start of a linear schedule
     lam_schedule: str = "static"  # static, or linear from lam_low over the warm-up
-    lam_disturb: float = (
-        0.0  # std of a Gaussian disturbance, as a share of lambda; 0.5 in the published options
-    )
+    lam_disturb: float = 0.0  # std of Gaussian noise, as a share of lambda; 0.5 in the published options
     own: str = "argmax"  # the model's own prediction: argmax, sampled, or soft (the expected embedding)
     train_embedding: bool = True  # gradient into the input embeddings; the published code has none
     # Relation propagation (ift)
-    gamma: float = 0.95  # discount of later losses; 0: weights of 1
-    quantity: str = "loss"  # what is propagated: loss, logps or mask
+    gamma: float = 0.95  # discount of later losses; 0: all weights are 1
+    quantity: str = "loss"  # the propagated quantity: loss, logps or mask
     side: str = "left"  # left: from later tokens; right: from earlier ones
     norm: str = "L1"  # L1, L2, softmax or log
     # Other losses
-    average: str = (
-        "example"  # sft and ift: example, the mean of per-example means; or token, over all targets
-    )
+    average: str = "example"  # sft and ift: example (mean of per-example means) or token (over all targets)
     beta: float = 0.0  # dpo, ipo, tdpo, orpo, simpo; 0: the loss's own default (0.1, 0.1, 0.1, 0.25, 2.0)
     gamma_beta: float = 0.8  # simpo's target margin as a share of beta
-    label_smoothing: float = 0.0  # dpo
+    label_smoothing: float = 0.0  # dpo: weight of the loss with the two answers swapped
     tdpo_alpha: float = 0.5  # tdpo: weight of the difference of divergences
     # Optimiser
     optimizer: str = "adamw"  # adamw, or rmsprop as in the paper
     lr: float = 5e-4  # peak learning rate
-    warmup_ratio: float = 0.1  # share of the steps
+    warmup_ratio: float = 0.1  # share of the steps spent on linear warm-up
     lr_schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
     weight_decay: float = 0.0  # decoupled weight decay, adamw only
     grad_clip: float = 1.0  # largest gradient norm; 10 in the paper
     # Speed
-    fast: bool = (
-        True  # use fast/: the same results sooner. false: the plain path, all of it in this file and model.py
-    )
-    token_budget: int = 16384  # padded tokens of a micro-batch
+    fast: bool = True  # use fast/: same results, faster; false: plain path (this file, model.py, sampler.py)
+    token_budget: int = 16384  # most tokens of a micro-batch, padding included
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: str = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
@@ -133,6 +123,8 @@ class Config:
     # Reports
     max_new_tokens: int = 64  # longest answer in validation
     eval_every: int = 250  # steps between validations
+    val_n: int = 1  # answers per test problem; accuracy is their mean (avg@n)
+    val_temperature: float = 0.0  # temperature of validation; 0: greedy
     save_every: int = 250  # steps between checkpoints
     print_every: int = 50  # steps between console lines
     show: int = 3  # answers printed at the end
@@ -140,6 +132,7 @@ class Config:
 
 def check(cfg: Config) -> None:
     """Refuse values that cannot work, naming the knob."""
+    # Knobs with a few named values.
     for name in cfg.loss or ("",):
         if name not in LOSSES:
             raise UserError(f"loss: {name!r} is not one of {', '.join(LOSSES)}")
@@ -152,24 +145,21 @@ def check(cfg: Config) -> None:
     one_of(cfg, "average", ("example", "token"))
     one_of(cfg, "optimizer", ("adamw", "rmsprop"))
     one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
+    one_of(cfg, "checker", ("ours", "published"))
     one_of(cfg, "dtype", ("float32", "bfloat16"))
     one_of(cfg, "compile", ("auto", "true", "false"))
-    positive = (
-        "batch",
-        "max_length",
-        "token_budget",
-        "max_new_tokens",
-        "eval_every",
-        "save_every",
-        "print_every",
-    )
+    # Numbers.
+    positive = ("batch", "max_length", "token_budget", "max_new_tokens", "eval_every", "save_every",
+                "print_every")  # fmt: skip
     require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
     shares = ("lam", "lam_low", "gamma", "warmup_ratio", "label_smoothing")
     require_each(cfg, shares, lambda v: 0 <= v <= 1, "must be from 0 to 1")
     not_negative = ("train_rows", "test_rows", "seed", "threads", "weight_decay", "lam_disturb", "tdpo_alpha",
-                    "beta", "show")  # fmt: skip
+                    "beta", "show", "val_temperature")  # fmt: skip
     require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
     require_each(cfg, ("epochs", "lr", "grad_clip"), lambda v: v > 0, "must be above 0")
+    # Combinations.
+    require(cfg, "val_n", cfg.val_n == 1 or cfg.val_temperature > 0, "needs a val_temperature above 0")
     pairs = [name for name in cfg.loss if LOSSES[name].pairs]
     require(cfg, "task", not (pairs and cfg.task), f"{'/'.join(pairs)} needs pairs: --task= --data_path=FILE")
     require(cfg, "data_path", bool(cfg.task or cfg.data_path), "must name a file of rows if there is no task")
@@ -189,9 +179,9 @@ def ift_states(
 ) -> Tensor:  # fmt: skip
     """Hidden states (N, C) that predict the N targets, on embeddings mixed with the model's own predictions.
 
-    ids, mask (B, T): tokens, and which of them are targets. predict: states (N, C) that predict the targets
-    -> embeddings (N, C) of the model's own predictions. fast/prefix.py runs what precedes the answers once
-    for both passes.
+    ids, mask (B, T): tokens, and whether each is a target. predict: states (N, C) that predict the targets
+    -> embeddings (N, C) of the model's own predictions. fast/prefix.py runs the tokens before the answers
+    once for both passes.
     """
     embeddings = model.model.embed_tokens(ids)  # E[x], (B, T, C)
     embeddings = embeddings if train_embedding else embeddings.detach()
@@ -210,7 +200,7 @@ def ift_states(
 
 
 def mix_embeddings(embeddings: Tensor, own: Tensor, mask: Tensor, lam: Tensor | float) -> Tensor:
-    """(1 - lambda) E[x] + lambda E[y] where mask, E[x] elsewhere: embeddings, own (B, T, C), mask (B, T)."""
+    """(1 - lambda) E[x] + lambda E[y] where mask, E[x] elsewhere. embeddings, own (B, T, C); mask (B, T)."""
     return torch.where(mask[..., None].bool(), (1 - lam) * embeddings + lam * own, embeddings)
 
 
@@ -265,15 +255,14 @@ def propagation_weights(
     norm: str = "L1",
     floor: Tensor | float | None = None,
 ) -> Tensor:
-    """Weight (B, T) of each token's loss in relation propagation; an example's weights average 1 over its
-    targets.
+    """Weight (B, T) of each token's loss in relation propagation (Algorithm 1).
 
-    nll, mask (B, T): losses, and whether a position is a target. The weight is the discounted sum (Algorithm
-    1) of the quantity: loss (nll / targets of the example), logps (nll, undivided) or mask (ones). side
-    "left" sums over the later tokens. "right" sums over the earlier ones and inverts: the more they weigh,
-    the less the token does. norm: L1, L2, softmax or log (of 1 + sum). Gradients flow through the weights.
-    gamma = 0 is no propagation: weights of 1. floor: what "right" adds before inverting; default the
-    example's smallest non-zero sum.
+    An example's weights average 1 over its targets. nll, mask (B, T): losses, and whether a position is a
+    target. The weight is the discounted sum of the quantity: loss (nll / targets of the example), logps (nll,
+    undivided) or mask (ones). side "left" sums over the later tokens. "right" sums over the earlier ones and
+    inverts: the larger their sum, the smaller the weight. norm: L1, L2, softmax or log (of 1 + sum).
+    Gradients flow through the weights. gamma = 0 is no propagation: weights of 1. floor: added by "right"
+    before inverting; default: the example's smallest non-zero sum.
     """
     mask = mask.to(nll.dtype)
     if gamma == 0:
@@ -290,9 +279,8 @@ def propagation_weights(
             floor = torch.where(floor.isinf(), 1.0, floor)
         s = torch.where(target, s + floor, 1.0).clamp(min=torch.finfo(s.dtype).tiny)
         s = 1 / (s.log1p() if norm == "log" else s)
-        if (
-            norm != "softmax"
-        ):  # the scale cancels below; without it squares and sums of large inverses overflow
+        # Divide by the largest, or squares and sums of inverses would overflow; the scale cancels below.
+        if norm != "softmax":
             s = s / (s * mask).detach().amax(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
     elif norm == "log":
         s = s.log1p()
@@ -308,23 +296,23 @@ def propagation_weights(
 
 
 def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
-    """Loss of each example (B,): the mean over its targets of weight x nll (Algorithm 1), 0 for one without a
-    target.
+    """Loss of each example (B,): the mean over its targets of weight x nll (Algorithm 1).
 
-    With gamma = 0 it is the mean nll, SFT's loss.
+    It is 0 for an example without a target. With gamma = 0 it is the mean nll, SFT's loss.
     """
     weights = propagation_weights(nll, mask, gamma, **options)
     return (weights * nll * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# ---- losses of pairs: arguments and results (B,); log-probs are summed over tokens, or averaged where it say
+# ---- losses of pairs ---------------------------------------------------------------------------------------
+# Arguments and results are (B,). Log-probs are summed over an answer's tokens unless a docstring says "mean".
 
 
 def dpo_loss(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """DPO (arXiv 2305.18290, eq. 7), with label smoothing the conservative one (arXiv 2306.02858).
+    """DPO (arXiv 2305.18290, eq. 7); with label smoothing, conservative DPO (arXiv 2306.02858).
 
     Returns losses and the implicit rewards of chosen and rejected.
     """
@@ -342,14 +330,12 @@ def ipo_loss(
 
 
 def tdpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, kl_chosen: Tensor,
-    kl_rejected: Tensor,
-    beta: float, alpha: float = 0.5,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+    kl_chosen: Tensor, kl_rejected: Tensor, beta: float, alpha: float = 0.5,
 ) -> Tensor:  # fmt: skip
-    """TDPO2 (arXiv 2404.11999, eq. 17): DPO's margin less alpha times the difference of the answers'
-    sequential KL.
+    """TDPO2 (arXiv 2404.11999, eq. 17): DPO's margin less alpha x the difference in sequential KL.
 
-    kl: KL(ref || policy) summed over an answer's tokens; no gradient through the chosen one's.
+    kl_chosen, kl_rejected: KL(ref || policy) summed over an answer's tokens; no gradient through kl_chosen.
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margin - alpha * beta * (kl_rejected - kl_chosen.detach()))
@@ -365,16 +351,18 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """ORPO (arXiv 2403.07691, eq. 6) from mean log-probs a token: SFT's loss + beta x -log sigmoid(log odds
-    ratio).
+    """ORPO (arXiv 2403.07691, eq. 6): SFT's loss - beta x log sigmoid(log odds ratio).
+
+    chosen, rejected: mean log-probs per token.
     """
     odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     return -chosen - beta * F.logsigmoid(odds)
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta: float) -> Tensor:
-    """SimPO (arXiv 2405.14734, eq. 6) from mean log-probs a token; gamma_beta: target margin as a share of
-    beta.
+    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta x (margin of log-probs - gamma_beta)).
+
+    chosen, rejected: mean log-probs per token. gamma_beta: target margin as a share of beta.
     """
     return -F.logsigmoid(beta * (chosen - rejected - gamma_beta))
 
@@ -383,8 +371,10 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta: float)
 
 
 class PairLogprobs(NamedTuple):
-    """Of each pair (B,): log-probs of both answers, summed or (mean_logprobs) averaged over tokens; the
-    reference's sums, and KL(ref || policy) summed over tokens, where the loss asks for them.
+    """Log-probs of both answers of each pair, (B,) each, and of the reference if the loss needs it.
+
+    They are summed over tokens, or averaged if the loss sets mean_logprobs; the reference's log-probs and
+    KL(ref || policy) are sums.
     """
 
     chosen: Tensor
@@ -396,20 +386,16 @@ class PairLogprobs(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What a loss needs and how it is computed: token_weights for single answers, pair_loss for pairs of
-    answers.
-    """
+    """A loss: the inputs it needs, and token_weights for single answers or pair_loss for pairs of answers."""
 
     residual: bool = False  # embeddings mixed with the model's own predictions
-    token_weights: Callable[[Tensor, Tensor, Config], Tensor] | None = (
-        None  # (nll, mask, cfg) -> weights (B, T)
-    )
+    token_weights: Callable[[Tensor, Tensor, Config], Tensor] | None = None  # of (nll, mask, cfg): (B, T)
     tokenwise: bool = False  # a token's weight depends on no other token
     pairs: bool = False  # rows are (chosen, rejected)
     reference: bool = False  # needs the starting model
     mean_logprobs: bool = False  # log-probs averaged over tokens instead of summed
     kl: bool = False  # needs the KL to the reference
-    beta: float = 0.0  # its own default of the knob beta
+    beta: float = 0.0  # default of the knob beta for this loss
     pair_loss: Callable[[PairLogprobs, float, Config], Tensor] | None = None  # -> losses (B,)
 
 
@@ -456,8 +442,7 @@ def target_states(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
 
 def supervised_loss(
     loss: Loss, model: Transformer, ids: Tensor, mask: Tensor, example_weights: Tensor, lam: float,
-    cfg: Config,
-    u: Tensor | None = None,
+    cfg: Config, u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sum of example_weights (B,) x the loss of each example, and the log-probs (N,) of the targets.
 
@@ -486,10 +471,9 @@ def examples_loss(
     logp: Tensor, _entropy: Tensor, row: Tensor, column: Tensor, weight: Tensor, shape: torch.Size,
     loss: Loss, cfg: Config,
 ) -> Tensor:  # fmt: skip
-    """sum of weight (N,) x token weight x nll, from the log-probs (N,) of the targets at (row, column) of a
-    micro-batch.
+    """sum of weight (N,) x token weight x nll over targets at (row, column) of a micro-batch.
 
-    They have to be all targets of some examples, unless the loss is tokenwise.
+    logp (N,): their log-probs. Unless the loss is tokenwise, they must be all the targets of some examples.
     """
     nll = torch.zeros(shape, device=logp.device).index_put((row, column), -logp)
     mask = torch.zeros(shape, dtype=torch.bool, device=logp.device)
@@ -497,12 +481,13 @@ def examples_loss(
     return (weight * (loss.token_weights(nll, mask, cfg) * nll)[row, column]).sum()
 
 
-LONGEST = 1 << 26  # logits of one example up to which its loss and gradient are taken at once: 256 MB
+LONGEST = 1 << 26  # most logits of an example whose loss and gradient are computed at once: 256 MB
 
 
 def example_chunks(counts: Sequence[int], vocab: int, device: torch.device) -> list[slice] | None:
-    """Whole examples of `counts` targets, as many at a time as fast.head likes but at least one; None beyond
-    LONGEST.
+    """Slices of whole examples, which have `counts` targets; None if an example exceeds LONGEST logits.
+
+    A slice holds as many examples as fit into fast.head.chunk_size(), but at least one.
     """
     if max(counts, default=0) * vocab > LONGEST:
         return None
@@ -527,9 +512,7 @@ def target_nll(
 def pairs_loss(
     loss: Loss, model: Transformer, reference: Transformer | None, ids: Tensor, mask: Tensor, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each pair (B,) and the nll (2B, T) behind it. The B chosen rows come first, then the B
-    rejected.
-    """
+    """Loss of each pair (B,) and the nll (2B, T) behind it. Rows: the B chosen, then the B rejected."""
     head = fast_head if cfg.fast else plain_head
     states = target_states(model, ids, mask)
     nll = target_nll(model, ids, mask, head, states)
@@ -564,8 +547,8 @@ def update(
     lengths = [2 * max(len(e.ids) for e in row) if loss.pairs else len(row.ids) for row in batch]
     sums = {"loss": 0.0, "nll": 0.0}
     optimizer.zero_grad(set_to_none=True)
-    # FSDP averages gradients over processes: x world() makes the average a sum. `counted` is 1, or 0 for a
-    # batch that a process repeats to make as many passes as the others.
+    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world() makes the average
+    # a sum. `counted` is 1, or 0 for a batch that a process repeats to make as many passes as the others.
     for indices, counted in my_batches(lengths, cfg.token_budget):
         with autocast(model.head_weight.device, cfg.dtype):
             if loss.pairs:
@@ -589,7 +572,7 @@ def examples_step_loss(
     loss: Loss, model: Transformer, batch: list[Example], indices: list[int], targets: int, lam: float,
     cfg: Config, seed: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What a micro-batch of examples adds to the step's loss, and the sum of its targets' nll."""
+    """The part of the step's loss due to a micro-batch of examples, and the sum of its targets' nll."""
     device = model.head_weight.device
     ids, mask = to_rows([batch[i] for i in indices], device)
     weights = torch.full((len(ids),), 1 / len(batch), device=device)
@@ -604,14 +587,10 @@ def examples_step_loss(
 
 
 def pairs_step_loss(
-    loss: Loss,
-    model: Transformer,
-    reference: Transformer | None,
-    batch: list,
-    indices: list[int],
+    loss: Loss, model: Transformer, reference: Transformer | None, batch: list, indices: list[int],
     cfg: Config,
-) -> tuple[Tensor, Tensor]:
-    """What a micro-batch of pairs adds to the step's loss, and the sum of its targets' nll."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The part of the step's loss due to a micro-batch of pairs, and the sum of its targets' nll."""
     rows = [batch[i][side] for side in (0, 1) for i in indices]  # all chosen answers, then all rejected ones
     ids, mask = to_rows(rows, model.head_weight.device)
     arguments = (pairs_loss, loss, model, reference, ids, mask, cfg)
@@ -628,13 +607,13 @@ class Data:
     task: ModuleType | None
     examples: Sequence  # Examples to train on, or pairs of them
     test: Sequence
-    test_rows: list[dict]  # of a task
+    test_rows: list[dict]  # of the task; empty without one
     stop_ids: set[int]  # tokens that end a trained turn
 
 
 def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     """Rows of a task or of a file of conversations, as token ids and loss masks."""
-    task, encoded, test_rows = load_task(cfg.task) if cfg.task else None, {}, []
+    task, encoded, test_rows = judged_by(load_task(cfg.task), cfg.checker) if cfg.task else None, {}, []
     if note := split_note(cfg.data_path):
         print(note)
     for split, n in (("train", cfg.train_rows), ("test", cfg.test_rows)):
@@ -668,16 +647,16 @@ def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig
 def validate(
     run: Run, data: Data, name: str, step: int, steps: int, show: int, cfg: Config
 ) -> dict[str, float]:
-    """Test nll; on a task greedy accuracy too, from the problem and from another first step. Returns the
-    record.
+    """Test nll and, on a task, greedy accuracy. Prints and logs them, and returns the record.
+
+    Accuracy is also taken from another first step than the solution's, where the task has one.
     """
     record = {"val/loss": validation_nll(run.model, data.test, cfg)}
     line, shown = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}", []
     if data.task:
         refresh(run.sampler, run.model)
         answers = answer(run, data.task, data.test_rows, cfg)
-        accuracy, n = evaluate.accuracy(answers), len(answers)
-        low, high = wilson(accuracy * n, n)
+        accuracy, low, high = evaluate.accuracy_interval(answers)
         record |= {"val/accuracy": accuracy, "val/low": low, "val/high": high}
         line += f" | accuracy {accuracy:.1%} ({low:.1%} .. {high:.1%})"
         shown = list(zip(data.test_rows, answers, strict=True))[:show]
@@ -687,7 +666,7 @@ def validate(
             record["val/other_start"] = evaluate.accuracy(answer(run, data.task, started, cfg))
             line += f" | from another first step {record['val/other_start']:.1%}"
     print(line)
-    for row, (a,) in shown:
+    for row, (a, *_) in shown:
         print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
         run.log.write("samples", step, {"prompt": row["prompt"], **a})
     run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
@@ -695,19 +674,17 @@ def validate(
 
 
 def answer(run: Run, task: ModuleType, rows: list[dict], cfg: Config) -> list[list[dict]]:
-    """Greedy answers of all rows; every process samples its share."""
+    """Answers of all rows, by default greedy; every process samples its share."""
     options = {"compile": False if cfg.compile == "false" else None} if cfg.fast else {}
     return gather(evaluate.answer(
-        run.sampler, run.tokenizer, task, share(rows), max_new_tokens=cfg.max_new_tokens, fast=cfg.fast,
-        **options,
+        run.sampler, run.tokenizer, task, share(rows), cfg.val_n, cfg.max_new_tokens, cfg.val_temperature,
+        cfg.seed, keys=share(range(len(rows))), fast=cfg.fast, **options,
     ))  # fmt: skip
 
 
 @torch.no_grad()
 def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
-    """Mean nll of the targets (of pairs: of the chosen answers), in nats a token, in the arithmetic of
-    training.
-    """
+    """Mean nll of the targets (of pairs: of the chosen answers), nats per token, computed as in training."""
     head = fast_head if cfg.fast else plain_head
     rows = [e if isinstance(e, Example) else e[0] for e in examples]
     sums, device = {"nll": 0.0, "tokens": 0.0}, model.head_weight.device
@@ -724,7 +701,7 @@ NOISE_STREAM = 4  # key of the random stream of lambda's disturbance; infra/trai
 
 # ---- the run -----------------------------------------------------------------------------------------------
 
-COLUMNS = (  # of a console line: name, metric, format
+COLUMNS = (  # of a console line: (name, metric, format)
     ("loss", "loss", ".4f"), ("nll", "nll", ".4f"), ("gnorm", "grad_norm", ".2f"), ("lr", "lr", ".2e"),
     ("s", "timing_s/step", ".2f"), ("tok/s", "tokens_per_s", ".0f"), ("mfu", "mfu", ".0%"),
 )  # fmt: skip
@@ -733,8 +710,8 @@ COLUMNS = (  # of a console line: name, metric, format
 def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.device) -> dict[str, float]:
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
-    resume = cfg.resume and resume_folder(out_dir) is not None  # of several methods some may not have begun
-    run = set_up(cfg, str(out_dir), device, "float32")
+    resume = cfg.resume and resume_folder(out_dir) is not None  # of several methods, some may not have begun
+    run = set_up(cfg, str(out_dir), device, "float32", resume)
     data = load_data(loss, cfg, run.tokenizer, run.model.config)
     reference = frozen_model(run.base, cfg, device) if loss.reference else None
     if cfg.optimizer == "adamw":
@@ -754,14 +731,14 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
 
     for step in range(run.state["step"], steps):
         started = time.perf_counter()
-        # 1. The batch, the learning rate and lambda.
+        # 1. Choose the batch, the learning rate and lambda.
         batch = [data.examples[i] for i in batch_rows(step, cfg.batch, len(data.examples), cfg.seed)]
         lr = cfg.lr * lr_factor(step, steps, warmup, cfg.lr_schedule)
         set_options(run.optimizer, lr=lr)
         noise = float(np.random.default_rng((cfg.seed, NOISE_STREAM, step)).normal())
         sampling_seed = cfg.seed * 1_000_003 + step
         lam = residual_lambda(step, cfg.lam_low, cfg.lam, cfg.lam_schedule, warmup, cfg.lam_disturb, noise)
-        # 2. Loss and optimiser step.
+        # 2. Compute the loss and take an optimiser step.
         with explain_failure(run, cfg, step):
             metrics = update(loss, run.model, reference, run.optimizer, batch, lam, cfg, sampling_seed)
         # 3. Log, validate, save.

@@ -33,14 +33,14 @@ from torch import Tensor
 
 import evaluate
 import model as plain_head
-from data.rows import load_rows, load_task, split_note
+from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import packing
 from fast import prefix as fast_prefix
 from infra.checkpoint import save_model
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
-from infra.log import Counter, brief, wilson
+from infra.log import Counter, brief
 from infra.parallel import add_up, autocast, collect, gather, my_batches, refresh, share, token_batches, world
 from infra.training import (
     Run,
@@ -66,10 +66,10 @@ from train_ift import ift_states, own_embeddings
 class Algo(NamedTuple):
     """How the methods of the paper differ."""
 
-    hint: str  # which rule chooses the hint's length, see hint_length()
+    hint: str  # the rule that chooses the hint's length, see hint_length()
     hint_likelihood: bool  # train on the hint's log-likelihood
-    supervised: bool  # a phase of cross entropy on whole solutions comes first
-    reinforced: bool  # then a phase of GRPO
+    supervised: bool  # begin with a phase of cross entropy on whole solutions
+    reinforced: bool  # then train with GRPO
 
 
 ALGOS = {
@@ -93,50 +93,45 @@ class Config:
     model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
     task: str = "countdown"  # a file of data/
-    style: str = "short"  # prompt: paper, or short for tiny models
-    data_path: str = ""  # folder or file of rows; empty: problems made by the task
-    train_rows: int = 0  # the first so many; 0: all, or the task's default number
-    test_rows: int = 0  # likewise
-    sizes: tuple[int, ...] = ()  # numbers or people of made problems; empty: the task's default
+    style: str = "short"  # prompt style: paper, or short for tiny models
+    checker: str = "ours"  # who decides what is right: ours, or published (the papers' code)
+    data_path: str = ""  # folder or file of rows; empty: the task makes its problems
+    train_rows: int = 0  # use the first so many rows; 0: all, or the task's default number
+    test_rows: int = 0  # the same for the test rows
+    sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
     out_dir: str = "out/uft"  # where everything goes
     resume: bool = False  # continue the run in out_dir
     seed: int = 0  # random seed
     # Schedule
     steps: int = 1000  # steps of reinforcement; one step = one batch of rollouts
     sft_steps: int = 1000  # steps of the supervised phase of sft and sft-rft
-    problems: int = 32  # problems a step
-    rollouts: int = 4  # completions a problem
-    mini_batch: int = 16  # problems an optimiser step
+    problems: int = 32  # problems per step
+    rollouts: int = 4  # completions per problem
+    mini_batch: int = 16  # problems per optimiser step
     # Hints
     hint: str = "auto"  # auto (the algorithm's), none, cosine, uniform, stage, target or on-failure
     hint_steps: int = 600  # T_hint: no hints from this step on (uniform ignores it)
     segments: int = 5  # L: the hint sentences of a solution are cut into at most this many segments
     p_low: float = 0.05  # cosine: expected share of the solution shown just before hint_steps
-    p_high: float = 0.95  # cosine: the same at the start; target: the share that every problem begins with
+    p_high: float = 0.95  # cosine: the same at the start; target: the share that every problem starts with
     hint_coef: float = 0.001  # beta of the hint's log-likelihood, used by uft
-    hint_weight: str = (
-        "one"  # weight of a hint or solution token: one, or prob = min(p / 0.1, 1), p the model's
-    )
-    hint_loss: str = (
-        "sft"  # sft, or ift: embeddings of hints and solutions mixed with the model's own predictions
-    )
+    hint_weight: str = "one"  # weight of a hint or solution token: one, or prob: min(probability / 0.1, 1)
+    hint_loss: str = "sft"  # sft, or ift: hint and solution embeddings mixed with the model's predictions
     ift_lambda: float = 0.2  # lambda of hint_loss = ift
-    target_eta: float = 0.2  # hint = target: step by which a problem's share follows its success
+    target_eta: float = 0.2  # hint = target: how fast a problem's share follows its success rate
     # Loss
     clip_low: float = 0.2  # lower PPO clip: ratio >= 1 - clip_low
     clip_high: float = 0.2  # upper PPO clip: ratio <= 1 + clip_high; 0.28 is DAPO's clip-higher
     kl_coef: float = 0.0  # beta of the KL to the starting model; 0 loads no reference model
-    entropy_coef: float = 0.001  # entropy bonus
-    adv_norm: str = "std"  # divide advantages by the group's std, or none as in Dr. GRPO
-    loss_norm: str = (
-        "tokens"  # tokens of the optimiser step, constant (Dr. GRPO), or paper_code (micro-batch means)
-    )
+    entropy_coef: float = 0.001  # weight of the entropy bonus
+    adv_norm: str = "std"  # divisor of advantages: std of the group, or none as in Dr. GRPO
+    loss_norm: str = "tokens"  # denominator: tokens, constant (Dr. GRPO), or paper_code (micro-batch means)
     drop_dead: bool = False  # leave out groups whose rewards are all equal
     # Optimiser (AdamW)
     lr: float = 2e-4  # learning rate of reinforcement
     warmup: int = 10  # steps of linear warm-up
     lr_schedule: str = "constant"  # after the warm-up: constant, linear or cosine
-    sft_lr: float = 5e-4  # learning rate of the supervised phase: cosine after a warm-up of a tenth
+    sft_lr: float = 5e-4  # peak learning rate of the supervised phase: cosine after a warm-up of a tenth
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second moment in reinforcement
     sft_beta2: float = 0.99  # the same in the supervised phase; the paper has 0.95
@@ -146,24 +141,24 @@ class Config:
     max_prompt: int = 256  # longest prompt without its hint, in tokens
     max_new_tokens: int = 64  # longest completion
     temperature: float = 1.0  # temperature of rollouts, and of the log-probs of their tokens
-    rollout_batch: int = 0  # completions decoded at a time; 0: all, on CUDA as many as memory holds
+    rollout_batch: int = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
     # Speed
-    fast: bool = (
-        True  # use fast/: the same results sooner. false: the plain path, this file, model.py and sampler.py
-    )
-    token_budget: int = 32768  # padded tokens of a micro-batch
+    fast: bool = True  # use fast/: same results, faster; false: plain path (this file, model.py, sampler.py)
+    token_budget: int = 32768  # most tokens of a micro-batch, padding included
     pack: bool = True  # fast: a group's completions share their prompt in one row where that is cheaper
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: str = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
     dtype: str = "float32"  # training arithmetic: float32, or bfloat16 over float32 weights
-    rollout_dtype: str = "float32"  # weights of rollouts and validation
+    rollout_dtype: str = "float32"  # dtype of the weights in rollouts and validation
     threads: int = 0  # CPU threads; 0: torch's choice
     # Reports
     eval_every: int = 100  # steps between validations (greedy, no hints)
+    val_n: int = 1  # answers per test problem; accuracy is their mean (avg@n)
+    val_temperature: float = 0.0  # temperature of validation; 0: greedy
     save_every: int = 100  # steps between checkpoints
     print_every: int = 10  # steps between console lines
-    show: int = 3  # answers printed before and after
+    show: int = 3  # answers printed before and after training
 
 
 def check(cfg: Config) -> None:
@@ -175,22 +170,24 @@ def check(cfg: Config) -> None:
     one_of(cfg, "adv_norm", ("std", "none"))
     one_of(cfg, "loss_norm", ("tokens", "constant", "paper_code"))
     one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
+    one_of(cfg, "checker", ("ours", "published"))
     one_of(cfg, "dtype", ("float32", "bfloat16"))
     one_of(cfg, "rollout_dtype", ("float32", "bfloat16"))
     one_of(cfg, "compile", ("auto", "true", "false"))
     positive = ("steps", "sft_steps", "problems", "rollouts", "mini_batch", "hint_steps", "segments",
                 "max_prompt", "max_new_tokens", "token_budget", "eval_every", "save_every",
-                "print_every")  # fmt: skip
+                "print_every", "val_n")  # fmt: skip
     require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
     require_each(cfg, ("p_low", "p_high", "ift_lambda"), lambda v: 0 <= v <= 1, "must be from 0 to 1")
     require_each(cfg, ("beta1", "beta2", "sft_beta2"), lambda v: 0 <= v < 1, "must be >= 0 and below 1")
     require_each(cfg, ("lr", "sft_lr", "grad_clip"), lambda v: v > 0, "must be above 0")
     not_negative = ("train_rows", "test_rows", "seed", "threads", "rollout_batch", "hint_coef", "kl_coef",
                     "show", "entropy_coef", "clip_low", "clip_high", "weight_decay", "warmup",
-                    "target_eta")  # fmt: skip
+                    "target_eta", "val_temperature")  # fmt: skip
     require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
     require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
     require(cfg, "temperature", cfg.temperature > 0, "rollouts need a temperature above 0")
+    require(cfg, "val_n", cfg.val_n == 1 or cfg.val_temperature > 0, "needs a val_temperature above 0")
     require(cfg, "mini_batch", cfg.problems % cfg.mini_batch == 0, f"must divide problems = {cfg.problems}")
     load_task(cfg.task)  # UserError if there is no such task
 
@@ -199,9 +196,7 @@ def check(cfg: Config) -> None:
 
 
 def cut_points(n_sentences: int, n_segments: int = 5) -> list[int]:
-    """Where a solution of n sentences may be cut: round(k n / m), k = 0..m, m = min(n_segments, n). [0] for n
-    = 0.
-    """
+    """Where n sentences may be cut: round(k n / m), k = 0..m, m = min(n_segments, n); [0] for n = 0."""
     m = min(n_segments, n_sentences)
     return [round(k * n_sentences / m) for k in range(m + 1)] if m else [0]
 
@@ -221,9 +216,9 @@ def hint_rule(cfg: Config) -> str:
 def hint_length(rule: str, step: int, m: int, cfg: Config, rng: np.random.Generator, memory=None) -> int:
     """How many of a problem's m segments to show at `step`.
 
-    cosine: Algorithm 1, l ~ Binomial(m, p(t)). uniform: R3, at every step. stage: all segments, then one less
-    at a time. target: binomial with the problem's own share. memory: what remember() returned for this
-    problem, None at first.
+    cosine: Algorithm 1, l ~ Binomial(m, p(t)). uniform: R3, at every step. stage: all segments, then one
+    fewer at a time. target: binomial with the problem's own share. memory: the value that remember() last
+    returned for this problem, None at first.
     """
     if rule == "uniform":
         return int(rng.integers(m + 1))
@@ -240,11 +235,10 @@ def hint_length(rule: str, step: int, m: int, cfg: Config, rng: np.random.Genera
 
 
 def remember(rule: str, memory, shown: int, solved: float, cfg: Config):
-    """A problem's memory (any JSON value) after `shown` segments led to a share `solved` of right
-    completions.
+    """A problem's new memory (any JSON value), once a share `solved` of its completions was right.
 
-    target: show more of a problem solved less than half the time, less of one solved more often. Not in the
-    paper, whose one schedule ignores how hard a problem is.
+    shown: segments of hint in those completions. target: show more of a problem solved less than half the
+    time, less of one solved more often. Not in the paper, whose one schedule ignores how hard a problem is.
     """
     if rule != "target":
         return None
@@ -262,8 +256,8 @@ def move_share(old: float, solved: float, eta: float) -> float:
 def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
     """GRPO's advantages of (P, n) rewards: (r - mean) / (std + 1e-6) within a group, std unbiased.
 
-    norm "none" (Dr. GRPO) only subtracts the mean. 0 where all rewards are equal; a group of one keeps its
-    reward.
+    norm "none" (Dr. GRPO) only subtracts the mean. Groups with equal rewards get exactly 0, except that a
+    group of one keeps its reward.
     """
     if rewards.shape[1] == 1:
         return rewards.clone()
@@ -273,7 +267,7 @@ def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
 
 
 def rollout_advantages(rewards: Tensor, groups: list["Group"], cfg: Config) -> list[list]:
-    """For each group, one advantage per completion, or a list of one per token. rewards (P, n)."""
+    """For each group, one advantage per completion, or a list with one per token. rewards (P, n)."""
     return group_advantages(rewards, cfg.adv_norm).tolist()
 
 
@@ -281,11 +275,10 @@ def policy_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
     sequence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """PPO's clipped surrogate of each token (N,), to be minimised, and which tokens are clipped (J_value of
-    eq. 3.2).
+    """PPO's clipped surrogate of each token (N,), to be minimised, and which tokens are clipped (N,).
 
-    sequence (N,): which completion of the micro-batch a token belongs to, -1 for hint tokens; None on the
-    fast path, which may see only some of a completion's tokens at a time.
+    It is J_value of eq. 3.2, negated. sequence (N,): index of the token's completion in the micro-batch, -1
+    for hint tokens; None on the fast path, which may see only some of a completion's tokens at a time.
     """
     ratio = (logp - old_logp).clamp(max=20).exp()  # finite, and so is its gradient
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -293,18 +286,19 @@ def policy_loss(
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1, d = ref_logp - logp, clamped to 10 as
-    published.
+    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1 with d = ref_logp - logp.
 
-    The inner clamp changes no value; it keeps the gradient finite where exp would overflow.
+    It is clamped to 10 as in the published code. The inner clamp changes no value; it keeps the gradient
+    finite where exp would overflow.
     """
     d = (ref_logp - logp).clamp(max=20)
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
 def hint_token_weight(logp: Tensor, alpha: float = 0.1) -> Tensor:
-    """min(p / alpha, 1) of each hint token, without gradient: a token the model finds impossible teaches
-    little.
+    """Weight min(p / alpha, 1) of each hint token (N,), without gradient.
+
+    A token that the model finds impossible teaches little.
     """
     return (logp.detach().exp() / alpha).clamp(max=1)
 
@@ -344,13 +338,14 @@ class Group:
     prompt: list[int]
     hint: list[int]  # ids of the hint, or of the whole solution
     completions: list[Completion] = field(default_factory=list)
-    advantages: list = field(default_factory=list)  # per completion a number, or a list of one per token
+    advantages: list = field(default_factory=list)  # per completion a number, or a list with one per token
     rl_weights: list[float] = field(default_factory=list)  # loss weight of each completion's tokens
     hint_weight: float = 0.0  # loss weight of the hint's tokens
 
     def length(self) -> int:
-        """Tokens of a row that holds the whole group; the last token of a completion is predicted but need
-        not be fed.
+        """Tokens of a row that holds the whole group.
+
+        The last token of a completion is predicted but need not be fed.
         """
         completions = sum(len(c.tokens) - 1 for c in self.completions)
         return len(self.prompt) + len(self.hint) + (completions if self.completions else -1)
@@ -369,27 +364,26 @@ class Group:
 
 @dataclass
 class Rows:
-    """A micro-batch: B rows of T tokens, and the N tokens to train on, group by group, first the hint's."""
+    """A micro-batch: B rows of T tokens, and the N tokens to train on, group by group, the hint's first."""
 
     ids: Tensor  # (B, T)
     positions: Tensor  # (B, T)
     mask: Tensor | None  # (B, 1, T, T) bool; None: causal
     places: Tensor  # (N,) index into the flattened B x T of the state that predicts each token
     targets: Tensor  # (N,)
-    old_logp: Tensor  # (N,) 0 at hint tokens, and so are the next two
+    old_logp: Tensor  # (N,) 0 at hint tokens, as are the next two
     advantages: Tensor  # (N,)
     rl_weight: Tensor  # (N,)
     hint_weight: Tensor  # (N,) 0 at completion tokens
     is_hint: Tensor  # (N,) bool
-    sequence: Tensor  # (N,) which completion, -1 at hint tokens
+    sequence: Tensor  # (N,) index of the completion, -1 at hint tokens
 
 
 def lay_out(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
-    """ids, positions (B, T), places (N,) and no mask: right-padded rows prompt + hint + completion, one per
-    completion.
+    """One right-padded row per completion: ids and positions (B, T), places (N,), and no mask.
 
-    The hint's tokens are predicted in the row of the first completion. fast/packing.py makes one row per
-    group instead.
+    A row is prompt + hint + completion. The hint's tokens are predicted in the row of the first completion.
+    fast/packing.py makes one row per group instead.
     """
     rows, places = [], []
     for g in groups:
@@ -410,7 +404,7 @@ def lay_out(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 class Columns(NamedTuple):
-    """Of the tokens of one hint or completion, (k,) each; see Rows."""
+    """The columns of Rows for the k tokens of one hint or completion, (k,) each."""
 
     targets: np.ndarray
     old_logp: np.ndarray
@@ -433,9 +427,8 @@ def completion_columns(g: Group, j: int, sequence: int) -> Columns:
     return Columns(
         targets=np.array(c.tokens, np.int64),
         old_logp=np.array(c.logprobs, float),
-        advantages=np.broadcast_to(
-            np.array(g.advantages[j], float), k
-        ),  # one per completion or one per token
+        # One advantage per completion or one per token.
+        advantages=np.broadcast_to(np.array(g.advantages[j], float), k),
         rl_weight=np.full(k, g.rl_weights[j] if g.rl_weights else 0.0),
         hint_weight=np.zeros(k),
         sequence=np.full(k, sequence),
@@ -443,7 +436,7 @@ def completion_columns(g: Group, j: int, sequence: int) -> Columns:
 
 
 def make_rows(groups: Sequence[Group], device: torch.device, lay_out: Callable = lay_out) -> Rows:
-    """Groups as a micro-batch. lay_out decides which row and place each token has: plain or packed."""
+    """Make a micro-batch of groups. lay_out gives each token its row and place: plain or packed."""
     ids, positions, places, mask = lay_out(groups)
     pieces, number = [], 0
     for g in groups:
@@ -469,7 +462,7 @@ def token_weights(groups: list[Group], cfg: Config, hint_coef: float) -> None:
     """Set the loss weight of every token of an optimiser step: rl_weights and hint_weight of its groups.
 
     tokens: 1 / completion tokens and hint_coef / hint tokens of the whole step. constant (Dr. GRPO): a
-    completion token has 1 / (completions x max_new_tokens), whatever its completion's length.
+    completion token has weight 1 / (completions x max_new_tokens), whatever its completion's length.
     """
     completion_tokens = sum(len(c.tokens) for g in groups for c in g.completions)
     hint_tokens = sum(len(g.hint) for g in groups)
@@ -485,7 +478,7 @@ def token_weights(groups: list[Group], cfg: Config, hint_coef: float) -> None:
 def paper_code_weights(groups: list[Group], token_budget: int, hint_coef: float) -> None:
     """token_weights of the published code: the mean over micro-batches of the means over their tokens.
 
-    The micro-batches are those of one process with a row per completion, whatever runs in fact.
+    The micro-batches are those of one process with a row per completion, whatever this run uses.
     """
     rows = [(g, j, part) for g in groups for j, part in enumerate(g.unpack())]
     batches = token_batches([part.length() for _, _, part in rows], token_budget)
@@ -507,17 +500,16 @@ def update(
     model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, groups: list[Group],
     cfg: Config, hint_coef: float, policy_loss: Callable = policy_loss,
 ) -> dict[str, float]:  # fmt: skip
-    """Gradients of all micro-batches, then one clipped AdamW step. Returns means over the whole step as
-    metrics.
-    """
+    """Take one clipped AdamW step on the gradients of all micro-batches; returns means over the step."""
+    # The weight of every token in the loss, and the groups that have a hint.
     device = model.head_weight.device
     token_weights(groups, cfg, hint_coef)
     hinted = [g for g in groups if g.hint]
     residual = cfg.hint_loss == "ift" and hint_coef > 0 and bool(hinted)
     sums = dict.fromkeys(("loss", "pg", "clipped", "entropy", "kl", "hint_nll", "tokens", "hint_tokens"), 0.0)
     optimizer.zero_grad(set_to_none=True)
-    # FSDP averages gradients over processes: x world() makes the average a sum. `counted` is 1, or 0 for a
-    # batch that a process repeats to make as many passes as the others.
+    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world() makes the average
+    # a sum. `counted` is 1, or 0 for a batch that a process repeats to make as many passes as the others.
     for batch, counted in micro_batches(groups, cfg, model.config):
         rows = make_rows(batch, device, row_layout(cfg))
         with autocast(device, cfg.dtype):
@@ -533,6 +525,7 @@ def update(
         sums["loss"] += counted * loss.item()
         add_metrics(sums, counted, rows, logp, entropy, ref_logp, cfg, policy_loss)
     sums = add_up(sums)
+    # The optimiser step, and the metrics.
     grad_norm = optimizer_step(model, optimizer, cfg.grad_clip, sums["loss"])
     tokens = max(1, sums["tokens"])
     return {
@@ -580,10 +573,10 @@ def row_logprobs(model: Transformer, rows: Rows, cfg: Config) -> Tensor:
 def residual_step(
     model: Transformer, batch: list[Group], hinted: list[Group], counted: float, cfg: Config
 ) -> float:
-    """hint_loss = ift: the gradient of a micro-batch's hint term; returns its value.
+    """hint_loss = ift: add the gradient of a micro-batch's hint term, and return its value.
 
-    All processes make this pass for every micro-batch or none does: a batch without hints takes the first
-    group of the step that has one, with weight 0.
+    FSDP needs all processes to make this pass or none, so a batch without hints takes the first group of the
+    step that has one, with weight 0.
     """
     hints = [g for g in batch if g.hint]
     counted = counted if hints else 0.0
@@ -593,14 +586,16 @@ def residual_step(
 
 
 def residual_hint_loss(model: Transformer, groups: list[Group], cfg: Config) -> Tensor:
-    """The negative log-likelihood of the groups' hints, each times its hint_weight, on embeddings mixed with
-    the model's own predictions: IFT's temporal residual (train_ift.ift_states) on UFT's hints, our addition.
+    """The groups' negative hint log-likelihoods on mixed embeddings, each times its hint_weight, summed.
+
+    The embeddings are mixed with the model's own predictions: IFT's temporal residual (train_ift.ift_states)
+    on UFT's hints, our addition.
     """
     head, states_of = (fast_head, fast_prefix.ift_states) if cfg.fast else (plain_head, ift_states)
     rows = make_rows(
         [Group(g.prompt, g.hint, hint_weight=g.hint_weight) for g in groups], model.head_weight.device
     )
-    # ift_states wants whole rows and the places of the targets, which follow the states that predict them.
+    # ift_states takes whole rows and a mask of the targets, each right after the state that predicts it.
     ids = torch.nn.functional.pad(rows.ids, (0, 1))
     row, column = rows.places // rows.ids.shape[1], rows.places % rows.ids.shape[1] + 1
     ids[row, column] = rows.targets
@@ -621,13 +616,14 @@ def row_layout(cfg: Config) -> Callable:
 
 
 def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """The means over a step's optimiser steps."""
+    """Average the metrics of a step's optimiser steps."""
     return {k: sum(u[k] for u in updates) / len(updates) for k in (updates[0] if updates else ())}
 
 
 def training_rows(groups: list[Group], cfg: Config, config: ModelConfig) -> list[Group]:
-    """Plain: one group a completion. Fast: all completions of a group together where one packed row is
-    cheaper and fits.
+    """The groups, split into one per row of the micro-batches.
+
+    Plain: one per completion. Fast: a group stays whole where one packed row is cheaper and fits.
     """
     if not (cfg.fast and cfg.pack):
         return [part for g in groups for part in g.unpack()]
@@ -636,9 +632,7 @@ def training_rows(groups: list[Group], cfg: Config, config: ModelConfig) -> list
 
 
 def micro_batches(groups: list[Group], cfg: Config, config: ModelConfig) -> list[tuple[list[Group], float]]:
-    """This process's rows in micro-batches of at most token_budget padded tokens, each with the factor it
-    counts.
-    """
+    """This process's micro-batches of at most token_budget padded tokens, each with its factor, 1 or 0."""
     rows = training_rows(groups, cfg, config)
     batches = my_batches([g.length() for g in rows], cfg.token_budget)
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
@@ -664,9 +658,10 @@ def add_metrics(
 
 @torch.no_grad()
 def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config) -> None:
-    """Replace the sampler's log-probs by the training model's, unless both compute in float32.
+    """Replace the sampler's log-probs with the training model's; needed unless both compute in float32.
 
-    Sampling with bfloat16 weights differs from bfloat16 products over float32 weights, too.
+    They differ even if both use bfloat16: the sampler's weights are bfloat16, while training keeps float32
+    weights and computes products in bfloat16.
     """
     rows, mine = training_rows(groups, cfg, model.config), {}
     for batch, _ in my_batches([g.length() for g in rows], cfg.token_budget):
@@ -686,13 +681,14 @@ def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config)
 
 @dataclass
 class Problem:
-    """A training row and its token ids. Prompt and hint are tokenised apart, as their texts meet in a
-    rollout.
+    """A training row and its token ids.
+
+    Prompt and hint are tokenised separately, because a rollout joins their ids.
     """
 
     row: dict
     prompt: list[int]
-    cuts: list[int]  # how many sentences each number of segments shows
+    cuts: list[int]  # number of sentences that 0, 1, 2, ... segments show
 
     @property
     def segments(self) -> int:
@@ -708,7 +704,7 @@ class Problem:
 
 
 def solution_group(problem: Problem, tokenizer: Tokenizer) -> Group:
-    """Supervised fine-tuning on a problem: all of its solution and the end token as a hint."""
+    """A problem for supervised fine-tuning: its whole solution and the end token as a hint."""
     return Group(problem.prompt, [*tokenizer.encode(problem.solution()), tokenizer.eos_id])
 
 
@@ -722,7 +718,7 @@ class Data:
 
 def load_data(cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     """Training problems and test rows, checked against the algorithm, the model's window and the knobs."""
-    task = load_task(cfg.task)
+    task = judged_by(load_task(cfg.task), cfg.checker)
     options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
     train_rows = load_rows(task, "train", cfg.data_path, cfg.train_rows, **options)
     test_rows = load_rows(task, "test", cfg.data_path, cfg.test_rows, **options)
@@ -770,7 +766,7 @@ def encode_prompts(
 
 
 def check_lengths(problems: list[Problem], tokenizer: Tokenizer, config: ModelConfig, cfg: Config) -> int:
-    """The tokens of the longest prompt with its whole hint. UserError if what follows it may not fit."""
+    """Tokens of the longest prompt with its whole hint. UserError if a completion or solution may not fit."""
     algo, longest, longest_solution = ALGOS[cfg.algo], 0, 0
     for i, problem in enumerate(problems):
         solution = tokenizer.encode(problem.solution())
@@ -793,9 +789,7 @@ SAMPLING_STREAM, HINT_STREAM = 2, 3  # keys of the random streams; infra/trainin
 
 
 class Pick(NamedTuple):
-    """A problem of a step. Its random draws depend on the key: a problem that the batch has twice has two
-    keys.
-    """
+    """A problem of a step and the key of its random draws; one that a batch holds twice has two keys."""
 
     problem: int
     key: int
@@ -813,11 +807,10 @@ def pick_problems(step: int, n_problems: int, cfg: Config) -> list[Pick]:
 def rollout(
     run: Run, data: Data, picks: Sequence[Pick], shown: Sequence[int], step: int, attempt: int, cfg: Config
 ) -> tuple[list[Group], Tensor, list[str]]:
-    """Sample and score completions of problems with `shown` segments of hint; every process samples its
-    share.
+    """Sample and score completions of problems with `shown` segments of hint; a process does its share.
 
-    Returns groups without advantages, rewards (P, n), and the last response of each group. A response is what
-    the checker sees: hint and completion.
+    Returns groups without advantages, rewards (P, n), and the last response of each group. A response is the
+    hint and the completion, as the checker sees them.
     """
     mine, groups = share(list(picks)), []
     hints = [data.problems[pick.problem].hint(k) for pick, k in zip(mine, share(list(shown)), strict=True)]
@@ -835,11 +828,11 @@ def rollout(
         truth = data.problems[pick.problem].row["truth"]
         rewards.append([data.task.score(response, truth)[0] for response in responses])
         last.append(responses[-1])
-    return gather(groups), torch.tensor(gather(rewards)), gather(last)
+    return gather(groups), torch.tensor(gather(rewards), dtype=torch.float32), gather(last)
 
 
 def sampling_seed(seed: int, step: int, attempt: int) -> int:
-    """62 random bits."""
+    """62 random bits for each attempt of each step."""
     stream = np.random.SeedSequence((seed, SAMPLING_STREAM, step, attempt))
     return int(stream.generate_state(1, np.uint64)[0] >> 2)
 
@@ -867,9 +860,9 @@ def retry_with_hints(
     step: int,
     cfg: Config,
 ) -> None:
-    """hint = on-failure: groups that all failed try again with 1/4, then 1/2, then 3/4 of the solution shown.
+    """hint = on-failure: sample groups without a right completion again, with more of the solution shown.
 
-    Replaces their entries of shown, groups and rewards.
+    1/4 of it is shown, then 1/2, then 3/4. Replaces the groups' entries in shown, groups and rewards.
     """
     for attempt, part in enumerate((0.25, 0.5, 0.75), 1):
         counts = [data.problems[pick.problem].segments for pick in picks]
@@ -886,8 +879,9 @@ def retry_with_hints(
 
 
 def split_evenly(groups: list[Group], size: int) -> list[list[Group]]:
-    """Mini-batches of about `size` groups whose sizes differ by one at most, so that no optimiser step rests
-    on a few.
+    """Mini-batches of about `size` groups each, whose sizes differ by at most one.
+
+    A small remainder would make an optimiser step rest on a few groups.
     """
     n = max(1, round(len(groups) / size))
     bounds = [round(k * len(groups) / n) for k in range(n + 1)]
@@ -916,12 +910,12 @@ def log_sample(run: Run, step: int, problem: Problem, shown: int, response: str,
 
 
 def dead_groups(rewards: Tensor) -> Tensor:
-    """(P,) bool: all rewards of the group are equal, so it has no advantage and no signal."""
+    """(P,) bool: all rewards of the group are equal, so its advantages are 0 and it gives no signal."""
     return (rewards == rewards[:, :1]).all(1)
 
 
 def drop_dead_groups(groups: list[Group], rewards: Tensor, hint_coef: float) -> list[Group]:
-    """The groups without the completions of dead ones, whose hints still teach."""
+    """Remove the completions of dead groups, and the groups too unless their hints are trained on."""
     for g, dead in zip(groups, dead_groups(rewards).tolist(), strict=True):
         if dead:
             g.completions, g.advantages = [], []
@@ -932,28 +926,28 @@ def drop_dead_groups(groups: list[Group], rewards: Tensor, hint_coef: float) -> 
 
 
 def validate(run: Run, data: Data, step: int, total: int, show: int, cfg: Config) -> None:
-    """Greedy accuracy on the test rows, without hints; every process answers its share."""
+    """Accuracy on the test rows, without hints, by default greedy; every process answers its share."""
     validation_start = time.perf_counter()
     refresh(run.sampler, run.model)
     rows = data.test_rows
     answers = gather(evaluate.answer(
-        run.sampler, run.tokenizer, data.task, share(rows), max_new_tokens=cfg.max_new_tokens, fast=cfg.fast,
-        batch_size=cfg.rollout_batch, progress=Counter(len(share(rows))), **engine_options(run, data, cfg),
+        run.sampler, run.tokenizer, data.task, share(rows), cfg.val_n, cfg.max_new_tokens, cfg.val_temperature,
+        cfg.seed, keys=share(range(len(rows))), fast=cfg.fast, batch_size=cfg.rollout_batch,
+        progress=Counter(cfg.val_n * len(share(rows))), **engine_options(run, data, cfg),
     ))  # fmt: skip
-    accuracy, n = evaluate.accuracy(answers), len(rows)
-    low, high = wilson(accuracy * n, n)
+    accuracy, low, high = evaluate.accuracy_interval(answers)
     record = {"val/accuracy": accuracy, "val/low": low, "val/high": high}
-    record["val/reward"] = sum(a["reward"] for (a,) in answers) / n
+    record["val/reward"] = sum(a["reward"] for group in answers for a in group) / (len(rows) * cfg.val_n)
     record |= {"timing_s/testing": time.perf_counter() - validation_start, "train_s": run.state["train_s"]}
     run.log.write("metrics", step, record)
     interval = f"95 % interval {low:.1%} .. {high:.1%}"
-    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}) on {n} problems")
-    for row, (a,) in list(zip(rows, answers, strict=True))[:show]:
+    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}) on {len(rows)} problems")
+    for row, (a, *_) in list(zip(rows, answers, strict=True))[:show]:
         print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
         run.log.write("samples", step, {"prompt": row["prompt"], **a})
 
 
-COLUMNS = (  # of a console line: name, metric, format
+COLUMNS = (  # of a console line: (name, metric, format)
     ("reward", "critic/rewards/mean", ".2f"), ("solved", "solved", ".2f"), ("hint", "hint/share", ".2f"),
     ("len", "response_length/mean", ".0f"), ("cut", "response_length/clip_ratio", ".2f"),
     ("dead", "dead_groups", ".2f"), ("pg", "actor/pg_loss", ".3f"), ("hint_nll", "actor/hint_nll", ".2f"),
@@ -969,8 +963,11 @@ def main(
     argv: Sequence[str], hint_length: Callable = hint_length, remember: Callable = remember,
     advantages: Callable = rollout_advantages, policy_loss: Callable = policy_loss,
 ) -> None:  # fmt: skip
-    """Train as argv says. The other arguments take the place of hint_length, remember, rollout_advantages and
-    policy_loss of this file: see variants/."""
+    """Train as argv says.
+
+    The other arguments replace this file's hint_length, remember, rollout_advantages and policy_loss: see
+    variants/.
+    """
     # Configuration, model, data, optimiser; all of it from out_dir/resume if the run continues.
     cfg = parse_config(Config, argv, __doc__)
     check(cfg)
@@ -978,7 +975,7 @@ def main(
     hint_coef = cfg.hint_coef if algo.hint_likelihood else 0.0
     sft_steps = cfg.sft_steps if algo.supervised else 0
     total = sft_steps + (cfg.steps if algo.reinforced else 0)
-    run = set_up(cfg, cfg.out_dir, start(cfg), cfg.rollout_dtype)
+    run = set_up(cfg, cfg.out_dir, start(cfg), cfg.rollout_dtype, cfg.resume)
     data = load_data(cfg, run.tokenizer, run.model.config)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), weight_decay=cfg.weight_decay, fused=True)
     fingerprints = {"train": fingerprint([p.row for p in data.problems]), "test": fingerprint(data.test_rows)}
@@ -997,7 +994,7 @@ def main(
         picks = pick_problems(step, len(data.problems), cfg)
         problems = [data.problems[pick.problem] for pick in picks]
         if step < sft_steps:
-            # 2-4, supervised phase: a hint of the whole solution, and no completions.
+            # 2-4, supervised phase: the whole solution as a hint, and no completions.
             groups, metrics = [solution_group(p, run.tokenizer) for p in problems], {}
             mini_batches, coef, update_start = [groups], 1.0, step_start
             lr = cfg.sft_lr * lr_factor(step, sft_steps, max(1, sft_steps // 10), "cosine")

@@ -139,6 +139,10 @@ class Tokenizer:
             added[name] = {"content": name, "id": self.eos_id, "special": True}
         self.stop_ids = tuple(sorted({*stop_ids, *([] if self.eos_id is None else [self.eos_id])}))
         ids = model["vocab"] | {t: a["id"] for t, a in added.items()}
+        if len(set(ids.values())) < len(ids):
+            twice = next(i for i, n in Counter(ids.values()).items() if n > 1)
+            names = ", ".join(repr(t) for t, i in ids.items() if i == twice)
+            raise UserError(f"{where}: {names} all have id {twice}, so it could not be decoded")
         self.bos_id = _bos(description.get("post_processor"), ids, where)
 
         # Encoding. Some added tokens are looked for in the raw text, the others in the normalised text.
@@ -219,7 +223,7 @@ class Tokenizer:
         replaced or removed. The directory the tokenizer was read from is never written to.
 
         template: the chat template a model was trained with, see `template_name`. It becomes the directory's
-        template, which transformers renders as `render` does. auto: the templates the tokenizer came with.
+        only one, which transformers renders as `render` does. auto, default: those the tokenizer came with.
         UserError: there is no such template, or dir is the directory the tokenizer was read from.
         """
         dir = Path(dir)
@@ -229,7 +233,10 @@ class Tokenizer:
             raise UserError(
                 f"{dir}: the tokenizer was read from here; save it with template = {template!r} elsewhere"
             )
-        source = None if template == "auto" else self._template_source(self.template_name(template))
+        name = "default" if template == "auto" else self.template_name(template)
+        source = (
+            None if name == "default" else self._template_source(name)
+        )  # the default is in the files below
         dir.mkdir(parents=True, exist_ok=True)
 
         # Copy or write the files; remove what an earlier tokenizer left, such as its chat template
@@ -327,7 +334,7 @@ class Tokenizer:
         own = _own_templates(self.config)
         if template == "auto" and own and "default" not in own:
             raise UserError(
-                f"template = 'auto': none of the chat templates is the default; choose one of {', '.join(own)}"
+                f"template = 'auto': no chat template is the default; choose one of {', '.join(own)}"
             )
         name = template if template != "auto" else "default" if own else "plain"
         if name not in own and name not in TEMPLATES:
@@ -650,7 +657,7 @@ def _bos(part: dict | None, ids: dict[str, int], where: str) -> int | None:
         before = names[: names.index(None)]
         if len(before) > 1 or (before and bos is not None):
             raise UserError(
-                f"{where}: post_processor TemplateProcessing with several tokens before a text is not supported"
+                f"{where}: post_processor TemplateProcessing with two tokens before a text is not supported"
             )
         if before and before[0] not in ids:
             raise UserError(
@@ -691,14 +698,14 @@ def _normalizer(part: dict | None, where: str) -> list[Callable[[str], str]]:
 
 
 def _string(part: dict, key: str, where: str, may_be_empty: bool = False) -> str:
-    value = part[key]
+    value = part.get(key)
     if not isinstance(value, str) or not (value or may_be_empty):
         raise UserError(f"{where}: {part.get('type', 'pattern')}'s {key} = {value!r} must be a text")
     return value
 
 
 def _flag(part: dict, key: str, where: str, default: bool | None = None) -> bool:
-    value = part[key] if default is None else part.get(key, default)
+    value = part.get(key, default)
     if not isinstance(value, bool):
         raise UserError(f"{where}: {part['type']}'s {key} = {value!r} must be true or false")
     return value
@@ -800,7 +807,8 @@ def _pre_tokenizer(part: dict | None, pieces: bool, where: str) -> tuple[list[Cu
     if not pieces and (not parts or parts[-1]["type"] != "ByteLevel"):
         ends = parts[-1]["type"] if parts else "none"
         raise UserError(
-            f"{where}: pre_tokenizer {ends} is not supported as the last of a byte-level vocabulary's"
+            f"{where}: pre_tokenizer {ends} is not supported at the end, "
+            "only ByteLevel, as the vocabulary is byte-level"
         )
     last = cuts[-1] if cuts and not pieces else None
     if isinstance(last, Split) and last.behavior == "Isolated" and last.source in COVERING:
@@ -1129,7 +1137,8 @@ def _never_made(
         earlier = [p for p in pairs[token] if max(ranks[p[0]], ranks[p[1]]) < ranks[token]]
         parts[token] = next((p for p in earlier if is_reached(*p)), None)
         if parts[token] is None and len(earlier) < len(pairs[token]):
-            raise UserError(f"{where}: the merges that make {token!r} come before those that make its parts")
+            name = token.decode(errors="replace")
+            raise UserError(f"{where}: the merges that make {name!r} come before those that make its parts")
     return [token for token in doubtful if parts[token] is None]
 
 

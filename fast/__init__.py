@@ -1,3 +1,1 @@
-"""The fast path. Every function has a plain twin of the same name, arguments and results, and a test of the
-pair.
-"""
+"""The fast path. Every function has a plain twin with the same arguments and results; tests compare them."""

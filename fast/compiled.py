@@ -1,6 +1,4 @@
-"""torch.compile: of a model's blocks for training, and of functions for all shapes. The plain twin is the
-function itself.
-"""
+"""torch.compile for a model's blocks in training and for other functions. The plain twin is the function."""
 
 import sys
 from collections.abc import Callable
@@ -14,8 +12,8 @@ from model import Block, LayerCache, Transformer
 def compile_for_all_shapes(function: Callable) -> Callable:
     """torch.compile with dynamic shapes. All layers share its programs.
 
-    There is one program each with and without gradient, mask, prefix and a second row, and as many for
-    another model: more than the 8 of a function that torch allows by default.
+    Each combination of gradient, mask, prefix and more than one row takes a program, and another model takes
+    as many again: more than the 8 per function that torch allows by default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=True)
@@ -24,8 +22,8 @@ def compile_for_all_shapes(function: Callable) -> Callable:
 def compile_blocks(model: Transformer) -> str:
     """Compile every block's pass over whole rows, one program for all lengths and layers.
 
-    Tried out at once, forward and backward. Returns the reason if that fails, and then compiles nothing; else
-    "".
+    A forward and a backward pass are tried at once. If they fail, nothing is compiled. Returns the reason, or
+    "" after success.
     """
     p = model.head_weight
     x = torch.zeros(2, 16, model.config.hidden_size, dtype=p.dtype, device=p.device, requires_grad=True)
@@ -38,7 +36,7 @@ def compile_blocks(model: Transformer) -> str:
         return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
 
     def forward(self, x, cos, sin, mask, cache=None):
-        # the engine compiles a decode step as a whole
+        # The engine compiles a decode step as a whole.
         run = Block.forward if isinstance(cache, LayerCache) else compiled
         return run(self, x, cos, sin, mask, cache)
 
@@ -48,8 +46,7 @@ def compile_blocks(model: Transformer) -> str:
 
 
 def or_uncompiled(function: Callable) -> Callable:
-    """compile_for_all_shapes(function), or the function itself, after one warning, where that does not work.
-    """
+    """compile_for_all_shapes(function), or after one warning the function itself if that fails."""
     state = {"run": compile_for_all_shapes(function)}
 
     def call(*args):

@@ -20,12 +20,10 @@ from infra.parallel import has_bfloat16
 from model import KVCache, Transformer
 from sampler import Completion, draw, int64, uniform
 
-PREFILL_TOKENS = (
-    1 << 15
-)  # prompt tokens run at a time, so that activations take less memory than keys and values
-PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: programs are made for multiples of these
+PREFILL_TOKENS = 1 << 15  # prompt tokens per pass, so that activations take less memory than keys and values
+PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: shapes are rounded up to multiples of these
 CHECK_EVERY = 8  # CUDA: decode steps between two checks for finished rows
-FREE_SHARE = 0.5  # of the free memory that keys and values may take if no batch size is given
+FREE_SHARE = 0.5  # share of the free memory for keys and values if no batch size is given
 
 
 # ---- one pass ----------------------------------------------------------------------------------------------
@@ -40,15 +38,14 @@ def prompt_states(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tuple[T
 def prefill(
     model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int, states: Callable
 ) -> Tensor:
-    """Run ragged prompts once and copy each one's keys and values to n slots from slots[i] on; last logits
-    (prompts, V).
+    """Run ragged prompts once and copy their keys and values to slots; returns last logits (prompts, V).
 
-    states: prompt_states, or its compiled form.
+    Prompt i goes to the n slots from slots[i] on. states: prompt_states, or its compiled form.
     """
     device = model.head_weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = max(map(len, prompts))
-    if device.type == "cuda":  # few shapes, and aligned ones
+    if device.type == "cuda":  # few different shapes, and aligned ones
         longest = min(round_up(longest, PROMPT_BUCKET), cache.room)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -69,19 +66,18 @@ def decode(
     length: int,
     head: Callable | None = None,
 ) -> Tensor:
-    """sampler.decode with a head of its own: packed_head's, if there is one."""
-    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[
-        :, None, None
-    ]  # (n, 1, 1, length)
+    """sampler.decode with another head: packed_head's function, if there is one."""
+    # Every row attends to its own positions so far: (n, 1, 1, length).
+    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache)
     return head(hidden[:, 0]) if head else compute_logits(hidden[:, 0], model.head_weight)
 
 
 def packed_head(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """States (n, C) -> logits (n, V) by a large float32 weight (V, C) laid out once for oneDNN; None where
-    not useful.
+    """A function from states (n, C) to logits (n, V), with the weight (V, C) laid out once for oneDNN.
 
-    On a CPU it takes half the time of compute_logits for 2 rows, nine tenths for 64.
+    None unless the weight is large, float32 and on a CPU. There the function takes half the time of
+    compute_logits for 2 rows, nine tenths for 64.
     """
     large = weight.device.type == "cpu" and weight.dtype == torch.float32 and len(weight) > 4 * PIECE
     if not (large and torch.backends.mkldnn.is_available()):
@@ -101,7 +97,7 @@ class Engine:
     """The slots of a batch: keys and values, last token and position of each, and the decode step over them.
 
     On CUDA the step, sampling included, is compiled and replayed as a CUDA graph, one for each number of rows
-    and span of positions, both rounded up; elsewhere it is called as it is.
+    and span of positions, both rounded up; elsewhere it is called directly.
     """
 
     def __init__(
@@ -118,8 +114,7 @@ class Engine:
             torch.zeros(1, dtype=torch.long, device=device),
         )
         self.on_cuda = device.type == "cuda"
-        # Functions, not bound methods: an engine that refers to itself would outlive its use, and its cache
-        # with it.
+        # Functions, not bound methods: an engine that refers to itself, and its cache, would outlive its use.
         self.step, self.states, self.head = decode_slots, prompt_states, None
         if compile:
             self.step, self.states = or_uncompiled(decode_slots), or_uncompiled(prompt_states)
@@ -127,7 +122,7 @@ class Engine:
             self.head = packed_head(model.head_weight)
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a model makes an engine of its own."""
+        """Copy nothing: a copied model makes its own engine."""
 
     def draw(self, logits: Tensor, slots: slice) -> None:
         """Sample a token for each of the slots from logits (slots, V)."""
@@ -147,9 +142,7 @@ class Engine:
         self.graphs[n, length].replay()
 
     def capture(self, n: int, length: int) -> "torch.cuda.CUDAGraph":
-        """A CUDA graph of the step. Tokens sampled while warming up are undone; keys and values are written
-        again.
-        """
+        """A CUDA graph of the step. Warm-up leaves no tokens; its keys and values are overwritten later."""
         token, position = self.token.clone(), self.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -161,9 +154,8 @@ class Engine:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(
-            graph, pool=pool, capture_error_mode="thread_local"
-        ):  # NCCL's watchdog may go on
+        # thread_local, so that NCCL's watchdog thread may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.step(self, n, length)
         return graph
 
@@ -184,7 +176,7 @@ class Engine:
     def close_gaps(self, keep: Tensor, active: int) -> Tensor:
         """Move survivors, `keep` (n,) of the active slots, from the far end into the gaps before them.
 
-        Returns for each of the first n slots which slot's row it now has.
+        Returns, for each of the first n slots, the slot that its row came from.
         """
         order = torch.arange(len(keep), device=keep.device)
         gone = torch.ones(active, dtype=torch.bool, device=keep.device)
@@ -210,7 +202,7 @@ def decode_slots(engine: Engine, n: int, length: int) -> None:
 def engine_for(
     model: Transformer, rows: int, room: int, dtype: torch.dtype, sampling: tuple, compile: bool
 ) -> Engine:
-    """A new engine; on CUDA the model's last one, with its graphs, as long as it is large enough."""
+    """A new engine; on CUDA the model's last one, with its graphs, if it is large enough."""
     if model.head_weight.device.type != "cuda":
         return Engine(model, rows, room, dtype, sampling, compile)
     settings = (dtype, sampling, compile, model.head_weight.data_ptr())
@@ -224,10 +216,9 @@ def engine_for(
 
 
 def fitting_rows(model: Transformer, room: int, dtype: torch.dtype, reserve: int = 0) -> int:
-    """How many slots of `room` positions fit into FREE_SHARE of the free memory less `reserve` bytes; on CUDA
-    only.
+    """How many slots of `room` positions fit into FREE_SHARE of the free memory less `reserve` bytes.
 
-    The memory of the model's last engine counts as free, since it is reused or given up.
+    No limit off CUDA. The memory of the model's last engine counts as free, since it is reused or given up.
     """
     device, c = model.head_weight.device, model.config
     if device.type != "cuda":
@@ -246,9 +237,7 @@ def fitting_rows(model: Transformer, room: int, dtype: torch.dtype, reserve: int
 
 @dataclass
 class Chunk:
-    """Tokens sampled since the last check: which completion each column belongs to, ids and log-probs (k,
-    slots).
-    """
+    """Tokens sampled since the last check: ids and log-probs (k, slots), and the completion of each slot."""
 
     owners: list[Completion]
     ids: Tensor
@@ -273,7 +262,7 @@ def generate(
     compile: bool | None = None,  # torch.compile the steps; None: on CUDA
     check_every: int = 0,  # decode steps between two checks for finished rows; 0: 1, on CUDA CHECK_EVERY
     reserve: int = 0,  # bytes of GPU memory to leave for later allocations if batch_size is 0
-    longest_prompt: int = 0,  # of later calls, in tokens, so that they find the engine large enough (CUDA)
+    longest_prompt: int = 0,  # in tokens, also of later calls, so that they can reuse the engine (CUDA)
 ) -> list[list[Completion]]:
     """For each prompt a list of n completions; arguments as in sampler.generate."""
     if not prompts:
@@ -295,9 +284,8 @@ def generate(
         engine = engine_for(model, rows, room, dtype, sampling, on_cuda if compile is None else compile)
         engine.seed.fill_(int64(seed))
         stop, stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), frozenset(stop_ids)
-        waiting = sorted(
-            range(len(prompts)), key=lambda i: (len(prompts[i]), i)
-        )  # popped from the end: longest first
+        # Prompts wait in a list popped from its end, longest first.
+        waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         results = [[Completion([], [], False) for _ in range(n)] for _ in prompts]
         prompt_of = {id(c): i for i, group in enumerate(results) for c in group}
         unfinished = [n] * len(prompts)  # completions of each prompt
@@ -329,12 +317,12 @@ def generate(
                     ids.append(engine.token[:active].clone())
                     logprobs.append(engine.logprob[:active].clone())
                 history.append(Chunk(owner, torch.stack(ids), torch.stack(logprobs)))
-            # 3. Which rows are done: a stop id was sampled, or max_new_tokens are reached.
+            # 3. Find the rows that are done: they have sampled a stop id or reached max_new_tokens.
             new_ids = history[-1].ids
             count += new_ids.numel()
             done = engine.position[:active] + 1 >= engine.end[:active]
             done[active - new_ids.shape[1] :] |= torch.isin(new_ids, stop).any(0)
-            # 4. Write down what was sampled, free the slots of finished rows and close the gaps.
+            # 4. Record the sampled tokens, free the slots of finished rows and close the gaps.
             if done.any():
                 for chunk in history:
                     write_down(chunk, stops, max_new_tokens)

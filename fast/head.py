@@ -1,5 +1,4 @@
-"""Log-probs and losses of tokens without an (N, V) tensor of logits: the twins of the functions at the end of
-model.py.
+"""Log-probs and losses of tokens without (N, V) logits: the twins of the functions at the end of model.py.
 
 The head is applied to a chunk of states at a time, and the logits are either computed again in the backward
 pass (token_logprobs) or, for losses that are sums over tokens, turned into their gradient at once
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from model import autocast_input
 
-CPU_CHUNK = (
-    1 << 22
-)  # logits alive at a time on a CPU: few enough for the cache, enough rows for a full-speed product
-CUDA_CHUNK = 1 << 26  # elsewhere: enough that launching a chunk's kernels costs little beside running them
+# Logits alive at a time. On a CPU: few enough for the cache, enough rows for a full-speed product. Elsewhere:
+# enough that launching a chunk's kernels costs little beside running them.
+CPU_CHUNK = 1 << 22
+CUDA_CHUNK = 1 << 26
 PIECE = 1024  # CPU: rows of the head multiplied at a time
 LARGE_TABLE = 1 << 24  # CPU: elements of an embedding table whose gradient needs room in the heap
 
@@ -49,8 +48,7 @@ def _at(temperature: float | Tensor, rows: slice) -> float | Tensor:
 def compute_logits(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Logits (N, V) in the dtype of the states (N, C), into `out` if given.
 
-    On a CPU a large vocabulary is multiplied piece by piece, which stays in the cache: a quarter faster for
-    few rows.
+    On a CPU a large head is multiplied in pieces that stay in the cache, a quarter faster for few rows.
     """
     if states.device.type == "cpu" and len(weight) > 4 * PIECE:
         out = states.new_empty(len(states), len(weight)) if out is None else out
@@ -94,9 +92,8 @@ def _grad_logits(
     p: Tensor, lp: Tensor, targets: Tensor, g_logp: Tensor, entropy: Tensor, g_entropy: Tensor | None
 ) -> Tensor:
     """Gradient (n, V) of the scaled logits from those of log p[target] and of the entropy H, each (n,).
-    Overwrites p.
 
-    d log p_t / dz = onehot(t) - p   and   dH / dz = -p (log p + H).
+    d log p_t / dz = onehot(t) - p   and   dH / dz = -p (log p + H). Overwrites p.
     """
     if g_entropy is None:
         p.mul_(-g_logp[:, None])
@@ -202,8 +199,8 @@ def token_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Twin of model.token_loss. The result may be differentiated once.
 
-    loss_fn is called once a chunk, so it has to be a sum over tokens, or over groups of tokens that `chunks`
-    keeps together. Its gradient is known as soon as the logits are, so the head is multiplied three times
+    loss_fn is called once per chunk, so it must be a sum over tokens, or over groups of tokens that `chunks`
+    keeps together. Its gradient is known as soon as the logits are, so there are three products with the head
     (logits, gradient of the states, gradient of the head); token_logprobs computes the logits twice.
     """
     hidden = _in_head_dtype(hidden, weight)
@@ -299,10 +296,9 @@ _malloc_trim = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "
 
 
 def trim_heap_before_table_gradient(embedding: nn.Embedding) -> None:
-    """On a CPU, return freed activations to the system before the gradient of a large embedding table is
-    allocated.
+    """On a CPU, return freed activations to the system before a large embedding's gradient is allocated.
 
-    glibc keeps freed pages otherwise, and the gradient comes on top: a seventh of the peak at V = 151,936.
+    Otherwise glibc keeps freed pages and the gradient comes on top: a seventh of the peak at V = 151,936.
     """
     weight = embedding.weight
     if _malloc_trim is None or weight.device.type != "cpu" or weight.numel() <= LARGE_TABLE:

@@ -1,7 +1,7 @@
 """IFT's two passes with the part before the answers run once: the twin of train_ift.ift_states.
 
-Both passes share the prompt, so it is run once and its keys and values are reused: IFT costs 1/3 of the
-answers' part of a step more than SFT, not 1/3 of the whole step.
+Both passes share the prompt, so it is run once and its keys and values are reused: IFT costs a third more
+than SFT on the answers only, not on whole rows.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class LayerPrefix:
     v: Tensor | None = None
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The first pass is kept; a later one sees the prefix and itself."""
+        """Keep the keys and values of the first pass; a later pass sees them and its own."""
         if self.k is None:
             self.k, self.v = k, v
             return k, v
@@ -56,14 +56,13 @@ def ift_states(
     if lam == 0:
         return model.hidden(inputs_embeds=embeddings)[row, column - 1]
 
-    # Cut every row into the prefix, up to the state before the one that predicts its first target, and the
-    # part after.
+    # Split every row into a prefix, which ends just before the state that predicts the first target, and the
+    # part after it.
     (B, T), places = ids.shape, torch.arange(ids.shape[1], device=ids.device)
-    last = torch.where(mask, places, 0).amax(1)  # the last target is predicted, but not fed
+    last = torch.where(mask, places, 0).amax(1)  # the last target is predicted but not fed
     start = (torch.where(mask, places, T).amin(1) - 1).clamp(max=last)
-    if (
-        model.gradient_checkpointing
-    ):  # keeping the prefix's keys and values would cost what checkpointing saves
+    # No prefix with checkpointing: keeping its keys and values would cost as much as checkpointing saves.
+    if model.gradient_checkpointing:
         start = torch.zeros_like(start)
     # Under FSDP all processes run the same number of passes, whether or not their own rows have a prefix.
     distributed = dist.is_initialized()
@@ -80,9 +79,8 @@ def ift_states(
         attention = torch.cat((before, causal), -1)  # (B, 1, A, P + A)
     positions = (start[:, None] + places[:A]).clamp(max=T - 1)  # (B, A)
     part = embeddings.gather(1, positions[..., None].expand(-1, -1, embeddings.shape[2]))
-    if (
-        P and distributed
-    ):  # FSDP gathers a block for its backward pass when a gradient reaches its output: send one
+    # FSDP gathers a block for its backward pass when a gradient reaches its output: send one to the prefix.
+    if P and distributed:
         part = part + 0 * end[:, -1:]
 
     # First pass: predict every target from the data's own tokens.
@@ -94,7 +92,7 @@ def ift_states(
     own = predict(states)
     own = own if train_embedding else own.detach()
 
-    # Mix the predictions into the targets' embeddings, the last one's aside.
+    # Mix the predictions into the embeddings of all targets that are fed: all but each row's last.
     fed = column < last[row]
     where = (row[fed], place[fed] + 1)
     mixed = (1 - lam) * part[where] + lam * own[fed].to(part.dtype)

@@ -1,1 +1,1 @@
-"""What any trainer needs and no paper explains."""
+"""The parts that any trainer needs and no paper explains."""

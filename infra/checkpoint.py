@@ -1,6 +1,6 @@
-"""What a run keeps: out_dir/model (a Hugging Face directory) and out_dir/resume, both replaced as a whole.
+"""Checkpoints: out_dir/model (a Hugging Face directory) and out_dir/resume, each replaced as a whole.
 
-A run touches only its own files. Whatever else lies in a folder that it replaces is carried over.
+A run touches only its own files. Other files in a folder that it replaces are carried over.
 """
 
 import filecmp
@@ -30,13 +30,13 @@ OWN_FILE = re.compile(  # names that runs write into model/ and resume/
     r"|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|(model|tensors|adapter_model|parameters|optimizer)[\w-]*\.safetensors"
 )
-PART_BYTES = 2 * 10**9  # of a file of out_dir/resume
+PART_BYTES = 2 * 10**9  # approximate size of a file in out_dir/resume
 
 # ---- out_dir -----------------------------------------------------------------------------------------------
 
 
 def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
-    """The folder to write to. UserError, before any work, if it cannot be written to or is not this run's."""
+    """The folder to write to. UserError, before any work, if it is not writable or not this run's."""
     if not out_dir.strip():
         raise UserError("out_dir is empty: name the folder to write to")
     out = Path(out_dir)
@@ -45,6 +45,8 @@ def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
             raise UserError(
                 f"out_dir = {out_dir!r}: its {name}/ is the model to start from and would be replaced"
             )
+    if resume and resume_folder(out) is None:
+        raise UserError(f"{out / 'resume'}: no checkpoint to resume from; start without --resume=true")
     if not resume:
         if any((out / name).exists() for name in ("resume", "resume.old")):
             advice = "--resume=true continues it, or give another out_dir"
@@ -93,7 +95,7 @@ def write_config(out: Path, config: Any) -> None:
 
 
 def new_folder(folder: Path) -> None:
-    """An empty folder for rank 0 to fill; what an interrupted run left there goes."""
+    """Make an empty folder for rank 0 to fill; leftovers of an interrupted run are deleted."""
     if rank() == 0:
         discard(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +103,7 @@ def new_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of another. At every moment either `target` or `target`.old is
-    whole.
-    """
+    """Replace `target` with a finished folder. At every moment either `target` or `target`.old is whole."""
     barrier()
     if rank() == 0:
         old = target.with_name(target.name + ".old")
@@ -112,7 +112,7 @@ def replace_folder(new: Path, target: Path) -> None:
             os.replace(target, old)
         os.replace(new, target)
         discard(old, rescue_to=target)
-    barrier()  # before anybody reads it
+    barrier()  # before any process reads it
 
 
 def discard(folder: Path, rescue_to: Path | None = None) -> None:
@@ -132,8 +132,9 @@ def discard(folder: Path, rescue_to: Path | None = None) -> None:
 
 
 def _move(path: Path, target: Path) -> None:
-    """Move a file or folder. Where `target` exists, folders are merged, equal files are one, others get a
-    free name.
+    """Move a file or folder without losing one that exists at `target`.
+
+    Folders are merged, equal files become one, and other files get a free name.
     """
     if path.is_dir() and target.is_dir() and not path.is_symlink():
         for inner in list(path.iterdir()):
@@ -147,8 +148,7 @@ def _move(path: Path, target: Path) -> None:
 
 
 def save_model(out: Path, model, tokenizer, name: str = "model", stop_ids=(), template: str = "auto") -> None:
-    """out_dir/model (or another name), a Hugging Face directory. stop_ids: further ids that end a completion.
-    """
+    """Write out_dir/`name`, a Hugging Face directory. stop_ids: further ids that end a completion."""
     new = out / f"{name}.new"
     new_folder(new)
     with _disk_errors(out / name):
@@ -159,7 +159,7 @@ def save_model(out: Path, model, tokenizer, name: str = "model", stop_ids=(), te
 
 
 class _disk_errors:
-    """Turns a failed write into a UserError that says what is still there."""
+    """Turns a failed write into a UserError that says that the previous version is kept."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -179,11 +179,11 @@ class _disk_errors:
 
 
 def save_resume(out: Path, model, optimizer: torch.optim.Optimizer, state: dict, config: Any) -> None:
-    """out_dir/resume: parameters, optimiser state and `state` (JSON), the same whatever the number of
-    processes.
+    """Write out_dir/resume: parameters, optimiser state and `state` (JSON).
 
-    Random numbers are functions of (seed, step, row), so there is no generator to keep. Tensors are gathered
-    one by one and written by rank 0 in files of about PART_BYTES.
+    The content does not depend on the number of processes. Random numbers are functions of (seed, step, row),
+    so there is no generator to keep. Tensors are gathered one by one and written by rank 0 in files of about
+    PART_BYTES.
     """
     new = out / "resume.new"
     new_folder(new)
@@ -205,9 +205,7 @@ def save_resume(out: Path, model, optimizer: torch.optim.Optimizer, state: dict,
 
 
 def _named_tensors(model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """("parameter/NAME", tensor) and ("MOMENT/NAME", tensor) of everything to keep, in the same order
-    everywhere.
-    """
+    """("parameter/NAME", tensor) and ("MOMENT/NAME", tensor) to keep, in the same order on every process."""
     names = {p: n for n, p in model.named_parameters()}
     for p, name in names.items():
         yield f"parameter/{name}", p
@@ -227,7 +225,7 @@ def load_resume(
     """Fill model and optimiser from out_dir/resume and return the state.
 
     The configuration must be the saved one except for the knobs in MAY_DIFFER, and so must `data`, a
-    fingerprint of each split's rows. Any number of processes reads what any number wrote.
+    fingerprint of each split's rows. The number of processes may differ from the one that wrote it.
     """
     folder = resume_folder(out)
     if folder is None:
@@ -247,7 +245,7 @@ def load_resume(
 
 
 def resume_folder(out: Path) -> Path | None:
-    """The last whole checkpoint, if there is one."""
+    """The folder of the last complete checkpoint, or None."""
     return next((f for f in (out / "resume", out / "resume.old") if (f / "state.json").exists()), None)
 
 

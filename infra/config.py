@@ -1,6 +1,4 @@
-"""Knobs and errors: a dataclass filled from defaults, a TOML file and --key=value, and mistakes reported in
-one line.
-"""
+"""Knobs and errors: a dataclass filled from a TOML file and --key=value; mistakes reported in one line."""
 
 import difflib
 import errno
@@ -41,13 +39,14 @@ def fail(message: str) -> NoReturn:
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Call main(argv). A UserError becomes one line and exit code 2; other exceptions keep their traceback.
+    """Call main(argv) and exit. A UserError or a disk error becomes one line and exit code 2.
+
+    Other exceptions keep their traceback.
     """
+    # A character that the console cannot show must not end the run.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="replace"
-            )  # a console that cannot show a character loses it, not the run
+            stream.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except UserError as e:
@@ -66,8 +65,9 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 
 def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
-    """An instance of the dataclass `cls` from [file.toml] --key=value ... UserError for unknown keys and
-    wrong types.
+    """An instance of the dataclass `cls` from the arguments [file.toml] --key=value ...
+
+    UserError for unknown keys and wrong types.
     """
     if {"--help", "-h"} & set(argv):
         print(
@@ -94,7 +94,7 @@ def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
 
 
 def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """The content of a TOML file, after that of the file its key `include` names, which it overrides."""
+    """The content of a TOML file, after that of the file named by its key `include`, which it overrides."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
@@ -157,6 +157,7 @@ def require_each(config: Any, keys: Sequence[str], ok: Callable[[Any], bool], ru
 
 
 def one_of(config: Any, key: str, choices: Sequence[str]) -> None:
+    """UserError that names the nearest choice, unless the knob has one of the choices as its value."""
     value = getattr(config, key)
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1, 0)[0]
@@ -179,9 +180,8 @@ def write_toml(config: Any, path: Path) -> None:
     def text(v: Any) -> str:
         if isinstance(v, tuple):
             return "[" + ", ".join(map(text, v)) + "]"
-        return json.dumps(v, ensure_ascii=False).replace(
-            "\x7f", "\\u007f"
-        )  # JSON allows a bare DEL, TOML does not
+        # JSON allows a bare DEL, TOML does not.
+        return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
 
     path.write_text("".join(f"{k} = {text(v)}\n" for k, v in asdict(config).items()), encoding="utf-8")
 

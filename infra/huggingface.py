@@ -1,7 +1,7 @@
 """Hugging Face directories: config.json and safetensors read into a Transformer, and written back.
 
 A parameter's name is its name in the checkpoint, and a field of ModelConfig is a field of config.json, so
-nothing is translated here; what the model cannot honour is refused by name.
+nothing is translated here. A setting that the model cannot honour is refused by name.
 """
 
 import json
@@ -23,9 +23,11 @@ from model import FAMILIES, ModelConfig, Transformer
 
 
 def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
-    """ModelConfig of the content of a config.json, as transformers 4 or 5 writes it. UserError if it is
-    unsupported.
+    """ModelConfig from the content of a config.json, as transformers 4 or 5 writes it.
+
+    UserError if a setting is not supported.
     """
+    # The family and the rotary settings.
     d = dict(d)
     family = FAMILIES.get(d.get("model_type")) if isinstance(d.get("model_type"), str) else None
     if family is None:
@@ -35,7 +37,7 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
         )
     d["rope_theta"], d["rope_scaling"] = _rope(d, where)
     d.pop("rope_parameters", None)
-    # Fields that change the arithmetic and have one value here.
+    # Fields that change the arithmetic and may have only these values.
     allowed = {
         "hidden_act": family.activations,
         "attention_bias": (family.qkv_bias,),
@@ -49,6 +51,7 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
         if d.get(key, values[0]) not in values:
             must = f"must be {values[0]!r}"
             raise UserError(f"{where}: {key} = {d[key]!r} is not supported for {d['model_type']}, {must}")
+    # Defaults; then the fields of ModelConfig, with all others kept in `extra`.
     d.setdefault("tie_word_embeddings", family.gemma)
     if d.get("num_key_value_heads") is None:
         d["num_key_value_heads"] = d.get("num_attention_heads")
@@ -59,7 +62,9 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
 
 
 def _rope(d: dict, where: str) -> tuple[float, dict | None]:
-    """(rope_theta, rope_scaling or None) from either spelling; what rope_parameters lacks stands beside it.
+    """(rope_theta, rope_scaling or None) from transformers 4's or 5's spelling.
+
+    rope_theta is read from inside rope_scaling or rope_parameters, or else from beside them.
     """
     parameters = d.get("rope_scaling") or d.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
@@ -92,7 +97,7 @@ def _check_fields(known: dict, d: dict, where: str) -> None:
     """UserError unless the fields of ModelConfig have usable values."""
     whole = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads")  # fmt: skip
-    limits = {"num_hidden_layers": 1000, "num_attention_heads": 10_000}
+    limits = {"num_hidden_layers": 1000, "num_attention_heads": 10_000, "hidden_size": 1 << 20, "head_dim": 1 << 16}
     for key in (*whole, *(k for k in ("head_dim", "max_position_embeddings") if k in known)):
         value, most = known.get(key), limits.get(key, 1 << 30)
         if type(value) is not int or not 1 <= value <= most:
@@ -107,6 +112,9 @@ def _check_fields(known: dict, d: dict, where: str) -> None:
     window = d.get("sliding_window")
     if window is not None and (type(window) is not int or window < 0):
         raise UserError(f"{where}: sliding_window = {window!r}: must be a whole number or null")
+    eos = d.get("eos_token_id")
+    if not all(type(i) is int for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
+        raise UserError(f"{where}: eos_token_id = {eos!r}: must be a whole number, a list of them, or null")
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads")
     head_dim = known.get("head_dim") or FAMILIES[d["model_type"]].head_dim
@@ -148,12 +156,13 @@ def load_model(
     device=None,
     shard: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
-    """A Transformer with the weights of a Hugging Face directory. dtype None keeps the files'.
+    """A Transformer with the weights of a Hugging Face directory. dtype None: as stored.
 
     The model is laid out without memory and filled tensor by tensor, so the peak is the model plus one
     tensor. `shard` is called in between (FSDP), and each process then keeps its part of every tensor.
     UserError names a missing, extra or misshapen tensor.
     """
+    # The layout, sharded if there are several processes.
     dir = Path(dir).expanduser()
     config = config_from_dict(read_json(dir / "config.json"), str(dir / "config.json"))
     with torch.device("meta"):
@@ -161,6 +170,7 @@ def load_model(
     if shard:
         shard(model.to(dtype))
         model.to_empty(device=device)
+    # The weights.
     missing = dict(model.named_parameters())
     embedding, head = "model.embed_tokens.weight", None  # head: lm_head.weight of a tied model's files
     for file in weight_files(dir):
@@ -169,7 +179,8 @@ def load_model(
                 head = (file, tensor)
                 continue
             _fill(model, name, missing.pop(name), tensor.to(device=device, dtype=dtype))
-    if head and embedding in missing:  # some tied checkpoints keep the embedding under the head's name only
+    # A tied head in the files may be the only copy of the embedding; otherwise the two must be equal.
+    if head and embedding in missing:
         _fill(model, embedding, missing.pop(embedding), head[1].to(device=device, dtype=dtype))
     elif head and not torch.equal(
         full(model.head_weight.detach()).cpu(), head[1].to(dtype=model.head_weight.dtype)
@@ -246,18 +257,17 @@ def save_model(
     model: Transformer, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (),
     shard_bytes: int = 5 * 10**9, write: bool = True,
 ) -> None:  # fmt: skip
-    """Write config.json, generation_config.json and weights as transformers 4 and 5, vLLM and others read
-    them.
+    """Write config.json, generation_config.json and weights for transformers 4 and 5, vLLM and others.
 
-    dtype None keeps the parameters'. generation_config.json stops at config.json's eos_token_id and
+    dtype None: the parameters' own. generation_config.json stops at config.json's eos_token_id and
     `stop_ids`. Weights go to model.safetensors, or to files of at most shard_bytes (or one tensor) with an
-    index; a tied head is not written. Every process has to call this for a sharded model, one of them with
+    index; a tied head is not written. For a sharded model every process must call this, one of them with
     write; the others only help to gather.
     """
     dir = Path(dir)
     parameters = dict(model.named_parameters())
     dtype = dtype or next(iter(parameters.values())).dtype
-    # Which tensor goes to which file.
+    # The tensors of each file.
     shards, room = [[]], shard_bytes
     for name, p in parameters.items():
         size = p.numel() * dtype.itemsize

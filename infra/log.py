@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl and samples.jsonl, intervals, and how well the hardware is used."""
+"""Logs of a run: metrics.jsonl, samples.jsonl, a live counter, confidence intervals, hardware utilisation."""
 
 import json
 import math
@@ -38,9 +38,7 @@ class Log:
 
 
 class Counter:
-    """A line on the terminal that counts finished answers, with tokens a second and the time left; nothing
-    elsewhere.
-    """
+    """A live line of finished answers, tokens per second and time left, shown only on a terminal."""
 
     def __init__(self, total: int):
         self.total, self.start, self.shown = total, time.perf_counter(), 0.0
@@ -70,9 +68,9 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def flops_per_token(model, length: int | float) -> float:
-    """Floating-point operations of a forward and backward pass for a token of a row of `length`.
+    """FLOPs of a forward and backward pass per token, in rows of `length` tokens.
 
-    6 a parameter that multiplies (the head does, an embedding table does not), and 6 x layers x H x D x
+    6 per parameter of a matrix product (the head is one, an embedding table is not), and 6 x layers x H x D x
     length for causal attention.
     """
     c = model.config
@@ -82,9 +80,7 @@ def flops_per_token(model, length: int | float) -> float:
 
 
 def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
-    """Model FLOPs utilisation of training on `tokens` in `rows`: operations over the devices' peak; None off
-    CUDA.
-    """
+    """Model FLOPs utilisation of training on `tokens` in `rows`: FLOP/s / the GPUs' peak. None off CUDA."""
     device = model.head_weight.device
     if device.type != "cuda" or not rows:
         return None
@@ -93,7 +89,7 @@ def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
 
 @cache
 def peak_flops(device: torch.device) -> float:
-    """Operations a second of a large bfloat16 product on this GPU, the best of ten."""
+    """FLOP/s of a large bfloat16 product on this GPU, the best of ten runs."""
     n, best = 8192, math.inf
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     for _ in range(10):

@@ -1,7 +1,7 @@
-"""Several processes (torchrun, FSDP2), each with its share of the work, and the device and arithmetic of one.
+"""Several processes (torchrun, FSDP2) with a share of the work each, and a process's device and arithmetic.
 
 A collective is called by all processes or by none: whether it is called depends on the configuration or on
-sums over all processes, never on what one process happens to hold.
+sums over all processes, never on the data of one process.
 """
 
 import os
@@ -21,8 +21,9 @@ from infra.config import UserError
 
 
 def start_process(device: str, threads: int) -> torch.device:
-    """This process's device. Under torchrun, join the others, take the GPU of the local rank, print on rank 0
-    only.
+    """Set this process up and return its device.
+
+    Under torchrun it joins the other processes, takes the GPU of its local rank, and prints on rank 0 only.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -33,6 +34,7 @@ def start_process(device: str, threads: int) -> torch.device:
             raise UserError(
                 f"WORLD_SIZE is set but not {', '.join(missing)}: start several processes with torchrun"
             )
+        # One GPU per process of this machine.
         local = int(os.environ["LOCAL_RANK"])
         if picked.type == "cuda":
             if local >= torch.cuda.device_count():
@@ -42,6 +44,7 @@ def start_process(device: str, threads: int) -> torch.device:
                 )
             picked = torch.device("cuda", local)
             torch.cuda.set_device(picked)
+        # Join the other processes.
         try:
             dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
         except (dist.DistError, RuntimeError, ValueError) as e:
@@ -112,14 +115,14 @@ def add_up(sums: dict[str, float]) -> dict[str, float]:
     return {k: sum(p[k] for p in parts) for k in sums}
 
 
-MAX_PADDING = (
-    0.04  # start a new micro-batch once padding exceeds this part of it and it fills 1/8 of the budget
-)
+# Start a new micro-batch once padding exceeds this share and the batch fills 1/8 of the budget.
+MAX_PADDING = 0.04
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Row indices, longest first, cut into micro-batches of at most `budget` tokens (rows x longest) with
-    little padding.
+    """Micro-batches of row indices, longest first, with little padding.
+
+    Each has at most `budget` tokens, padding included: rows x longest row.
     """
     batches: list[list[int]] = [[]]
     tokens = 0  # of the last batch, without padding
@@ -141,10 +144,10 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], float]]:
-    """token_batches of this process's share of the rows, each with the factor its loss counts.
+    """token_batches of this process's share of the rows, each with the factor to multiply its loss by.
 
-    Every process gets the same number of micro-batches, or FSDP would wait for ever: a process with fewer
-    repeats the shortest row with factor 0.0. All others have 1.0.
+    Every process gets the same number of micro-batches, or FSDP would wait forever: a process with fewer
+    repeats the shortest row with factor 0.0. All others have factor 1.0.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     parts = []
@@ -159,16 +162,16 @@ def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], flo
 
 
 def shard_model(model, dtype: str = "float32") -> None:
-    """FSDP2 over all processes, one unit a block; with bfloat16 the blocks are gathered in it.
+    """Shard over all processes with FSDP2, one unit per block; dtype bfloat16 gathers blocks in bfloat16.
 
     Gradients are summed in float32 and come out averaged over processes: multiply losses by world().
-    `model.run` counts as a forward pass.
+    `model.run` is registered as a forward pass.
     """
     block_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(block_dtype, torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         fully_shard(block, mp_policy=policy)
-    # reshard_after_forward: parameters() are the shards at all times
+    # reshard_after_forward: parameters() are the shards at all times.
     fully_shard(model, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=True)
     register_fsdp_forward_method(model, "run")
 
@@ -179,14 +182,12 @@ def sharding(dtype: str):
 
 
 def full(p: torch.Tensor) -> torch.Tensor:
-    """The whole of a parameter that may be sharded. A collective: all processes have to ask."""
+    """The whole of a parameter that may be sharded. A collective: all processes must call it."""
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
 def whole_copy(model, dtype: torch.dtype):
-    """The model to sample from: `model` itself if unsharded and already in dtype, else a copy that refresh()
-    fills.
-    """
+    """The model to sample from: itself if unsharded and in dtype already, or a copy that refresh() fills."""
     p = model.head_weight
     if not isinstance(p, DTensor) and p.dtype == dtype:
         return model
@@ -197,7 +198,7 @@ def whole_copy(model, dtype: torch.dtype):
 
 @torch.no_grad()
 def refresh(copy, model) -> None:
-    """Fill a whole_copy() with the model's present weights."""
+    """Fill a whole_copy() with the model's current weights."""
     if copy is not model:
         for a, b in zip(copy.parameters(), model.parameters(), strict=True):
             a.copy_(full(b))
@@ -216,9 +217,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def settle_dtype(cfg: Any, device: torch.device) -> None:
-    """Replace bfloat16 by float32 on a device without bfloat16, with a warning. UserError on a GPU without
-    it.
-    """
+    """Replace bfloat16 with float32, with a warning, if the device lacks it; on CUDA, UserError instead."""
     if "bfloat16" not in (cfg.dtype, getattr(cfg, "rollout_dtype", "")) or has_bfloat16(device):
         return
     if device.type == "cuda":

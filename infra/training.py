@@ -1,4 +1,4 @@
-"""What both trainers do alike: set a run up, take an optimiser step, and end a step (log, save, stop)."""
+"""Shared by both trainers: set a run up, take an optimiser step, and end a step (log, save, stop)."""
 
 import hashlib
 import json
@@ -32,9 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Run:
-    """A run's parts. `state` is what out_dir/resume keeps besides tensors: the steps done and the trainer's
-    memory.
-    """
+    """The parts of a run. `state` is kept in out_dir/resume too: steps and seconds done, trainer's memory."""
 
     out: Path
     base: Path  # the directory of the starting model
@@ -54,7 +52,7 @@ def start(cfg: Any) -> torch.device:
     """Join the other processes; settle device and arithmetic."""
     device = start_process(cfg.device, cfg.threads)
     settle_dtype(cfg, device)
-    if device.type not in ("cpu", "cuda"):  # mps and xpu: the plain path in float32, which nobody has run yet
+    if device.type not in ("cpu", "cuda"):  # mps and xpu: the plain path in float32, untested so far
         cfg.fast, cfg.dtype, cfg.compile = False, "float32", "false"
         if hasattr(cfg, "rollout_dtype"):
             cfg.rollout_dtype = "float32"
@@ -77,10 +75,10 @@ def starting_model(cfg: Any) -> Path:
     raise UserError(f"model = {cfg.model!r}: no such directory; download it with: {get}")
 
 
-def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str) -> Run:
+def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, resume: bool = False) -> Run:
     """Model, tokenizer and out_dir of a run, all checked before any work is done."""
     base = starting_model(cfg)
-    out = check_out_dir(out_dir, base, cfg.resume)
+    out = check_out_dir(out_dir, base, resume)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(
@@ -104,17 +102,16 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
 
 
 def frozen_model(dir: Path, cfg: Any, device: torch.device) -> Transformer:
-    """The reference model of a KL term or of a pair loss: no gradients, sharded and compiled like the trained
-    one.
-    """
+    """The reference model of a KL term or pair loss: no gradients, sharded and compiled like the trained."""
     model = load_model(dir, torch.float32, device, sharding(cfg.dtype))
     speed_up(model, cfg, device)
     return model.requires_grad_(False)
 
 
 def start_or_resume(run: Run, cfg: Any, resume: bool, state: dict, data: dict[str, str]) -> None:
-    """Fill the run's state from out_dir/resume, or begin with `state`. data: fingerprints of the rows of each
-    split.
+    """Fill the run's state from out_dir/resume, or begin with `state`.
+
+    data: a fingerprint of each split's rows, which a resumed run must share.
     """
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
@@ -148,7 +145,7 @@ def fingerprint(rows: Sequence) -> str:
 
 
 def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
-    """Rows of a step: a stream of shuffled epochs of n rows without gaps, whatever n / size is."""
+    """The rows of a step, `size` of an endless stream of shuffled epochs of n rows; none is left out."""
     first, orders = step * size, {}
     for k in range(first, first + size):
         epoch = k // n
@@ -158,8 +155,9 @@ def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
 
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Factor of the peak learning rate at `step` (from 0): linear warm-up whose first step is not 0, then
-    constant, or linear or cosine decay to 0 at `steps`.
+    """Factor of the peak learning rate at `step` (from 0).
+
+    Linear warm-up whose first step is not 0, then constant, or linear or cosine decay to 0 at `steps`.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -176,8 +174,9 @@ def set_options(optimizer: torch.optim.Optimizer, **options) -> None:
 
 
 def optimizer_step(model, optimizer: torch.optim.Optimizer, grad_clip: float, loss: float) -> float:
-    """One clipped step; returns the gradient norm before clipping. UserError, and no step, if it or loss is
-    not finite.
+    """One clipped step; returns the gradient norm before clipping.
+
+    UserError, and no step, if the norm or the loss is not finite.
     """
     grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -188,9 +187,7 @@ def optimizer_step(model, optimizer: torch.optim.Optimizer, grad_clip: float, lo
 
 @contextmanager
 def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
-    """Name the step and the last good checkpoint when an update fails, and the knob to change when memory
-    runs out.
-    """
+    """When an update fails, name the step and the last good checkpoint, and the knob if memory ran out."""
     try:
         with memory_advice(
             "in the update", "gradient_checkpointing = true, or token_budget", cfg.token_budget // 2
@@ -218,9 +215,7 @@ def log_step(
 
 
 def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:
-    """Write out_dir/model and out_dir/resume when they are due. After a signal to stop, do so at once and
-    exit.
-    """
+    """Write out_dir/model and out_dir/resume when they are due; after a signal to stop, at once, and exit."""
     done, stop = run.state["step"], stop_requested()
     if done % cfg.save_every == 0 or done == total or stop:
         save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
@@ -230,7 +225,7 @@ def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "
         sys.exit(128 + stop)
 
 
-_signals: list[int] = []  # received so far
+_signals: list[int] = []  # signals received so far
 
 
 def catch_signals() -> None:

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from common import UserError
+from infra.config import UserError
 from toys import search_tree
 from toys.search_tree import Config, ascend, draw_hit, draw_step, leaves_to_half, main, right_after
 

@@ -1,8 +1,8 @@
-"""train_ift.py against recorded outputs of the published code of IFT (tests/vectors/ift/README.md), identities its losses
-must satisfy, and whole runs.
+"""train_ift.py against recorded outputs of the published code of IFT (tests/vectors/ift/README.md), identities
+its losses must satisfy, and whole runs.
 
-Where ours departs on purpose the test says so: an example without a target or without loss is no NaN, side "right" does not
-look at the neighbours unless it is given the published floor, and lambda is no float32."""
+Where ours departs on purpose the test says so: an example without a target or without loss is no NaN, side
+"right" does not look at the neighbours unless it is given the published floor, and lambda is no float32."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ HERE = Path(__file__).parent / "vectors/ift"
 MODELS = HERE.parent / "uft/models"
 PAIRS = [name for name, loss in LOSSES.items() if loss.pairs]
 each_path = pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
-HEADS = pytest.mark.parametrize("head", [fast_head, plain_head], ids=["fast", "plain"])
+each_head = pytest.mark.parametrize("head", [fast_head, plain_head], ids=["fast", "plain"])
 
 
 def read(name):
@@ -65,7 +65,9 @@ def tensors(name):
     return load_file(HERE / f"{name}.safetensors")
 
 
-WEIGHTS, LOGITS, PAIR_LOGITS, E2E = (read(n) for n in ("cumsum_weight", "loss_from_logits", "preference_from_logits", "e2e"))
+WEIGHTS, LOGITS, PAIR_LOGITS, E2E = (
+    read(n) for n in ("cumsum_weight", "loss_from_logits", "preference_from_logits", "e2e")
+)
 LOGITS_T, PAIR_LOGITS_T, E2E_T = (tensors(n) for n in ("loss_from_logits", "preference_from_logits", "e2e"))
 
 
@@ -89,13 +91,15 @@ def with_floor(nll, mask, key):
     return gamma, kw | {"floor": floor}
 
 
-# ---- relation propagation -------------------------------------------------------------------------------------------
+# ---- relation propagation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_propagation_weights_are_the_published_ones(case):
     """At the targets; where the published weights are NaN (no loss at all) ours are 1."""
-    t = {k.removeprefix(case + "/"): v for k, v in tensors("cumsum_weight").items() if k.startswith(case + "/")}
+    t = {
+        k.removeprefix(case + "/"): v for k, v in tensors("cumsum_weight").items() if k.startswith(case + "/")
+    }
     nll, mask = -t["logps"], t["loss_mask"]
     compared = 0
     for key, published in zip(WEIGHTS[case], t["w"], strict=True):
@@ -104,7 +108,9 @@ def test_propagation_weights_are_the_published_ones(case):
         assert ours.isfinite().all() and not ours[~mask].any(), key
         known = mask & ~published.isnan()
         rtol = 3e-4 if case == "float32_long" else 1e-5 if kw["quantity"] == "mask" and gamma == 1 else 1e-9
-        torch.testing.assert_close(ours[known], published[known], rtol=rtol, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            ours[known], published[known], rtol=rtol, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
+        )
         for row in (mask & published.isnan()).any(1).nonzero()[:, 0]:
             if not nll[row][mask[row]].any() and kw["quantity"] != "mask":
                 assert (ours[row][mask[row]] == 1).all(), key
@@ -154,7 +160,9 @@ def test_side_right_does_not_look_at_the_neighbours():
     nll, mask = torch.rand(3, 8).double() + 0.1, torch.ones(3, 8).bool()
     for norm in ("L1", "L2", "softmax", "log"):
         both = propagation_weights(nll, mask, 0.9, "loss", "right", norm)
-        alone = torch.cat([propagation_weights(nll[[i]], mask[[i]], 0.9, "loss", "right", norm) for i in range(3)])
+        alone = torch.cat(
+            [propagation_weights(nll[[i]], mask[[i]], 0.9, "loss", "right", norm) for i in range(3)]
+        )
         torch.testing.assert_close(both, alone, rtol=1e-12, atol=0)
 
 
@@ -179,7 +187,7 @@ def test_weights_of_the_default_by_hand():
     torch.testing.assert_close(w, torch.tensor([[0.0, 3.0, 4.0, 4.0]]) * 3 / 11)
 
 
-# ---- the losses on given logits -------------------------------------------------------------------------------------
+# ---- the losses on given logits ----------------------------------------------------------------------------
 
 
 def nll_of(logits, labels):
@@ -260,19 +268,27 @@ def test_mixed_embeddings_are_the_published_ones(batch):
         torch.testing.assert_close(ours, t[f"embeds_pass2/lam{lam}"], rtol=0, atol=1e-9)
 
 
-# ---- losses of pairs ------------------------------------------------------------------------------------------------
+# ---- losses of pairs ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("r", read("preference_loss"), ids=lambda r: f"{r['loss_name']}-{r['beta']}-{len(r['losses'])}")
+@pytest.mark.parametrize(
+    "r", read("preference_loss"), ids=lambda r: f"{r['loss_name']}-{r['beta']}-{len(r['losses'])}"
+)
 def test_dpo_and_ipo_are_the_published_ones(r):
-    policy = [torch.tensor(r[f"policy_{n}_logps"], dtype=torch.float64, requires_grad=True) for n in ("chosen", "rejected")]
+    policy = [
+        torch.tensor(r[f"policy_{n}_logps"], dtype=torch.float64, requires_grad=True)
+        for n in ("chosen", "rejected")
+    ]
     reference = [torch.tensor(r[f"reference_{n}_logps"], dtype=torch.float64) for n in ("chosen", "rejected")]
     rewarded = reference
     if r["reference_free"]:
         reference = [torch.zeros_like(x) for x in reference]
     if r["loss_name"] == "dpo":
         losses, chosen, rejected = dpo_loss(*policy, *reference, r["beta"], r["label_smoothing"])
-        for ours, p, ref, name in ((chosen, policy[0], rewarded[0], "chosen"), (rejected, policy[1], rewarded[1], "rejected")):
+        for ours, p, ref, name in (
+            (chosen, policy[0], rewarded[0], "chosen"),
+            (rejected, policy[1], rewarded[1], "rejected"),
+        ):
             if r["reference_free"]:  # the published rewards keep the reference there
                 ours = r["beta"] * (p - ref).detach()
             assert ours.tolist() == pytest.approx(r[f"{name}_rewards"], rel=1e-9)
@@ -284,13 +300,18 @@ def test_dpo_and_ipo_are_the_published_ones(r):
         assert policy[0].grad.isfinite().all()
         return
     assert policy[0].grad.tolist() == pytest.approx(r["grad_of_mean_wrt_policy_chosen"], rel=1e-9, abs=1e-12)
-    assert policy[1].grad.tolist() == pytest.approx(r["grad_of_mean_wrt_policy_rejected"], rel=1e-9, abs=1e-12)
+    assert policy[1].grad.tolist() == pytest.approx(
+        r["grad_of_mean_wrt_policy_rejected"], rel=1e-9, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("run", PAIR_LOGITS["same_len"])
 @pytest.mark.parametrize("batch", PAIR_LOGITS)
 def test_pair_losses_on_given_logits(batch, run):
-    r, t = PAIR_LOGITS[batch][run], {k[len(batch) + 1 :]: v for k, v in PAIR_LOGITS_T.items() if k.startswith(batch + "/")}
+    r, t = (
+        PAIR_LOGITS[batch][run],
+        {k[len(batch) + 1 :]: v for k, v in PAIR_LOGITS_T.items() if k.startswith(batch + "/")},
+    )
     logits = t["in/policy_logits"].clone().requires_grad_()
     nll, mask = nll_of(logits, t["concatenated_labels"])
     ref = -nll_of(t["in/reference_logits"], t["concatenated_labels"])[0].sum(1)
@@ -304,7 +325,9 @@ def test_pair_losses_on_given_logits(batch, run):
     losses.mean().backward()
     published = t[f"gradient/{run}"]
     assert losses.mean().item() == pytest.approx(r["loss"], rel=1e-4)
-    torch.testing.assert_close(logits.grad.flatten()[::3], published, rtol=0, atol=1e-4 * published.norm().item())
+    torch.testing.assert_close(
+        logits.grad.flatten()[::3], published, rtol=0, atol=1e-4 * published.norm().item()
+    )
 
 
 def test_tdpo_by_hand():
@@ -330,7 +353,9 @@ def test_simpo_by_hand():
 
 def test_ipo_and_orpo_by_hand():
     one = torch.ones(1).double()
-    assert ipo_loss(-2 * one, -4 * one, -3 * one, -3 * one, 0.25).item() == pytest.approx(0.0)  # margin 2 = 1 / (2 beta)
+    assert ipo_loss(-2 * one, -4 * one, -3 * one, -3 * one, 0.25).item() == pytest.approx(
+        0.0
+    )  # margin 2 = 1 / (2 beta)
     chosen, rejected = math.log(0.6) * one, math.log(0.2) * one  # odds 1.5 and 0.25, ratio 6
     wanted = -math.log(0.6) + 0.25 * -math.log(6 / 7)
     assert orpo_loss(chosen, rejected, 0.25).item() == pytest.approx(wanted, rel=1e-12)
@@ -345,18 +370,28 @@ def test_simpo_and_orpo_are_those_of_trl():
     chosen, rejected = -torch.rand(6).double() - 0.05, -2 * torch.rand(6).double() - 0.05
     args = SimpleNamespace(device="cpu")
     them = SimpleNamespace(
-        accelerator=args, loss_type="simpo", alpha=0.0, simpo_gamma=1.6, beta=2.0, label_smoothing=0.0, is_encoder_decoder=False
+        accelerator=args,
+        loss_type="simpo",
+        alpha=0.0,
+        simpo_gamma=1.6,
+        beta=2.0,
+        label_smoothing=0.0,
+        is_encoder_decoder=False,
     )
     wanted = cpo.CPOTrainer.cpo_loss(them, chosen, rejected)[0]
     torch.testing.assert_close(simpo_loss(chosen, rejected, 2.0, 0.8), wanted)
     them = SimpleNamespace(accelerator=args, beta=0.25)
-    wanted = orpo.ORPOTrainer.odds_ratio_loss(them, chosen, rejected)[0]  # TRL's is what is added, not what is subtracted
+    wanted = orpo.ORPOTrainer.odds_ratio_loss(them, chosen, rejected)[
+        0
+    ]  # TRL's is what is added, not what is subtracted
     torch.testing.assert_close(orpo_loss(chosen, rejected, 0.25), -chosen - wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log1mexp_near_0_and_far(dtype):
-    x = torch.tensor([-1e-30, -1e-12, -1e-6, -1e-3, -0.1, -0.69, -0.70, -1.0, -5.0, -30.0, -80.0], dtype=dtype)
+    x = torch.tensor(
+        [-1e-30, -1e-12, -1e-6, -1e-3, -0.1, -0.69, -0.70, -1.0, -5.0, -30.0, -80.0], dtype=dtype
+    )
     x.requires_grad_()
     y = log1mexp(x)
     y.sum().backward()
@@ -365,7 +400,9 @@ def test_log1mexp_near_0_and_far(dtype):
     rel = 1e-6 if dtype == torch.float32 else 1e-13
     assert y.tolist() == pytest.approx(wanted, rel=rel, abs=0)
     assert x.grad.tolist() == pytest.approx([-1 / math.expm1(-v) for v in exact], rel=1e-5, abs=0)
-    edge = torch.tensor([0.0, 1e-7, -1e4], dtype=dtype, requires_grad=True)  # rounding can put a log-prob at or above 0
+    edge = torch.tensor(
+        [0.0, 1e-7, -1e4], dtype=dtype, requires_grad=True
+    )  # rounding can put a log-prob at or above 0
     y = log1mexp(edge)
     y.sum().backward()
     assert y.isfinite().all() and edge.grad.isfinite().all()
@@ -379,7 +416,7 @@ def test_orpo_with_certain_answers_is_finite():
         assert loss.isfinite() and chosen.grad.isfinite() and rejected.grad.isfinite(), pair
 
 
-# ---- lambda ---------------------------------------------------------------------------------------------------------
+# ---- lambda ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("r", read("update_lambda"), ids=lambda r: f"{r['name']}-{r['max_lambda']}")
@@ -388,11 +425,13 @@ def test_residual_lambda_is_the_published_one(r):
     disturb = r["disturb_std"] if r["lambda_disturb"] else 0.0
     schedule = "linear" if r["lambda_schedule"] else "static"
     for step, z, published in zip(r["steps"], noise, r["lambda"], strict=False):
-        ours = residual_lambda(step, r["min_lambda"], r["max_lambda"], schedule, r["config_warmup_steps"], disturb, z)
+        ours = residual_lambda(
+            step, r["min_lambda"], r["max_lambda"], schedule, r["config_warmup_steps"], disturb, z
+        )
         assert ours == pytest.approx(published, abs=1e-6)
 
 
-# ---- end to end on the tiny models ----------------------------------------------------------------------------------
+# ---- end to end on the tiny models -------------------------------------------------------------------------
 
 
 def tiny(kind="llama"):
@@ -465,7 +504,9 @@ def test_both_passes_are_the_published_ones(kind, name, fast):
     weights = torch.full((len(ids),), 1 / len(ids))
     sft = supervised_loss(LOSSES["sft"], model, ids, mask, weights, 0, cfg)[0].item()
     assert sft == pytest.approx(case["loss_sft"], abs=2e-5)
-    torch.testing.assert_close(-nll.detach()[:, 1:], E2E_T[f"{kind}/{name}/logps"] * mask[:, 1:], rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        -nll.detach()[:, 1:], E2E_T[f"{kind}/{name}/logps"] * mask[:, 1:], rtol=0, atol=2e-5
+    )
     weights = propagation_weights(nll.detach(), mask, gamma, **kw)
     published = E2E_T[f"{kind}/{name}/weights"]
     torch.testing.assert_close(weights[:, 1:][mask[:, 1:]], published[mask[:, 1:]], rtol=1e-4, atol=1e-5)
@@ -500,7 +541,11 @@ def test_first_pass_and_residual_are_the_published_ones_at_answer_positions_only
     for lam in (0.2, 0.5, 1.0):
         seen.clear()
         states_of(model, ids, mask, Config(lam=lam))
-        assert [g for g, _, _ in seen] == [True, False, True]  # the prompts, then both passes over the answers
+        assert [g for g, _, _ in seen] == [
+            True,
+            False,
+            True,
+        ]  # the prompts, then both passes over the answers
         assert torch.equal(seen[0][1], plain[:, : seen[0][1].shape[1]])
         mixed = plain.clone()
         for b, (row, at) in enumerate(zip(seen[2][1].detach(), seen[2][2], strict=True)):
@@ -546,7 +591,7 @@ def test_plain_passes_and_their_residual_are_the_published_ones(kind, monkeypatc
             torch.testing.assert_close(mixed.flatten()[::7], published, rtol=0, atol=1e-6)
 
 
-# ---- identities -----------------------------------------------------------------------------------------------------
+# ---- identities --------------------------------------------------------------------------------------------
 
 
 def some_examples(n=6, seed=0):
@@ -693,7 +738,7 @@ def test_pair_losses_are_those_of_the_model_run_on_each_answer(loss, fast):
     assert_same(ours, plain, 1e-5)
 
 
-@HEADS
+@each_head
 def test_a_soft_prediction_of_a_peaked_model_is_its_argmax(head):
     model = tiny()
     ids, mask = to_rows(some_examples(), torch.device("cpu"))
@@ -712,7 +757,9 @@ def test_a_soft_prediction_of_a_peaked_model_is_its_argmax(head):
 @each_path
 def test_a_row_without_target_is_0_and_moves_nothing(fast):
     model, batch = tiny(), some_examples(3)
-    ids, mask = to_rows([*batch, Example([5, 6, 7], [0, 0, 0], False, 0), Example([9], [1], False, 0)], torch.device("cpu"))
+    ids, mask = to_rows(
+        [*batch, Example([5, 6, 7], [0, 0, 0], False, 0), Example([9], [1], False, 0)], torch.device("cpu")
+    )
     for kw in ({}, {"side": "right"}, {"norm": "softmax"}, {"gamma": 0.0}):
         grads, values = [], []
         for rows in ((ids, mask), to_rows(batch, torch.device("cpu"))):
@@ -744,7 +791,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
 @pytest.mark.parametrize("embedding", [True, False])
 def test_neither_sharing_the_prompt_nor_chunks_change_anything(kind, embedding, monkeypatch):
-    """Against two whole passes and autograd: all examples at once, one a chunk, examples too long, and plain."""
+    """Against two whole passes and autograd: all examples at once, one a chunk, too long ones, and plain."""
     model, batch = tiny("llama" if kind == "window" else kind), some_examples(12)
     if kind == "window":
         model.config.model_type, model.config.extra["sliding_window"] = "mistral", 3
@@ -795,7 +842,7 @@ def test_no_tensor_of_all_logits(own, monkeypatch):
     torch.testing.assert_close(nll.detach(), whole, rtol=1e-5, atol=1e-5)
 
 
-@HEADS
+@each_head
 def test_token_kl_is_that_of_autograd(head, monkeypatch):
     monkeypatch.setattr(fast_head, "CPU_CHUNK", 16 * 23)
     h, w, rh, rw = (torch.randn(*s, dtype=torch.float64) for s in ((40, 8), (23, 8), (40, 8), (23, 8)))
@@ -812,7 +859,7 @@ def test_token_kl_is_that_of_autograd(head, monkeypatch):
     assert head.token_kl(h, w, h, w).abs().max() < 1e-6
 
 
-@HEADS
+@each_head
 def test_sampled_tokens_have_the_models_frequencies(head):
     torch.manual_seed(0)
     logits = torch.tensor([0.0, 1.5, -1.0, -torch.inf, 0.7])
@@ -823,16 +870,18 @@ def test_sampled_tokens_have_the_models_frequencies(head):
     counts = torch.bincount(drawn, minlength=5)
     assert counts[3] == 0
     seen = expected > 0
-    assert (((counts - expected) ** 2)[seen] / expected[seen]).sum() < 21  # 99.97 % quantile for 3 degrees of freedom
+    assert (
+        ((counts - expected) ** 2)[seen] / expected[seen]
+    ).sum() < 21  # 99.97 % quantile for 3 degrees of freedom
 
 
-@HEADS
+@each_head
 def test_a_draw_of_0_does_not_give_a_token_of_probability_0(head):
     logits, u = torch.tensor([-1e4, 0.0, 1.0]), torch.tensor([0.0, 1 - 2**-53]).double()
     assert head.sample_tokens(torch.ones(2, 1), logits[:, None], u).tolist() == [1, 2]
 
 
-@HEADS
+@each_head
 def test_expected_embeddings_by_hand(head, monkeypatch):
     """With gradient to the table, and neither to the states nor to the head."""
     monkeypatch.setattr(fast_head, "CPU_CHUNK", 16 * 5)
@@ -846,7 +895,9 @@ def test_expected_embeddings_by_hand(head, monkeypatch):
 
 
 def test_the_end_token_is_trained_although_it_is_the_padding_id():
-    ids, mask = to_rows([Example([5, 6, 0], [0, 1, 1], False, 0), Example([1, 2, 3, 0, 4], [1, 0, 0, 1, 0], False, 0)], "cpu")
+    ids, mask = to_rows(
+        [Example([5, 6, 0], [0, 1, 1], False, 0), Example([1, 2, 3, 0, 4], [1, 0, 0, 1, 0], False, 0)], "cpu"
+    )
     assert ids.tolist() == [[5, 6, 0, 0, 0], [1, 2, 3, 0, 4]]
     assert mask.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
 
@@ -876,7 +927,7 @@ def test_a_nan_is_refused_before_the_update(loss):
     assert all(torch.equal(p.nan_to_num(7), before[n].nan_to_num(7)) for n, p in model.named_parameters())
 
 
-# ---- whole runs -----------------------------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------
 
 SMALL = """--train_rows=16 --test_rows=2 --epochs=2.5 --batch=8 --max_new_tokens=4 --max_length=128
 --eval_every=3 --save_every=2 --print_every=1 --device=cpu --lr=1e-3""".split()
@@ -943,7 +994,9 @@ def test_every_step_has_its_own_lambda_and_its_own_draws(tmp_path, monkeypatch):
     go(tmp_path / "b", *linear, "--lam_disturb=0.5", "--seed=1")
     assert len({lam for lam, _ in seen}) == 5
     assert len({seed for _, seed in seen}) == 5
-    assert [line["lambda"] for line in metrics(tmp_path / "b") if "lambda" in line] == [lam for lam, _ in seen]
+    assert [line["lambda"] for line in metrics(tmp_path / "b") if "lambda" in line] == [
+        lam for lam, _ in seen
+    ]
 
 
 def interrupt(monkeypatch, call):
@@ -993,7 +1046,9 @@ def test_resuming_several_losses(call, tmp_path, monkeypatch, capsys):
         assert outcome(tmp_path / "cut" / loss) == outcome(tmp_path / "whole" / loss)
         assert metrics(tmp_path / "cut" / loss) == metrics(tmp_path / "whole" / loss)
     again = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[:-1] for line in again] == [line.split()[:-1] for line in table]  # all but the seconds
+    assert [line.split()[:-1] for line in again] == [
+        line.split()[:-1] for line in table
+    ]  # all but the seconds
 
 
 def refused(capsys, monkeypatch, *args):
@@ -1034,7 +1089,7 @@ def refused(capsys, monkeypatch, *args):
         ("--beta=-1", "beta"),
         ("--batch=0", "batch"),
         ("--token_budget=4", "token_budget"),
-        ("--max_length=2", "no train row is left"),
+        ("--max_length=2", "no row is left"),
         ("--model=/nowhere/model", "/nowhere/model"),
         ("--resume=true", "resume"),
         ("--lr", "needs a value"),
@@ -1092,6 +1147,8 @@ def test_validation_is_the_mean_nll_of_a_token():
     with torch.no_grad():
         wanted = (target_nll(model, ids, mask).sum() / mask.sum()).item()
     for budget in (20, 1000):
-        assert train_ift.validation_nll(model, batch, Config(token_budget=budget)) == pytest.approx(wanted, rel=1e-6)
+        assert train_ift.validation_nll(model, batch, Config(token_budget=budget)) == pytest.approx(
+            wanted, rel=1e-6
+        )
     pairs = list(zip(batch, some_examples(6, 9), strict=True))
     assert train_ift.validation_nll(model, pairs, Config()) == pytest.approx(wanted, rel=1e-6)

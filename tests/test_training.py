@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import train_ift
 import train_uft
+from data.chat import Example
 from infra import training
 from infra.config import UserError
 from infra.training import (
@@ -53,11 +54,12 @@ def test_a_missing_model_says_how_to_download_it(tmp_path, monkeypatch):
 
 def test_a_base_without_an_end_of_text_token_is_refused(tmp_path):
     for path in (ROOT / "data/tiny/countdown").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token is missing"):
-        train_uft.main([f"--model={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"])
+        content = path.read_bytes()
+        if path.name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            content = json.dumps({k: v for k, v in json.loads(content).items() if "eos" not in k}).encode()
+        (tmp_path / path.name).write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token is missing, and without it no answer ends"):
+        training.set_up(train_uft.Config(model=str(tmp_path)), str(tmp_path / "out"), torch.device("cpu"), "float32")
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
@@ -96,7 +98,7 @@ def test_a_fingerprint_changes_with_any_row():
     for other in (rows[::-1], rows[:1], [rows[0], rows[1] | {"truth": 0}], [*rows, rows[0]]):
         assert fingerprint(other) != fingerprint(rows)
     ids = np.array([3, 4, 5], np.uint32)
-    pair = (train_ift.chat.Example([3, 4, 5], [0, 1, 1]), train_ift.chat.Example([3, 9], [0, 1]))
+    pair = (Example(ids, [0, 1, 1], False, 0), Example([3, 9], [0, 1], False, 0))
     assert fingerprint([(ids, np.array([0, 1, 1]))]) == fingerprint([([3, 4, 5], [0, 1, 1])])
     for other in ((pair[0], pair[0]), (pair[1], pair[0]), pair[:1]):
         assert fingerprint([other]) != fingerprint([pair])
@@ -255,18 +257,18 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
 
 def test_a_run_whose_rows_have_changed_is_not_resumed(tmp_path):
     rows = [{"prompt": f"{a} {b}", "hint": [], "answer": f"{a + b}", "truth": {"numbers": [a, b], "target": a + b}}
-            for a in range(4) for b in range(3)]  # fmt: skip
+            for a in range(8) for b in range(5)]  # fmt: skip
 
     def write(rows):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     write(rows)
-    flags = ["--steps=1", "--problems=2", "--mini_batch=2", "--rollouts=2", "--max_new_tokens=4", "--test_rows=2",
+    flags = ["--algo=rft", "--steps=1", "--problems=2", "--mini_batch=2", "--rollouts=2", "--max_new_tokens=4", "--test_rows=2",
              "--device=cpu", "--show=0", f"--data_path={tmp_path / 'rows.jsonl'}", f"--out_dir={tmp_path / 'out'}"]  # fmt: skip
     train_uft.main(flags)
     train_uft.main([*flags, "--resume=true"])
     kept = (tmp_path / "out/metrics.jsonl").read_bytes()
-    write([*rows[:-1], rows[-1] | {"answer": "7"}])
-    with pytest.raises(UserError, match=r"rows\.jsonl: the train rows have changed since the run began: they were 1\d rows"):
+    write([row | {"answer": "7"} for row in rows])
+    with pytest.raises(UserError, match=r"rows\.jsonl: the train rows have changed since the run began: they were \d+ rows"):
         train_uft.main([*flags, "--resume=true"])
     assert (tmp_path / "out/metrics.jsonl").read_bytes() == kept

@@ -45,7 +45,7 @@ LOGITS, ACTOR = read("actor_from_logits.json"), load_file(HERE / "actor_from_log
 E2E, E2E_TENSORS = read("actor_e2e.json"), load_file(HERE / "actor_e2e.safetensors")
 
 
-# ---- hints ----------------------------------------------------------------------------------------------------------
+# ---- hints -------------------------------------------------------------------------------------------------
 
 
 def test_cut_points_are_the_published_slice_lengths():
@@ -85,7 +85,9 @@ def chi_square(drawn, pmf):
 )
 def test_hint_lengths_are_drawn_from_their_distribution(schedule, step, m):
     cfg = Config(hint_steps=300)
-    drawn = [hint_length(schedule, step, m, cfg, np.random.default_rng((0, 3, step, i)), 0.4) for i in range(4000)]
+    drawn = [
+        hint_length(schedule, step, m, cfg, np.random.default_rng((0, 3, step, i)), 0.4) for i in range(4000)
+    ]
     p = {"cosine": hint_probability(step, 300), "target": 0.4}.get(schedule)
     pmf = [1 / (m + 1)] * (m + 1) if p is None else binomial(m, p)
     assert chi_square(drawn, pmf) < 25.7  # 99.99 % quantile for 5 degrees of freedom
@@ -95,7 +97,9 @@ def test_uniform_still_draws_all_lengths_after_hint_steps_and_the_others_stop():
     cfg = Config(hint_steps=300)
     for r in SLICING["uniform"]:
         cuts, step = cut_points(r["len_hint"], 5), r["timestep"] - 1
-        draws = [hint_length("uniform", step, len(cuts) - 1, cfg, np.random.default_rng(i)) for i in range(200)]
+        draws = [
+            hint_length("uniform", step, len(cuts) - 1, cfg, np.random.default_rng(i)) for i in range(200)
+        ]
         assert sorted({cuts[k] for k in draws}) == r["slice_length"]
         assert r["pmf"] == pytest.approx([1 / len(cuts)] * len(cuts), abs=1e-12)
     for schedule in ("cosine", "stage", "target", "none", "on-failure"):
@@ -114,8 +118,9 @@ def test_stage_by_a_hand_worked_table():
 
 
 def test_stage_is_the_published_one_a_step_later_where_the_stages_divide_hint_steps():
-    """The published step t (from 1) uses t where ours uses t - 1, so each of its stages begins a step early and the
-    first lasts a step less. Where m + 1 does not divide hint_steps it also rounds the width down, so they part."""
+    """The published step t (from 1) uses t where ours uses t - 1, so each of its stages begins a step early
+    and the first lasts a step less. Where m + 1 does not divide hint_steps it also rounds the width down, so
+    they part."""
     compared = 0
     for r in SLICING["stage"]:
         cuts = cut_points(r["len_hint"], 5)
@@ -137,7 +142,7 @@ def test_hint_texts_of_real_rows_and_the_answer_is_never_in_them():
             assert "<answer>" not in text
 
 
-# ---- the parts of the loss ------------------------------------------------------------------------------------------
+# ---- the parts of the loss ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CORE["grpo_outcome_advantage"], ids=lambda c: c["note"])
@@ -180,10 +185,12 @@ def test_k3_and_a_finite_gradient_where_the_published_one_is_nan():
     torch.testing.assert_close(grad, published.nan_to_num(0.0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CORE["lr_schedules"], ids=lambda c: f"{c['schedule']} {c['num_warmup_steps']}")
+@pytest.mark.parametrize(
+    "case", CORE["lr_schedules"], ids=lambda c: f"{c['schedule']} {c['num_warmup_steps']}"
+)
 def test_learning_rate_is_the_published_one_without_its_step_at_0(case):
-    """The published warm-up takes i / warmup at update i: its first update does nothing. Ours is that of i + 1. After
-    the warm-up the two are the same at the same update."""
+    """The published warm-up takes i / warmup at update i: its first update does nothing. Ours is that of
+    i + 1. After the warm-up the two are the same at the same update."""
     warmup, steps = case["num_warmup_steps"], case["num_training_steps"]
     published = case["lr_factor_used_at_update"][:steps]
     schedule = case["schedule"].split("_")[0]
@@ -191,7 +198,9 @@ def test_learning_rate_is_the_published_one_without_its_step_at_0(case):
     for i in range(len(published) - 1):
         wanted = published[i + 1] if i < warmup else published[i]
         if schedule == "constant" and i == 0:
-            wanted = max(wanted, 1 / max(1, warmup))  # without a warm-up the published first update still is at 0
+            wanted = max(
+                wanted, 1 / max(1, warmup)
+            )  # without a warm-up the published first update still is at 0
         assert lr_factor(i, steps, warmup, schedule) == pytest.approx(wanted, abs=1e-12)
 
 
@@ -206,8 +215,8 @@ def test_logprobs_entropies_and_their_gradients(batch, head, loss_at_once):
         states, labels = logits.flatten(0, 1)[mask], t["labels"].flatten()[mask]
         eye = torch.eye(V, dtype=torch.float64)
 
-        def loss_fn(logp, entropy, pick=what, n=len(labels)):
-            return (logp if pick == "logprob" else entropy).sum() / n
+        def loss_fn(logp, entropy, pick=what, labels=labels):
+            return (logp if pick == "logprob" else entropy).sum() / len(labels)
 
         if loss_at_once:
             mean, logp, entropy = head.token_loss(states, eye, labels, loss_fn, (), 1.0, True)
@@ -221,12 +230,12 @@ def test_logprobs_entropies_and_their_gradients(batch, head, loss_at_once):
         torch.testing.assert_close(logits.grad, t[f"grad_masked_mean_{what}"], rtol=0, atol=2e-7)
 
 
-# ---- the whole loss on given logits ----------------------------------------------------------------------------------
+# ---- the whole loss on given logits ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LOGITS["cases"])
 def test_uft_loss_and_gradient_on_given_logits(name):
-    """In float64, weighted as loss_norm = paper_code. The prompt logits are clamped here, since ours are not."""
+    """In float64, weighted as loss_norm = paper_code. The prompt logits are clamped here; ours are not."""
     case, config = LOGITS["cases"][name], LOGITS["cases"][name]["config"]
     t = {k.split("/", 2)[2]: v for k, v in ACTOR.items() if k.startswith(case["batch"] + "/in/")}
     logits = (t["logits"] * case["logits_scale"]).requires_grad_()
@@ -252,7 +261,9 @@ def test_uft_loss_and_gradient_on_given_logits(name):
             torch.cat((t["advantages"][rows][answer], zeros)),
             torch.cat((t["ref_log_prob"][rows][answer], zeros)) if config["use_kl_loss"] else None,
             torch.where(is_hint, 0.0, 1 / (len(logp) * accumulation)).double(),
-            torch.where(is_hint, config["sft_loss_coef"] / (max(1, len(hint_logp)) * accumulation), 0.0).double(),
+            torch.where(
+                is_hint, config["sft_loss_coef"] / (max(1, len(hint_logp)) * accumulation), 0.0
+            ).double(),
             clip_low=config["clip_ratio"],
             clip_high=config["clip_ratio"],
             kl_coef=config["kl_loss_coef"],
@@ -264,7 +275,7 @@ def test_uft_loss_and_gradient_on_given_logits(name):
     torch.testing.assert_close(logits.grad.float(), ACTOR[f"{name}/grad_logits"], rtol=0, atol=1e-7)
 
 
-# ---- an optimiser step on tiny models -------------------------------------------------------------------------------
+# ---- an optimiser step on tiny models ----------------------------------------------------------------------
 
 
 def inputs(kind):
@@ -294,7 +305,9 @@ def golden_groups(t, advantages, packed):
 def sampled(tensors):
     """As the vectors were cut: every 17th number, and each tensor's norm."""
     names = sorted(tensors)
-    return torch.cat([tensors[n].flatten() for n in names])[::17], torch.stack([tensors[n].norm() for n in names])
+    return torch.cat([tensors[n].flatten() for n in names])[::17], torch.stack(
+        [tensors[n].norm() for n in names]
+    )
 
 
 def assert_gradients(model, key, tolerance=1e-4):
@@ -353,15 +366,21 @@ def test_update_is_the_published_optimiser_step(kind, name, path, known_referenc
             kl_coef=config["kl_loss_coef"] if config["use_kl_loss"] else 0.0,
         )
         model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
+        )
         groups = golden_groups(t, advantages, packed)
         assert len(train_uft.training_rows(groups, cfg, model.config)) == len(groups)
         metrics = update(model, model, optimizer, groups, cfg, config["sft_loss_coef"])
         if clip > 1:
             assert_gradients(model, f"{kind}/{name}/grad")
-    assert metrics["actor/loss"] == pytest.approx(sum(case["loss_given_to_backward_per_micro_batch"]), abs=1e-4)
+    assert metrics["actor/loss"] == pytest.approx(
+        sum(case["loss_given_to_backward_per_micro_batch"]), abs=1e-4
+    )
     assert metrics["actor/grad_norm"] == pytest.approx(case["metrics"]["actor/grad_norm"][0], rel=1e-4)
-    if name != "strong_micro2":  # ours are means over the whole step, those of the published over each micro-batch
+    if (
+        name != "strong_micro2"
+    ):  # ours are means over the whole step, those of the published over each micro-batch
         published = {k.split("/")[1]: v[0] if isinstance(v, list) else v for k, v in case["metrics"].items()}
         assert metrics["actor/pg_loss"] == pytest.approx(published["pg_loss"], abs=1e-4)
         assert metrics["actor/pg_clipfrac"] == pytest.approx(published["pg_clipfrac"], abs=1e-6)
@@ -406,6 +425,8 @@ def test_supervised_loss_is_a_hint_of_the_whole_solution(kind, micro, fast, monk
     model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
     cfg = Config(algo="sft", grad_clip=1e9, loss_norm="paper_code" if micro else "tokens", fast=fast)
     metrics = update(model, None, torch.optim.SGD(model.parameters(), lr=0.0), groups, cfg, 1.0)
-    assert metrics["actor/loss"] == pytest.approx(case["loss_two_micro_batches" if micro else "loss"], abs=1e-4)
+    assert metrics["actor/loss"] == pytest.approx(
+        case["loss_two_micro_batches" if micro else "loss"], abs=1e-4
+    )
     assert metrics["actor/hint_nll"] == pytest.approx(case["loss"], abs=1e-4)
     assert_gradients(model, f"sft/{kind}/" + ("grad_two_micro" if micro else "grad"))

@@ -1,37 +1,47 @@
-"""UFT's theorems 4.2 and 4.3 (arXiv 2505.16984) as an experiment: RFT searches exponentially long, UFT polynomially.
+"""UFT's theorems 4.2 and 4.3 (arXiv 2505.16984) as an experiment.
 
-    python toys/search_tree.py                               B = 2, 3, 4, H = 2..12, 20 seeds: some seconds on one core
+RFT explores exponentially many leaves of a search tree, UFT polynomially many.
+
+    python toys/search_tree.py                               B = 2, 3, 4, H = 2..12, 20 seeds: a few seconds
     python toys/search_tree.py --branching=2 --seeds=100 --betas=0,0.01 --out_dir=out/tree
 
-A tree of height H with B actions a state, one leaf of reward 1.0, all others 0.1 (the format's reward), softmax policy
-theta(s, a), uniform at the start and as reference. How many leaves are explored until the policy's pass@1, the
-probability of the right leaf, reaches 50 %? Theorem 4.2: any RFT needs B^H / 4. Theorem 4.3: UFT needs
-O(B H^5 (log B)^2 / gap^2). One step of Algorithm 2:
-    draw l from 0..H; from s*_l, l steps down the solution, roll out to a leaf;
-    at each state s on that way estimate Q(s, a) of every action a by one rollout; A = Q - E_pi[Q];
-    ascend sum_a pi(a|s) A(s, a) - beta KL(pi || pi_ref) at these states, and beta log pi(a*|s*) at the l hint states.
-"rft" is the same with l = 0 and beta = 0, "hints only" with beta = 0. The gradient is that of train_uft.uft_loss, where
-every pair (s, a) is a token that counts pi(a|s): the toy learns with the trainer's own function.
+A tree of height H has B actions in each state. One leaf has reward 1.0, all others 0.1 (the reward for the
+format). The policy is a softmax over theta(s, a), uniform at the start; that start is also the reference. How
+many leaves are explored until pass@1, the probability of the right leaf, reaches 50 %? Theorem 4.2: any RFT
+needs at least B^H / 4. Theorem 4.3: UFT needs O(B H^5 (log B)^2 / gap^2). One step of Algorithm 2:
 
-What is simulated, and why that is the whole experiment:
-- Only the H states on the solution's path. Below any other state all leaves give 0.1, so there every A is 0, and a
-  policy that still equals pi_ref feels no KL; hints never go there. These states stay uniform for ever, and all that
-  is left of them is that their leaves count. The path is action 0 everywhere: nothing learnt depends on names.
-- Of a rollout from (s*_h, a*) only whether it ends at the right leaf: with probability prod_{j>h} pi(a*|s*_j).
-- rft goes from hit to hit, for without a hit all A are 0 and nothing changes. The number of steps up to the next one
-  with a hit is geometric; which states hit in it is drawn given that one does. Nothing of this is approximate.
+1. Draw l from 0..H. Start at s*_l, l steps down the solution, and roll out to a leaf.
+2. At each state s on that way estimate Q(s, a) of every action a by one rollout; A = Q - E_pi[Q].
+3. Ascend sum_a pi(a|s) A(s, a) - beta KL(pi || pi_ref) at these states and beta log pi(a*|s*) at the l hint
+   states.
 
-Leaves counted a step: B for each of the H - l states visited, and 1 for the way down, whose reward the method ignores.
-The count is taken after the step that reaches 50 %.
+"rft" is the same with l = 0 and beta = 0, "hints only" with beta = 0. The gradient is that of
+train_uft.uft_loss, where every pair (s, a) is a token that counts pi(a|s): the toy learns with the trainer's
+own function.
 
-Departures from the paper: a constant step size instead of 1 / sqrt(T) with T fixed beforehand, and a run ends at the
-first iterate that is good enough instead of returning the best of T.
+What is simulated, and why nothing is lost:
+- Only the H states on the solution's path. Below any other state all leaves give 0.1, so every A is 0 there,
+  a policy equal to pi_ref feels no KL, and hints never reach them. Those states stay uniform for ever; only
+  their leaves count. The right action is 0 everywhere, since nothing that is learnt depends on the actions'
+  names.
+- Of a rollout from (s*_h, a*), only whether it ends at the right leaf: its probability is prod_{j>h}
+  pi(a*|s*_j).
+- rft jumps from hit to hit, for without a hit all A are 0 and nothing changes. The number of steps to the
+  next one with a hit is geometric, and the states that hit in it are drawn given that one does. No part of
+  this is approximate.
+
+A step explores B leaves for each of the H - l states visited, and 1 for the way down, whose reward the method
+ignores. The step that reaches 50 % is counted.
+
+Departures from the paper: a constant step size instead of 1 / sqrt(T) with T fixed beforehand, and a run ends
+at the first iterate that is good enough instead of returning the best of T.
 
 The KL term is exact: its gradient pi (log(pi / pi_ref) - KL) enters through the advantages, as a reward of
--beta log(pi / pi_ref). --kl=k3 takes the trainer's estimator instead, each action weighted by pi: equal to
-KL(pi || pi_ref) in value, but its gradient is pi - pi_ref, that of KL(pi_ref || pi), and 0 for an action at its clamp
-(pi < pi_ref / 14). It does not fade as pi(a*|s*) nears 1, while the advantages do. With beta = 0.001 nothing changes;
-with 0.1 tall trees are lost (B = 3: at H = 10, 1,600 leaves become about 7,000; at H = 11, 2,000 about 40,000).
+-beta log(pi / pi_ref). --kl=k3 uses the trainer's estimator instead, each action weighted by pi. It equals
+KL(pi || pi_ref) in value, but its gradient is pi - pi_ref, that of KL(pi_ref || pi), and 0 for an action at
+its clamp (pi < pi_ref / 14). It does not fade as pi(a*|s*) nears 1, while the advantages do. With beta =
+0.001 nothing changes; with 0.1 tall trees are lost (B = 3: at H = 10, 1,600 leaves become about 7,000; at H =
+11, 2,000 about 40,000).
 """
 
 import json
@@ -46,10 +56,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import UserError, one_of, parse_config, require, run
+from infra.config import UserError, one_of, parse_config, require, run_script
 from train_uft import uft_loss
 
-WRONG, GAP = 0.1, 0.9  # reward of a wrong leaf, and what the right one has more
+WRONG, GAP = 0.1, 0.9  # a wrong leaf's reward, and how much more the right one has
 
 
 @dataclass
@@ -57,36 +67,41 @@ class Config:
     """Every knob."""
 
     # Trees
-    branching: tuple[int, ...] = (2, 3, 4)  # B, actions a state
+    branching: tuple[int, ...] = (2, 3, 4)  # B, actions in each state
     heights: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # H, steps to a leaf
     # Learning
-    betas: tuple[float, ...] = (0.001, 0.1, 0.0)  # of UFT's KL and hint terms; 0: hints only
-    kl: str = "exact"  # or k3, the trainer's estimator
-    step_size: float = 1.0  # of plain gradient ascent
-    max_steps: int = 10000  # give up a method that takes more updates
-    # What
+    betas: tuple[float, ...] = (0.001, 0.1, 0.0)  # weights of UFT's KL and hint terms; 0: hints only
+    kl: str = "exact"  # exact, or k3, the trainer's estimator
+    step_size: float = 1.0  # step size of plain gradient ascent
+    max_steps: int = 10000  # most updates of a method before it is given up
+    # Runs
     seeds: int = 20  # runs of each method on each tree
-    seed: int = 0  # of everything random
-    out_dir: str = "out/search_tree"  # table.json and plot.png
+    seed: int = 0  # random seed
+    out_dir: str = "out/search_tree"  # folder for table.json and plot.png
 
 
 def check(cfg: Config) -> None:
-    require(cfg, "branching", len(cfg.branching) > 0 and min(cfg.branching) >= 2, "numbers from 2 on are wanted")
-    require(cfg, "heights", len(set(cfg.heights)) >= 2 and min(cfg.heights) >= 1, "two or more, from 1 on, are wanted")
-    require(cfg, "betas", len(cfg.betas) > 0 and min(cfg.betas) >= 0, "numbers from 0 on are wanted")
+    require(cfg, "branching", len(cfg.branching) > 0 and min(cfg.branching) >= 2, "each must be >= 2")
+    heights = set(cfg.heights)
+    require(cfg, "heights", len(heights) >= 2 and min(heights) >= 1, "must be two or more numbers >= 1")
+    require(cfg, "betas", len(cfg.betas) > 0 and min(cfg.betas) >= 0, "each must be >= 0")
     one_of(cfg, "kl", ("exact", "k3"))
-    require(cfg, "step_size", cfg.step_size > 0, "a number above 0 is wanted")
-    require(cfg, "max_steps", cfg.max_steps >= 1, "at least 1 is wanted")
-    require(cfg, "seeds", cfg.seeds >= 2, "a standard error needs 2 or more")
-    require(cfg, "seed", cfg.seed >= 0, "a number from 0 on is wanted")
+    require(cfg, "step_size", cfg.step_size > 0, "must be above 0")
+    require(cfg, "max_steps", cfg.max_steps >= 1, "must be >= 1")
+    require(cfg, "seeds", cfg.seeds >= 2, "must be >= 2, for a standard error")
+    require(cfg, "seed", cfg.seed >= 0, "must be >= 0")
 
 
-# ---- one step of Algorithm 2, for R independent runs at once (states from a run's height on are padding) -------------
+# ---- one step of Algorithm 2 -----------------------------------------------------------------------------
+# For R independent runs at once. States from a run's height on are padding.
 
 
 def draw_step(p: Tensor, inside: Tensor, start: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The way down from s*_start (R,): which path states it visits, and at which of them the rollout that estimates
-    Q(s*, a*) ends at the right leaf. p (R, H): pi(a*|s*_h), 1 at padding; inside, visited and hit: (R, H) bool."""
+    """Walk down from s*_start, start (R,): visited and hit, both (R, H) bool.
+
+    visited: the states on the solution's path that the way leads through. hit: those of them whose rollout
+    for Q(s*, a*) ends at the right leaf. p (R, H): pi(a*|s*_h), 1 at padding. inside (R, H) bool: not padding.
+    """
     h = torch.arange(p.shape[1])
     moves = torch.rand(2, *p.shape, generator=generator, dtype=p.dtype)
     stays = (moves[0] < p) | (h < start[:, None])
@@ -102,15 +117,17 @@ def right_after(p: Tensor) -> Tensor:
 
 
 def draw_hit(p: Tensor, inside: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """RFT's next step that has a hit: its visited and hit, and the number of steps (R,) up to and with it. States above
-    the first hit are left out of visited: A is 0 there."""
+    """RFT's next step with a hit: its visited and hit (R, H), and the number of steps (R,) up to and with it.
+
+    States above the first hit are left out of visited: A is 0 there.
+    """
     r = right_after(p)
-    no_hit_yet = (p * (1 - r)).cumprod(1)  # and still on the path
+    no_hit_yet = (p * (1 - r)).cumprod(1)  # no hit up to h, and still on the path
     first = torch.cat([torch.ones_like(p[:, :1]), no_hit_yet[:, :-1]], 1) * r  # probability that h hits first
     u = 1 - torch.rand(len(p), generator=generator, dtype=p.dtype)
     steps = (u.log() / torch.log1p(-first.sum(1).clamp(max=1))).ceil().clamp(min=1)
     start = torch.multinomial(first, 1, generator=generator)
-    visited, hit = draw_step(p, inside, start[:, 0], generator)  # from there on nothing is known of the step
+    visited, hit = draw_step(p, inside, start[:, 0], generator)  # the states below are not conditioned on
     return visited, hit.scatter(1, start, True), steps
 
 
@@ -127,6 +144,7 @@ def ascend(theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: floa
         q = q - beta * (logp.detach() - reference)
     advantages = q - (pi * q).sum(-1, keepdim=True)
     rl_weight, hint_weight = visited[..., None] * pi, beta * hint[..., None] * right
+    # Every pair (s, a) is a token of the trainer's loss.
     tokens = (logp, torch.zeros_like(pi), logp.detach(), advantages, reference, rl_weight, hint_weight)
     logp, entropy, old_logp, advantages, reference, rl_weight, hint_weight = (t.flatten() for t in tokens)
     ref_logp = reference if cfg.kl == "k3" else None
@@ -134,23 +152,27 @@ def ascend(theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: floa
     return (theta - cfg.step_size * torch.autograd.grad(loss, theta)[0]).detach()
 
 
-# ---- the experiment -------------------------------------------------------------------------------------------------
+# ---- the experiment --------------------------------------------------------------------------------------
 
 
 def leaves_to_half(branching: int, heights: Tensor, beta: float | None, cfg: Config) -> Tensor:
-    """Leaves (R,) explored until pass@1 is 50 %, in trees of `heights` (R,); beta None is RFT. All methods draw
-    from the same stream, so that they differ less by luck."""
+    """Leaves (R,) explored until pass@1 is 50 %, in trees of `heights` (R,); beta None is RFT.
+
+    All methods draw from the same stream, so that luck separates them less. UserError after max_steps updates.
+    """
     seed = np.random.SeedSequence((cfg.seed, branching)).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
     inside = torch.arange(int(heights.max())) < heights[:, None]
     theta = torch.zeros(*inside.shape, branching, dtype=torch.float64)
     leaves, run_of = torch.zeros(len(heights), dtype=torch.float64), torch.arange(len(heights))
     for _ in range(cfg.max_steps):
+        # Drop the runs that have reached 50 %.
         p = theta.softmax(-1)[..., 0].where(inside, 1)
         going = p.prod(1) < 0.5
         if not going.any():
             return leaves
         theta, p, inside, heights, run_of = (t[going] for t in (theta, p, inside, heights, run_of))
+        # Draw the next step: of RFT the next one that changes anything.
         if beta is None:
             visited, hit, steps = draw_hit(p, inside, generator)
             length, hint = torch.zeros_like(heights), torch.zeros_like(inside)
@@ -158,10 +180,11 @@ def leaves_to_half(branching: int, heights: Tensor, beta: float | None, cfg: Con
             length, steps = (torch.rand(len(heights), generator=generator) * (heights + 1)).long(), 1
             visited, hit = draw_step(p, inside, length, generator)
             hint = torch.arange(inside.shape[1]) < length[:, None]
+        # Count its leaves and learn from it.
         leaves[run_of] += steps * (branching * (heights - length) + 1)
         theta = ascend(theta, visited, hit, hint, beta or 0.0, cfg)
     name = "rft" if beta is None else f"beta = {beta}"
-    raise UserError(f"{name}, B = {branching}: pass@1 is under 50 % after max_steps = {cfg.max_steps} updates")
+    raise UserError(f"{name}, B = {branching}: pass@1 is below 50 % after max_steps = {cfg.max_steps} updates")
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -172,11 +195,12 @@ def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def measure(cfg: Config) -> dict:
-    """{"rows": one for each tree, "fits": one for each B}: mean and standard error of the leaves of each method."""
+    """{"config", "rows": one for each tree, "fits": one for each B}: means and standard errors of the leaves."""
     heights = sorted(set(cfg.heights))
     methods = {"rft": None} | {f"uft {b:g}" if b else "hints only": b for b in cfg.betas}
     rows, fits = [], []
     for branching in cfg.branching:
+        # All heights and seeds of a B at once.
         runs = torch.tensor(heights).repeat_interleave(cfg.seeds)
         leaves = {m: leaves_to_half(branching, runs, b, cfg).view(-1, cfg.seeds) for m, b in methods.items()}
         means = {m: t.mean(1).tolist() for m, t in leaves.items()}
@@ -184,9 +208,11 @@ def measure(cfg: Config) -> dict:
         for i, height in enumerate(heights):
             row = {"branching": branching, "height": height, "bound": branching**height / 4}
             rows.append(row | {m: {"mean": means[m][i], "stderr": errors[m][i]} for m in methods})
+        # Growth: rft's by a factor a level, the others' as a power of H.
         rate, r2 = fit(heights, np.log(means["rft"]))
         ratio = min(mean / (branching**h / 4) for h, mean in zip(heights, means["rft"], strict=True))
-        found = {"branching": branching, "rft": {"factor": math.exp(rate), "r2": r2, "least_over_bound": ratio}}
+        rft = {"factor": math.exp(rate), "r2": r2, "least_over_bound": ratio}
+        found = {"branching": branching, "rft": rft}
         for m in list(methods)[1:]:
             power, r2 = fit(np.log(heights), np.log(means[m]))
             found[m] = {"power": power, "r2": r2}
@@ -195,28 +221,32 @@ def measure(cfg: Config) -> dict:
 
 
 def show(table: dict) -> str:
-    """The table and what it says of the theorems, as text."""
+    """The table and its verdict on the theorems, as text."""
     methods = [m for m in table["rows"][0] if m not in ("branching", "height", "bound")]
     lines = ["leaves explored until pass@1 is 50 %: mean +- standard error"]
     lines += [f"{'B':>2} {'H':>3} {'B^H/4':>11}" + "".join(f"{m:>26}" for m in methods)]
     for r in table["rows"]:
         cells = (f"{r[m]['mean']:,.0f} +- {r[m]['stderr']:,.0f}" for m in methods)
-        lines += [f"{r['branching']:>2} {r['height']:>3} {r['bound']:>11,.0f}" + "".join(f"{c:>26}" for c in cells)]
+        tree = f"{r['branching']:>2} {r['height']:>3} {r['bound']:>11,.0f}"
+        lines += [tree + "".join(f"{c:>26}" for c in cells)]
     for f in table["fits"]:
         b, rft = f["branching"], f["rft"]
         near = "within" if abs(rft["factor"] / b - 1) <= 0.05 else "NOT within"
         above = "above" if rft["least_over_bound"] > 1 else "NOT above"
         lines += [f"B = {b}: rft grows by {rft['factor']:.2f} a level (R2 {rft['r2']:.4f}), {near} 5 % of B"]
-        lines += [f"       rft's mean is {above} B^H/4 in every tree (at least {rft['least_over_bound']:.1f} times)"]
-        lines += [f"       {m} grows as H^{f[m]['power']:.2f} (R2 {f[m]['r2']:.4f}; bound 5)" for m in methods[1:]]
+        least = f"at least {rft['least_over_bound']:.1f} times"
+        lines += [f"       rft's mean is {above} B^H/4 in every tree ({least})"]
+        for m in methods[1:]:
+            lines += [f"       {m} grows as H^{f[m]['power']:.2f} (R2 {f[m]['r2']:.4f}; bound 5)"]
     return "\n".join(lines)
 
 
 def plot(table: dict, path: Path) -> None:
+    """Leaves over the height, a panel for each B. Without matplotlib one line says so."""
     try:
         import matplotlib
     except ImportError:
-        print("no plot: it needs matplotlib, the extra `plot` (pip install -e .[plot])")
+        print("no plot: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -227,7 +257,8 @@ def plot(table: dict, path: Path) -> None:
         rows = [r for r in table["rows"] if r["branching"] == f["branching"]]
         x = [r["height"] for r in rows]
         axis.plot(x, [r["bound"] for r in rows], "k--", linewidth=1, label="RFT's lower bound $B^H/4$")
-        for method, marker in zip((m for m in f if m != "branching"), "osv^Dx*<>" * len(f), strict=False):
+        methods = [m for m in f if m != "branching"]
+        for method, marker in zip(methods, "osv^Dx*<>" * len(f), strict=False):
             means, errors = ([r[method][k] for r in rows] for k in ("mean", "stderr"))
             name = method.replace("rft", "RFT").replace("uft ", r"UFT $\beta$ = ")
             axis.errorbar(x, means, errors, marker=marker, mfc="none", linewidth=1, label=name)
@@ -254,4 +285,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,8 +1,9 @@
-"""DFT, dynamic fine-tuning (arXiv 2508.05629): SFT whose token loss is multiplied by the token's detached probability.
+"""DFT, dynamic fine-tuning (arXiv 2508.05629, eq. 9): SFT's token loss times the detached probability.
 
-    python variants/dft.py --out_dir=out/dft
+    python variants/dft.py
 
-Tokens that the model finds impossible pull less than in SFT. train_ift.main takes the function as an argument.
+SFT's gradient is huge for tokens that the model finds impossible; DFT's is not.
+The paper averages over all tokens of a batch (--average=token); the default here averages over examples.
 """
 
 import sys
@@ -19,7 +20,8 @@ def dft_weights(nll, mask, cfg):
 
 
 def main(argv):
-    train_ift.main(["--loss=sft", "--out_dir=out/dft", *argv], token_weights=dft_weights)
+    defaults = ["--loss=sft", "--out_dir=out/dft"]  # argv overrides them
+    train_ift.main([*defaults, *argv], token_weights=dft_weights)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""fast/compiled.py: compiled blocks and steps compute the same, copies have weights of their own, and a compiler that fails
+costs a warning."""
+
+import copy
+
+import pytest
+import torch
+
+from fast.compiled import compile_blocks, or_uncompiled
+from model import Block, ModelConfig, Transformer
+from sampler import generate
+
+
+def tiny(**knobs):
+    return Transformer(ModelConfig(90, 32, 48, 2, 4, 2, initializer_range=0.3, **knobs)).init_weights(0)
+
+
+def broken(*_, **__):
+    raise RuntimeError("no compiler here\nmore")
+
+
+def assert_has_its_own_weights(copied, ids):
+    """With blocks of zeros it is the norm of its embeddings."""
+    with torch.no_grad():
+        for p in copied.model.layers.parameters():
+            p.zero_()
+        torch.testing.assert_close(copied.hidden(ids), copied.model.norm(copied.model.embed_tokens(ids)))
+
+
+def test_a_copy_of_a_compiled_model_has_its_own_weights(monkeypatch):
+    """With a stand-in for the compiler."""
+    calls = []
+
+    def compiled(function, **_):
+        return lambda *args: calls.append(args[0]) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model, ids = tiny(), torch.arange(20)[None]
+    expected = model.hidden(ids).detach()
+    assert compile_blocks(model) == ""
+    calls.clear()
+    copied = copy.deepcopy(model)
+    assert_has_its_own_weights(copied, ids)
+    assert calls == list(copied.model.layers)
+    assert torch.equal(model.hidden(ids), expected) and calls[2:] == list(model.model.layers)
+    assert model.state_dict().keys() == tiny().state_dict().keys()
+
+
+def test_a_compiler_that_fails_costs_one_warning(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: broken)
+    model, prompts = tiny(), [[1, 2, 3], [4], [5, 6]]
+    outputs = generate(model, prompts, 1, 9, compile=True)
+    assert outputs == generate(model, prompts, 1, 9)
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: torch.compile of {f} failed, continuing without (no compiler here)"
+        for f in ("prompt_states", "decode_slots")
+    ]
+    assert compile_blocks(model) == "RuntimeError: no compiler here"
+    assert not any("forward" in vars(block) for block in model.model.layers)
+
+
+def test_running_out_of_memory_is_no_fault_of_the_compiler(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        or_uncompiled(len)([])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_agree_with_eager_ones_at_any_length():
+    model, eager = tiny(), tiny()
+    assert compile_blocks(model) == ""
+    for T in (17, 9, 30):
+        ids = torch.randint(0, 90, (3, T))
+        for m in (model, eager):
+            m.zero_grad()
+            m(ids).logsumexp(-1).sum().backward()
+        for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+    assert_has_its_own_weights(copy.deepcopy(model), ids)
+    assert generate(model, [[1, 2], [3]], 2, 9) == generate(eager, [[1, 2], [3]], 2, 9)  # caches pass compiled blocks by
+    assert all(block.forward.__func__ is not Block.forward for block in model.model.layers)
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_samples_the_same_text():
+    model, prompts = tiny(), [[i, i + 1, i + 2][: 1 + i % 3] for i in range(9)]
+    knobs = {"n": 2, "max_new_tokens": 30, "stop_ids": [1, 2, 3, 4, 5, 6], "seed": 4, "batch_size": 6}
+    texts = [
+        [[c.tokens for c in g] for g in generate(model, prompts, **knobs, **options)]
+        for options in ({"compile": True, "check_every": 4}, {}, {"fast": False})
+    ]
+    assert texts[0] == texts[1] == texts[2]

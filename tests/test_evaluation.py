@@ -1,0 +1,481 @@
+"""Evaluation: statistics against hand-worked numbers, sources, saved answers that are continued, comparisons."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from data import countdown, hendrycks_math, sources
+from data.tokenizer import Tokenizer
+from evaluate import (
+    Estimate, mcnemar, mean_interval, mean_of, paired_shares, paired_t, share_interval, t_quantile, t_within, welch,
+)  # fmt: skip
+from infra import exports
+from infra.config import UserError
+from infra.log import wilson
+from model import Transformer
+from sampler import Completion, generate
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "data/tiny/countdown"
+SMALL = [f"--model={BASE}", "--rows=6", "--max_new_tokens=40", "--device=cpu", "--threads=1", "--show=0"]
+OTHERS = Path("/work/shared/uft_data/others")
+
+
+# ---- statistics ---------------------------------------------------------------------------------------------
+
+
+def test_t_distribution_by_tables():
+    """Quantiles from any table of Student's t; one degree of freedom is Cauchy, two have a closed form."""
+    for df, t in ((1, 12.706), (2, 4.303), (5, 2.571), (29, 2.045), (1000, 1.962), (5000, 1.9604)):
+        assert t_quantile(df) == pytest.approx(t, abs=6e-4)
+        assert t_within(t_quantile(df), df) == pytest.approx(0.95, abs=1e-9)
+    assert t_within(1, 1) == pytest.approx(0.5)
+    assert t_within(3, 2) == pytest.approx(3 / math.sqrt(11))
+    assert t_within(0, 7) == 0 and t_within(1e6, 3) == pytest.approx(1)
+
+
+def test_mean_interval_by_hand():
+    """1, 2, 3: mean 2, standard error sqrt(1 / 3), t of two degrees of freedom."""
+    mean, low, high = mean_interval([1, 2, 3])
+    assert mean == 2 and high - 2 == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4) and low == pytest.approx(4 - high)
+    assert mean_interval([5.0]) == (5, -math.inf, math.inf)
+
+
+def test_share_interval_is_wilsons_for_one_answer_and_clustered_for_several():
+    assert share_interval([1, 0, 0, 1], 1) == (0.5, *wilson(2, 4))
+    # two answers to each of four problems: shares 1, 1/2, 0, 1/2; sd sqrt(1/6), error sqrt(1/24)
+    mean, low, high = share_interval([1, 0.5, 0, 0.5], 2)
+    assert mean == 0.5 and high == pytest.approx(min(1, 0.5 + 3.18245 * math.sqrt(1 / 24)), abs=1e-4) and low == 0
+    mean, low, high = share_interval([1, 0.5, 0, 0.5] * 4, 2)
+    error = math.sqrt(2 / 15 / 16)
+    assert high == pytest.approx(0.5 + 2.13145 * error, abs=1e-4) and low == pytest.approx(1 - high)
+    assert share_interval([0.0] * 10, 8) == (0, *wilson(0, 10))  # never an empty interval
+
+
+def test_mean_of_shares_by_hand():
+    mean, low, high = mean_of([Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.0, 0.7)])
+    assert (mean, low, high) == pytest.approx((0.4, 0.4 - math.hypot(0.1, 0.3) / 2, 0.4 + math.hypot(0.2, 0.4) / 2))
+
+
+def test_mcnemar_by_hand_and_by_counting():
+    assert mcnemar(0, 0) == 1 and mcnemar(3, 3) == 1
+    assert mcnemar(1, 5) == mcnemar(5, 1) == pytest.approx(2 * 7 / 64)
+    assert mcnemar(0, 10) == pytest.approx(2 / 1024)
+    for a, b in ((2, 7), (4, 5)):
+        tosses = [sum(t) for t in product((0, 1), repeat=a + b)]
+        assert mcnemar(a, b) == min(1, 2 * sum(t <= min(a, b) for t in tosses) / len(tosses))
+    assert mcnemar(600, 700) == pytest.approx(0.006, abs=5e-4)  # normal: z = 99 / sqrt(1300) = 2.746
+
+
+def test_paired_shares_by_hand():
+    """Table (30, 12; 4, 54): centre (4.5 - 12.5) / 102, variance (17 - 64 / 102) / 102^2."""
+    mean, low, high = paired_shares(12, 4, 100)
+    half = 1.96 * math.sqrt(17 - 64 / 102) / 102
+    assert mean == -0.08 and (low, high) == pytest.approx((-8 / 102 - half, -8 / 102 + half))
+    mean, low, high = paired_shares(0, 0, 50)
+    assert mean == 0 and low == -high and 0.03 < high < 0.05
+
+
+def test_paired_t_by_hand():
+    """0, 1/2, 1/2, 1: mean 1/2, sd sqrt(1/6), t = 1/2 / sqrt(1/24) = 2.449, p = 0.0917 with three degrees."""
+    (mean, low, high), p = paired_t([0, 0.5, 0.5, 1])
+    assert mean == 0.5 and p == pytest.approx(0.09172, abs=1e-4) and low < 0 < high
+    assert paired_t([0.0, 0.0])[1] == 1 and paired_t([0.5, -0.5])[1] == 1 and paired_t([1.0])[1] == 1
+    assert paired_t([0.25] * 4)[1] == 0
+
+
+def test_welch_by_hand():
+    """Means 2 and 5, squared errors 1/3 and 4/3: 25 / 17 * 2 degrees of freedom."""
+    mean, low, high = welch([1, 2, 3], [3, 5, 7])
+    assert mean == 3 and high - 3 == pytest.approx(t_quantile(50 / 17) * math.sqrt(5 / 3)) and low == pytest.approx(6 - high)
+    assert welch([1, 1], [2, 2]) == (1, 1, 1)
+
+
+def test_statistics_agree_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    assert t_within(1.7, 12.3) == pytest.approx(1 - 2 * stats.t.sf(1.7, 12.3))
+    assert mcnemar(13, 29) == pytest.approx(stats.binomtest(13, 42).pvalue)
+    differences = [0.1, -0.2, 0.4, 0.4, 0.0, 0.3]
+    assert paired_t(differences)[1] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+
+
+# ---- one row of the table -----------------------------------------------------------------------------------
+
+
+def made(reward, verdict, published=None, cut=False):
+    return {
+        "response": "r", "reward": reward, "verdict": verdict, "tokens": 4, "cut": cut,
+        "published": published or [reward, verdict],
+    }  # fmt: skip
+
+
+RIGHT, WRONG, NONE = made(1.0, "right"), made(0.1, "wrong"), made(0.0, "no answer", cut=True)
+
+
+def test_summary_counts_verdicts_and_estimates_pass_at_k():
+    strict = made(1.0, "right", [0.1, "wrong"])
+    groups = [[RIGHT, RIGHT, WRONG, NONE], [WRONG, WRONG, WRONG, made(0.1, "odd")], [strict, RIGHT, RIGHT, RIGHT]]
+    r = evaluate.summarise("x", groups, "ours")
+    assert r["accuracy"]["mean"] == pytest.approx((0.5 + 0 + 1) / 3) and r["published"] == pytest.approx(5 / 12)
+    assert r["verdicts"] == {"right": 6, "wrong": 4, "no answer": 1, "odd": 1} and r["cut"] == 1 and r["problems"] == 3
+    assert {k: e["mean"] for k, e in r["pass_at"].items()} == pytest.approx({2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
+    assert evaluate.summarise("x", groups, "published")["verdicts"]["wrong"] == 5
+    head, row = evaluate.table_rows([r], "ours")
+    cells = dict(zip(head, row, strict=False))
+    assert cells["avg@4"] == "50.0%" and cells["published"] == "41.7%" and cells["odd"] == "1" and cells["malformed"] == "0"
+    assert "published" not in evaluate.table_rows([r], "published")[0]
+    plain = [evaluate.summarise(name, [[RIGHT], [WRONG]], "ours") for name in "ab"]
+    rows = evaluate.table_rows(plain, "ours")
+    assert "published" not in rows[0] and rows[3][:3] == ["mean of 2 tasks", "4", "50.0%"]
+    assert len({len(row) for row in rows}) == 1
+
+
+# ---- sources ------------------------------------------------------------------------------------------------
+
+
+def published_row(data_source, truth, question="What?", **other):
+    return {"data_source": data_source, "question": question, "reward_model": {"ground_truth": truth}, **other}
+
+
+def mixed(folder):
+    """A file of four sources as published, where a Countdown target is text and unused keys are null."""
+    rows = [
+        published_row("aime", {"question": "1+1", "target": "2", "numbers": None}, f"Problem {i}? Assistant:") for i in range(3)
+    ]
+    rows.append(published_row("countdown", {"numbers": [3, 4], "target": "7", "question": None}, "3 4=7"))
+    rows.append(published_row("openai/gsm8k", {"question": "2+2", "target": "4"}, "2+2?"))
+    rows.append(published_row("math500", {"question": "3+3", "target": "6"}, "3+3?"))
+    folder.mkdir(exist_ok=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(folder)
+
+
+def test_sources_of_a_mixed_file(tmp_path, capsys):
+    path = mixed(tmp_path / "others")
+    assert sources.names(("uft",), path, "test") == ["math500", "aime", "gsm8k", "countdown"]
+    assert [r["prompt"] for r in sources.load("aime", path, "test")] == [f"Problem {i}? Assistant:" for i in range(3)]
+    assert len(sources.load("aime", path, "test", n=2)) == 2 and len(sources.load("aime", path, "test", n=50)) == 3
+    assert sources.load("countdown", path, "test")[0]["truth"]["target"] == 7
+    assert sources.load("gsm8k", path, "test")[0]["truth"]["target"] == "4"
+    assert sources.judge("aime") is hendrycks_math and sources.judge("countdown") is countdown
+    with pytest.raises(UserError, match=r"'minerva': .*no row .* only of aime, countdown, gsm8k, math500"):
+        sources.load("minerva", path, "test")
+    with pytest.raises(UserError, match="no such task in data/"):
+        sources.names(("aime", "chess"), path, "test")
+    capsys.readouterr()
+    rows = sources.load("logic", path, "test", n=4)  # can be made
+    assert len(rows) == 4 and "Assistant:" in rows[0]["prompt"] and "4 problems were made" in capsys.readouterr().out
+
+
+def test_uft_needs_known_sources(tmp_path):
+    with pytest.raises(UserError, match="needs --data_path with a column data_source"):
+        sources.names(("uft",), "", "test")
+    (tmp_path / "test.jsonl").write_text(json.dumps(published_row("chess", {"target": "1"})) + "\n")
+    with pytest.raises(UserError, match="no task judges data_source 'chess'"):
+        sources.names(("uft",), str(tmp_path), "test")
+
+
+def test_a_countdown_row_that_cannot_be_judged_is_refused(tmp_path):
+    rows = [published_row("aime", {"target": "2"}), published_row("countdown", {"numbers": None, "target": "7"})]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(UserError, match=r"test.jsonl row 1: the ground truth lacks a usable 'numbers'"):
+        sources.load("countdown", str(tmp_path), "test")
+
+
+def test_files_without_the_column_are_read_by_the_task(tmp_path):
+    rows = countdown.load("train", n=3, style="short")
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert [r["prompt"] for r in sources.load("countdown", str(tmp_path), "test")] == [r["prompt"] for r in rows]
+    # sets of the Hub, which have neither layout
+    file = tmp_path / "aime.jsonl"
+    file.write_text(json.dumps({"problem": "What is 1+1?", "answer": [2], "solution": "It is 2."}) + "\n")
+    (row,) = sources.load("aime", str(file), "test")
+    assert "User: What is 1+1? Show your work" in row["prompt"] and row["truth"]["target"] == "2"
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"problem": "What?"}\n')
+    with pytest.raises(UserError, match="bad.jsonl row 0: must have the fields problem"):
+        sources.load("aime", str(file), "test")
+    with pytest.raises(UserError, match="can only be read; give --data_path"):
+        sources.load("amc", "", "test")
+
+
+@pytest.mark.skipif(not OTHERS.exists(), reason="needs the published data")
+def test_the_published_file_has_eight_sources():
+    names = sources.names(("uft",), str(OTHERS), "test")
+    counts = {name: len(sources.load(name, str(OTHERS), "test")) for name in names}
+    assert counts == {
+        "math500": 500, "aime": 30, "amc": 83, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319,
+        "hendrycks_math": 1024, "countdown": 1024,
+    }  # fmt: skip
+
+
+# ---- answers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_on_finish_comes_once_a_prompt_with_all_its_completions(fast):
+    model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
+    prompts = [tokenizer.encode(r["prompt"]) for r in countdown.load("test", n=5, style="short")]
+    told = []
+    results = generate(
+        model, prompts, 3, 30, 1.0, tokenizer.stop_ids, 0, batch_size=6, fast=fast,
+        on_finish=lambda i, completions: told.append((i, [list(c.tokens) for c in completions])),
+    )  # fmt: skip
+    assert sorted(i for i, _ in told) == list(range(5))
+    assert all(tokens == [c.tokens for c in results[i]] for i, tokens in told)
+
+
+def run(*args):
+    evaluate.main([*SMALL, *map(str, args)])
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_saved_answers_and_tables(tmp_path, capsys):
+    path, table = tmp_path / "a.jsonl", tmp_path / "a.md"
+    run("--n=3", "--temperature=1", f"--save={path}", f"--table={table}", "--show=2")
+    out = capsys.readouterr().out
+    head, *records = lines_of(path)
+    assert head["evaluation"]["n"] == 3 and head["evaluation"]["max_new_tokens"] == 40
+    rows = countdown.load("test", n=6, style="short")
+    assert [(r["task"], r["index"], r["prompt"]) for r in records] == [("countdown", i, r["prompt"]) for i, r in enumerate(rows)]
+    for record in records:
+        assert len(record["answers"]) == 3
+        for a in record["answers"]:
+            assert [a["reward"], a["verdict"]] == list(countdown.score(a["response"], record["truth"])) == a["published"]
+    mean = sum(a["reward"] == 1 for r in records for a in r["answers"]) / 18
+    assert out.count("--- ") == 2 and f"{mean:.1%}" in out and "avg@3" in out and "pass@2" in out
+    assert table.read_text().splitlines()[3].startswith(f"| countdown | 6 | {mean:.1%} |")
+    run("--n=3", "--temperature=1", "--batch_size=4", f"--save={tmp_path / 'b.jsonl'}", f"--table={tmp_path / 'b.json'}")
+    assert (tmp_path / "b.jsonl").read_text() == path.read_text()
+    result = json.loads((tmp_path / "b.json").read_text())["results"][0]
+    verdicts = Counter(a["verdict"] for r in records for a in r["answers"])
+    assert result["verdicts"] == verdicts and result["accuracy"]["mean"] == pytest.approx(mean)
+    run("--n=3", "--temperature=1", f"--save={path}", f"--table={table}")  # both may be written again
+    assert "6 of 6 problems are answered already" in capsys.readouterr().out
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path, capsys, monkeypatch):
+    """Answers are in the file as they are made; a half-written line is made again, and nothing else is."""
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    run("--temperature=1", f"--save={whole}")
+    scored, score = [], countdown.score
+
+    def stopping(response, truth):
+        scored.append(response)
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return score(response, truth)
+
+    monkeypatch.setattr(countdown, "score", stopping)
+    with pytest.raises(SystemExit) as e:
+        run("--temperature=1", f"--save={path}")
+    assert e.value.code == 130 and "the same command continues" in capsys.readouterr().err
+    assert len(lines_of(path)) == 1 + 3
+    text = path.read_text()
+    path.write_text(text[:-5])  # the third answer is half-written now
+    scored.clear()
+    monkeypatch.setattr(countdown, "score", lambda r, t: scored.append(r) or score(r, t))
+    run("--temperature=1", f"--save={path}")
+    assert path.read_text() == whole.read_text() and len(scored) == 4
+    assert "2 of 6 problems are answered already" in capsys.readouterr().out
+    path.write_text(whole.read_text()[:30])  # not even the first line is whole
+    run("--temperature=1", f"--save={path}")
+    assert path.read_text() == whole.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("--temperature=0.5", "temperature = 1.0, not 0.5"), ("--seed=1", "seed = 0, not 1"), ("--rows=5", "rows = 6, not 5"),
+        ("--max_new_tokens=41", "max_new_tokens"), ("--n=2", "n = 1, not 2"), (f"--model={ROOT / 'data/tiny/logic'}", "weights"),
+        ("--sizes=4", "sizes"), ("--task=logic", "task"),
+    ],
+)  # fmt: skip
+def test_other_settings_are_refused_by_name(tmp_path, change, name):
+    path = tmp_path / "a.jsonl"
+    run("--temperature=1", f"--save={path}")
+    before = path.read_text()
+    with pytest.raises(UserError, match=name):
+        run("--temperature=1", f"--save={path}", change)
+    assert path.read_text() == before
+
+
+def test_files_of_others_are_never_overwritten(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"precious": 1}\n')
+    (tmp_path / "mine.md").write_text("# precious\n")
+    for args, message in (
+        ([f"--save={tmp_path / 'mine.jsonl'}"], "save = .*holds something else"),
+        ([f"--table={tmp_path / 'mine.md'}"], "table = .*holds something else"),
+        ([f"--save={tmp_path}"], "is a folder"), ([f"--save={tmp_path / 'no/a.jsonl'}"], "cannot be written"),
+        ([f"--table={tmp_path / 'a.txt'}"], "must end in .md or .json"),
+        (["--export=tldr", f"--data_path={tmp_path / 'mine.jsonl'}", f"--save={tmp_path / 'mine.jsonl'}"], "holds something else"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            evaluate.main([*args, "--model=nowhere"])  # before the model is even looked for
+    assert (tmp_path / "mine.jsonl").read_text() == '{"precious": 1}\n' and (tmp_path / "mine.md").read_text() == "# precious\n"
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    run(f"--save={path}")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], "oops\n", *lines[3:]]))
+    with pytest.raises(UserError, match="a.jsonl line 4: not a line"):
+        run(f"--save={path}")
+
+
+def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
+    """A prompt of the window's 512 positions is counted as too long; one of 500 leaves twelve tokens to its answer."""
+    model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
+    one = len(tokenizer.encode("9 "))
+    rows = [{"prompt": "9 " * (k // one), "truth": {"numbers": [9], "target": 9}} for k in (512, 500, 40)]
+    assert [len(tokenizer.encode(r["prompt"])) for r in rows] == [512, 500, 40]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    save = tmp_path / "a.jsonl"
+    run("--rows=0", "--max_new_tokens=0", f"--data_path={tmp_path}", "--temperature=1.5", f"--save={save}")
+    out = capsys.readouterr().out
+    assert "1 of 3 prompts fill the model's 512 positions" in out and "too long" in out
+    head, *records = lines_of(save)
+    assert head["evaluation"]["max_new_tokens"] == 1024
+    first, second, _ = (r["answers"][0] for r in records)
+    assert (first["verdict"], first["reward"], first["tokens"]) == ("too long", 0.0, 0)
+    ((alone,),) = generate(model, [tokenizer.encode(rows[1]["prompt"])], 1, 12, 1.5, tokenizer.stop_ids, 0, keys=[1])
+    assert second["tokens"] == len(alone.tokens) <= 12 and second["cut"] == (not alone.finished)
+
+
+def test_an_answer_is_cut_at_the_window():
+    tokenizer, records = Tokenizer.from_pretrained(BASE), {}
+    row = {"prompt": "9 9", "truth": {"numbers": [9], "target": 9}}
+    problem = evaluate.Problem("countdown", 0, countdown, row, tokenizer.encode(row["prompt"]))
+    completion = Completion(tokenizer.encode("1 2 3 4 5 6 7 8"), [0.0] * 99, True)
+    evaluate.finish([problem], tokenizer, len(problem.prompt) + 3, records, None, 0, [completion])
+    (a,) = records["countdown", 0]["answers"]
+    assert a["tokens"] == 3 and a["cut"]
+
+
+def test_the_published_checker_beside_ours(tmp_path, capsys):
+    row = {"prompt": "Assistant:", "truth": {"numbers": [3, 4], "target": 7}}
+    a = evaluate.judge_published(countdown, row, {"response": "<answer> 3+4 </answer>\n", "reward": 1.0, "verdict": "right"})
+    assert a["published"] == [0.0, "no answer"]  # only the last line is searched there
+    other = type("task", (), {})
+    assert evaluate.judge_published(other, row, {"reward": 0.5, "verdict": "half"})["published"] == [0.5, "half"]
+
+
+def test_processes_share_the_problems_and_any_number_continues(tmp_path):
+    """Two processes write two parts, merged at the end; parts left behind are taken over by a single process."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    two, one = tmp_path / "two.jsonl", tmp_path / "one.jsonl"
+    args = [*SMALL, "--temperature=1", "--rows=7"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "evaluate.py", *args, f"--save={two}", f"--table={tmp_path / 'two.md'}"],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    evaluate.main([*args, f"--save={one}"])
+    assert two.read_text() == one.read_text() and not list(tmp_path.glob("*.part-*"))
+    assert done.stdout.count("countdown ") == 1 and "| countdown | 7 |" in (tmp_path / "two.md").read_text()
+    head, *lines = one.read_text().splitlines(keepends=True)
+    for k in range(3):  # three processes were interrupted
+        (tmp_path / f"new.jsonl.part-{k}").write_text(head + "".join(lines[k:k + 2]) + lines[6][:20])
+    evaluate.main([*args, f"--save={tmp_path / 'new.jsonl'}"])
+    assert (tmp_path / "new.jsonl").read_text() == one.read_text() and not list(tmp_path.glob("*.part-*"))
+
+
+def test_several_tasks_of_a_file_in_one_table(tmp_path, capsys):
+    path = mixed(tmp_path / "others")
+    run("--task=uft,logic", f"--data_path={path}", "--rows=3", "--max_new_tokens=8", f"--save={tmp_path / 'a.jsonl'}")
+    table = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    for row in (["math500", "1"], ["aime", "3"], ["gsm8k", "1"], ["countdown", "1"], ["logic", "3"], ["mean", "of"]):
+        assert row in table, row
+
+
+def test_refusals(tmp_path):
+    for args, message in (
+        (["--temperature=0", "--n=2"], "greedy answers"), (["--export=vicuna"], "is not one of"),
+        (["--export=tldr", "--save=x"], "data_path"), (["--export=tldr", "--data_path=x"], "save"),
+        (["--compare", "a.jsonl"], "two files"), (["--compare=a.jsonl"], "against"), (["--task="], "task"),
+        (["--checker=mine"], "checker"), (["--style=long"], "style"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            evaluate.main(args)
+
+
+# ---- comparisons --------------------------------------------------------------------------------------------
+
+
+def write_answers(path, shares, task="t", n=1):
+    """A saved file where problem i has shares[i] right answers of n; None: the problem is missing."""
+    records = {}
+    for i, right in enumerate(shares):
+        if right is not None:
+            record = {"task": task, "index": i, "prompt": f"p{i}", "truth": {"target": i}}
+            records[task, i] = record | {"answers": [RIGHT] * right + [WRONG] * (n - right)}
+    exports.merge_answers(str(path), {"n": n}, records)
+    return str(path)
+
+
+def test_comparison_of_greedy_answers(tmp_path, capsys):
+    a = write_answers(tmp_path / "a.jsonl", [1, 1, 0, 0, 0, 0, 0, 1])
+    b = write_answers(tmp_path / "b.jsonl", [1, 0, 1, 1, 1, 1, 1, None])
+    evaluate.main(["--compare", a, b, "--show=2"])
+    out = capsys.readouterr().out
+    low, high = paired_shares(1, 5, 7)[1:]
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("t ")]
+    assert row[:5] == ["t", "7", "28.6%", "85.7%", "+57.1%"] and row[-2:] == ["1", "5"]
+    assert f"{low:+.1%} .. {high:+.1%}" in out and "0.2188  exact McNemar" in out
+    assert "1 of 8 problems of A are left out" in out
+    assert "A wrong, B right: 5 problems, the first 2" in out and "A right, B wrong: 1 problems" in out
+    assert out.count("--- t: ") == 3 and "A 100% 'r': right" in out and "B 0% 'r': wrong" in out
+
+
+def test_comparison_of_several_answers_and_seeds(tmp_path, capsys):
+    a = [write_answers(tmp_path / f"a{s}.jsonl", shares, n=2) for s, shares in enumerate([[0, 1, 2, 0], [0, 1, 0, 0]])]
+    b = [write_answers(tmp_path / f"b{s}.jsonl", shares, n=2) for s, shares in enumerate([[2, 1, 2, 0], [1, 1, 1, 2]])]
+    evaluate.main(["--compare", ",".join(a), ",".join(b)])
+    out = capsys.readouterr().out
+    (mean, low, high), p = paired_t([3 / 4, 0, 1 / 4, 2 / 4])
+    assert f"{mean:+.1%}  {low:+.1%} .. {min(1, high):+.1%}  {p:.4f}  paired t over problems" in out
+    low, high = welch([3 / 8, 1 / 8], [5 / 8, 5 / 8])[1:]
+    assert f"A 37.5% 12.5%, B 62.5% 62.5%: B - A +37.5%, 95 % interval {low:+.1%} .. {high:+.1%} (Welch's t)" in out
+    evaluate.main(["--compare", a[0], ",".join(b)])
+    assert "no interval over seeds" in capsys.readouterr().out
+
+
+def test_comparison_tells_equal_problems_apart_and_tasks(tmp_path, capsys):
+    """Twice the same prompt and truth are two problems; over several tasks there is a row of all."""
+    def file(name, answers):
+        records = {}
+        for i, (task, right) in enumerate(answers):
+            records[task, i] = {"task": task, "index": i, "prompt": "p", "truth": 1, "answers": [RIGHT if right else WRONG]}
+        exports.merge_answers(str(tmp_path / name), {}, records)
+        return str(tmp_path / name)
+
+    a, b = file("a", [("x", 1), ("x", 0), ("y", 0)]), file("b", [("x", 1), ("x", 1), ("y", 1)])
+    evaluate.main(["--compare", a, b])
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
+    for row in (["x", "2", "50.0%", "100.0%", "+50.0%"], ["all", "3", "33.3%", "100.0%", "+66.7%"]):
+        assert row in rows
+
+
+def test_comparison_refuses(tmp_path):
+    a, b = write_answers(tmp_path / "a.jsonl", [1, 0]), write_answers(tmp_path / "b.jsonl", [1, 0], task="u")
+    c, empty = write_answers(tmp_path / "c.jsonl", [1]), write_answers(tmp_path / "e.jsonl", [])
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
+    for sides, message in (
+        ((a, b), "no problem in common"), ((f"{a},{c}", a), "c.jsonl: has other problems"), ((a, empty), "holds no answers"),
+        ((a, str(tmp_path / "x.jsonl")), "not a file of answers"), ((a, str(tmp_path / "none.jsonl")), "cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            evaluate.main(["--compare", *sides])

@@ -1,0 +1,451 @@
+"""infra/huggingface.py: directories read and written, and the one line about what is wrong with a broken one."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as model_file
+from infra import huggingface
+from infra.config import UserError
+from infra.huggingface import config_from_dict, config_to_dict, load_model
+from model import FAMILIES, ModelConfig, Transformer
+
+SIZES = {
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4
+}  # fmt: skip
+LLAMA = SIZES | {"model_type": "llama"}
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def ours(seed=0, **knobs):
+    knobs = LLAMA | {"num_key_value_heads": 2, "initializer_range": 0.2} | knobs
+    return Transformer(config_from_dict(knobs)).init_weights(seed)
+
+
+def some_ids(*shape, seed=1):
+    return torch.randint(0, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def refused(function, *args):
+    """The one line of a refusal."""
+    with pytest.raises(UserError) as e:
+        function(*args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def change_tensors(folder, change):
+    """Apply `change` to the dict of a directory's tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder, **fields):
+    d = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(d))
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------
+
+
+def test_config_in_the_spelling_of_transformers_4_and_5_is_the_same():
+    old = LLAMA | {"rope_theta": 300.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}
+    new = LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 300.0, **LLAMA3}}
+    oldest = LLAMA | {"rope_theta": 300.0, "rope_scaling": {"type": "llama3", **LLAMA3}}
+    a, b, c = (model_file.rotary_frequencies(config_from_dict(d)) for d in (old, new, oldest))
+    assert torch.equal(a, b) and torch.equal(a, c)
+    plain = config_from_dict(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}})
+    assert plain.rope_scaling is None and plain.rope_theta == 300.0
+    assert not torch.equal(a, model_file.rotary_frequencies(plain))
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta"),
+    [
+        ({}, 10000.0),
+        ({"rope_theta": None}, 10000.0),
+        ({"rope_theta": 500}, 500.0),
+        ({"rope_theta": 500.0, "rope_scaling": None, "rope_parameters": None}, 500.0),
+        ({"rope_theta": 500.0, "rope_parameters": {}}, 500.0),
+        ({"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}, 500.0),
+        ({"rope_theta": 500.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0),
+        ({"rope_theta": 500.0, "rope_scaling": {"type": "default"}}, 500.0),
+        ({"rope_theta": 500.0, "rope_scaling": {"rope_type": "default", "factor": 1.0}}, 500.0),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 7.0}}, 7.0),
+    ],
+)
+def test_rope_theta_beside_either_spelling(fields, theta):
+    config = config_from_dict(LLAMA | fields)
+    assert config.rope_theta == theta and type(config.rope_theta) is float and config.rope_scaling is None
+
+
+def test_a_rope_theta_beside_rope_parameters_is_used_with_its_scaling():
+    beside = LLAMA | {"rope_theta": 300.0, "rope_parameters": {"rope_type": "llama3", **LLAMA3}}
+    config = config_from_dict(beside)
+    assert config.rope_theta == 300.0 and config.rope_scaling == {"rope_type": "llama3", **LLAMA3}
+
+
+def test_unread_config_fields_survive_the_round_trip(tmp_path):
+    d = SIZES | {"model_type": "qwen2", "eos_token_id": [3, 4], "dtype": "bfloat16", "use_sliding_window": False}
+    Transformer(config_from_dict(d | {"sliding_window": 8})).init_weights().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["sliding_window"] == 8 and saved["eos_token_id"] == [3, 4]
+    assert saved["torch_dtype"] == "float32" and "dtype" not in saved
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [3, 4]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_written_and_read_is_the_same(family):
+    knobs = {"model_type": family, "rope_theta": 300.0, "sliding_window": 9, "bos_token_id": 1, "rms_norm_eps": 1e-3}
+    config = config_from_dict(SIZES | knobs)
+    again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
+    assert config_to_dict(again) == config_to_dict(config) and again.window == config.window
+    assert again.extra["architectures"] == [FAMILIES[family].architecture]
+    assert again == ModelConfig(**{k: v for k, v in vars(config).items() if k != "extra"}, extra=again.extra)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gemma"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling of type 'linear' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling of type 'yarn'"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling of type ['llama3']"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear': must be an object"),
+        ({"rope_parameters": [1]}, "rope_scaling = [1]: must be an object"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor is missing"),
+        ({"rope_scaling": {"rope_type": "llama3"} | LLAMA3 | {"factor": "8"}}, "rope_scaling: factor is missing or not a number above 0"),
+        ({"rope_scaling": {"rope_type": "llama3"} | LLAMA3 | {"low_freq_factor": 4.0}}, "rope_scaling: high_freq_factor must differ"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000': must be a number above 0"),
+        ({"rope_theta": 0}, "rope_theta = 0: must be a number above 0"),
+        ({"rope_theta": True}, "rope_theta = True: must be a number above 0"),
+        ({"rope_theta": math.nan}, "rope_theta = nan: must be a number above 0"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported for llama, must be 'silu'"),
+        ({"hidden_act": ["silu"]}, "hidden_act = ['silu'] is not supported"),
+        ({"mlp_bias": True}, "mlp_bias = True is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"vocab_size": None}, "vocab_size is missing or not a whole number from 1"),
+        ({"hidden_size": "32"}, "hidden_size is missing or not a whole number from 1"),
+        ({"hidden_size": 32.0}, "hidden_size is missing or not a whole number from 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is missing or not a whole number from 1"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is missing or not a whole number from 1"),
+        ({"num_attention_heads": -4}, "num_attention_heads is missing or not a whole number from 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 8}, "num_attention_heads must be a multiple of num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"head_dim": [8]}, "head_dim is missing or not a whole number from 1"),
+        ({"head_dim": 1 << 40}, "head_dim is missing or not a whole number from 1"),
+        ({"hidden_size": 1 << 30, "num_attention_heads": 1}, "hidden_size is missing or not a whole number from 1"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings is missing or not a whole number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small': must be a number >= 0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06: must be a number >= 0"),
+        ({"initializer_range": [0.02]}, "initializer_range = [0.02]: must be a number >= 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false': must be true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: must be true or false"),
+        ({"sliding_window": "4096"}, "sliding_window = '4096': must be a whole number or null"),
+        ({"eos_token_id": "</s>"}, "eos_token_id = '</s>': must be a whole number, a list of them, or null"),
+        ({"eos_token_id": [2, None]}, "eos_token_id = [2, None]: must be a whole number, a list of them, or null"),
+        ({"sliding_window": 4096.5}, "sliding_window = 4096.5: must be a whole number or null"),
+    ],
+)
+def test_fields_that_a_config_cannot_have_are_named(fields, message):
+    assert f"config.json: {message}" in refused(config_from_dict, LLAMA | fields)
+
+
+def test_gemma_without_its_tanh_is_refused():
+    gemma = SIZES | {"model_type": "gemma", "head_dim": 8}
+    for fields in ({}, {"hidden_act": "gelu"}, {"hidden_activation": None}, {"hidden_activation": "gelu_pytorch_tanh"}):
+        assert config_from_dict(gemma | fields).tie_word_embeddings
+    assert "hidden_activation = 'gelu'" in refused(config_from_dict, gemma | {"hidden_activation": "gelu"})
+
+
+VALUES = (
+    None, True, False, 0, 1, 2, 3, -1, 7, 1.5, 0.0, -0.0, 1e-320, 1e30, 1e308, math.inf, -math.inf, math.nan, 2**31, 2**63,
+    -(2**63), 2**70, 10**30, "", "x", "32", "llama", "llama3", "default", [], [1], [None], {}, {"a": 1},
+    {"rope_type": "llama3"}, {"rope_type": "llama3", **LLAMA3}, {"rope_type": "default", "rope_theta": "x"},
+)  # fmt: skip
+KEYS = (
+    *LLAMA, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act",
+    "hidden_activation", "tie_word_embeddings", "initializer_range", "max_position_embeddings", "sliding_window", "extra",
+    "use_sliding_window", "attention_bias", "mlp_bias", "partial_rotary_factor", "eos_token_id", "bos_token_id", "dtype",
+    "torch_dtype", "architectures", "window", "family",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mutated_config_is_refused_or_gives_a_model(family, tmp_path):
+    """500 config.json in all: a UserError or a model that runs and can be saved, never another exception."""
+    ours(model_type=family, head_dim=8).save_pretrained(tmp_path)
+    whole, rng, loaded = json.loads((tmp_path / "config.json").read_text()), random.Random(family), 0
+    for _ in range(100):
+        d = json.loads(json.dumps(whole))
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            key = rng.choice(KEYS)
+            if isinstance(d.get(key), dict) and rng.random() < 0.7:
+                d[key][rng.choice(sorted(LLAMA3))] = rng.choice(VALUES)
+            elif rng.random() < 0.1:
+                d.pop(key, None)
+            elif rng.random() < 0.2:
+                d[key] = {"rope_type": "llama3", **LLAMA3, rng.choice(sorted(LLAMA3)): rng.choice(VALUES)}
+            else:
+                d[key] = rng.choice(VALUES)
+        (tmp_path / "config.json").write_text(json.dumps(d))
+        try:
+            model = Transformer.from_pretrained(tmp_path)
+        except UserError as e:
+            assert "\n" not in str(e) and str(tmp_path) in str(e)
+            continue
+        loaded += 1
+        with torch.no_grad():
+            assert model(some_ids(1, 5)).shape == (1, 5, 101)
+        model.save_pretrained(tmp_path / "again")
+        Transformer.from_pretrained(tmp_path / "again")
+    assert 15 < loaded < 85  # both happen
+
+
+# ---- directories ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_exact_and_keeps_the_files_dtype(dtype, tmp_path):
+    model = ours(model_type="qwen2").to(dtype)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    assert again.head_weight.dtype == dtype
+    a, b = dict(model.named_parameters()), dict(again.named_parameters())
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert all(p.requires_grad for p in b.values())
+    assert again.frequencies.dtype == torch.float32
+    assert Transformer.from_pretrained(tmp_path, torch.float32).head_weight.dtype == torch.float32
+
+
+def test_a_directory_in_the_home_folder_and_one_given_as_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = ours()
+    model.save_pretrained(str(tmp_path / "a/b"))
+    assert torch.equal(Transformer.from_pretrained("~/a/b").head_weight, model.head_weight)
+
+
+def test_a_saved_dtype_leaves_the_model_as_it_is(tmp_path):
+    model = ours()
+    model.save_pretrained(tmp_path, torch.bfloat16)
+    assert model.head_weight.dtype == torch.float32
+    assert Transformer.from_pretrained(tmp_path).head_weight.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_shards_with_an_index(tmp_path):
+    model = ours()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {f"model-{i + 1:05}-of-00003.safetensors": names[i::3] for i in range(3)}
+    for shard, keys in shards.items():
+        save_file({k: tensors[k] for k in keys}, tmp_path / shard)
+    index = {"metadata": {}, "weight_map": {k: shard for shard, keys in shards.items() for k in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    again = Transformer.from_pretrained(tmp_path)
+    ids = some_ids(1, 9)
+    assert torch.equal(model(ids), again(ids))
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors: cannot be read" in refused(Transformer.from_pretrained, tmp_path)
+
+
+def test_an_index_left_beside_a_whole_file_is_stale(tmp_path):
+    """As transformers does, model.safetensors goes first: a directory saved again over shards keeps their index."""
+    model = ours()
+    model.save_pretrained(tmp_path, shard_bytes=12_000)
+    other = ours(seed=1)
+    other.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, other.head_weight)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, other.head_weight)
+
+
+def test_writing_in_shards(tmp_path):
+    model = ours(model_type="qwen2")
+    model.save_pretrained(tmp_path, stop_ids=[7, 3], shard_bytes=12_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
+    sizes = {f: sum(t.nbytes for t in load_file(tmp_path / f).values()) for f in files}
+    assert all(size <= 12_000 or len(load_file(tmp_path / f)) == 1 for f, size in sizes.items())
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [3, 7]}
+    again = Transformer.from_pretrained(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert (peer(some_ids(1, 9)).logits - model(some_ids(1, 9))).abs().max() < 1e-4
+
+
+# ---- tied heads -----------------------------------------------------------------------------------------------
+
+
+def test_a_tied_checkpoint_may_repeat_the_head_and_hold_old_buffers(tmp_path):
+    model = ours(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert HEAD not in load_file(tmp_path / "model.safetensors")
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change_tensors(tmp_path, lambda t: t.update({HEAD: t[EMBEDDING].clone()} | buffer))
+    ids = some_ids(1, 9)
+    for dtype in (None, torch.float32, torch.bfloat16):  # compared as it is loaded
+        again = Transformer.from_pretrained(tmp_path, dtype)
+        assert torch.equal(again(ids), model.to(dtype or torch.float32)(ids))
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    ours(tie_word_embeddings=False).save_pretrained(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=True)
+    message = refused(Transformer.from_pretrained, tmp_path)
+    fix = "set tie_word_embeddings to false in config.json if the head is meant"
+    difference = "lm_head.weight differs from the embedding that config.json ties it to"
+    assert message == f"{tmp_path / 'model.safetensors'}: {difference}; {fix}"
+
+
+def test_the_head_alone_is_the_embedding_of_a_tied_checkpoint(tmp_path):
+    model = ours(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda t: t.update({HEAD: t.pop(EMBEDDING)}))
+    assert torch.equal(Transformer.from_pretrained(tmp_path)(some_ids(1, 9)), model(some_ids(1, 9)))
+    change_tensors(tmp_path, lambda t: t.update({HEAD: torch.ones(100, 32)}))
+    assert "tensor lm_head.weight has shape (100, 32)" in refused(Transformer.from_pretrained, tmp_path)
+
+
+def test_an_untied_head_is_a_tensor_of_its_own(tmp_path):
+    model = ours(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
+    change_tensors(tmp_path, lambda t: t.pop(HEAD))
+    assert refused(Transformer.from_pretrained, tmp_path) == f"{tmp_path}: tensor lm_head.weight is missing (1 in all)"
+
+
+# ---- broken directories ---------------------------------------------------------------------------------------
+
+UP, NORM, KEYS_PROJECTION = "layers.1.mlp.up_proj", "layers.1.self_attn.q_norm", "layers.0.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"model.{UP}.weight"), f": tensor model.{UP}.weight is missing (1 in all)"),
+        (
+            lambda t: t.update({f"model.{NORM}.weight": torch.ones(8)}),
+            f"model.safetensors: tensor model.{NORM}.weight is not part of this llama model",
+        ),
+        (
+            lambda t: t.update({f"model.{KEYS_PROJECTION}.weight": torch.ones(8, 32)}),
+            f"model.{KEYS_PROJECTION}.weight has shape (8, 32), by config.json it is (16, 32)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+            "model.norm.weight is of type torch.int8, not a floating-point one",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(change, message, tmp_path):
+    ours().save_pretrained(tmp_path)
+    change_tensors(tmp_path, change)
+    assert message in refused(Transformer.from_pretrained, tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_one_line(tmp_path):
+    ours().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for name in "ab":
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {k: f"{'ab'[i % 2]}.safetensors" for i, k in enumerate(tensors)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "b.safetensors: " in refused(Transformer.from_pretrained, tmp_path)
+
+
+def test_broken_files_are_named(tmp_path):
+    ours().save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for content in (whole[:-4], whole[:100], b"", b"not a tensor file"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert "model.safetensors: cannot be read as safetensors" in refused(Transformer.from_pretrained, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    message = refused(Transformer.from_pretrained, tmp_path)
+    assert message.endswith("model.safetensors: no such file, nor an index of shards beside it")
+    (tmp_path / "model.safetensors").mkdir()
+    assert "model.safetensors: cannot be read as safetensors" in refused(Transformer.from_pretrained, tmp_path)
+    for content in (b'{"model_type": ', b"\xff", b"[" * 10**5, b"", b"{'a': 1}"):
+        (tmp_path / "config.json").write_bytes(content)
+        assert "config.json: not JSON" in refused(Transformer.from_pretrained, tmp_path)
+    for content in ("[]", "3", "null", '"llama"'):
+        (tmp_path / "config.json").write_text(content)
+        assert "config.json: must hold a JSON object, not " in refused(Transformer.from_pretrained, tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "config.json: no such file" in refused(Transformer.from_pretrained, tmp_path)
+    (tmp_path / "config.json").mkdir()
+    assert "config.json: cannot be read (Is a directory)" in refused(Transformer.from_pretrained, tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_config_json(tmp_path):
+    ours().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "config.json").read_bytes())
+    Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": null}', "[]"])
+def test_an_index_of_another_form_is_one_line(content, tmp_path):
+    ours().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json: " in refused(Transformer.from_pretrained, tmp_path)
+
+
+def test_an_empty_index_misses_every_tensor(tmp_path):
+    ours().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert "is missing (21 in all)" in refused(Transformer.from_pretrained, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.pt"])
+def test_pickled_weights_are_named_with_advice(name, tmp_path):
+    ours().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    message = refused(Transformer.from_pretrained, tmp_path)
+    assert message.startswith(f"{tmp_path / name}: only safetensors files are read; convert with python -c ")
+    assert "save_pretrained" in message
+
+
+# ---- reading without a second copy ----------------------------------------------------------------------------
+
+
+def test_a_model_is_filled_tensor_by_tensor(tmp_path, monkeypatch):
+    """At most one tensor of the file is alive beside the model."""
+    ours(num_hidden_layers=6).save_pretrained(tmp_path)
+    alive, tensors = [], huggingface._tensors
+
+    def watched(*args):
+        for name, tensor in tensors(*args):
+            alive.append(name)
+            yield name, tensor
+            del tensor
+
+    monkeypatch.setattr(huggingface, "_tensors", watched)
+    filled, fill = [], huggingface._fill
+    monkeypatch.setattr(huggingface, "_fill", lambda m, name, p, t: (filled.append(name), fill(m, name, p, t)))
+    model = load_model(tmp_path, torch.bfloat16)
+    assert alive == filled and len(filled) == len(list(model.parameters()))
+    assert all(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in model.parameters())
