@@ -47,7 +47,9 @@ class Config:
 
     # What
     model: str = "data/tiny/countdown"  # Hugging Face directory
-    task: tuple[str, ...] = ("countdown",)  # sources of data/sources.py or files of data/; uft: all that the file has
+    task: tuple[str, ...] = (
+        "countdown",
+    )  # sources of data/sources.py or files of data/; uft: all that the file has
     style: str = ""  # prompt of made problems: paper, or short for tiny models; empty: short, beside a file's rows paper
     data_path: str = ""  # file or folder of rows; empty: problems made by the task
     split: str = "test"  # train or test
@@ -66,7 +68,9 @@ class Config:
     threads: int = 0  # CPU threads of a process; 0: torch's default
     # Talk
     chat: bool = False  # a conversation in the terminal instead of a task
-    template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml, zephyr; none: bare text
+    template: str = (
+        "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml, zephyr; none: bare text
+    )
     system: str = ""  # system turn that the conversation begins with
     # Compare
     compare: tuple[str, ...] = ()  # saved answers of A, one file a seed: --compare A.jsonl B.jsonl
@@ -74,7 +78,9 @@ class Config:
     # Output
     save: str = ""  # JSONL file for the answers, continued if it exists; with --export the exported file
     table: str = ""  # FILE.md or FILE.json for the table
-    export: str = ""  # answer the prompts of data_path for alpaca_eval, mt_bench, qwen_math or tldr; uft: its eval.json
+    export: str = (
+        ""  # answer the prompts of data_path for alpaca_eval, mt_bench, qwen_math or tldr; uft: its eval.json
+    )
     name: str = ""  # the model's name in an export; empty: that of its directory
     show: int = 3  # answers printed of each task, or changed problems in each direction
 
@@ -94,11 +100,15 @@ def check(cfg: Config) -> None:
         return
     greedy = cfg.temperature == 0 and cfg.export != "mt_bench"  # which has temperatures of its own
     require(cfg, "n", cfg.n == 1 or not greedy, "greedy answers are all the same; give a --temperature")
-    require(cfg, "n", cfg.n == 1 or cfg.export not in ("alpaca_eval", "tldr"), f"{cfg.export} takes one answer")
+    require(
+        cfg, "n", cfg.n == 1 or cfg.export not in ("alpaca_eval", "tldr"), f"{cfg.export} takes one answer"
+    )
     require(cfg, "table", not cfg.table or cfg.table.endswith((".md", ".json")), "must end in .md or .json")
     if cfg.export:
         require(cfg, "save", bool(cfg.save), f"--export={cfg.export} needs the file to write")
         require(cfg, "data_path", bool(cfg.data_path), f"--export={cfg.export} needs the file of prompts")
+        ending = ".json" if cfg.export in ("alpaca_eval", "uft") else ".jsonl"
+        require(cfg, "save", cfg.save.endswith(ending), f"must end in {ending}, which its reader expects")
         exports.check_output("save", cfg.save, lambda first_line: False)
     elif cfg.save:
         exports.check_output("save", cfg.save, exports.is_answers)
@@ -162,7 +172,12 @@ class Problem(NamedTuple):
 
     def record(self, answers: list[dict]) -> dict:
         """A line of the save file."""
-        own = {"task": self.name, "index": self.index, "prompt": self.row["prompt"], "truth": self.row["truth"]}
+        own = {
+            "task": self.name,
+            "index": self.index,
+            "prompt": self.row["prompt"],
+            "truth": self.row["truth"],
+        }
         return own | {"answers": answers}
 
 
@@ -188,16 +203,30 @@ def finish(
         room = window - len(problem.prompt)
         if len(c.tokens) > room:
             c = Completion(c.tokens[:room], c.logprobs[:room], False)
-        answers.append(judge_published(problem.task, problem.row, judge(problem.task, tokenizer, problem.row, c)))
+        answers.append(
+            judge_published(problem.task, problem.row, judge(problem.task, tokenizer, problem.row, c))
+        )
     records[problem.name, problem.index] = problem.record(answers)
     exports.append(file, problem.record(answers))
 
 
-TOO_LONG = {"response": "", "reward": 0.0, "verdict": "too long", "tokens": 0, "cut": False, "published": [0.0, "too long"]}
+TOO_LONG = {
+    "response": "",
+    "reward": 0.0,
+    "verdict": "too long",
+    "tokens": 0,
+    "cut": False,
+    "published": [0.0, "too long"],
+}
 
 
 def sample(
-    model: Transformer, tokenizer: Tokenizer, cfg: Config, problems: list[Problem], records: dict, file: TextIO | None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    cfg: Config,
+    problems: list[Problem],
+    records: dict,
+    file: TextIO | None,
 ) -> None:
     """Answer the problems; records and the file get each one's answers as soon as they are complete."""
     window = model.config.max_position_embeddings
@@ -205,8 +234,6 @@ def sample(
         if len(p.prompt) >= window:
             records[p.name, p.index] = p.record([TOO_LONG] * cfg.n)
             exports.append(file, records[p.name, p.index])
-    if long := sum(len(p.prompt) >= window for p in problems):
-        print(f"note: {long} of {len(problems)} prompts fill the model's {window} positions and count as wrong")
     problems = [p for p in problems if len(p.prompt) < window]
     if not problems:
         return
@@ -294,7 +321,10 @@ def share_interval(means: Sequence[float], answers: int) -> Estimate:
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of independent shares; its interval combines the distances to their ends (Newcombe 1998's MOVER)."""
     n, mean = len(estimates), math.fsum(e.mean for e in estimates) / len(estimates)
-    below, above = math.hypot(*(e.mean - e.low for e in estimates)), math.hypot(*(e.high - e.mean for e in estimates))
+    below, above = (
+        math.hypot(*(e.mean - e.low for e in estimates)),
+        math.hypot(*(e.high - e.mean for e in estimates)),
+    )
     return Estimate(mean, max(0.0, mean - below / n), min(1.0, mean + above / n))
 
 
@@ -349,7 +379,9 @@ VERDICTS = ("right", "wrong", "malformed", "no answer")  # of every task; others
 
 def scored(a: dict, checker: str) -> tuple[float, str]:
     """(reward, verdict) of a saved answer by one of the checkers."""
-    return tuple(a["published"]) if checker == "published" and "published" in a else (a["reward"], a["verdict"])
+    return (
+        tuple(a["published"]) if checker == "published" and "published" in a else (a["reward"], a["verdict"])
+    )
 
 
 def right_share(answers: list[dict], checker: str) -> float:
@@ -360,7 +392,9 @@ def summarise(name: str, groups: list[list[dict]], checker: str) -> dict:
     """A row of the table, of the answers to one task's problems: n each."""
     n, flat = len(groups[0]), [a for g in groups for a in g]
     rights = [sum(scored(a, checker)[0] == 1.0 for a in g) for g in groups]
-    passes = {k: mean_interval([pass_at_k(n, r, k) for r in rights]) for k in (2**i for i in range(1, 11)) if k <= n}
+    passes = {
+        k: mean_interval([pass_at_k(n, r, k) for r in rights]) for k in (2**i for i in range(1, 11)) if k <= n
+    }
     return {
         "task": name, "problems": len(groups), "answers": n,
         "accuracy": share_interval([r / n for r in rights], n)._asdict(),
@@ -413,29 +447,34 @@ def table_rows(results: list[dict], checker: str) -> list[list[str]]:
 
 
 class Side(NamedTuple):
-    """The saved answers of one side, over all its seeds: what is compared of them."""
+    """The saved answers of one side, over all its seeds."""
 
+    settings: dict  # of the first seed
     groups: dict[tuple, list[dict]]  # problem -> all its answers
     accuracies: list[dict[tuple, float]]  # of each seed: problem -> share of right answers
 
 
 def read_side(files: Sequence[str], checker: str) -> Side:
     """A problem is known by its task, prompt and truth, and by how many equal ones the file has before it."""
-    seeds, groups = [], {}
+    seeds, groups, settings = [], {}, []
     for path in files:
+        own_settings, records = exports.read_answers(path)
+        settings.append(own_settings)
         answers, seen = {}, Tally()
-        for record in exports.read_answers(path)[1].values():
+        for record in records.values():
             known = record["task"], record["prompt"], json.dumps(record["truth"], sort_keys=True)
             answers[*known, seen[known]] = record["answers"]
             seen[known] += 1
         if seeds and answers.keys() != seeds[0].keys():
-            raise UserError(f"{path}: has other problems than {files[0]}; the seeds of one side must share them")
+            raise UserError(
+                f"{path}: has other problems than {files[0]}; the seeds of one side must share them"
+            )
         seeds.append(answers)
     if not seeds[0]:
         raise UserError(f"{files[0]}: holds no answers yet")
     for problem in seeds[0]:
         groups[problem] = [a for s in seeds for a in s[problem]]
-    return Side(groups, [{p: right_share(g, checker) for p, g in s.items()} for s in seeds])
+    return Side(settings[0], groups, [{p: right_share(g, checker) for p, g in s.items()} for s in seeds])
 
 
 def difference(a: Side, b: Side, problems: list[tuple], checker: str) -> tuple[Estimate, float, str]:
@@ -455,21 +494,35 @@ def compare(cfg: Config) -> str:
     a, b = read_side(cfg.compare, cfg.checker), read_side(cfg.against, cfg.checker)
     common = [p for p in a.groups if p in b.groups]
     if not common:
-        raise UserError(f"{cfg.compare[0]} and {cfg.against[0]} have no problem in common: no same task, prompt and truth")
+        raise UserError(
+            f"{cfg.compare[0]} and {cfg.against[0]} have no problem in common: no same task, prompt and truth"
+        )
     lines = [f"A: {', '.join(cfg.compare)}", f"B: {', '.join(cfg.against)}"]
     for name, side in (("A", a), ("B", b)):
         if missing := len(side.groups) - len(common):
-            lines.append(f"note: {missing} of {len(side.groups)} problems of {name} are left out; the other side lacks them")
+            lines.append(
+                f"note: {missing} of {len(side.groups)} problems of {name} are left out; the other side lacks them"
+            )
+
+    for key in ("n", "temperature", "max_new_tokens", "dtype"):
+        if a.settings.get(key) != b.settings.get(key):
+            lines.append(f"note: {key} differs: {a.settings.get(key)} in A, {b.settings.get(key)} in B")
 
     # 2. The difference for each task and over all.
     tasks = list(dict.fromkeys(p[0] for p in common))
-    parts = [(t, [p for p in common if p[0] == t]) for t in tasks] + ([("all", common)] if len(tasks) > 1 else [])
+    parts = [(t, [p for p in common if p[0] == t]) for t in tasks] + (
+        [("all", common)] if len(tasks) > 1 else []
+    )
     rows = [["task", "problems", "A", "B", "B - A", "95 % interval", "p", "test", "only A", "only B"]]
     changes = {}
     for name, problems in parts:
         estimate, p, test = difference(a, b, problems, cfg.checker)
-        changes[name] = [right_share(b.groups[q], cfg.checker) - right_share(a.groups[q], cfg.checker) for q in problems]
-        shares = [sum(right_share(s.groups[q], cfg.checker) for q in problems) / len(problems) for s in (a, b)]
+        changes[name] = [
+            right_share(b.groups[q], cfg.checker) - right_share(a.groups[q], cfg.checker) for q in problems
+        ]
+        shares = [
+            sum(right_share(s.groups[q], cfg.checker) for q in problems) / len(problems) for s in (a, b)
+        ]
         rows.append([
             name, str(len(problems)), *(f"{s:.1%}" for s in shares), f"{estimate.mean:+.1%}",
             f"{estimate.low:+.1%} .. {estimate.high:+.1%}", f"{p:.4f}" if p >= 0.0001 else "< 0.0001", test,
@@ -481,7 +534,9 @@ def compare(cfg: Config) -> str:
     if len(a.accuracies) > 1 and len(b.accuracies) > 1:
         lines.append("")
         for name, problems in parts:
-            over_seeds = [[sum(s[p] for p in problems) / len(problems) for s in side.accuracies] for side in (a, b)]
+            over_seeds = [
+                [sum(s[p] for p in problems) / len(problems) for s in side.accuracies] for side in (a, b)
+            ]
             mean, low, high = welch(*over_seeds)
             texts = [" ".join(f"{v:.1%}" for v in values) for values in over_seeds]
             lines.append(
@@ -494,15 +549,32 @@ def compare(cfg: Config) -> str:
     # 4. The problems that changed.
     for title, sign in (("A right, B wrong", -1), ("A wrong, B right", 1)):
         changed = [
-            p for name, problems in parts if name != "all" for p, c in zip(problems, changes[name], strict=True) if c * sign > 0
+            p
+            for name, problems in parts
+            if name != "all"
+            for p, c in zip(problems, changes[name], strict=True)
+            if c * sign > 0
         ]
-        lines += ["", f"{title}: {len(changed)} problems" + (f", the first {cfg.show}" if len(changed) > cfg.show else "")]
+        lines += [
+            "",
+            f"{title}: {len(changed)} problems"
+            + (f", the first {cfg.show}" if len(changed) > cfg.show else ""),
+        ]
         for p in changed[: cfg.show]:
             lines.append(f"--- {p[0]}: {brief(p[1], 400)}")
             for name, side in (("A", a), ("B", b)):
-                one = next((x for x in side.groups[p] if (scored(x, cfg.checker)[0] == 1.0) == (name == "AB"[sign > 0])), None)
+                one = next(
+                    (
+                        x
+                        for x in side.groups[p]
+                        if (scored(x, cfg.checker)[0] == 1.0) == (name == "AB"[sign > 0])
+                    ),
+                    None,
+                )
                 one = one or side.groups[p][0]
-                lines.append(f"    {name} {right_share(side.groups[p], cfg.checker):.0%} {brief(one['response'])}: {one['verdict']}")
+                lines.append(
+                    f"    {name} {right_share(side.groups[p], cfg.checker):.0%} {brief(one['response'])}: {one['verdict']}"
+                )
     return "\n".join(lines)
 
 
@@ -542,7 +614,9 @@ def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
             prompt = tokenizer.chat(messages, template=cfg.template)
         room = min(cfg.max_new_tokens or 256, model.config.max_position_embeddings - len(prompt))
         if room < 1:
-            print(f"the conversation fills the model's {model.config.max_position_embeddings} positions; /new begins another")
+            print(
+                f"the conversation fills the model's {model.config.max_position_embeddings} positions; /new begins another"
+            )
             messages.pop()
             continue
         answer = ""
@@ -551,7 +625,9 @@ def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
             print(piece, end="", flush=True)
             answer += piece
         print()
-        messages.append({"role": "assistant", "content": answer.strip() if cfg.template != "none" else answer + "\n"})
+        messages.append(
+            {"role": "assistant", "content": answer.strip() if cfg.template != "none" else answer + "\n"}
+        )
 
 
 def ask(
@@ -575,7 +651,9 @@ def ask(
             prompts.append(tokenizer.chat(conversation, template=cfg.template))
         tokenizer.check_ids(prompts[-1], model.config.vocab_size, f"{cfg.data_path} row {i}")
     if long := sum(len(p) >= window for p in prompts):
-        print(f"note: {long} of {len(prompts)} prompts fill the model's {window} positions and get an empty answer")
+        print(
+            f"note: {long} of {len(prompts)} prompts fill the model's {window} positions and get an empty answer"
+        )
     # 2. Replies, one temperature after the other.
     replies = {i: [""] * n for i in share(range(len(prompts)))}
     for temperature in sorted(set(temperatures)):
@@ -625,14 +703,19 @@ def main(argv: Sequence[str]) -> None:
     if device.type not in ("cpu", "cuda"):
         cfg.fast, cfg.dtype = False, "float32"
     if device.type != "cuda":
-        cfg.batch_size = cfg.batch_size or 64  # more rows at a time are no faster, and their memory is not watched
+        cfg.batch_size = (
+            cfg.batch_size or 64
+        )  # more rows at a time are no faster, and their memory is not watched
     tokenizer = Tokenizer.from_pretrained(base)
     model = Transformer.from_pretrained(base, getattr(torch, cfg.dtype), device)
     if cfg.chat:
         return talk(model, tokenizer, cfg)
     of_paper = cfg.data_path or cfg.style == "paper"
     cfg.max_new_tokens = cfg.max_new_tokens or (1024 if of_paper else 256)
-    cfg.name = cfg.name or base.resolve().name
+    named = (
+        base.resolve().parent if base.resolve().name in ("model", "sft") else base.resolve()
+    )  # out_dir/model
+    cfg.name = cfg.name or named.name
     if cfg.export in exports.EXPORTS:
         fields, write = exports.EXPORTS[cfg.export]
         prompts = exports.read_prompts(cfg.data_path, cfg.split, fields)
@@ -650,12 +733,20 @@ def main(argv: Sequence[str]) -> None:
         if records:
             print(f"{cfg.save}: {len(records)} of {len(problems)} problems are answered already")
 
+    window = model.config.max_position_embeddings
+    if long := sum(len(p.prompt) >= window for p in problems):
+        print(
+            f"note: {long} of {len(problems)} prompts fill the model's {window} positions and count as wrong"
+        )
+
     # 3. The other answers, each process its share.
     waiting = share([p for p in problems if (p.name, p.index) not in records])
     try:
         sample(model, tokenizer, cfg, waiting, records, file)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command continues {cfg.save}" if file else "interrupted", file=sys.stderr)
+        print(
+            f"interrupted; the same command continues {cfg.save}" if file else "interrupted", file=sys.stderr
+        )
         sys.exit(130)
     everyone = {key: record for part in collect(records) for key, record in part.items()}
     records = {(p.name, p.index): everyone[p.name, p.index] for p in problems}
@@ -671,8 +762,10 @@ def main(argv: Sequence[str]) -> None:
         own = [r for r in records.values() if r["task"] == name]
         for r in own[: cfg.show]:
             prompt, (first, *_) = r["prompt"].strip(), r["answers"]
-            print(f"--- {prompt if len(names) == 1 else brief(prompt, 400)}")
-            print(f"{first['response'].strip()}\n    -> {scored(first, cfg.checker)[1]}")
+            response = first["response"].strip()
+            if len(names) > 1:
+                prompt, response = f"{name}: {brief(prompt)}", brief(response)
+            print(f"--- {prompt}\n{response}\n    -> {scored(first, cfg.checker)[1]}")
         results.append(summarise(name, [r["answers"] for r in own], cfg.checker))
     table = table_rows(results, cfg.checker)
     print(exports.text_table(table))

@@ -42,6 +42,7 @@ from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra.checkpoint import resume_folder
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.curves import draw_run
 from infra.log import brief
 from infra.parallel import add_up, autocast, gather, my_batches, refresh, share, world
 from infra.training import (
@@ -74,7 +75,7 @@ class Config:
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
     task: str = "countdown"  # a file of data/ with prompts and answers; empty: data_path has conversations
     style: str = "short"  # the task's prompt style: paper, or short for tiny models
-    checker: str = "ours"  # who decides what is right: ours, or published (the papers' code)
+    checker: str = "ours"  # judge of the answers: ours, or published (the papers' code)
     data_path: str = ""  # file or folder of rows; empty: the task makes them
     template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml or zephyr
     train_rows: int = 0  # use the first so many rows; 0: all
@@ -113,7 +114,7 @@ class Config:
     weight_decay: float = 0.0  # decoupled weight decay, adamw only
     grad_clip: float = 1.0  # largest gradient norm; 10 in the paper
     # Speed
-    fast: bool = True  # use fast/: same results, faster; false: plain path (this file, model.py, sampler.py)
+    fast: bool = True  # use fast/: same results, faster; false: plain path (train_ift, model, sampler.py)
     token_budget: int = 16384  # most tokens of a micro-batch, padding included
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: str = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
@@ -128,6 +129,7 @@ class Config:
     save_every: int = 250  # steps between checkpoints
     print_every: int = 50  # steps between console lines
     show: int = 3  # answers printed at the end
+    wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
 
 
 def check(cfg: Config) -> None:
@@ -247,14 +249,9 @@ def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
 
 
 def propagation_weights(
-    nll: Tensor,
-    mask: Tensor,
-    gamma: float,
-    quantity: str = "loss",
-    side: str = "left",
-    norm: str = "L1",
+    nll: Tensor, mask: Tensor, gamma: float, quantity: str = "loss", side: str = "left", norm: str = "L1",
     floor: Tensor | float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Weight (B, T) of each token's loss in relation propagation (Algorithm 1).
 
     An example's weights average 1 over its targets. nll, mask (B, T): losses, and whether a position is a
@@ -751,6 +748,8 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
             show = cfg.show if step + 1 == steps else 0
             run.state["last"] = validate(run, data, name, step + 1, steps, show, cfg)
         save_and_stop(run, cfg, steps, data.stop_ids, cfg.template if not data.task else "auto")
+    run.log.close()
+    draw_run(run.out)
     return run.state["last"] | {"seconds": run.state["train_s"]}
 
 

@@ -40,6 +40,7 @@ from fast import packing
 from fast import prefix as fast_prefix
 from infra.checkpoint import save_model
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.curves import draw_run
 from infra.log import Counter, brief
 from infra.parallel import add_up, autocast, collect, gather, my_batches, refresh, share, token_batches, world
 from infra.training import (
@@ -94,7 +95,7 @@ class Config:
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
     task: str = "countdown"  # a file of data/
     style: str = "short"  # prompt style: paper, or short for tiny models
-    checker: str = "ours"  # who decides what is right: ours, or published (the papers' code)
+    checker: str = "ours"  # judge of the answers: ours, or published (the papers' code)
     data_path: str = ""  # folder or file of rows; empty: the task makes its problems
     train_rows: int = 0  # use the first so many rows; 0: all, or the task's default number
     test_rows: int = 0  # the same for the test rows
@@ -143,7 +144,7 @@ class Config:
     temperature: float = 1.0  # temperature of rollouts, and of the log-probs of their tokens
     rollout_batch: int = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
     # Speed
-    fast: bool = True  # use fast/: same results, faster; false: plain path (this file, model.py, sampler.py)
+    fast: bool = True  # use fast/: same results, faster; false: plain path (train_uft, model, sampler.py)
     token_budget: int = 32768  # most tokens of a micro-batch, padding included
     pack: bool = True  # fast: a group's completions share their prompt in one row where that is cheaper
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
@@ -159,6 +160,7 @@ class Config:
     save_every: int = 100  # steps between checkpoints
     print_every: int = 10  # steps between console lines
     show: int = 3  # answers printed before and after training
+    wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
 
 
 def check(cfg: Config) -> None:
@@ -807,7 +809,7 @@ def pick_problems(step: int, n_problems: int, cfg: Config) -> list[Pick]:
 def rollout(
     run: Run, data: Data, picks: Sequence[Pick], shown: Sequence[int], step: int, attempt: int, cfg: Config
 ) -> tuple[list[Group], Tensor, list[str]]:
-    """Sample and score completions of problems with `shown` segments of hint; a process does its share.
+    """Sample and score completions of problems with `shown` segments of hint, divided among all processes.
 
     Returns groups without advantages, rewards (P, n), and the last response of each group. A response is the
     hint and the completion, as the checker sees them.
@@ -851,15 +853,9 @@ def engine_options(run: Run, data: Data, cfg: Config) -> dict:
 
 
 def retry_with_hints(
-    run: Run,
-    data: Data,
-    picks: list[Pick],
-    shown: list[int],
-    groups: list[Group],
-    rewards: Tensor,
-    step: int,
-    cfg: Config,
-) -> None:
+    run: Run, data: Data, picks: list[Pick], shown: list[int], groups: list[Group], rewards: Tensor,
+    step: int, cfg: Config,
+) -> None:  # fmt: skip
     """hint = on-failure: sample groups without a right completion again, with more of the solution shown.
 
     1/4 of it is shown, then 1/2, then 3/4. Replaces the groups' entries in shown, groups and rewards.
@@ -893,9 +889,11 @@ def rollout_metrics(
 ) -> dict[str, float]:
     completions = [c for g in groups for c in g.completions]
     shares = [k / max(1, p.segments) for p, k in zip(problems, shown, strict=True)]
+    solved, segments = (rewards == 1).float().mean(1), torch.tensor(shown)
     return {
         "critic/rewards/mean": rewards.mean().item(),
-        "solved": (rewards == 1).float().mean(1).mean().item(),
+        "solved": solved.mean().item(),
+        **{f"solved/hint_{k}": solved[segments == k].mean().item() for k in sorted(set(shown))},
         "hint/share": sum(shares) / len(shares),
         "response_length/mean": sum(len(c.tokens) for c in completions) / len(completions),
         "response_length/clip_ratio": sum(not c.finished for c in completions) / len(completions),
@@ -931,9 +929,10 @@ def validate(run: Run, data: Data, step: int, total: int, show: int, cfg: Config
     refresh(run.sampler, run.model)
     rows = data.test_rows
     answers = gather(evaluate.answer(
-        run.sampler, run.tokenizer, data.task, share(rows), cfg.val_n, cfg.max_new_tokens, cfg.val_temperature,
-        cfg.seed, keys=share(range(len(rows))), fast=cfg.fast, batch_size=cfg.rollout_batch,
-        progress=Counter(cfg.val_n * len(share(rows))), **engine_options(run, data, cfg),
+        run.sampler, run.tokenizer, data.task, share(rows), cfg.val_n, cfg.max_new_tokens,
+        cfg.val_temperature, cfg.seed, keys=share(range(len(rows))), fast=cfg.fast,
+        batch_size=cfg.rollout_batch, progress=Counter(cfg.val_n * len(share(rows))),
+        **engine_options(run, data, cfg),
     ))  # fmt: skip
     accuracy, low, high = evaluate.accuracy_interval(answers)
     record = {"val/accuracy": accuracy, "val/low": low, "val/high": high}
@@ -1026,10 +1025,8 @@ def main(
                 group.advantages = values
             groups = drop_dead_groups(groups, rewards, hint_coef) if cfg.drop_dead else groups
             mini_batches, coef, update_start = (
-                split_evenly(groups, cfg.mini_batch),
-                hint_coef,
-                time.perf_counter(),
-            )
+                split_evenly(groups, cfg.mini_batch), hint_coef, time.perf_counter()
+            )  # fmt: skip
             lr = cfg.lr * lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
             set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
             if {cfg.rollout_dtype, cfg.dtype} != {"float32"} and groups:
@@ -1053,6 +1050,8 @@ def main(
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
             validate(run, data, step + 1, total, cfg.show if step + 1 == total else 0, cfg)
         save_and_stop(run, cfg, total)
+    run.log.close()
+    draw_run(run.out)
     print(f"{run.state['train_s']:.0f} s of training; model in {run.out / 'model'}")
 
 

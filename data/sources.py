@@ -88,14 +88,18 @@ def load(
             there = ", ".join(_name_of(d) for d in found)
             raise UserError(f"task = '{name}': {path} has no row of data_source '{source}', only of {there}")
         rows = load_rows(task, split, None, n, style=style or "paper", sizes=sizes)
-        print(f"note: {path} has no rows of '{name}', so {len(rows)} problems were made (style {style or 'paper'})")
+        print(
+            f"note: {path} has no rows of '{name}', so {len(rows)} problems were made (style {style or 'paper'})"
+        )
         return rows
     if name == SOURCES[name].task and name not in MADE:  # these read their own rows of any file
         rows = load_rows(task, split, path, sizes=sizes)
     else:
         needs, check = MADE.get(name, ({"target": (str, int, float)}, lambda truth: None))
         rows = [
-            _checked(row, where, needs, check) for where, d, row in _rows_with_source(path, split) if d == source
+            _checked(row, where, needs, check)
+            for where, d, row in _rows_with_source(path, split)
+            if d == source
         ]
     return rows[:n] if n else rows
 
@@ -127,7 +131,10 @@ def _records(path: str, split: str) -> list[tuple[str, dict]]:
 def _rows_with_source(path: str, split: str) -> list[tuple[str, str, dict]]:
     """(where, data_source, row) of every row of the file."""
     rows = read_rows(path, split, {})
-    return [(where, r.get("data_source"), row) for (where, r), row in zip(_records(path, split), rows, strict=True)]
+    return [
+        (where, r.get("data_source"), row)
+        for (where, r), row in zip(_records(path, split), rows, strict=True)
+    ]
 
 
 def _checked(row: dict, where: str, needs: dict, check: Any) -> dict:
@@ -155,6 +162,8 @@ def _judged_rows(name: str, path: str, split: str) -> list[dict]:
         if isinstance(target, list) and len(target) == 1:
             target = target[0]
         if not isinstance(question, str) or not isinstance(target, str | int | float):
-            raise UserError(f"{where}: must have the fields problem (or question) and answer, one text or number")
+            raise UserError(
+                f"{where}: must have the fields problem (or question) and answer, one text or number"
+            )
         rows.append(solved_row(question, record.get("solution") or "", str(target)))
     return rows

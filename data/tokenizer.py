@@ -358,8 +358,7 @@ class Tokenizer:
         """
         name = self.template_name(template)
         # As in transformers, the template sees the tokens that the configuration names, and no others
-        tokens = {k: v for k, v in self.config.items() if k.endswith("_token") and isinstance(v, (str, dict))}
-        tokens = {k: v if isinstance(v, str) else v["content"] for k, v in tokens.items()}
+        tokens = _named_tokens(self.config)
         given = {
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
@@ -453,6 +452,18 @@ def _own_templates(config: dict) -> dict[str, str]:
     if not all(isinstance(t, str) for t in chain(templates, templates.values())):
         raise UserError("tokenizer_config.json: chat_template must be a text or a list of {name, template}")
     return templates
+
+
+def _named_tokens(config: dict) -> dict[str, str]:
+    """The tokens that tokenizer_config.json names, such as bos_token: each a text or an object with its
+    content.
+    """
+    tokens = {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, str | dict)}
+    for key, value in tokens.items():
+        tokens[key] = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(tokens[key], str):
+            raise UserError(f"tokenizer_config.json: {key} = {value!r}: must be a text or have a text 'content'")
+    return tokens
 
 
 # ---- learning ----------------------------------------------------------------------------------------------

@@ -59,13 +59,9 @@ def prefill(
 
 
 def decode(
-    model: Transformer,
-    cache: KVCache,
-    tokens: Tensor,
-    positions: Tensor,
-    length: int,
+    model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int,
     head: Callable | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """sampler.decode with another head: packed_head's function, if there is one."""
     # Every row attends to its own positions so far: (n, 1, 1, length).
     mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]

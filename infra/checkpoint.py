@@ -24,7 +24,9 @@ from infra.parallel import barrier, full, rank
 
 # The first line of a run's config.toml.
 MARK = "# written by nanoFT; a run in this folder continues with --resume=true"
-RUN_FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "model", "model.old", "sft", "sft.old")
+RUN_FILES = (
+    "config.toml", "metrics.jsonl", "samples.jsonl", "curve.png", "model", "model.old", "sft", "sft.old",
+)  # fmt: skip
 OWN_FILE = re.compile(  # names that runs write into model/ and resume/
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|state|adapter_config)\.json"
     r"|model\.safetensors\.index\.json|chat_template\.jinja"
@@ -216,6 +218,7 @@ def _named_tensors(model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[st
 MAY_DIFFER = (  # knobs that a resumed run may change
     "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing",
     "fast", "token_budget", "pack", "eval_every", "save_every", "print_every", "show",
+    "wandb",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class UserError(Exception):
     """A user's mistake: printed as one line on stderr, exit code 2, no traceback."""
 
 
+LONGEST_LINE = 1000  # characters of an error; of a longer one both ends are printed
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
 
 
@@ -32,6 +33,8 @@ def fail(message: str) -> NoReturn:
     from infra.parallel import rank
 
     line = " ".join(message.encode("utf-8", "replace").decode().split("\n"))
+    if len(line) > LONGEST_LINE:  # it quotes a whole value
+        line = f"{line[: LONGEST_LINE // 2]} [...] {line[-LONGEST_LINE // 2 :]}"
     print(
         f"error: {line}" if rank() == 0 else f"error (process {rank()}): {line}", file=sys.stderr, flush=True
     )

@@ -35,10 +35,13 @@ def check_output(knob: str, path: str, mine: Callable[[str], bool]) -> None:
     file = Path(path)
     if file.is_dir():
         raise UserError(f"{knob} = {path!r}: is a folder; name a file")
+    new = not file.exists()
     try:
         with open(file, "a+", encoding="utf-8", errors="replace") as f:
             f.seek(0)
             start = f.readline(4096)
+        if new:  # an error that follows leaves no empty file behind
+            file.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"{knob} = {path!r}: cannot be written ({e.strerror})") from None
     if start and not mine(start):
@@ -84,7 +87,11 @@ def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
                 settings = record["evaluation"]
             else:
                 records[record["task"], record["index"]] = record
-                _ = [(a["reward"], a["verdict"], a["cut"]) for a in record["answers"]][0], record["prompt"], record["truth"]
+                _ = (
+                    [(a["reward"], a["verdict"], a["cut"]) for a in record["answers"]][0],
+                    record["prompt"],
+                    record["truth"],
+                )
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{path} line {number}: not a line that evaluate.py --save writes") from None
     return settings, records
@@ -99,7 +106,9 @@ def resume_answers(path: str, settings: dict, compared: Sequence[str]) -> tuple[
     saved: dict[Key, dict] = {}
     settings = json.loads(json.dumps(settings))
     for file in _answer_files(path):
-        if "\n" in file.read_text(encoding="utf-8", errors="replace"):  # else not even its first line is whole
+        if "\n" in file.read_text(
+            encoding="utf-8", errors="replace"
+        ):  # else not even its first line is whole
             other, records = read_answers(file)
             for key in compared:
                 if other.get(key) != settings[key]:
@@ -120,7 +129,9 @@ def resume_answers(path: str, settings: dict, compared: Sequence[str]) -> tuple[
 
 def _answer_files(path: str) -> list[Path]:
     file = Path(path)
-    parts = sorted(p for p in file.parent.glob("*") if re.fullmatch(re.escape(file.name) + r"\.part-\d+", p.name))
+    parts = sorted(
+        p for p in file.parent.glob("*") if re.fullmatch(re.escape(file.name) + r"\.part-\d+", p.name)
+    )
     return [p for p in [file, *parts] if p.exists() and p.stat().st_size]
 
 
@@ -166,7 +177,9 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        )
         lines.append("  ".join([first, *others]))
     return "\n".join(lines)
 
@@ -181,7 +194,10 @@ def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, result
         return _replace(path, text.replace("{\n ", "{", 1) + "\n")
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
-    _replace(path, "\n".join([f"<!-- {WRITTEN_BY} {_line(settings).strip()} -->", lines[0], rule, *lines[1:]]) + "\n")
+    _replace(
+        path,
+        "\n".join([f"<!-- {WRITTEN_BY} {_line(settings).strip()} -->", lines[0], rule, *lines[1:]]) + "\n",
+    )
 
 
 # ---- exports: prompts -> the text of a file ------------------------------------------------------------------
@@ -252,7 +268,10 @@ def mt_bench(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) 
     lines = []
     for (_, record), replies in zip(records, choices, strict=True):
         answer = {"question_id": record["question_id"], "answer_id": uuid4().hex, "model_id": name}
-        answer |= {"choices": [{"index": k, "turns": turns} for k, turns in enumerate(replies)], "tstamp": time.time()}
+        answer |= {
+            "choices": [{"index": k, "turns": turns} for k, turns in enumerate(replies)],
+            "tstamp": time.time(),
+        }
         lines.append(_line(answer))
     return "".join(lines)
 
@@ -263,10 +282,17 @@ def qwen_math(records: list[tuple[str, dict]], ask: Ask, name: str, system: str)
     The reader wants gt beside gt_cot, a solution that ends in it; without one that is gt in a box.
     """
     truths = [_ground_truth(where, record) for where, record in records]
+    numbers = [record["idx"] for _, record in records if "idx" in record]
+    if numbers and not len(set(map(str, numbers))) == len(numbers) == len(records):
+        raise UserError(
+            f"{records[0][0]}: idx must be another in every record; the reader keeps one record of each"
+        )
     questions = [next(r[f] for f in ("question", "problem", "prompt") if f in r) for _, r in records]
     replies = ask([q if isinstance(q, list) else _user(q, system) for q in questions])
     lines = []
-    for i, ((_, record), question, (gt_cot, gt), texts) in enumerate(zip(records, questions, truths, replies, strict=True)):
+    for i, ((_, record), question, (gt_cot, gt), texts) in enumerate(
+        zip(records, questions, truths, replies, strict=True)
+    ):
         line = {"idx": record.get("idx", i), "question": question, "gt_cot": gt_cot, "gt": gt}
         lines.append(_line(line | {"pred": [final_answer(t) for t in texts], "code": texts}))
     return "".join(lines)
@@ -280,7 +306,9 @@ def _ground_truth(where: str, record: dict) -> tuple[str, str]:
         return given, given.rpartition("####")[2].strip().replace(",", "")
     gt = given if given is not None else final_answer(str(solution)) if solution else ""
     if not gt:
-        raise UserError(f"{where}: must have the field gt, answer or target, or a solution with a boxed answer")
+        raise UserError(
+            f"{where}: must have the field gt, answer or target, or a solution with a boxed answer"
+        )
     return solution or f"\\boxed{{{gt}}}", gt
 
 
@@ -299,7 +327,9 @@ def tldr(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> s
     """Records of a prompt: a bare text such as TL;DR's "SUBREDDIT: ... TL;DR:", or a list of messages for the template."""
     replies = ask([r["prompt"] for _, r in records])
     pairs = zip(records, replies, strict=True)
-    return "".join(_line({"prompt": r["prompt"], "completion": reply[0], "model": name}) for (_, r), reply in pairs)
+    return "".join(
+        _line({"prompt": r["prompt"], "completion": reply[0], "model": name}) for (_, r), reply in pairs
+    )
 
 
 EXPORTS = {  # kind -> the fields of which a record must have one, and the function

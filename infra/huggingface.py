@@ -97,7 +97,8 @@ def _check_fields(known: dict, d: dict, where: str) -> None:
     """UserError unless the fields of ModelConfig have usable values."""
     whole = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads")  # fmt: skip
-    limits = {"num_hidden_layers": 1000, "num_attention_heads": 10_000, "hidden_size": 1 << 20, "head_dim": 1 << 16}
+    limits = {"num_hidden_layers": 1000, "num_attention_heads": 10_000, "hidden_size": 1 << 20,
+              "head_dim": 1 << 16}  # fmt: skip
     for key in (*whole, *(k for k in ("head_dim", "max_position_embeddings") if k in known)):
         value, most = known.get(key), limits.get(key, 1 << 30)
         if type(value) is not int or not 1 <= value <= most:
@@ -151,11 +152,9 @@ def read_json(path: Path) -> dict:
 
 
 def load_model(
-    dir: str | Path,
-    dtype: torch.dtype | None = None,
-    device=None,
+    dir: str | Path, dtype: torch.dtype | None = None, device=None,
     shard: Callable[[Transformer], None] | None = None,
-) -> Transformer:
+) -> Transformer:  # fmt: skip
     """A Transformer with the weights of a Hugging Face directory. dtype None: as stored.
 
     The model is laid out without memory and filled tensor by tensor, so the peak is the model plus one

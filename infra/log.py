@@ -4,11 +4,15 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
+from infra.config import UserError
 from infra.parallel import rank, world
 
 
@@ -20,7 +24,7 @@ class Log:
     """
 
     def __init__(self, out_dir: Path, steps_done: int):
-        self.out_dir = out_dir
+        self.out_dir, self.wandb_run = out_dir, None
         if rank():
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -29,12 +33,45 @@ class Log:
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= steps_done]
             path.write_text("".join(kept), encoding="utf-8")
 
+    def start_wandb(self, project: str, run_id: str | None, cfg: Any) -> str | None:
+        """Log metrics to wandb too, on rank 0. Returns the id of the run there; run_id continues a run."""
+        if rank():
+            return run_id
+        wandb = import_wandb()
+        try:
+            self.wandb_run = wandb.init(
+                project=project, name=self.out_dir.name, id=run_id, resume="allow", dir=self.out_dir,
+                config=asdict(cfg),
+            )  # fmt: skip
+        except wandb.Error as e:  # no login, no such entity, no network
+            raise UserError(f"wandb = {project!r}: {e}") from None
+        return self.wandb_run.id
+
     def write(self, name: str, step: int, record: dict) -> None:
         """Append a record to metrics.jsonl or samples.jsonl, on rank 0."""
         if rank():
             return
         with open(self.out_dir / f"{name}.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step} | record, ensure_ascii=False) + "\n")
+        # wandb ignores steps before its last one. A resumed run repeats them exactly, so nothing is lost.
+        if self.wandb_run and name == "metrics":
+            self.wandb_run.log(record, step=step)
+
+    def close(self) -> None:
+        """End the run on wandb, if there is one."""
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def import_wandb() -> ModuleType:
+    """The module wandb. UserError if it is not installed."""
+    try:
+        import wandb
+
+        wandb.init  # noqa: B018 (a folder wandb/ of logs imports as an empty package)
+    except (ImportError, AttributeError):
+        raise UserError("wandb: it needs the extra `wandb`: pip install -e '.[wandb]'") from None
+    return wandb
 
 
 class Counter:

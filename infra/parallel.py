@@ -1,4 +1,4 @@
-"""Several processes (torchrun, FSDP2) with a share of the work each, and a process's device and arithmetic.
+"""Several processes (torchrun, FSDP2): their shares of the work, sharded models, device and arithmetic.
 
 A collective is called by all processes or by none: whether it is called depends on the configuration or on
 sums over all processes, never on the data of one process.

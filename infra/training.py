@@ -23,7 +23,7 @@ from fast.head import trim_heap_before_table_gradient
 from infra.checkpoint import check_disk, check_out_dir, load_resume, save_model, save_resume, write_config
 from infra.config import UserError, memory_advice
 from infra.huggingface import load_model
-from infra.log import Log, mfu
+from infra.log import Log, import_wandb, mfu
 from infra.parallel import collect, full, settle_dtype, sharding, start_process, whole_copy
 from model import Transformer
 
@@ -50,6 +50,8 @@ class Run:
 
 def start(cfg: Any) -> torch.device:
     """Join the other processes; settle device and arithmetic."""
+    if cfg.wandb:
+        import_wandb()  # UserError now rather than after the model is loaded
     device = start_process(cfg.device, cfg.threads)
     settle_dtype(cfg, device)
     if device.type not in ("cpu", "cuda"):  # mps and xpu: the plain path in float32, untested so far
@@ -102,7 +104,7 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
 
 
 def frozen_model(dir: Path, cfg: Any, device: torch.device) -> Transformer:
-    """The reference model of a KL term or pair loss: no gradients, sharded and compiled like the trained."""
+    """The frozen reference of a KL term or a pair loss, sharded and compiled like the trained model."""
     model = load_model(dir, torch.float32, device, sharding(cfg.dtype))
     speed_up(model, cfg, device)
     return model.requires_grad_(False)
@@ -120,6 +122,8 @@ def start_or_resume(run: Run, cfg: Any, resume: bool, state: dict, data: dict[st
         run.state = {"step": 0, "train_s": 0.0} | state
     run.state["data"] = data
     run.log = Log(run.out, run.state["step"])
+    if cfg.wandb:
+        run.state["wandb"] = run.log.start_wandb(cfg.wandb, run.state.get("wandb"), cfg)
     catch_signals()
 
 
@@ -145,7 +149,7 @@ def fingerprint(rows: Sequence) -> str:
 
 
 def batch_rows(step: int, size: int, n: int, seed: int) -> list[int]:
-    """The rows of a step, `size` of an endless stream of shuffled epochs of n rows; none is left out."""
+    """The rows of a step: the next `size` of an endless stream of shuffled epochs of n rows without gaps."""
     first, orders = step * size, {}
     for k in range(first, first + size):
         epoch = k // n
@@ -221,6 +225,7 @@ def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "
         save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
         save_resume(run.out, run.model, run.optimizer, run.state, cfg)
     if stop and done < total:
+        run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
         sys.exit(128 + stop)
 

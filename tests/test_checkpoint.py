@@ -95,6 +95,9 @@ def test_a_run_with_a_checkpoint_is_only_continued(name, tmp_path):
     write_config(tmp_path, Config())
     (tmp_path / name).mkdir()
     assert "holds a run already: --resume=true continues it" in refused(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        check_out_dir(str(tmp_path), BASE, True)
+    (tmp_path / name / "state.json").write_text("{}")
     assert check_out_dir(str(tmp_path), BASE, True) == tmp_path
 
 

@@ -75,15 +75,14 @@ MODELS |= {
 def test_the_engine_samples_what_the_plain_loop_does(model, setting):
     knobs = {"n": 2, "max_new_tokens": 18, "seed": 7} | SETTINGS[setting]
     model = tiny(**MODELS[model])
-    stop = list(range(0, VOCAB, 12))
-    outputs = both(model, ragged(), stop_ids=stop, **knobs)
-    assert len({c.finished for g in outputs for c in g}) == 2 or setting == "greedy"
-    assert len({len(c.tokens) for g in outputs for c in g}) > 3
+    outputs = both(model, ragged(), stop_ids=list(range(0, VOCAB, 24)), **knobs)
+    ends = [(c.finished, len(c.tokens)) for g in outputs for c in g]
+    assert setting == "greedy" or len(set(ends)) > 1  # some end early
 
 
 def test_random_arguments_give_the_same_in_both():
     rng = random.Random(0)
-    for seed in range(25):
+    for seed in range(15):
         family = rng.choice(list(FAMILIES))
         model = tiny(seed % 3, model_type=family, window=rng.choice((0, 3, 9)))
         prompts = ragged(rng.randint(1, 9), seed, rng.choice((1, 4, 11, 30)))

@@ -45,7 +45,11 @@ def test_t_distribution_by_tables():
 def test_mean_interval_by_hand():
     """1, 2, 3: mean 2, standard error sqrt(1 / 3), t of two degrees of freedom."""
     mean, low, high = mean_interval([1, 2, 3])
-    assert mean == 2 and high - 2 == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4) and low == pytest.approx(4 - high)
+    assert (
+        mean == 2
+        and high - 2 == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
+        and low == pytest.approx(4 - high)
+    )
     assert mean_interval([5.0]) == (5, -math.inf, math.inf)
 
 
@@ -53,7 +57,11 @@ def test_share_interval_is_wilsons_for_one_answer_and_clustered_for_several():
     assert share_interval([1, 0, 0, 1], 1) == (0.5, *wilson(2, 4))
     # two answers to each of four problems: shares 1, 1/2, 0, 1/2; sd sqrt(1/6), error sqrt(1/24)
     mean, low, high = share_interval([1, 0.5, 0, 0.5], 2)
-    assert mean == 0.5 and high == pytest.approx(min(1, 0.5 + 3.18245 * math.sqrt(1 / 24)), abs=1e-4) and low == 0
+    assert (
+        mean == 0.5
+        and high == pytest.approx(min(1, 0.5 + 3.18245 * math.sqrt(1 / 24)), abs=1e-4)
+        and low == 0
+    )
     mean, low, high = share_interval([1, 0.5, 0, 0.5] * 4, 2)
     error = math.sqrt(2 / 15 / 16)
     assert high == pytest.approx(0.5 + 2.13145 * error, abs=1e-4) and low == pytest.approx(1 - high)
@@ -62,7 +70,9 @@ def test_share_interval_is_wilsons_for_one_answer_and_clustered_for_several():
 
 def test_mean_of_shares_by_hand():
     mean, low, high = mean_of([Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.0, 0.7)])
-    assert (mean, low, high) == pytest.approx((0.4, 0.4 - math.hypot(0.1, 0.3) / 2, 0.4 + math.hypot(0.2, 0.4) / 2))
+    assert (mean, low, high) == pytest.approx(
+        (0.4, 0.4 - math.hypot(0.1, 0.3) / 2, 0.4 + math.hypot(0.2, 0.4) / 2)
+    )
 
 
 def test_mcnemar_by_hand_and_by_counting():
@@ -95,7 +105,11 @@ def test_paired_t_by_hand():
 def test_welch_by_hand():
     """Means 2 and 5, squared errors 1/3 and 4/3: 25 / 17 * 2 degrees of freedom."""
     mean, low, high = welch([1, 2, 3], [3, 5, 7])
-    assert mean == 3 and high - 3 == pytest.approx(t_quantile(50 / 17) * math.sqrt(5 / 3)) and low == pytest.approx(6 - high)
+    assert (
+        mean == 3
+        and high - 3 == pytest.approx(t_quantile(50 / 17) * math.sqrt(5 / 3))
+        and low == pytest.approx(6 - high)
+    )
     assert welch([1, 1], [2, 2]) == (1, 1, 1)
 
 
@@ -122,15 +136,32 @@ RIGHT, WRONG, NONE = made(1.0, "right"), made(0.1, "wrong"), made(0.0, "no answe
 
 def test_summary_counts_verdicts_and_estimates_pass_at_k():
     strict = made(1.0, "right", [0.1, "wrong"])
-    groups = [[RIGHT, RIGHT, WRONG, NONE], [WRONG, WRONG, WRONG, made(0.1, "odd")], [strict, RIGHT, RIGHT, RIGHT]]
+    groups = [
+        [RIGHT, RIGHT, WRONG, NONE],
+        [WRONG, WRONG, WRONG, made(0.1, "odd")],
+        [strict, RIGHT, RIGHT, RIGHT],
+    ]
     r = evaluate.summarise("x", groups, "ours")
-    assert r["accuracy"]["mean"] == pytest.approx((0.5 + 0 + 1) / 3) and r["published"] == pytest.approx(5 / 12)
-    assert r["verdicts"] == {"right": 6, "wrong": 4, "no answer": 1, "odd": 1} and r["cut"] == 1 and r["problems"] == 3
-    assert {k: e["mean"] for k, e in r["pass_at"].items()} == pytest.approx({2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
+    assert r["accuracy"]["mean"] == pytest.approx((0.5 + 0 + 1) / 3) and r["published"] == pytest.approx(
+        5 / 12
+    )
+    assert (
+        r["verdicts"] == {"right": 6, "wrong": 4, "no answer": 1, "odd": 1}
+        and r["cut"] == 1
+        and r["problems"] == 3
+    )
+    assert {k: e["mean"] for k, e in r["pass_at"].items()} == pytest.approx(
+        {2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3}
+    )
     assert evaluate.summarise("x", groups, "published")["verdicts"]["wrong"] == 5
     head, row = evaluate.table_rows([r], "ours")
     cells = dict(zip(head, row, strict=False))
-    assert cells["avg@4"] == "50.0%" and cells["published"] == "41.7%" and cells["odd"] == "1" and cells["malformed"] == "0"
+    assert (
+        cells["avg@4"] == "50.0%"
+        and cells["published"] == "41.7%"
+        and cells["odd"] == "1"
+        and cells["malformed"] == "0"
+    )
     assert "published" not in evaluate.table_rows([r], "published")[0]
     plain = [evaluate.summarise(name, [[RIGHT], [WRONG]], "ours") for name in "ab"]
     rows = evaluate.table_rows(plain, "ours")
@@ -142,13 +173,19 @@ def test_summary_counts_verdicts_and_estimates_pass_at_k():
 
 
 def published_row(data_source, truth, question="What?", **other):
-    return {"data_source": data_source, "question": question, "reward_model": {"ground_truth": truth}, **other}
+    return {
+        "data_source": data_source,
+        "question": question,
+        "reward_model": {"ground_truth": truth},
+        **other,
+    }
 
 
 def mixed(folder):
     """A file of four sources as published, where a Countdown target is text and unused keys are null."""
     rows = [
-        published_row("aime", {"question": "1+1", "target": "2", "numbers": None}, f"Problem {i}? Assistant:") for i in range(3)
+        published_row("aime", {"question": "1+1", "target": "2", "numbers": None}, f"Problem {i}? Assistant:")
+        for i in range(3)
     ]
     rows.append(published_row("countdown", {"numbers": [3, 4], "target": "7", "question": None}, "3 4=7"))
     rows.append(published_row("openai/gsm8k", {"question": "2+2", "target": "4"}, "2+2?"))
@@ -161,8 +198,13 @@ def mixed(folder):
 def test_sources_of_a_mixed_file(tmp_path, capsys):
     path = mixed(tmp_path / "others")
     assert sources.names(("uft",), path, "test") == ["math500", "aime", "gsm8k", "countdown"]
-    assert [r["prompt"] for r in sources.load("aime", path, "test")] == [f"Problem {i}? Assistant:" for i in range(3)]
-    assert len(sources.load("aime", path, "test", n=2)) == 2 and len(sources.load("aime", path, "test", n=50)) == 3
+    assert [r["prompt"] for r in sources.load("aime", path, "test")] == [
+        f"Problem {i}? Assistant:" for i in range(3)
+    ]
+    assert (
+        len(sources.load("aime", path, "test", n=2)) == 2
+        and len(sources.load("aime", path, "test", n=50)) == 3
+    )
     assert sources.load("countdown", path, "test")[0]["truth"]["target"] == 7
     assert sources.load("gsm8k", path, "test")[0]["truth"]["target"] == "4"
     assert sources.judge("aime") is hendrycks_math and sources.judge("countdown") is countdown
@@ -172,7 +214,11 @@ def test_sources_of_a_mixed_file(tmp_path, capsys):
         sources.names(("aime", "chess"), path, "test")
     capsys.readouterr()
     rows = sources.load("logic", path, "test", n=4)  # can be made
-    assert len(rows) == 4 and "Assistant:" in rows[0]["prompt"] and "4 problems were made" in capsys.readouterr().out
+    assert (
+        len(rows) == 4
+        and "Assistant:" in rows[0]["prompt"]
+        and "4 problems were made" in capsys.readouterr().out
+    )
 
 
 def test_uft_needs_known_sources(tmp_path):
@@ -184,7 +230,10 @@ def test_uft_needs_known_sources(tmp_path):
 
 
 def test_a_countdown_row_that_cannot_be_judged_is_refused(tmp_path):
-    rows = [published_row("aime", {"target": "2"}), published_row("countdown", {"numbers": None, "target": "7"})]
+    rows = [
+        published_row("aime", {"target": "2"}),
+        published_row("countdown", {"numbers": None, "target": "7"}),
+    ]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(UserError, match=r"test.jsonl row 1: the ground truth lacks a usable 'numbers'"):
         sources.load("countdown", str(tmp_path), "test")
@@ -193,7 +242,9 @@ def test_a_countdown_row_that_cannot_be_judged_is_refused(tmp_path):
 def test_files_without_the_column_are_read_by_the_task(tmp_path):
     rows = countdown.load("train", n=3, style="short")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert [r["prompt"] for r in sources.load("countdown", str(tmp_path), "test")] == [r["prompt"] for r in rows]
+    assert [r["prompt"] for r in sources.load("countdown", str(tmp_path), "test")] == [
+        r["prompt"] for r in rows
+    ]
     # sets of the Hub, which have neither layout
     file = tmp_path / "aime.jsonl"
     file.write_text(json.dumps({"problem": "What is 1+1?", "answer": [2], "solution": "It is 2."}) + "\n")
@@ -248,15 +299,27 @@ def test_saved_answers_and_tables(tmp_path, capsys):
     head, *records = lines_of(path)
     assert head["evaluation"]["n"] == 3 and head["evaluation"]["max_new_tokens"] == 40
     rows = countdown.load("test", n=6, style="short")
-    assert [(r["task"], r["index"], r["prompt"]) for r in records] == [("countdown", i, r["prompt"]) for i, r in enumerate(rows)]
+    assert [(r["task"], r["index"], r["prompt"]) for r in records] == [
+        ("countdown", i, r["prompt"]) for i, r in enumerate(rows)
+    ]
     for record in records:
         assert len(record["answers"]) == 3
         for a in record["answers"]:
-            assert [a["reward"], a["verdict"]] == list(countdown.score(a["response"], record["truth"])) == a["published"]
+            assert (
+                [a["reward"], a["verdict"]]
+                == list(countdown.score(a["response"], record["truth"]))
+                == a["published"]
+            )
     mean = sum(a["reward"] == 1 for r in records for a in r["answers"]) / 18
     assert out.count("--- ") == 2 and f"{mean:.1%}" in out and "avg@3" in out and "pass@2" in out
     assert table.read_text().splitlines()[3].startswith(f"| countdown | 6 | {mean:.1%} |")
-    run("--n=3", "--temperature=1", "--batch_size=4", f"--save={tmp_path / 'b.jsonl'}", f"--table={tmp_path / 'b.json'}")
+    run(
+        "--n=3",
+        "--temperature=1",
+        "--batch_size=4",
+        f"--save={tmp_path / 'b.jsonl'}",
+        f"--table={tmp_path / 'b.json'}",
+    )
     assert (tmp_path / "b.jsonl").read_text() == path.read_text()
     result = json.loads((tmp_path / "b.json").read_text())["results"][0]
     verdicts = Counter(a["verdict"] for r in records for a in r["answers"])
@@ -299,7 +362,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys, monkeypatch):
     [
         ("--temperature=0.5", "temperature = 1.0, not 0.5"), ("--seed=1", "seed = 0, not 1"), ("--rows=5", "rows = 6, not 5"),
         ("--max_new_tokens=41", "max_new_tokens"), ("--n=2", "n = 1, not 2"), (f"--model={ROOT / 'data/tiny/logic'}", "weights"),
-        ("--sizes=4", "sizes"), ("--task=logic", "task"),
+        ("--sizes=6", "sizes"), ("--task=logic", "task"),
     ],
 )  # fmt: skip
 def test_other_settings_are_refused_by_name(tmp_path, change, name):
@@ -323,7 +386,9 @@ def test_files_of_others_are_never_overwritten(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             evaluate.main([*args, "--model=nowhere"])  # before the model is even looked for
-    assert (tmp_path / "mine.jsonl").read_text() == '{"precious": 1}\n' and (tmp_path / "mine.md").read_text() == "# precious\n"
+    assert (tmp_path / "mine.jsonl").read_text() == '{"precious": 1}\n' and (
+        tmp_path / "mine.md"
+    ).read_text() == "# precious\n"
 
 
 def test_a_damaged_line_is_named(tmp_path):
@@ -350,7 +415,9 @@ def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
     assert head["evaluation"]["max_new_tokens"] == 1024
     first, second, _ = (r["answers"][0] for r in records)
     assert (first["verdict"], first["reward"], first["tokens"]) == ("too long", 0.0, 0)
-    ((alone,),) = generate(model, [tokenizer.encode(rows[1]["prompt"])], 1, 12, 1.5, tokenizer.stop_ids, 0, keys=[1])
+    ((alone,),) = generate(
+        model, [tokenizer.encode(rows[1]["prompt"])], 1, 12, 1.5, tokenizer.stop_ids, 0, keys=[1]
+    )
     assert second["tokens"] == len(alone.tokens) <= 12 and second["cut"] == (not alone.finished)
 
 
@@ -366,16 +433,27 @@ def test_an_answer_is_cut_at_the_window():
 
 def test_the_published_checker_beside_ours(tmp_path, capsys):
     row = {"prompt": "Assistant:", "truth": {"numbers": [3, 4], "target": 7}}
-    a = evaluate.judge_published(countdown, row, {"response": "<answer> 3+4 </answer>\n", "reward": 1.0, "verdict": "right"})
+    a = evaluate.judge_published(
+        countdown, row, {"response": "<answer> 3+4 </answer>\n", "reward": 1.0, "verdict": "right"}
+    )
     assert a["published"] == [0.0, "no answer"]  # only the last line is searched there
     other = type("task", (), {})
-    assert evaluate.judge_published(other, row, {"reward": 0.5, "verdict": "half"})["published"] == [0.5, "half"]
+    assert evaluate.judge_published(other, row, {"reward": 0.5, "verdict": "half"})["published"] == [
+        0.5,
+        "half",
+    ]
 
 
 def test_processes_share_the_problems_and_any_number_continues(tmp_path):
     """Two processes write two parts, merged at the end; parts left behind are taken over by a single process."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
     two, one = tmp_path / "two.jsonl", tmp_path / "one.jsonl"
     args = [*SMALL, "--temperature=1", "--rows=7"]
     done = subprocess.run(
@@ -388,16 +466,29 @@ def test_processes_share_the_problems_and_any_number_continues(tmp_path):
     assert done.stdout.count("countdown ") == 1 and "| countdown | 7 |" in (tmp_path / "two.md").read_text()
     head, *lines = one.read_text().splitlines(keepends=True)
     for k in range(3):  # three processes were interrupted
-        (tmp_path / f"new.jsonl.part-{k}").write_text(head + "".join(lines[k:k + 2]) + lines[6][:20])
+        (tmp_path / f"new.jsonl.part-{k}").write_text(head + "".join(lines[k : k + 2]) + lines[6][:20])
     evaluate.main([*args, f"--save={tmp_path / 'new.jsonl'}"])
     assert (tmp_path / "new.jsonl").read_text() == one.read_text() and not list(tmp_path.glob("*.part-*"))
 
 
 def test_several_tasks_of_a_file_in_one_table(tmp_path, capsys):
     path = mixed(tmp_path / "others")
-    run("--task=uft,logic", f"--data_path={path}", "--rows=3", "--max_new_tokens=8", f"--save={tmp_path / 'a.jsonl'}")
+    run(
+        "--task=uft,logic",
+        f"--data_path={path}",
+        "--rows=3",
+        "--max_new_tokens=8",
+        f"--save={tmp_path / 'a.jsonl'}",
+    )
     table = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    for row in (["math500", "1"], ["aime", "3"], ["gsm8k", "1"], ["countdown", "1"], ["logic", "3"], ["mean", "of"]):
+    for row in (
+        ["math500", "1"],
+        ["aime", "3"],
+        ["gsm8k", "1"],
+        ["countdown", "1"],
+        ["logic", "3"],
+        ["mean", "of"],
+    ):
         assert row in table, row
 
 
@@ -441,24 +532,40 @@ def test_comparison_of_greedy_answers(tmp_path, capsys):
 
 
 def test_comparison_of_several_answers_and_seeds(tmp_path, capsys):
-    a = [write_answers(tmp_path / f"a{s}.jsonl", shares, n=2) for s, shares in enumerate([[0, 1, 2, 0], [0, 1, 0, 0]])]
-    b = [write_answers(tmp_path / f"b{s}.jsonl", shares, n=2) for s, shares in enumerate([[2, 1, 2, 0], [1, 1, 1, 2]])]
+    a = [
+        write_answers(tmp_path / f"a{s}.jsonl", shares, n=2)
+        for s, shares in enumerate([[0, 1, 2, 0], [0, 1, 0, 0]])
+    ]
+    b = [
+        write_answers(tmp_path / f"b{s}.jsonl", shares, n=2)
+        for s, shares in enumerate([[2, 1, 2, 0], [1, 1, 1, 2]])
+    ]
     evaluate.main(["--compare", ",".join(a), ",".join(b)])
     out = capsys.readouterr().out
     (mean, low, high), p = paired_t([3 / 4, 0, 1 / 4, 2 / 4])
     assert f"{mean:+.1%}  {low:+.1%} .. {min(1, high):+.1%}  {p:.4f}  paired t over problems" in out
     low, high = welch([3 / 8, 1 / 8], [5 / 8, 5 / 8])[1:]
-    assert f"A 37.5% 12.5%, B 62.5% 62.5%: B - A +37.5%, 95 % interval {low:+.1%} .. {high:+.1%} (Welch's t)" in out
+    assert (
+        f"A 37.5% 12.5%, B 62.5% 62.5%: B - A +37.5%, 95 % interval {low:+.1%} .. {high:+.1%} (Welch's t)"
+        in out
+    )
     evaluate.main(["--compare", a[0], ",".join(b)])
     assert "no interval over seeds" in capsys.readouterr().out
 
 
 def test_comparison_tells_equal_problems_apart_and_tasks(tmp_path, capsys):
     """Twice the same prompt and truth are two problems; over several tasks there is a row of all."""
+
     def file(name, answers):
         records = {}
         for i, (task, right) in enumerate(answers):
-            records[task, i] = {"task": task, "index": i, "prompt": "p", "truth": 1, "answers": [RIGHT if right else WRONG]}
+            records[task, i] = {
+                "task": task,
+                "index": i,
+                "prompt": "p",
+                "truth": 1,
+                "answers": [RIGHT if right else WRONG],
+            }
         exports.merge_answers(str(tmp_path / name), {}, records)
         return str(tmp_path / name)
 

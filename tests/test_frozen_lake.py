@@ -1,4 +1,4 @@
-"""toys/frozen_lake.py: the lake by hand, probabilities against a simulated walk, batched runs against one alone."""
+"""toys/frozen_lake.py: the lake by hand, probabilities against a simulated walk, batched runs against one."""
 
 import builtins
 import json
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import train_ift
-from common import UserError
+from infra.config import UserError
 from toys import frozen_lake
 from toys.frozen_lake import (
     GOAL,
@@ -48,11 +48,12 @@ def some_runs(n: int = 3) -> Runs:
 
 def test_gymnasiums_map_by_hand() -> None:
     moves = transitions(GYMNASIUM)
-    assert moves[0].tolist() == [0, 4, 1, 0] and moves[3].tolist() == [2, 7, 3, 3] and moves[9].tolist() == [8, 13, 10, 5]
+    for s, after in ((0, [0, 4, 1, 0]), (3, [2, 7, 3, 3]), (9, [8, 13, 10, 5])):
+        assert moves[s].tolist() == after
     for hole_or_goal in (5, 7, 11, 12, 15):
         assert (moves[hole_or_goal] == hole_or_goal).all()
-    best = {0: [DOWN, RIGHT], 1: [RIGHT], 2: [DOWN], 3: [LEFT], 4: [DOWN], 6: [DOWN], 8: [RIGHT], 9: [DOWN, RIGHT]}
-    best |= {10: [DOWN], 13: [RIGHT], 14: [RIGHT]}
+    best = {0: [DOWN, RIGHT], 1: [RIGHT], 2: [DOWN], 3: [LEFT], 4: [DOWN], 6: [DOWN]}
+    best |= {8: [RIGHT], 9: [DOWN, RIGHT], 10: [DOWN], 13: [RIGHT], 14: [RIGHT]}
     by_hand = [[(a in best.get(s, [])) / max(1, len(best.get(s, []))) for a in range(4)] for s in range(16)]
     assert optimal_policy(moves).tolist() == by_hand
 
@@ -102,7 +103,8 @@ def test_probabilities_are_those_of_a_simulated_walk() -> None:
 def test_metrics_of_the_uniform_policy() -> None:
     runs = double(draw_runs([(GYMNASIUM, (0,))]))
     found = metrics(torch.full((1, 16, 4), 0.25, dtype=torch.float64), runs)
-    assert found["mse"].item() == pytest.approx((9 * 0.1875 + 2 * 0.0625) / 11)  # states 0 and 9 have two best moves
+    mse = (9 * 0.1875 + 2 * 0.0625) / 11  # states 0 and 9 have two best moves
+    assert found["mse"].item() == pytest.approx(mse)
     assert found["from_start"] < found["from_all"] < 0.5
 
 
@@ -134,7 +136,7 @@ def test_the_residual_mixes_where_the_greedy_move_leads() -> None:
     for w in weights[1:]:
         w.zero_()
     weights[4][..., RIGHT] = 1  # greedy is right everywhere
-    own = [0, 1, 5, 9, 10, 14]  # state 0 stays; after state 0 comes 1, after 4 the hole 5, after 8 comes 9 and so on
+    own = [0, 1, 5, 9, 10, 14]  # state 0 stays; from 0 the greedy move leads to 1, from 4 to hole 5, ...
     states = path.states
     expected = 0.8 * embed(weights, states) + 0.2 * embed(weights, torch.tensor([own]))
     torch.testing.assert_close(residual_embeddings(weights, path, runs.moves, 0.2), expected)
@@ -184,7 +186,10 @@ def test_without_matplotlib_one_line_names_the_extra(tmp_path, capsys, monkeypat
     assert (tmp_path / "table.json").exists() and not (tmp_path / "picture.png").exists()
 
 
-@pytest.mark.parametrize("arg", ["maps=1", "seeds=1", "lam=2", "dpo_betas=0", "lr=0", "steps=0", "orpo_beta=-1"])
+MISTAKES = ["maps=1", "seeds=1", "seed=-1", "lam=2", "dpo_betas=0", "lr=0", "steps=0", "orpo_beta=-1"]
+
+
+@pytest.mark.parametrize("arg", MISTAKES)
 def test_mistakes_are_refused_in_one_line(tmp_path, arg: str) -> None:
     with pytest.raises(UserError, match=arg.split("=")[0]):
         main([f"--{arg}", f"--out_dir={tmp_path}"])

@@ -1,4 +1,4 @@
-"""The plain path and the fast one give the same: the rows, both passes of IFT, and whole runs of both trainers.
+"""The plain path and the fast one give the same: rows, both passes of IFT, whole runs of both trainers.
 
 The pairs of model.py and fast/head.py are in test_head.py, the two samplers in test_sampler.py."""
 
@@ -129,7 +129,7 @@ def test_the_packed_row_by_hand():
 
 
 def test_packing_only_where_it_pays():
-    """A packed row computes all pairs of its tokens, single rows half of theirs: long completions stay apart."""
+    """A packed row computes all pairs of its tokens, a single one half of them: long ones stay apart."""
     config = ModelConfig(49152, 576, 1536, 30, 9, 3)  # a Llama of 135M parameters
     prompt = [1] * 150
 

@@ -1,4 +1,5 @@
-"""Two processes (gloo, FSDP2) do what one does, same texts, losses and weights; resumed ones what uninterrupted ones do."""
+"""Several processes (gloo, FSDP2) do what one does: the same texts, losses and weights; and a run written by any number of them
+is continued by any other."""
 
 import json
 import os
@@ -10,30 +11,42 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import common
-
 ROOT = Path(__file__).parent.parent
-UFT = "train_uft.py --steps=5 --problems=6 --mini_batch=3 --token_budget=250 --train_rows=40 --test_rows=11 --hint_steps=4"
+UFT = (
+    "train_uft.py --steps=5 --problems=6 --mini_batch=3 --token_budget=250 --train_rows=40 --test_rows=11 --hint_steps=4"
+)
 IFT = "train_ift.py --epochs=0.75 --batch=6 --token_budget=250 --train_rows=40 --test_rows=11"
-PAIRS = [{"prompt": f"{a} {b}=", "chosen": f"{a + b}", "rejected": f"{a - b} or so"} for a in range(7) for b in range(2)]
+PAIRS = [
+    {"prompt": f"{a} {b}=", "chosen": f"{a + b}", "rejected": f"{a - b} or so"} for a in range(7) for b in range(2)
+]
 
 
 def start(flags, out, processes=1):
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    ]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0"]  # fmt: skip
     command = [sys.executable, *(launcher if processes > 1 else ()), *flags.split(), f"--out_dir={out}", "--threads=1"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "--eval_every=5", "--save_every=2"], cwd=ROOT, env=env, capture_output=True, text=True)
+    flags = ["--eval_every=5", "--save_every=2", "--device=cpu", "--show=0"]
+    return subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def metrics(out):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith(("timing", "tokens_per", "train_s"))} for r in records]
+
+
+def assert_same_curve(a, b, rel, abs):
+    assert len(a) == len(b) > 3
+    for x, y in zip(a, b, strict=True):
+        assert y == pytest.approx(x, rel=rel, abs=abs)
+
+
+def assert_same_model(a, b, atol):
+    one, two = (load_file(out / "model/model.safetensors") for out in (a, b))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=atol)
+    return one
 
 
 @pytest.mark.parametrize(
@@ -44,8 +57,11 @@ def metrics(out):
             f"{UFT} --algo=sft-rft --sft_steps=2 --kl_coef=0.1 --rollout_dtype=bfloat16 --hint=on-failure",
             marks=pytest.mark.slow,
         ),
-        f"{IFT} --loss=ift",
+        pytest.param(f"{UFT} --fast=false --drop_dead=true --hint_loss=ift", marks=pytest.mark.slow),
+        pytest.param(f"{UFT} --loss_norm=paper_code --hint_loss=ift --hint_weight=prob", marks=pytest.mark.slow),
+        pytest.param(f"{IFT} --loss=ift", marks=pytest.mark.slow),
         pytest.param(f"{IFT} --loss=ift --average=token --own=sampled --gamma=0", marks=pytest.mark.slow),
+        pytest.param(f"{IFT} --loss=ift --own=soft --fast=false", marks=pytest.mark.slow),
         pytest.param(f"{IFT} --loss=tdpo --task= --data_path=PAIRS --model=data/tiny/countdown", marks=pytest.mark.slow),
         pytest.param(f"{UFT} --kl_coef=0.1 --compile=true", marks=pytest.mark.slow),  # against one that does not compile
         pytest.param(f"{IFT} --loss=ift --compile=true", marks=pytest.mark.slow),
@@ -57,62 +73,85 @@ def test_two_processes_do_what_one_does(flags, tmp_path):
     for n in (1, 2):
         result = start(flags if n == 2 else flags.removesuffix("--compile=true"), tmp_path / f"{n}", n)
         assert result.returncode == 0, result.stderr
-    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
-    assert len(one) == len(two) > 3
-    for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    assert_same_curve(metrics(tmp_path / "1"), metrics(tmp_path / "2"), rel=1e-4, abs=1e-5)
     for name in ("samples.jsonl", "model/config.json", "model/tokenizer.json"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    one, two = (load_file(tmp_path / str(n) / "model/model.safetensors") for n in (1, 2))
-    assert one.keys() == two.keys()
-    moved = load_file(ROOT / "data/tiny/countdown/model.safetensors")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
-        assert not torch.equal(one[name], moved[name])
+        one, two = ((tmp_path / str(n) / name) for n in (1, 2))
+        assert one.exists() == two.exists() and (not one.exists() or one.read_bytes() == two.read_bytes())
+    trained = assert_same_model(tmp_path / "1", tmp_path / "2", atol=1e-5)
+    base = load_file(ROOT / "data/tiny/countdown/model.safetensors")
+    assert not any(torch.equal(trained[name], base[name]) for name in trained)
+
+
+STOP = """\
+import sys
+sys.path.insert(0, {root!r})
+import {trainer} as trainer
+from infra import training
+
+save, most = trainer.save_and_stop, {stop_after}
+
+
+def stopping(run, *args, **kw):
+    save(run, *args, **kw)
+    if run.state["step"] == most:
+        raise SystemExit(9)  # as if the machine failed
+
+
+trainer.save_and_stop = stopping
+trainer.main(sys.argv[1:])
+"""
+
+
+def run_until(step, flags, folder, out, processes):
+    """A run that ends right after `step`."""
+    script = folder / f"stop_{step}.py"
+    trainer, rest = flags.split(" ", 1)
+    script.write_text(STOP.format(root=str(ROOT), trainer=trainer[:-3], stop_after=step))
+    result = start(f"{script} {rest}", out, processes)
+    assert result.returncode != 0 and "Error" not in result.stderr.replace("ChildFailedError", ""), result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"{UFT.replace('--steps=5', '--steps=8')} --hint=target --kl_coef=0.1",
+        f"{IFT.replace('--epochs=0.75', '--epochs=1.4')} --loss=ift --optimizer=rmsprop --lr=1e-4",
+    ],
+)
+def test_a_run_is_continued_by_any_number_of_processes(flags, tmp_path):
+    """1 process writes, 2 continue, then 3, then 1: the curve of an uninterrupted run."""
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    assert start(flags, whole).returncode == 0
+    # Each run but the last fails a step after its last checkpoint, and that step is done again.
+    for i, (processes, stop_after) in enumerate(((1, 3), (2, 5), (3, 7))):
+        run_until(stop_after, flags + (" --resume=true" if i else ""), tmp_path, out, processes)
+        assert json.loads((out / "resume/state.json").read_text())["step"] == stop_after - 1
+    result = start(f"{flags} --resume=true", out)
+    assert result.returncode == 0, result.stderr
+    assert_same_curve(metrics(whole), metrics(out), rel=1e-5, abs=1e-5)
+    assert_same_model(whole, out, atol=1e-5)
+    a, b = (json.loads((folder / "resume/state.json").read_text()) for folder in (whole, out))
+    assert a["step"] == b["step"] and a.get("memory") == b.get("memory")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [f"{UFT} --hint=target", f"{IFT} --loss=ift --optimizer=rmsprop --lr=1e-4"])
-def test_two_processes_resume_as_if_never_stopped(flags, tmp_path):
+def test_two_processes_resume_bit_for_bit(flags, tmp_path):
     assert start(flags, tmp_path / "whole", 2).returncode == 0
     out = tmp_path / "cut"
-    stopped = flags.replace("--steps=5", "--steps=5 --lr=2e-4")
-    script = tmp_path / "stop.py"  # the same run, whose machine fails in step 4
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"import {flags.split()[0][:-3]} as trainer\n"
-        "update, calls = trainer.update, []\n"
-        "def failing(*args):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) > 3 * (2 if 'uft' in trainer.__name__ else 1):\n"
-        "        raise SystemExit(9)\n"
-        "    return update(*args)\n"
-        "trainer.update = failing\n"
-        "trainer.main(sys.argv[1:])\n"
-    )
-    assert start(stopped.replace(flags.split()[0], str(script)), out, 2).returncode != 0
+    run_until(3, flags, tmp_path, out, 2)
     assert json.loads((out / "resume/state.json").read_text())["step"] == 2
-    one = start(f"{flags} --resume=true", out)
-    assert one.returncode == 2 and one.stderr.count("\n") == 1 and "several processes" in one.stderr
     result = start(f"{flags} --resume=true", out, 2)
     assert result.returncode == 0, result.stderr
     assert metrics(out) == metrics(tmp_path / "whole")
-    a, b = (load_file(folder / "model/model.safetensors") for folder in (out, tmp_path / "whole"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_model(out, tmp_path / "whole", atol=0)
 
 
-def test_shares_cover_everything_once_and_keep_in_step(monkeypatch):
-    lengths = [9, 3, 5, 5, 8, 1, 7]
-    for n in (1, 2, 3, 9):
-        monkeypatch.setattr(common, "world", lambda n=n: n)
-        batches = []
-        for r in range(n):
-            monkeypatch.setattr(common, "rank", lambda r=r: r)
-            batches.append(common.my_batches(lengths, 10))
-        assert len({len(b) for b in batches}) == 1
-        counted = [i for mine in batches for rows, weight in mine for i in rows if weight]
-        assert sorted(counted) == list(range(7))
-        assert all(len(rows) * max(lengths[i] for i in rows) <= 10 for mine in batches for rows, _ in mine)
-    monkeypatch.setattr(common, "collect", lambda mine: [[0, 3, 6], [1, 4], [2, 5]])
-    monkeypatch.setattr(common, "world", lambda: 3)
-    assert common.gather([0, 3, 6]) == list(range(7))
+@pytest.mark.slow
+def test_an_error_of_any_process_is_one_line(tmp_path):
+    result = start(f"{UFT} --max_prompt=3", tmp_path / "out", 2)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert result.returncode != 0 and len(lines) == 2
+    assert all("max_prompt = 3: must be >= " in line for line in lines)
+    assert sum(line.startswith("error (process 1): ") for line in lines) == 1

@@ -1,4 +1,4 @@
-"""toys/search_tree.py: its gradient by hand, its short cuts against a whole tree simulated in plain Python."""
+"""toys/search_tree.py: its gradient by hand, its short cuts against a whole tree in plain Python."""
 
 import builtins
 import json
@@ -50,7 +50,8 @@ def test_k3_has_the_value_of_the_exact_kl_and_no_gradient_at_its_clamp() -> None
 def test_without_a_hit_rft_changes_nothing() -> None:
     theta, visited, hit, hint = random_case()
     nothing = torch.zeros_like(hit)
-    torch.testing.assert_close(ascend(theta, visited, nothing, nothing, 0.0, Config()), theta, rtol=0, atol=1e-15)
+    new = ascend(theta, visited, nothing, nothing, 0.0, Config())
+    torch.testing.assert_close(new, theta, rtol=0, atol=1e-15)
 
 
 def test_without_hints_and_beta_the_update_is_rfts() -> None:
@@ -84,7 +85,7 @@ def test_the_jump_to_the_next_hit_has_the_distribution_of_single_steps() -> None
 
 
 def whole_tree(branching: int, height: int, beta: float, hints: bool, rng: random.Random) -> int:
-    """Algorithm 2 with every state of the tree, every rollout and gradients by hand: leaves until pass@1 is 50 %."""
+    """Leaves until pass@1 is 50 %: Algorithm 2 with every state, every rollout and gradients by hand."""
     theta: dict[tuple[int, ...], list[float]] = {}
     right_leaf = tuple(rng.randrange(branching) for _ in range(height))
 
@@ -111,7 +112,8 @@ def whole_tree(branching: int, height: int, beta: float, hints: bool, rng: rando
             pi = policy(s)
             value = sum(x * y for x, y in zip(pi, q, strict=True))
             kl = sum(x * math.log(x * branching) for x in pi)
-            gradients[s] = [x * (y - value - beta * (math.log(x * branching) - kl)) for x, y in zip(pi, q, strict=True)]
+            logs = [math.log(x * branching) - kl for x in pi]
+            gradients[s] = [x * (y - value - beta * z) for x, y, z in zip(pi, q, logs, strict=True)]
         for h in range(length):
             pi = policy(right_leaf[:h])
             gradients[right_leaf[:h]] = [beta * ((a == right_leaf[h]) - x) for a, x in enumerate(pi)]
@@ -122,7 +124,10 @@ def whole_tree(branching: int, height: int, beta: float, hints: bool, rng: rando
     return leaves
 
 
-@pytest.mark.parametrize(("branching", "height", "beta"), [(2, 3, None), (3, 2, None), (2, 3, 0.1), (3, 3, 0.0)])
+TREES = [(2, 3, None), (3, 2, None), (2, 3, 0.1), (3, 3, 0.0)]
+
+
+@pytest.mark.parametrize(("branching", "height", "beta"), TREES)
 def test_leaves_are_those_of_the_whole_tree(branching: int, height: int, beta: float | None) -> None:
     runs, rng = 400, random.Random(0)
     tree = [whole_tree(branching, height, beta or 0.0, beta is not None, rng) for _ in range(runs)]
@@ -175,8 +180,8 @@ def test_without_matplotlib_one_line_names_the_extra(tmp_path, capsys, monkeypat
 
 
 def test_mistakes_are_refused_in_one_line(tmp_path) -> None:
-    for arg, knob in (("branching=1", "branching"), ("heights=3", "heights"), ("seeds=1", "seeds"), ("kl=k2", "kl")):
-        with pytest.raises(UserError, match=knob):
+    for arg in ("branching=1", "heights=3", "heights=0,3", "betas=-1", "seeds=1", "kl=k2"):
+        with pytest.raises(UserError, match=arg.split("=")[0]):
             main([f"--{arg}", f"--out_dir={tmp_path}"])
     with pytest.raises(UserError, match="max_steps"):
         search_tree.measure(Config(branching=(2,), heights=(2, 5), max_steps=3))

@@ -1111,7 +1111,8 @@ def test_templates_in_a_folder_of_their_own(tmp_path):
 def test_templates_see_all_fields_and_variables():
     t = chatty(
         False,
-        chat_template="{% set m = messages[0] %}{{ m.tool_calls[0].name }} {{ tools | length }} {{ m.weight }} {{ date }}",
+        chat_template="{% set m = messages[0] %}{{ m.tool_calls[0].name }} {{ tools | length }} "
+        "{{ m.weight }} {{ date }}",
     )
     message = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}], "weight": 0}
     assert t.render([message], tools=[{}, {}], date="today") == "add 2 0 today"

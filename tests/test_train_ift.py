@@ -1,5 +1,5 @@
-"""train_ift.py against recorded outputs of the published code of IFT (tests/vectors/ift/README.md), identities
-its losses must satisfy, and whole runs.
+"""train_ift.py against recorded outputs of the published code of IFT (tests/vectors/ift/README.md),
+identities its losses must satisfy, and whole runs.
 
 Where ours departs on purpose the test says so: an example without a target or without loss is no NaN, side
 "right" does not look at the neighbours unless it is given the published floor, and lambda is no float32."""
@@ -736,6 +736,15 @@ def test_pair_losses_are_those_of_the_model_run_on_each_answer(loss, fast):
     metrics, ours = gradients(loss, model, batch, reference=reference, **options)
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert_same(ours, plain, 1e-5)
+
+
+@pytest.mark.parametrize("loss", PAIRS)
+def test_without_the_knob_beta_every_loss_has_its_own(loss):
+    model, batch = tiny(), some_pairs(3)
+    reference = other(model)
+    own = {"dpo": 0.1, "ipo": 0.1, "tdpo": 0.1, "orpo": 0.25, "simpo": 2.0}[loss]
+    values = [gradients(loss, model, batch, reference=reference, beta=b)[0]["loss"] for b in (0.0, own, 0.3)]
+    assert Config().beta == 0 and values[0] == values[1] != values[2]
 
 
 @each_head

@@ -1,28 +1,37 @@
-"""IFT's toy (arXiv 2405.11870) with train_ift.py's own functions: which method comes nearest to the optimal policy?
+"""IFT's toy (arXiv 2405.11870): which method comes closest to the optimal policy?
 
-    python toys/frozen_lake.py                               gymnasium's map and 17 random ones, 20 seeds: 20 s on one core
+    python toys/frozen_lake.py                            gymnasium's map and 17 random ones, 20 seeds: 20 s
     python toys/frozen_lake.py --seeds=100 --dpo_betas=0.1,1,10 --out_dir=out/lake
 
-A 4x4 lake, not slippery: start S, goal G, holes H; moves left, down, right, up; off the edge one stays. The policy is
-Embedding(16, 16) -> 32 -> ReLU -> 4 over states. A run has one optimal trajectory and one that falls into a hole; its
-start policy has seen both for a few steps. From there SFT and IFT learn the optimal one, DPO and ORPO prefer it to the
-other. Reported: mean squared error of pi(a|s) against the optimal policy (uniform over ties) over the states from which
-the goal can be reached; success from the start and averaged over those states, exact, within gymnasium's 100 moves.
+The losses are train_ift.py's own functions. A 4x4 lake, not slippery: start S, goal G, holes H. The moves are
+left, down, right and up; a move off the edge does nothing. The policy is Embedding(16, 16) -> 32 -> ReLU -> 4
+over states. Each run has one optimal trajectory and one that falls into a hole, and a start policy trained on
+both for a few steps. From there SFT and IFT learn the optimal trajectory; DPO and ORPO learn to prefer it to
+the other one.
 
-How Algorithm 1 maps onto states. A token is an action, and the prefix that predicts it is a state. In the paper the
-embedding of token t, the newest that the next prediction reads, is mixed with that of the model's own greedy token at
-that position, whose prefix is the data's. Here the input that predicts action t is state t, the result of action t - 1:
-it is mixed with the state to which the policy's greedy action in the trajectory's state t - 1 would have led. State 0
-has no predecessor and stays. The label remains the trajectory's action t. While the greedy action is right the mixture
-is the state itself, and where it is wrong the neighbour beside the path learns the action meant for the state on it.
+Two things are reported, both over the states from which the goal can be reached:
+- the mean squared error of pi(a|s) against the optimal policy, which is uniform over ties;
+- the probability of reaching the goal within gymnasium's 100 moves, computed exactly, from the start and
+  averaged.
 
-"expert labels" is what the residual stands in for, a ceiling: cross-entropy to the optimal policy on the states the
-current policy visits, each weighted by its expected visits: DAgger without sampling.
+How Algorithm 1 maps onto states. A token is an action, and the prefix that predicts it is a state. The paper
+mixes the embedding of token t with that of the model's own greedy token at that position, given the data's
+prefix. Here the input that predicts action t is state t, the result of action t - 1. It is mixed with the
+state to which the policy's greedy action in the trajectory's state t - 1 leads. State 0 has no predecessor
+and stays as it is. The label remains the trajectory's action t. Where the greedy action is right, the mixture
+is the state itself. Where it is wrong, the neighbour beside the path learns the action meant for the state on
+it.
 
-What the paper leaves open: the trajectories are drawn anew for each seed (`draw_paths`), for what a method gains depends
-on them; RMSprop at 3e-3 with warm-up and cosine, all the data in each of 200 steps; ORPO's beta is the paper's 0.25 of its
-language models. DPO's is 0.1 there: several are run. The picture shows the first seed on gymnasium's map: length of an
-arrow and colour of a cell are probabilities, of the move and of a visit; the bands are the two trajectories.
+"expert labels" is a ceiling, the ideal that the residual approximates: cross-entropy to the optimal policy on
+the states the current policy visits, each weighted by its expected visits. That is DAgger without sampling.
+
+Where the paper leaves a choice open:
+- Trajectories are drawn anew for each seed (`draw_paths`), because a method's gain depends on them.
+- RMSprop at 3e-3 with warm-up and cosine decay, all the data in each of 200 steps.
+- ORPO's beta is the 0.25 of the paper's language models. DPO's is 0.1 there; here several are run.
+
+The picture shows the first seed on gymnasium's map. The length of an arrow is the probability of the move,
+the colour of a cell that of a visit, and the bands are the two trajectories.
 """
 
 import json
@@ -38,7 +47,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import lr_factor, parse_config, require, run
+from infra.config import parse_config, require, require_each, run_script
+from infra.training import lr_factor
 from train_ift import dpo_loss, ift_loss, mix_embeddings, orpo_loss
 
 SIDE, STATES, GOAL, LIMIT = 4, 16, 15, 100  # gymnasium ends an episode after 100 moves
@@ -50,40 +60,36 @@ MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # left, down, right, up, as (rows, c
 class Config:
     """Every knob."""
 
-    # What
-    maps: int = 17  # random maps beside gymnasium's
+    # Runs
+    maps: int = 17  # random maps besides gymnasium's
     seeds: int = 20  # runs of each method on each map
-    seed: int = 0  # of everything random
-    out_dir: str = "out/frozen_lake"  # table.json and picture.png
+    seed: int = 0  # random seed
+    out_dir: str = "out/frozen_lake"  # folder for table.json and picture.png
     # Methods
     lam: float = 0.2  # lambda of the temporal residual
     gamma: float = 0.95  # discount of relation propagation
-    orpo_beta: float = 0.25  # of ORPO's odds ratio
-    dpo_betas: tuple[float, ...] = (0.1, 0.5, 2.0)  # each a method
+    orpo_beta: float = 0.25  # weight of ORPO's odds ratio
+    dpo_betas: tuple[float, ...] = (0.1, 0.5, 2.0)  # DPO's beta, a method each
     # Optimiser
-    lr: float = 3e-3  # peak, RMSprop
-    start_steps: int = 20  # of the start policy, on both trajectories
-    steps: int = 200  # of every method
+    lr: float = 3e-3  # peak learning rate of RMSprop
+    start_steps: int = 20  # steps of the start policy, on both trajectories
+    steps: int = 200  # steps of every method
 
 
 def check(cfg: Config) -> None:
-    for key in ("maps", "seeds"):
-        require(cfg, key, getattr(cfg, key) >= 2, "a standard error needs 2 or more")
-    require(cfg, "seed", cfg.seed >= 0, "a number from 0 on is wanted")
-    for key in ("lam", "gamma"):
-        require(cfg, key, 0 <= getattr(cfg, key) <= 1, "a share from 0 to 1 is wanted")
-    require(cfg, "dpo_betas", len(cfg.dpo_betas) > 0 and min(cfg.dpo_betas) > 0, "numbers above 0 are wanted")
-    for key in ("lr", "orpo_beta"):
-        require(cfg, key, getattr(cfg, key) > 0, "a number above 0 is wanted")
-    for key in ("start_steps", "steps"):
-        require(cfg, key, getattr(cfg, key) >= 1, "at least 1 is wanted")
+    require_each(cfg, ("maps", "seeds"), lambda v: v >= 2, "must be >= 2, for a standard error")
+    require(cfg, "seed", cfg.seed >= 0, "must be >= 0")
+    require_each(cfg, ("lam", "gamma"), lambda v: 0 <= v <= 1, "must be from 0 to 1")
+    require(cfg, "dpo_betas", len(cfg.dpo_betas) > 0 and min(cfg.dpo_betas) > 0, "each must be above 0")
+    require_each(cfg, ("lr", "orpo_beta"), lambda v: v > 0, "must be above 0")
+    require_each(cfg, ("start_steps", "steps"), lambda v: v >= 1, "must be >= 1")
 
 
-# ---- the lake -------------------------------------------------------------------------------------------------------
+# ---- the lake --------------------------------------------------------------------------------------------
 
 
 def transitions(lake: str) -> np.ndarray:
-    """Next state (16, 4) of each state and move; holes and the goal keep what enters them."""
+    """Next state (16, 4) after each state and move. Holes and the goal are never left."""
     table = np.empty((STATES, 4), np.int64)
     for s in range(STATES):
         for a, (down, right) in enumerate(MOVES):
@@ -94,7 +100,7 @@ def transitions(lake: str) -> np.ndarray:
 
 
 def optimal_policy(moves: np.ndarray) -> np.ndarray:
-    """Probabilities (16, 4), uniform over the moves that begin a shortest way to the goal; 0 where there is no way."""
+    """Probabilities (16, 4), uniform over the moves that begin a shortest path to the goal, 0 without one."""
     distance = np.full(STATES, np.inf)
     distance[GOAL] = 0
     for _ in range(STATES):
@@ -104,13 +110,15 @@ def optimal_policy(moves: np.ndarray) -> np.ndarray:
 
 
 def draw_paths(lake: str, rng: np.random.Generator) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Two trajectories as (state, action) pairs: a random optimal one, and a random walk without loops into a hole."""
+    """A random optimal trajectory, and a random walk without loops into a hole, as (state, action) pairs."""
+    # The optimal one.
     moves, good, s = transitions(lake), [], 0
     best = optimal_policy(moves)
     while s != GOAL:
         good.append((s, int(rng.choice(4, p=best[s]))))
         s = moves[good[-1]]
-    while s == GOAL:  # also a walk that ends at the goal begins anew
+    # The walk. One that ends at the goal starts again, and a loop is cut out as soon as it closes.
+    while s == GOAL:
         s, bad = 0, []
         while lake[s] not in "HG":
             bad.append((int(s), int(rng.integers(4))))
@@ -122,7 +130,10 @@ def draw_paths(lake: str, rng: np.random.Generator) -> tuple[list[tuple[int, int
 
 
 def draw_map(rng: np.random.Generator) -> str:
-    """As gymnasium's: each cell but the corners is a hole with probability 0.2; solvable, with a hole one can fall into."""
+    """A map drawn as gymnasium draws its own: each cell but start and goal is a hole with probability 0.2.
+
+    The goal can be reached, and so can a hole.
+    """
     while True:
         cells = np.where(rng.random(STATES) < 0.8, "F", "H")
         cells[0], cells[GOAL] = "S", "G"
@@ -135,7 +146,7 @@ def draw_map(rng: np.random.Generator) -> str:
 
 
 class Paths(NamedTuple):
-    """One trajectory for each of R runs: states, actions, mask (R, T)."""
+    """One trajectory for each of R runs, right-padded: states, actions, mask (R, T)."""
 
     states: Tensor
     actions: Tensor
@@ -143,23 +154,24 @@ class Paths(NamedTuple):
 
 
 def pad(paths: Sequence[list[tuple[int, int]]]) -> Paths:
+    """Trajectories of (state, action) pairs as tensors."""
     T = max(map(len, paths))
     rows = torch.tensor([p + [(0, 0)] * (T - len(p)) for p in paths])
     return Paths(rows[..., 0], rows[..., 1], torch.arange(T) < torch.tensor([[len(p)] for p in paths]))
 
 
 class Runs(NamedTuple):
-    """What R runs are given: their lake's moves and optimal policy (R, 16, 4), their two trajectories, their weights."""
+    """Lakes, trajectories and weights of R runs."""
 
-    moves: Tensor
-    best: Tensor
-    good: Paths
-    bad: Paths
-    weights: list[Tensor]
+    moves: Tensor  # (R, 16, 4) next states
+    best: Tensor  # (R, 16, 4) the optimal policy
+    good: Paths  # the optimal trajectories
+    bad: Paths  # those into a hole
+    weights: list[Tensor]  # of the start policy: embedding, then matrix and bias of two layers, each (R, ...)
 
 
 def draw_runs(keys: Sequence[tuple[str, Sequence[int]]]) -> Runs:
-    """A run for each (map, seeds): nothing in it depends on the other runs. Weights are initialised as torch.nn does."""
+    """A run for each (map, seeds), independent of the other runs. Weights are initialised as by torch.nn."""
     paths, weights = [], []
     for lake, seeds in keys:
         rng = np.random.default_rng(tuple(seeds))
@@ -177,10 +189,11 @@ def draw_runs(keys: Sequence[tuple[str, Sequence[int]]]) -> Runs:
     )
 
 
-# ---- the policy and its losses, R runs at once ----------------------------------------------------------------------
+# ---- the policy and its losses, R runs at once -----------------------------------------------------------
 
 
 def embed(weights: list[Tensor], states: Tensor) -> Tensor:
+    """Embeddings (R, T, 16) of states (R, T)."""
     return weights[0].gather(1, states[..., None].expand(-1, -1, weights[0].shape[2]))
 
 
@@ -196,23 +209,23 @@ def path_nll(weights: list[Tensor], path: Paths, embeddings: Tensor | None = Non
     return -logp.gather(2, path.actions[..., None])[..., 0] * path.mask
 
 
-def residual_embeddings(weights: list[Tensor], path: Paths, moves: Tensor, share: float) -> Tensor:
-    """(1 - lambda) E[s_t] + lambda E[the state after the policy's greedy action in s_{t-1}], for t from 1 on."""
+def residual_embeddings(weights: list[Tensor], path: Paths, moves: Tensor, lam: float) -> Tensor:
+    """(1 - lambda) E[s_t] + lambda E[state after the policy's greedy action in s_{t-1}], E[s_0] at t = 0."""
     embeddings = embed(weights, path.states)
     greedy = log_policy(weights, embeddings.detach()).argmax(-1)
     after = moves.flatten(1).gather(1, path.states * 4 + greedy)
     mask = path.mask.clone()
     mask[:, 0] = False
-    return mix_embeddings(embeddings, embed(weights, after.roll(1, 1)), mask, share)
+    return mix_embeddings(embeddings, embed(weights, after.roll(1, 1)), mask, lam)
 
 
 def markov_chain(pi: Tensor, moves: Tensor) -> Tensor:
-    """Probability (R, 16, 16) with which policy pi (R, 16, 4) moves from a state (row) to a state (column)."""
+    """Probability (R, 16, 16) that policy pi (R, 16, 4) moves from a state (row) to a state (column)."""
     return torch.zeros(len(pi), STATES, STATES, dtype=pi.dtype).scatter_add_(2, moves, pi)
 
 
 def reach(pi: Tensor, moves: Tensor) -> Tensor:
-    """Probability (R, 16, 16) with which the policy, from a state (row), comes to a state (column) within 100 moves."""
+    """Probability (R, 16, 16) that the policy gets from state (row) to state (column) within 100 moves."""
     chain, itself = markov_chain(pi, moves), torch.eye(STATES, dtype=pi.dtype)
     hits = itself.expand_as(chain)
     for _ in range(LIMIT):
@@ -221,7 +234,7 @@ def reach(pi: Tensor, moves: Tensor) -> Tensor:
 
 
 def expected_visits(pi: Tensor, moves: Tensor) -> Tensor:
-    """How often (R, 16) the policy is in each state in the first 128 moves from the start, by 7 doublings of the time."""
+    """Expected visits (R, 16) of each state at times 0 to 127 from the start, by 7 doublings of the time."""
     power = markov_chain(pi, moves)
     visits = torch.eye(STATES, dtype=pi.dtype)[:1].expand(len(pi), 1, STATES)
     for _ in range(7):
@@ -230,17 +243,18 @@ def expected_visits(pi: Tensor, moves: Tensor) -> Tensor:
 
 
 def method_loss(method: str, values: Sequence[float], weights: list[Tensor], runs: Runs) -> Tensor:
-    """Loss (R,) of each run."""
+    """Loss (R,) of each run. values: the method's parameters."""
     if method == "both":
         return sum(ift_loss(path_nll(weights, path), path.mask, 0.0) for path in (runs.good, runs.bad))
     if method == "ift":
-        share, gamma = values
-        embeddings = residual_embeddings(weights, runs.good, runs.moves, share)
+        lam, gamma = values
+        embeddings = residual_embeddings(weights, runs.good, runs.moves, lam)
         return ift_loss(path_nll(weights, runs.good, embeddings), runs.good.mask, gamma)
     if method == "expert":
         logp = log_policy(weights, weights[0])
         visits = expected_visits(logp.detach().exp(), runs.moves) * runs.best.sum(2)
         return -(runs.best * logp).sum(2).mul(visits).sum(1) / visits.sum(1)
+    # Pairs: summed log-probs of both trajectories.
     chosen, rejected = (-path_nll(weights, path).sum(1) for path in (runs.good, runs.bad))
     if method == "orpo":
         return orpo_loss(chosen / runs.good.mask.sum(1), rejected / runs.bad.mask.sum(1), *values)
@@ -250,7 +264,7 @@ def method_loss(method: str, values: Sequence[float], weights: list[Tensor], run
 
 
 def train(method: str, values: Sequence[float], runs: Runs, steps: int, lr: float) -> list[Tensor]:
-    """The runs' weights after `steps` of RMSprop from runs.weights; elementwise, so that no run touches another."""
+    """The runs' weights after `steps` of RMSprop, which is elementwise, so runs stay independent."""
     weights = [w.clone().requires_grad_() for w in runs.weights]
     optimizer = torch.optim.RMSprop(weights, lr=lr)
     for step in range(steps):
@@ -261,10 +275,11 @@ def train(method: str, values: Sequence[float], runs: Runs, steps: int, lr: floa
     return [w.detach() for w in weights]
 
 
-# ---- the experiment -------------------------------------------------------------------------------------------------
+# ---- the experiment --------------------------------------------------------------------------------------
 
 
 def methods(cfg: Config) -> dict[str, tuple[str, Sequence[float]]]:
+    """Name in the table -> method and values of method_loss()."""
     return {
         "SFT": ("ift", (0.0, 0.0)),
         "IFT": ("ift", (cfg.lam, cfg.gamma)),
@@ -294,16 +309,23 @@ def metrics(pi: Tensor, runs: Runs) -> dict[str, Tensor]:
 
 
 def measure(cfg: Config) -> dict:
-    """Means and standard errors: over the seeds on gymnasium's map; over the random maps of the difference to SFT, each
-    map's the mean of its seeds. With the first run's trajectories, policies and visits for the picture."""
+    """The content of table.json: means and standard errors, the paper's order, and the picture's data.
+
+    gymnasium: over the seeds on its map. random: of the difference to SFT, over the random maps, where each
+    map counts with the mean of its seeds. picture: policies and visits of the first run.
+    """
+    # Train every method on every map.
     lakes = [GYMNASIUM] + [draw_map(np.random.default_rng((cfg.seed, 1, m))) for m in range(cfg.maps)]
     runs = draw_runs([(lake, (cfg.seed, 2, m, i)) for m, lake in enumerate(lakes) for i in range(cfg.seeds)])
     found = policies(cfg, runs)
-    values = {name: {k: v.view(-1, cfg.seeds) for k, v in metrics(pi, runs).items()} for name, pi in found.items()}
+    values = {}  # method -> metric -> (maps, seeds)
+    for name, pi in found.items():
+        values[name] = {k: v.view(-1, cfg.seeds) for k, v in metrics(pi, runs).items()}
 
     def summary(x: Tensor) -> dict[str, float]:
         return {"mean": x.mean().item(), "stderr": (x.std() / math.sqrt(len(x))).item()}
 
+    # Each method's figures.
     table = {"config": asdict(cfg), "maps": lakes, "gymnasium": {}, "random": {}, "order": [], "picture": {}}
     table["paths"] = [path.states[0][path.mask[0]].tolist() for path in (runs.good, runs.bad)]
     for name, value in values.items():
@@ -312,45 +334,58 @@ def measure(cfg: Config) -> dict:
         first = {k: v[0, 0].item() for k, v in value.items()}
         visits = reach(found[name][:1], runs.moves[:1])[0, 0]
         table["picture"][name] = first | {"policy": found[name][0].tolist(), "visits": visits.tolist()}
+    # The paper's order of MSE: DPO < IFT < ORPO < SFT, once for each of DPO's betas.
     for beta in cfg.dpo_betas:
         order = (f"DPO {beta:g}", "IFT", "ORPO", "SFT")
         mse = [values[name]["mse"] for name in order]
         steps = [b - a for a, b in zip(mse, mse[1:], strict=False)]
         holds = torch.stack([s.mean(1) > 0 for s in steps])  # (3, maps)
-        gaps = [{"pair": list(order[i : i + 2]), "maps": int(holds[i, 1:].sum())} | summary(s[0]) for i, s in enumerate(steps)]
-        table["order"].append({"gaps": gaps, "gymnasium": bool(holds[:, 0].all()), "maps": int(holds.all(0)[1:].sum())})
+        gaps = []
+        for i, step in enumerate(steps):
+            pair = {"pair": list(order[i : i + 2]), "maps": int(holds[i, 1:].sum())}
+            gaps.append(pair | summary(step[0]))
+        whole = holds.all(0)
+        table["order"].append({"gaps": gaps, "gymnasium": bool(whole[0]), "maps": int(whole[1:].sum())})
     return table
 
 
 def show(table: dict) -> str:
-    """The table and what it says of the paper's order, as text."""
+    """The table and its verdict on the paper's order, as text."""
     seeds, maps = table["config"]["seeds"], table["config"]["maps"]
     columns = {"mse": "MSE", "from_start": "from the start", "from_all": "from all states"}
-    lines = [f"gymnasium's map: error and success, mean +- standard error of {seeds} seeds"]
-    lines[0] = f"{lines[0]:<77} | {maps} random maps: difference to SFT, +- over maps"
-    lines += [f"{'method':<14}" + " | ".join("".join(f"{c:>21}" for c in columns.values()) for _ in range(2))]
+    # Heading: gymnasium's map on the left, the random maps on the right.
+    left = f"gymnasium's map: error and success, mean +- standard error of {seeds} seeds"
+    lines = [f"{left:<77} | {maps} random maps: difference to SFT, +- over maps"]
+    heading = "".join(f"{c:>21}" for c in columns.values())
+    lines += [f"{'method':<14}{heading} | {heading}"]
+    # A line a method.
     for name in table["gymnasium"]:
         halves = []
         for part, sign in (("gymnasium", ""), ("random", "+")):
-            cells = (f"{table[part][name][k]['mean']:{sign}.4f} +- {table[part][name][k]['stderr']:.4f}" for k in columns)
+            figures = [table[part][name][k] for k in columns]
+            cells = (f"{x['mean']:{sign}.4f} +- {x['stderr']:.4f}" for x in figures)
             halves.append("".join(f"{c:>21}" for c in cells))
         lines.append(f"{name:<14}" + " | ".join(halves))
+    # The paper's order. The gaps that DPO's beta does not change are shown once.
     for o in table["order"]:
         order = " < ".join((*(g["pair"][0] for g in o["gaps"]), "SFT"))
         verdict = "the means keep it" if o["gymnasium"] else "the means do NOT keep it"
-        lines.append(f"the paper's order of MSE, {order}: {verdict} on gymnasium's map; in {o['maps']} of {maps} random maps")
+        verdict = f"{verdict} on gymnasium's map; in {o['maps']} of {maps} random maps"
+        lines.append(f"the paper's order of MSE, {order}: {verdict}")
         for g in o["gaps"] if o is table["order"][-1] else o["gaps"][:1]:
-            kind = "yes" if g["mean"] > 2 * g["stderr"] else "NO" if g["mean"] < -2 * g["stderr"] else "within 2 errors of 0"
-            gap = f"gap {g['mean']:+.4f} +- {g['stderr']:.4f} on gymnasium's map: {kind}; in {g['maps']} of {maps} random maps"
-            lines.append(f"    {' < '.join(g['pair']):<16}{gap}")
+            mean, error = g["mean"], g["stderr"]
+            kind = "yes" if mean > 2 * error else "NO" if mean < -2 * error else "within 2 errors of 0"
+            gap = f"gap {mean:+.4f} +- {error:.4f} on gymnasium's map: {kind}"
+            lines.append(f"    {' < '.join(g['pair']):<16}{gap}; in {g['maps']} of {maps} random maps")
     return "\n".join(lines)
 
 
 def plot(table: dict, path: Path) -> None:
+    """A lake a method: its policy, its visits and the trajectories. Without matplotlib one line says so."""
     try:
         import matplotlib
     except ImportError:
-        print("no picture: it needs matplotlib, the extra `plot` (pip install -e .[plot])")
+        print("no picture: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -361,18 +396,23 @@ def plot(table: dict, path: Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
+        # Visits and trajectories.
         picture = table["picture"][name]
-        image = axis.imshow(np.reshape(picture["visits"], (SIDE, SIDE)), cmap="Blues", vmin=0, vmax=1, alpha=0.7)
+        visits = np.reshape(picture["visits"], (SIDE, SIDE))
+        image = axis.imshow(visits, cmap="Blues", vmin=0, vmax=1, alpha=0.7)
         for states, colour, style in zip(table["paths"], ("C2", "C3"), ("-", ":"), strict=True):
             row, column = np.divmod(states, SIDE)
             axis.plot(column, row, style, color=colour, linewidth=5, alpha=0.5)
+        # Holes and goal as letters, the policy elsewhere as arrows.
         for s, cell in enumerate(GYMNASIUM):
             row, column = divmod(s, SIDE)
             if cell in "HG":
-                axis.text(column, row, cell, ha="center", va="center", weight="bold", color="C3" if cell == "H" else "C2")
+                colour = "C3" if cell == "H" else "C2"
+                axis.text(column, row, cell, ha="center", va="center", weight="bold", color=colour)
                 continue
             for (down, right), p in zip(MOVES, picture["policy"][s], strict=True):
-                axis.arrow(column, row, 0.33 * p * right, 0.33 * p * down, width=0.05 * p, head_width=0.25 * p, color="k")
+                size = {"width": 0.05 * p, "head_width": 0.25 * p}
+                axis.arrow(column, row, 0.33 * p * right, 0.33 * p * down, color="k", **size)
         axis.set_title(f"{name}\nMSE {picture['mse']:.3f}, reaches G {picture['from_start']:.0%}", fontsize=9)
     figure.colorbar(image, ax=axes, label="probability of a visit", shrink=0.6)
     figure.savefig(path, dpi=80)
@@ -394,4 +434,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the matrices are too small to share
-    run(main)
+    run_script(main)

@@ -100,7 +100,7 @@ def draw_step(p: Tensor, inside: Tensor, start: Tensor, generator: torch.Generat
     """Walk down from s*_start, start (R,): visited and hit, both (R, H) bool.
 
     visited: the states on the solution's path that the way leads through. hit: those of them whose rollout
-    for Q(s*, a*) ends at the right leaf. p (R, H): pi(a*|s*_h), 1 at padding. inside (R, H) bool: not padding.
+    for Q(s*, a*) ends at the right leaf. p (R, H): pi(a*|s*_h), 1 at padding. inside (R, H) bool: no padding.
     """
     h = torch.arange(p.shape[1])
     moves = torch.rand(2, *p.shape, generator=generator, dtype=p.dtype)
@@ -158,7 +158,7 @@ def ascend(theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: floa
 def leaves_to_half(branching: int, heights: Tensor, beta: float | None, cfg: Config) -> Tensor:
     """Leaves (R,) explored until pass@1 is 50 %, in trees of `heights` (R,); beta None is RFT.
 
-    All methods draw from the same stream, so that luck separates them less. UserError after max_steps updates.
+    All methods draw from the same stream, so luck separates them less. UserError after max_steps updates.
     """
     seed = np.random.SeedSequence((cfg.seed, branching)).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
@@ -184,7 +184,8 @@ def leaves_to_half(branching: int, heights: Tensor, beta: float | None, cfg: Con
         leaves[run_of] += steps * (branching * (heights - length) + 1)
         theta = ascend(theta, visited, hit, hint, beta or 0.0, cfg)
     name = "rft" if beta is None else f"beta = {beta}"
-    raise UserError(f"{name}, B = {branching}: pass@1 is below 50 % after max_steps = {cfg.max_steps} updates")
+    reached = f"pass@1 is below 50 % after max_steps = {cfg.max_steps} updates"
+    raise UserError(f"{name}, B = {branching}: {reached}")
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -195,7 +196,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def measure(cfg: Config) -> dict:
-    """{"config", "rows": one for each tree, "fits": one for each B}: means and standard errors of the leaves."""
+    """The content of table.json: rows, one for each tree, and fits, one for each B."""
     heights = sorted(set(cfg.heights))
     methods = {"rft": None} | {f"uft {b:g}" if b else "hints only": b for b in cfg.betas}
     rows, fits = [], []

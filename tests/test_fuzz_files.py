@@ -1,0 +1,514 @@
+"""Mutated files of a user: each is read rightly or refused in one line, soon and without much memory.
+
+tokenizer.json is compared with the tokenizers package, config.json with transformers, chat rows with the text
+that the template must give, safetensors files with a reader of a few lines. Everything is drawn from
+Random(seed). The normal suite runs FEW files of each kind, `-m slow` FILES."""
+
+import contextlib
+import copy
+import functools
+import io
+import json
+import os
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_fuzz import ODD, no_hang
+
+from data import chat
+from data.tokenizer import GPT2_PATTERN, GPT4_PATTERN, TINY_PATTERN, Tokenizer
+from infra.config import UserError, fail
+from infra.huggingface import config_from_dict, load_model
+from model import FAMILIES, ModelConfig, Transformer
+
+FILES, FEW = 10_000, 150
+SECONDS = 1.0  # processor time for one file
+MEMORY = 3 * 2**30  # bytes of address space that reading may ask for
+TINY = Path(__file__).parent.parent / "data/tiny/countdown"
+TIMES = pytest.mark.parametrize("n", [FEW, pytest.param(FILES, marks=pytest.mark.slow)])
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """More address space than MEMORY is refused, so that a huge allocation is an error here, not a swap storm."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else None
+    if pages is None:
+        yield
+        return
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + MEMORY, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+def read(work, case):
+    """work(), or the UserError it raised, which must be one line. Fails on anything else and on slowness."""
+
+    def once():
+        began = time.process_time()
+        try:
+            with no_hang(case):
+                result = work()
+        except UserError as e:
+            result = e
+        return result, time.process_time() - began
+
+    result, seconds = once()
+    if seconds > SECONDS:  # others may have used the machine
+        assert min(once()[1] for _ in range(3)) < SECONDS, f"{seconds:.1f} s: {case}"
+    if isinstance(result, UserError):
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as end:
+            fail(str(result))
+        line = printed.getvalue()
+        assert end.value.code == 2 and line.count("\n") == 1 and 20 < len(line) < 1500, f"{line:.3000} for {case}"
+    return result
+
+
+# ---- mutations ---------------------------------------------------------------------------------------------
+
+VALUES = (
+    None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, -(2**70), 10**400, 0.0, -0.5, 1e-300, 1e300, 1.0, 2.0,
+    float("nan"), float("inf"), "", " ", "a", "▁", "Ġ", "ff", "0", "1", "true", "\n", [], [[]], [0], ["a"], ["a", "b"], {},
+    {"type": "BPE"}, {"type": "ByteLevel"}, {"type": "Sequence"}, {"String": "a"}, {"a": 0}, [None], "x" * 5000,
+)  # fmt: skip
+
+
+def places(value, path=()):
+    """The paths of all values inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+def holder(value, path):
+    for key in path[:-1]:
+        value = value[key]
+    return value
+
+
+def mutated_json(rng: Random, value):
+    """A copy of a JSON value after a few random edits. Each level of nesting is as likely as the others."""
+    value = copy.deepcopy(value)
+
+    def place():
+        by_depth: dict[int, list] = {}
+        for path in places(value):
+            by_depth.setdefault(len(path), []).append(path)
+        return rng.choice(rng.choice(list(by_depth.values()))) if by_depth else None
+
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        path, other = place(), place()
+        if path is None:
+            break
+        into, key = holder(value, path), path[-1]
+        match rng.randrange(8):
+            case 0 | 1:
+                del into[key]
+            case 2 | 3:
+                into[key] = rng.choice(VALUES)
+            case 4:  # the value of another place
+                into[key] = copy.deepcopy(holder(value, other)[other[-1]])
+            case 5:  # a value near the present one
+                into[key] = copy.deepcopy(near(rng, into[key]))
+            case 6:  # a key more, or an element twice
+                if isinstance(into, dict):
+                    into[near(rng, str(key))] = copy.deepcopy(into[key])
+                else:
+                    into.insert(rng.randrange(len(into) + 1), copy.deepcopy(into[key]))
+            case 7:  # two values swapped
+                a, b = holder(value, path)[path[-1]], holder(value, other)[other[-1]]
+                if path[: len(other)] != other and other[: len(path)] != path:
+                    holder(value, path)[path[-1]], holder(value, other)[other[-1]] = b, a
+    return value
+
+
+def near(rng: Random, value):
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return rng.choice((value + 1, value - 1, -value, value * 2, value / 2 if abs(value) < 1e300 else 0, str(value)))
+        case str():
+            a = rng.randrange(len(value) + 1)
+            return rng.choice((value[:a] + value[a + 1 :], value[:a] + rng.choice(ODD) + value[a:], value * 2, value[:a]))
+        case list():
+            return rng.choice((value[1:], value[::-1], value * 2, {str(i): v for i, v in enumerate(value)}))
+        case dict():
+            return rng.choice((list(value), list(value.values()), dict(reversed(value.items()))))
+    return rng.choice(VALUES)
+
+
+def flipped(rng: Random, data: bytes) -> bytes:
+    """The bytes with a few of them changed, left out, repeated or cut off."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        a = rng.randrange(len(data) + 1)
+        match rng.randrange(5):
+            case 0:
+                data[a : a + 1] = bytes([rng.randrange(256)])
+            case 1:
+                data[a : a + 1] = bytes([(data[a] if a < len(data) else 0) ^ 1 << rng.randrange(8)])
+            case 2:
+                del data[a : a + rng.choice((1, 2, 50))]
+            case 3:
+                data[a:a] = data[a : a + 50]
+            case 4:
+                if rng.random() < 0.3:
+                    del data[a:]
+    return bytes(data)
+
+
+def json_bytes(rng: Random, value) -> bytes:
+    """A JSON value after random edits, or its bytes after some."""
+    if rng.random() < 0.25:
+        return flipped(rng, json.dumps(value, ensure_ascii=False).encode())
+    text = json.dumps(mutated_json(rng, value), ensure_ascii=rng.random() < 0.5)
+    return text.encode("utf-8", "surrogatepass")
+
+
+# ---- tokenizer.json ----------------------------------------------------------------------------------------
+
+TEXTS = (
+    "10 5 9 3 6=21\n10+9=19\n<answer>21</answer>", "", " ", "the cat  sat on\tthe mat 1234567,  the end<s> the",
+    "naïve café 😀 e\u0301 K", "<|endoftext|> <|endoftext|>x</answer>", "▁▁the ▁cat\n\n", "a" * 40,
+)  # fmt: skip
+
+
+def byte_level(pattern: str, **parts) -> dict:
+    learned = Tokenizer.learn(["the cat sat on the mat", "naïve café", "12 34 the end"] * 3, 25, pattern)
+    return learned.description | parts
+
+
+def sentencepiece(**parts) -> dict:
+    pieces = ["th", "the", "▁the", "▁t", "ca", "cat", "▁cat", "at"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"▁abcdefhinost", "é", *pieces]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
+    merges = [["t", "h"], ["th", "e"], ["▁", "the"], ["▁", "t"], ["c", "a"], ["ca", "t"], ["▁", "cat"], ["a", "t"]]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    back = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": c, **flags} for i, c in enumerate(("<unk>", "<s>", "</s>"))],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing", "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [*back, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+                  "vocab": vocab, "merges": merges},
+    } | parts  # fmt: skip
+
+
+@functools.cache
+def tokenizer_files() -> list[tuple[dict, dict]]:
+    """(tokenizer.json, tokenizer_config.json) of several kinds."""
+    tiny = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((TINY / "tokenizer_config.json").read_text(encoding="utf-8"))
+    digits = GPT4_PATTERN.replace("DIGITS", r"\p{N}{1,3}")
+    prefix = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    numbers = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, prefix]}
+    return [
+        (tiny, config),
+        (byte_level(TINY_PATTERN), config),
+        (byte_level(digits, normalizer={"type": "NFC"}), config),
+        (byte_level(GPT2_PATTERN, pre_tokenizer=prefix), config),
+        (byte_level(GPT2_PATTERN, pre_tokenizer=numbers), config),
+        (sentencepiece(), {"eos_token": "</s>", "bos_token": "<s>"}),
+        (sentencepiece(normalizer=None, pre_tokenizer=metaspace), {"eos_token": {"content": "</s>"}}),
+    ]
+
+
+def peer_ids(data: bytes) -> list[list[int]] | None:
+    """The ids of TEXTS from the tokenizers package, or None if it cannot read the file."""
+    tokenizers = pytest.importorskip("tokenizers")
+    try:
+        peer = tokenizers.Tokenizer.from_str(data.decode())
+        peer.no_truncation()
+        peer.no_padding()
+        return [peer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    except BaseException as e:
+        if isinstance(e, KeyboardInterrupt):
+            raise
+        return None
+
+
+@TIMES
+def test_tokenizer_files(n, tmp_path):
+    rng, kept, compared = Random(f"tokenizer/{n}"), 0, 0
+    for i in range(n):
+        description, config = rng.choice(tokenizer_files())
+        data, beside = json.dumps(description).encode(), json.dumps(config).encode()
+        if rng.random() < 0.9:
+            data = json_bytes(rng, description)
+        else:
+            beside = json_bytes(rng, config)
+        (tmp_path / "tokenizer.json").write_bytes(data)
+        (tmp_path / "tokenizer_config.json").write_bytes(beside)
+        case = f"tokenizer {i}: {data!r:.20000} {beside!r}"
+        tokenizer = read(lambda: Tokenizer.from_pretrained(tmp_path), case)
+        if isinstance(tokenizer, UserError):
+            continue
+        kept += 1
+        ids = read(lambda t=tokenizer: [t.encode(text) for text in TEXTS], case)
+        if isinstance(ids, UserError):
+            continue
+        texts = [read(lambda t=tokenizer, k=k, s=s: t.decode(k, skip_special=s), case) for k in ids for s in (False, True)]
+        assert all(isinstance(text, str) for text in texts), case
+        assert all(0 <= token < tokenizer.vocab_size for k in ids for token in k), case
+        read(lambda t=tokenizer: t.chat([{"role": "user", "content": "the cat"}]), case)
+        if (theirs := peer_ids(data)) is not None:
+            compared += 1
+            assert ids == theirs, case
+    assert n / 10 < compared <= kept < n, (kept, compared)
+
+
+# ---- config.json -------------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6, "eos_token_id": 2, "bos_token_id": 1, "torch_dtype": "float32",
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@functools.cache
+def configs() -> list[dict]:
+    found = []
+    for kind, family in FAMILIES.items():
+        act = family.activations[0]
+        config = SMALL | {"model_type": kind, "architectures": [family.architecture], "hidden_act": act,
+                          "tie_word_embeddings": family.gemma, "rope_theta": 10000.0, "rope_scaling": None}  # fmt: skip
+        if kind == "mistral":
+            config["sliding_window"] = 5
+        if kind == "gemma":
+            config["hidden_activation"] = "gelu_pytorch_tanh"
+        found.append(config)
+        found.append(config | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}})
+    return [*found, found[0] | {"rope_scaling": LLAMA3}]
+
+
+def weights_of(config: dict, path: Path) -> None:
+    model = Transformer(config_from_dict(config)).init_weights(0)
+    save_file({k: p.detach().contiguous() * 3 for k, p in model.named_parameters()}, path)
+
+
+def theirs_logits(folder: Path, ids):
+    """Logits of transformers, or None if it cannot read the folder."""
+    transformers = pytest.importorskip("transformers")
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(ids).logits
+    except Exception:
+        return None
+
+
+@TIMES
+def test_config_files(n, tmp_path):
+    rng, kept, compared = Random(f"config/{n}"), 0, 0
+    folders = []
+    for k, config in enumerate(configs()):
+        folders.append(tmp_path / str(k))
+        folders[-1].mkdir()
+        weights_of(config, folders[-1] / "model.safetensors")
+    ids = torch.tensor([[1, 5, 3, 2, 9, 9, 4, 11, 29, 0, 7]])
+    for i in range(n):
+        k = rng.randrange(len(folders))
+        data = json_bytes(rng, configs()[k])
+        (folders[k] / "config.json").write_bytes(data)
+        case = f"config {i}: {data!r:.5000}"
+        model = read(lambda: load_model(folders[k]), case)
+        if isinstance(model, UserError):
+            continue
+        kept += 1
+        with torch.no_grad():
+            logits = read(lambda m=model: m(ids), case)
+        assert isinstance(logits, torch.Tensor) and logits.shape == (1, 11, 30), case
+        if n == FILES and compared < n / 20 and (theirs := theirs_logits(folders[k], ids)) is not None:
+            if not theirs.isfinite().all():
+                continue
+            compared += 1
+            assert torch.allclose(logits, theirs, atol=1e-4, equal_nan=True), case
+    assert kept > n / 10, (kept, compared)
+
+
+# ---- safetensors -------------------------------------------------------------------------------------------
+
+NUMPY = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+
+
+def plain_read(data: bytes) -> dict[str, np.ndarray] | None:
+    """The tensors of a safetensors file; BF16 as the upper halves of float32. None for other types."""
+    size = int.from_bytes(data[:8], "little")
+    header, body, tensors = json.loads(data[8 : 8 + size]), data[8 + size :], {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        fields = ("dtype", "shape", "data_offsets")
+        dtype, shape, (begin, end) = entry if isinstance(entry, list) else (entry[k] for k in fields)
+        if dtype == "BF16":
+            value = (np.frombuffer(body[begin:end], np.uint16).astype(np.uint32) << 16).view(np.float32)
+        elif dtype in NUMPY:
+            value = np.frombuffer(body[begin:end], NUMPY[dtype])
+        else:
+            return None
+        tensors[name] = value.reshape(shape).astype(np.float32)
+    return tensors
+
+
+def mutated_safetensors(rng: Random, data: bytes) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    kind = rng.randrange(8)
+    if kind == 0:  # the header's length
+        wrong = rng.choice((0, 1, size - 1, size + 1, size // 2, len(data), 10**8, 2**31, 2**63, 2**64 - 1))
+        return wrong.to_bytes(8, "little") + data[8:]
+    if kind == 1:
+        return flipped(rng, data)
+    if kind == 2:
+        return data[: rng.randrange(len(data))]
+    if kind == 3:
+        return data + rng.choice((b"\0", b" " * 100, data))
+    if kind == 4:  # other types, with the offsets that fit or without
+        for entry in rng.sample(list(header.values()), rng.randrange(1, len(header))):
+            entry["dtype"] = rng.choice(("F16", "BF16", "F64", "I32", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X"))
+    elif kind == 5:  # the whole file in another type
+        wide = rng.choice(("F16", "BF16", "I32", "U32"))
+        at = 0
+        for entry in header.values():
+            count = int(np.prod(entry["shape"])) * (2 if wide[-2:] == "16" else 4)
+            entry["dtype"], entry["data_offsets"], at = wide, [at, at + count], at + count
+        body = body[:at]
+    elif kind == 6:
+        header = mutated_json(rng, header)
+    else:
+        text = flipped(rng, json.dumps(header).encode())
+        return len(text).to_bytes(8, "little") + text + body
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+@TIMES
+def test_weight_files(n, tmp_path):
+    rng, kept = Random(f"weights/{n}"), 0
+    config = configs()[0] | {"rope_scaling": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights_of(config, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for i in range(n):
+        data = mutated_safetensors(rng, whole)
+        (tmp_path / "model.safetensors").unlink()  # a mapped file must not change
+        (tmp_path / "model.safetensors").write_bytes(data)
+        case = f"weights {i}: {data!r:.3000}"
+        model = read(lambda: load_model(tmp_path, torch.float32), case)
+        if isinstance(model, UserError):
+            continue
+        kept += 1
+        if (tensors := plain_read(data)) is not None:
+            mine = {k: p.detach().numpy() for k, p in model.named_parameters()}
+            assert mine.keys() == {k for k in tensors if not k.endswith("inv_freq")}, case
+            assert all(np.array_equal(mine[k], tensors[k], equal_nan=True) for k in mine), case
+    assert kept > n / 100, kept
+
+
+# ---- chat rows ---------------------------------------------------------------------------------------------
+
+
+def turn(role: str, content: str, **fields) -> dict:
+    return {"role": role, "content": content, **fields}
+
+
+ROWS = [
+    {"prompt": "2+3=", "completion": "5"},
+    {"prompt": "a b", "chosen": "5 6", "rejected": "7"},
+    {"messages": [turn("user", "hi"), turn("assistant", "ho")], "prompt_id": "x"},
+    {"messages": [turn("system", "be"), turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]},
+    {"messages": [turn("user", "q"), turn("assistant", "r", weight=0), turn("user", "s"), turn("assistant", "t", weight=1)]},
+    {"prompt": [turn("user", "2+3?")], "completion": [turn("assistant", "5")]},
+    {"prompt": "how", "chosen": [turn("user", "how"), turn("assistant", "so")],
+     "rejected": [turn("user", "how"), turn("assistant", "no")], "score_chosen": 8.5},
+    {"prompt": [turn("user", "how")], "chosen": [turn("assistant", "so")], "rejected": [turn("assistant", "no")]},
+    {"messages": [turn("user", "w?"), turn("assistant", "x", tool_calls=[{"function": {"name": "f", "arguments": "{}"}}]),
+                  turn("tool", "9"), turn("assistant", "y")], "tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"messages": [turn("user", "1"), turn("assistant", "<think>\nhm\n</think>\n\n2", reasoning_content="hm")]},
+]  # fmt: skip
+
+
+def expected(row: dict, answer: str, eos: str) -> str | None:
+    """What a row with the template "plain" must train on, or None for rows that are not plain."""
+    if isinstance(row.get("prompt"), str) and isinstance(row.get(answer or "completion"), str):
+        if answer or all(row.get(k) is None for k in ("messages", "chosen", "rejected")):
+            return row[answer or "completion"] + eos
+    if answer or row.get("chosen") is not None or row.get("rejected") is not None or "messages" not in row:
+        return None
+    messages = row["messages"]
+    if row.get("tools") or any(m["role"] not in ("system", "user", "assistant") for m in messages):
+        return None
+    if any(k not in ("role", "content", "weight", "train") and v is not None for m in messages for k, v in m.items()):
+        return None
+    if any(m["content"] != m["content"].strip() or "<" in m["content"] for m in messages):
+        return None
+    trained = [m for m in messages if m["role"] == "assistant" and m.get("weight") != 0 and m.get("train") is not False]
+    if any(m.get("train") == 0 for m in trained):
+        return None
+    return "".join(" " + m["content"] + eos for m in trained)
+
+
+@TIMES
+def test_chat_rows(n, tmp_path):
+    rng, counted = Random(f"chat/{n}"), Counter()
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    eos, path = tokenizer.decode([tokenizer.eos_id]), tmp_path / "train.jsonl"
+    for i in range(n):
+        base, lines = rng.choice(ROWS), []
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            row = base if rng.random() < 0.2 else rng.choice(ROWS) if rng.random() < 0.05 else None
+            lines.append(json.dumps(row).encode() if row else json_bytes(rng, base))
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        pairs, max_length = "chosen" in base and rng.random() < 0.7, rng.choice((3, 20, 1000))
+        template = rng.choice(("auto", "plain", "chatml", "zephyr"))
+        case = f"chat {i}: {template} {max_length} {pairs} {path.read_bytes()!r:.8000}"
+
+        def encode(pairs=pairs, max_length=max_length, template=template):
+            rows = chat.load("train", path)
+            return rows, *chat.encode_rows(rows, tokenizer, max_length, template, pairs)
+
+        result = read(encode, case)
+        if isinstance(result, UserError):
+            counted["refused"] += 1
+            continue
+        rows, examples, counts = result
+        skipped = sum(v for k, v in counts.items() if k.startswith("skipped"))
+        assert counts["kept"] == len(examples) == len(rows) - skipped, case
+        for example in (e for k in examples for e in (k if pairs else (k,))):
+            ids, mask = example.ids, example.mask
+            assert 0 < len(ids) == len(mask) <= max_length and mask.any() and not mask[0], case
+            assert all(0 <= t < tokenizer.vocab_size for t in ids.tolist()), case
+        if template in ("auto", "plain") and len(examples) == len(rows) and counts["truncated"] == 0:
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+            for record, example in zip(records, examples, strict=True):
+                for answer, e in zip(("chosen", "rejected") if pairs else ("",), example if pairs else (example,), strict=True):
+                    wanted = expected(record, answer, eos)
+                    if wanted is not None and wanted.isprintable():
+                        counted["compared"] += 1
+                        trained = tokenizer.decode(e.ids[e.mask].tolist())
+                        assert trained == wanted.encode("utf-8", "replace").decode(), (case, trained, wanted)
+    assert counted["refused"] > n / 5 and counted["compared"] > n / 20, counted
