@@ -1,20 +1,26 @@
-"""Evaluate a checkpoint: accuracy with 95 % intervals, pass@k, two checkpoints compared, exports. Or talk to it.
+"""Evaluate a checkpoint: accuracy with 95 % intervals, pass@k, comparisons, exports. Or talk to it.
 
     python evaluate.py --model=out/countdown/model --task=countdown --style=short
-    python evaluate.py --model=DIR --task=uft --data_path=uft/data/others --save=a.jsonl --table=a.md   all its sources
+    # every source of the UFT paper's file, saved answer by answer, and the table
+    python evaluate.py --model=DIR --task=uft --data_path=uft/data/others --save=a.jsonl --table=a.md
     python evaluate.py --model=DIR --task=aime,math500,logic --data_path=uft/data/others
-    python evaluate.py --model=DIR --task=logic --data_path=DIR_OR_FILE --n=8 --temperature=1.0     avg@8, pass@2 .. 8
-    torchrun --nproc-per-node=8 evaluate.py ...                     the same with 8 GPUs
-    python evaluate.py --compare a.jsonl b.jsonl                    the difference, with files that --save wrote
-    python evaluate.py --compare a0.jsonl,a1.jsonl b0.jsonl,b1.jsonl                several seeds a side
+    # avg@8 and pass@2, 4, 8
+    python evaluate.py --model=DIR --task=logic --data_path=DIR_OR_FILE --n=8 --temperature=1.0
+    torchrun --nproc-per-node=8 evaluate.py ...
+    # two checkpoints on the same problems, by the files that --save wrote; several seeds a side
+    python evaluate.py --compare a.jsonl b.jsonl
+    python evaluate.py --compare a0.jsonl,a1.jsonl b0.jsonl,b1.jsonl
+    # answers for another benchmark's judge, see infra/exports.py
     python evaluate.py --model=DIR --export=mt_bench --data_path=question.jsonl --save=NAME.jsonl
-    python evaluate.py --model=DIR --chat --temperature=0.7         talk to it: /new forgets, an empty line or Ctrl-D ends
-    python evaluate.py --chat --template=none                       the tiny base goes on after a text such as 3 4 5=2
+    # a conversation: /new forgets it, an empty line or Ctrl-D ends it
+    python evaluate.py --model=DIR --chat --temperature=0.7
+    # the tiny base goes on after a text such as 3 4 5=2
+    python evaluate.py --chat --template=none
 
-Answers are greedy unless a temperature is given, prompts carry no hint, and the response the checker sees is what the
-trainers reward: the decoded completion without special tokens. An answer ends where the model's window does. A prompt
-that fills the window counts as a wrong answer with the verdict "too long". With --save an interrupted evaluation
-continues when the same command is given again.
+Answers are greedy unless a temperature is given, prompts carry no hint, and the response the checker sees is
+what the trainers reward: the decoded completion without special tokens. An answer ends where the model's
+window does. A prompt that fills the window counts as a wrong answer with the verdict "too long". With --save
+an interrupted evaluation continues when the same command is given again.
 """
 
 import json
@@ -24,7 +30,6 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, TextIO
 
@@ -47,10 +52,8 @@ class Config:
 
     # What
     model: str = "data/tiny/countdown"  # Hugging Face directory
-    task: tuple[str, ...] = (
-        "countdown",
-    )  # sources of data/sources.py or files of data/; uft: all that the file has
-    style: str = ""  # prompt of made problems: paper, or short for tiny models; empty: short, beside a file's rows paper
+    task: tuple[str, ...] = ("countdown",)  # tasks of data/, sources of data/sources.py, uft: all sources
+    style: str = ""  # prompt of made problems: paper or short; empty: short, or paper beside a file's rows
     data_path: str = ""  # file or folder of rows; empty: problems made by the task
     split: str = "test"  # train or test
     rows: int = 0  # the first so many rows of each task; 0: all, or the task's default number
@@ -68,9 +71,7 @@ class Config:
     threads: int = 0  # CPU threads of a process; 0: torch's default
     # Talk
     chat: bool = False  # a conversation in the terminal instead of a task
-    template: str = (
-        "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml, zephyr; none: bare text
-    )
+    template: str = "auto"  # the checkpoint's chat template, or plain; plain, chatml, zephyr; none: bare text
     system: str = ""  # system turn that the conversation begins with
     # Compare
     compare: tuple[str, ...] = ()  # saved answers of A, one file a seed: --compare A.jsonl B.jsonl
@@ -78,9 +79,7 @@ class Config:
     # Output
     save: str = ""  # JSONL file for the answers, continued if it exists; with --export the exported file
     table: str = ""  # FILE.md or FILE.json for the table
-    export: str = (
-        ""  # answer the prompts of data_path for alpaca_eval, mt_bench, qwen_math or tldr; uft: its eval.json
-    )
+    export: str = ""  # prompts to answer: alpaca_eval, mt_bench, qwen_math or tldr; uft: eval.json
     name: str = ""  # the model's name in an export; empty: that of its directory
     show: int = 3  # answers printed of each task, or changed problems in each direction
 
@@ -100,9 +99,8 @@ def check(cfg: Config) -> None:
         return
     greedy = cfg.temperature == 0 and cfg.export != "mt_bench"  # which has temperatures of its own
     require(cfg, "n", cfg.n == 1 or not greedy, "greedy answers are all the same; give a --temperature")
-    require(
-        cfg, "n", cfg.n == 1 or cfg.export not in ("alpaca_eval", "tldr"), f"{cfg.export} takes one answer"
-    )
+    single = cfg.export in ("alpaca_eval", "tldr")
+    require(cfg, "n", cfg.n == 1 or not single, f"{cfg.export} takes one answer")
     require(cfg, "table", not cfg.table or cfg.table.endswith((".md", ".json")), "must end in .md or .json")
     if cfg.export:
         require(cfg, "save", bool(cfg.save), f"--export={cfg.export} needs the file to write")
@@ -116,7 +114,7 @@ def check(cfg: Config) -> None:
         exports.check_output("table", cfg.table, lambda first_line: exports.WRITTEN_BY in first_line)
 
 
-# ---- answers ------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer: Tokenizer, row: dict) -> list[int]:
@@ -125,13 +123,13 @@ def encode_prompt(tokenizer: Tokenizer, row: dict) -> list[int]:
 
 
 def answer(
-    model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], n: int = 1, max_new_tokens: int = 256,
-    temperature: float = 0.0, seed: int = 0, **sampling,
+    model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], n: int = 1,
+    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, **sampling,
 ) -> list[list[dict]]:  # fmt: skip
     """For each row n dicts: response, reward, verdict, tokens (how many), cut (no stop id came in time).
 
-    A row's "start", if it has one, is the beginning of the response, from which the model continues. sampling: further
-    arguments of sampler.generate.
+    A row's "start", if it has one, is the beginning of the response, from which the model continues.
+    sampling: further arguments of sampler.generate.
     """
     prompts = [encode_prompt(tokenizer, r) + tokenizer.encode(r.get("start", "")) for r in rows]
     outputs = generate(model, prompts, n, max_new_tokens, temperature, tokenizer.stop_ids, seed, **sampling)
@@ -152,7 +150,8 @@ def judge(task: ModuleType, tokenizer: Tokenizer, row: dict, completion: Complet
 def judge_published(task: ModuleType, row: dict, result: dict) -> dict:
     """An answer with the published checker's "published": [reward, verdict].
 
-    The task's own if it has no other, or the problem asks for checked steps (style short), which that does not know.
+    The task's own if it has no other, or the problem asks for checked steps (style short), which that does
+    not know.
     """
     check, truth = getattr(task, "score_published", None), row["truth"]
     if not check or isinstance(truth, dict) and truth.get("steps"):
@@ -246,7 +245,7 @@ def sample(
     )  # fmt: skip
 
 
-# ---- statistics: pure functions of numbers ------------------------------------------------------------------
+# ---- statistics: pure functions of numbers -----------------------------------------------------------------
 
 
 def accuracy(answers: list[list[dict]]) -> float:
@@ -256,21 +255,21 @@ def accuracy(answers: list[list[dict]]) -> float:
 
 
 def accuracy_interval(answers: list[list[dict]]) -> "Estimate":
-    """Share of all answers that are right, with its 95 % interval; the same number of answers for each problem."""
+    """Share of all answers that are right, with its 95 % interval; each problem has as many answers."""
     means = [sum(a["reward"] == 1.0 for a in group) / len(group) for group in answers]
     return share_interval(means, len(answers[0]))
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k answers is right, from `right` of n (Chen et al. 2021, eq. 1)."""
+    """Unbiased estimate of the chance that one of k answers is right, from n (Chen et al. 2021, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def t_within(t: float, df: float) -> float:
     """P(|T| < t) of Student's t with df >= 1 degrees of freedom.
 
-    With t = sqrt(df) tan(a) the density is proportional to cos(a)^(df - 1), which Simpson's rule integrates to about
-    1e-9.
+    With t = sqrt(df) tan(a) the density is proportional to cos(a)^(df - 1), which Simpson's rule integrates
+    to about 1e-9.
     """
     angle, steps = math.atan(abs(t) / math.sqrt(df)), 2000
     values = [math.cos(angle * i / steps) ** (df - 1) for i in range(steps + 1)]
@@ -305,11 +304,11 @@ def mean_interval(values: Sequence[float]) -> Estimate:
 
 
 def share_interval(means: Sequence[float], answers: int) -> Estimate:
-    """Mean over problems of their share of right answers, `answers` each.
+    """Mean over problems of their share of right answers, `answers` each, or of their pass@k.
 
-    Wilson's interval for one answer a problem. For several, answers to the same problem are not independent, so the
-    interval is that of the mean of the problems' shares; where all are 0 or all 1 it would be empty, and Wilson's for
-    as many problems is given.
+    Wilson's interval for one answer a problem. For several, answers to the same problem are not independent,
+    so the interval is that of the mean of the problems' shares; where all are 0 or all 1 it would be empty,
+    and Wilson's for as many problems is given.
     """
     mean = math.fsum(means) / len(means)
     if answers == 1 or mean in (0.0, 1.0):
@@ -319,17 +318,15 @@ def share_interval(means: Sequence[float], answers: int) -> Estimate:
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of independent shares; its interval combines the distances to their ends (Newcombe 1998's MOVER)."""
+    """Mean of independent shares; its interval combines their distances to both ends (Newcombe 1998)."""
     n, mean = len(estimates), math.fsum(e.mean for e in estimates) / len(estimates)
-    below, above = (
-        math.hypot(*(e.mean - e.low for e in estimates)),
-        math.hypot(*(e.high - e.mean for e in estimates)),
-    )
+    below = math.hypot(*(e.mean - e.low for e in estimates))
+    above = math.hypot(*(e.high - e.mean for e in estimates))
     return Estimate(mean, max(0.0, mean - below / n), min(1.0, mean + above / n))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p of McNemar's test: each of the problems that one side alone solved is a fair coin's toss."""
+    """Two-sided exact p of McNemar's test: which side alone solved a problem is the toss of a fair coin."""
     n, less = only_a + only_b, min(only_a, only_b)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(less + 1)) / 2**n)
 
@@ -337,8 +334,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def paired_shares(only_a: int, only_b: int, n: int) -> Estimate:
     """B's share of right answers less A's on the same n problems; Agresti and Min's interval (2005).
 
-    That is Wald's after adding 1/2 to each cell of the 2 x 2 table, which keeps it from being empty where no problem
-    changed.
+    That is Wald's after adding 1/2 to each cell of the 2 x 2 table, which keeps it from being empty where no
+    problem changed.
     """
     a, b, m = only_a + 0.5, only_b + 0.5, n + 2
     centre, half = (b - a) / m, 1.96 * math.sqrt(a + b - (b - a) ** 2 / m) / m
@@ -348,16 +345,14 @@ def paired_shares(only_a: int, only_b: int, n: int) -> Estimate:
 def paired_t(differences: Sequence[float]) -> tuple[Estimate, float]:
     """Mean of the problems' differences with Student's interval, and the two-sided p of its being 0."""
     mean, low, high = estimate = mean_interval(differences)
-    if not mean:
-        return estimate, 1.0
-    if len(differences) == 1:
+    if not mean or len(differences) == 1:
         return estimate, 1.0
     error = (high - mean) / t_quantile(len(differences) - 1)
     return estimate, 1 - t_within(mean / error, len(differences) - 1) if error else 0.0
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    """Mean of b less mean of a for independent values of unequal variance, at least two each; Welch's interval."""
+    """Mean of b less mean of a, with Welch's interval; independent values, at least two of each."""
 
     def mean_and_error(values):
         mean = math.fsum(values) / len(values)
@@ -372,16 +367,16 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Estimate:
     return Estimate(difference, difference - half, difference + half)
 
 
-# ---- the table ----------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 VERDICTS = ("right", "wrong", "malformed", "no answer")  # of every task; others follow by name
 
 
 def scored(a: dict, checker: str) -> tuple[float, str]:
     """(reward, verdict) of a saved answer by one of the checkers."""
-    return (
-        tuple(a["published"]) if checker == "published" and "published" in a else (a["reward"], a["verdict"])
-    )
+    if checker == "published" and "published" in a:
+        return tuple(a["published"])
+    return a["reward"], a["verdict"]
 
 
 def right_share(answers: list[dict], checker: str) -> float:
@@ -392,15 +387,11 @@ def summarise(name: str, groups: list[list[dict]], checker: str) -> dict:
     """A row of the table, of the answers to one task's problems: n each."""
     n, flat = len(groups[0]), [a for g in groups for a in g]
     rights = [sum(scored(a, checker)[0] == 1.0 for a in g) for g in groups]
-    passes = {
-        k: mean_interval([pass_at_k(n, r, k) for r in rights]) for k in (2**i for i in range(1, 11)) if k <= n
-    }
+    ks = [2**i for i in range(1, 11) if 2**i <= n]
     return {
         "task": name, "problems": len(groups), "answers": n,
         "accuracy": share_interval([r / n for r in rights], n)._asdict(),
-        "pass_at": {
-            k: Estimate(e.mean, max(0.0, e.low), min(1.0, e.high))._asdict() for k, e in passes.items()
-        },
+        "pass_at": {k: share_interval([pass_at_k(n, r, k) for r in rights], n)._asdict() for k in ks},
         "published": sum(right_share(g, "published") for g in groups) / len(groups),
         "reward": sum(scored(a, checker)[0] for a in flat) / len(flat),
         "verdicts": dict(Tally(scored(a, checker)[1] for a in flat)),
@@ -413,7 +404,7 @@ def table_rows(results: list[dict], checker: str) -> list[list[str]]:
     n = results[0]["answers"]
     seen = {v for r in results for v in r["verdicts"]}
     verdicts = [*VERDICTS, *sorted(seen - set(VERDICTS))]
-    differs = checker == "ours" and any(r["published"] != r["accuracy"]["mean"] for r in results)
+    differs = checker == "ours" and any(abs(r["published"] - r["accuracy"]["mean"]) > 1e-9 for r in results)
     ks = list(results[0]["pass_at"])
 
     def interval(e: dict) -> list[str]:
@@ -443,7 +434,7 @@ def table_rows(results: list[dict], checker: str) -> list[list[str]]:
     return rows
 
 
-# ---- comparing two checkpoints ------------------------------------------------------------------------------
+# ---- comparing two checkpoints -----------------------------------------------------------------------------
 
 
 class Side(NamedTuple):
@@ -494,51 +485,42 @@ def compare(cfg: Config) -> str:
     a, b = read_side(cfg.compare, cfg.checker), read_side(cfg.against, cfg.checker)
     common = [p for p in a.groups if p in b.groups]
     if not common:
-        raise UserError(
-            f"{cfg.compare[0]} and {cfg.against[0]} have no problem in common: no same task, prompt and truth"
-        )
+        files = f"{cfg.compare[0]} and {cfg.against[0]}"
+        raise UserError(f"{files} have no problem in common: none has the same task, prompt and truth")
     lines = [f"A: {', '.join(cfg.compare)}", f"B: {', '.join(cfg.against)}"]
     for name, side in (("A", a), ("B", b)):
         if missing := len(side.groups) - len(common):
-            lines.append(
-                f"note: {missing} of {len(side.groups)} problems of {name} are left out; the other side lacks them"
-            )
-
+            lines.append(f"note: {missing} of {name}'s {len(side.groups)} problems are left out: not in both")
     for key in ("n", "temperature", "max_new_tokens", "dtype"):
         if a.settings.get(key) != b.settings.get(key):
             lines.append(f"note: {key} differs: {a.settings.get(key)} in A, {b.settings.get(key)} in B")
 
     # 2. The difference for each task and over all.
-    tasks = list(dict.fromkeys(p[0] for p in common))
-    parts = [(t, [p for p in common if p[0] == t]) for t in tasks] + (
-        [("all", common)] if len(tasks) > 1 else []
-    )
+    right_a, right_b = ({p: right_share(s.groups[p], cfg.checker) for p in common} for s in (a, b))
+    change = {p: right_b[p] - right_a[p] for p in common}
+    parts = {task: [p for p in common if p[0] == task] for task in dict.fromkeys(p[0] for p in common)}
+    if len(parts) > 1:
+        parts["all"] = common
     rows = [["task", "problems", "A", "B", "B - A", "95 % interval", "p", "test", "only A", "only B"]]
-    changes = {}
-    for name, problems in parts:
-        estimate, p, test = difference(a, b, problems, cfg.checker)
-        changes[name] = [
-            right_share(b.groups[q], cfg.checker) - right_share(a.groups[q], cfg.checker) for q in problems
-        ]
-        shares = [
-            sum(right_share(s.groups[q], cfg.checker) for q in problems) / len(problems) for s in (a, b)
-        ]
+    for name, problems in parts.items():
+        shares = [sum(right[p] for p in problems) / len(problems) for right in (right_a, right_b)]
+        (mean, low, high), p_value, test = difference(a, b, problems, cfg.checker)
         rows.append([
-            name, str(len(problems)), *(f"{s:.1%}" for s in shares), f"{estimate.mean:+.1%}",
-            f"{estimate.low:+.1%} .. {estimate.high:+.1%}", f"{p:.4f}" if p >= 0.0001 else "< 0.0001", test,
-            str(sum(c < 0 for c in changes[name])), str(sum(c > 0 for c in changes[name])),
+            name, str(len(problems)), *(f"{s:.1%}" for s in shares),
+            f"{mean:+.1%}", f"{low:+.1%} .. {high:+.1%}",
+            f"{p_value:.4f}" if p_value >= 0.0001 else "< 0.0001", test,
+            str(sum(change[p] < 0 for p in problems)), str(sum(change[p] > 0 for p in problems)),
         ])  # fmt: skip
-    lines += ["", exports.text_table(rows), "only A (only B): problems that A (B) solves more often"]
+    lines += ["", exports.text_table(rows), "only A (only B): problems that A (B) solves more often", ""]
 
-    # 3. The seeds, if there are several: training runs differ more than the problems' answers tell.
+    # 3. The seeds: training runs may differ by more than the choice of problems explains.
     if len(a.accuracies) > 1 and len(b.accuracies) > 1:
-        lines.append("")
-        for name, problems in parts:
-            over_seeds = [
+        for name, problems in parts.items():
+            seeds_a, seeds_b = (
                 [sum(s[p] for p in problems) / len(problems) for s in side.accuracies] for side in (a, b)
-            ]
-            mean, low, high = welch(*over_seeds)
-            texts = [" ".join(f"{v:.1%}" for v in values) for values in over_seeds]
+            )
+            mean, low, high = welch(seeds_a, seeds_b)
+            texts = [" ".join(f"{v:.1%}" for v in values) for values in (seeds_a, seeds_b)]
             lines.append(
                 f"{name}: over seeds, A {texts[0]}, B {texts[1]}: B - A {mean:+.1%}, "
                 f"95 % interval {low:+.1%} .. {high:+.1%} (Welch's t)"
@@ -547,38 +529,26 @@ def compare(cfg: Config) -> str:
         lines.append("no interval over seeds: it takes at least two of each side")
 
     # 4. The problems that changed.
-    for title, sign in (("A right, B wrong", -1), ("A wrong, B right", 1)):
-        changed = [
-            p
-            for name, problems in parts
-            if name != "all"
-            for p, c in zip(problems, changes[name], strict=True)
-            if c * sign > 0
-        ]
-        lines += [
-            "",
-            f"{title}: {len(changed)} problems"
-            + (f", the first {cfg.show}" if len(changed) > cfg.show else ""),
-        ]
-        for p in changed[: cfg.show]:
-            lines.append(f"--- {p[0]}: {brief(p[1], 400)}")
-            for name, side in (("A", a), ("B", b)):
-                one = next(
-                    (
-                        x
-                        for x in side.groups[p]
-                        if (scored(x, cfg.checker)[0] == 1.0) == (name == "AB"[sign > 0])
-                    ),
-                    None,
-                )
-                one = one or side.groups[p][0]
-                lines.append(
-                    f"    {name} {right_share(side.groups[p], cfg.checker):.0%} {brief(one['response'])}: {one['verdict']}"
-                )
+    lost, won = [p for p in common if change[p] < 0], [p for p in common if change[p] > 0]
+    for title, changed in (("A right, B wrong", lost), ("A wrong, B right", won)):
+        shown = f", the first {cfg.show}" if len(changed) > cfg.show else ""
+        lines += ["", f"{title}: {len(changed)} problems{shown}"]
+        for problem in changed[: cfg.show]:
+            lines.append(f"--- {problem[0]}: {brief(problem[1], 400)}")
+            lines.append(example("A", a.groups[problem], problem in lost, cfg.checker))
+            lines.append(example("B", b.groups[problem], problem in won, cfg.checker))
     return "\n".join(lines)
 
 
-# ---- talking ------------------------------------------------------------------------------------------------
+def example(name: str, answers: list[dict], right: bool, checker: str) -> str:
+    """A line with one side's answer to a problem: a right or a wrong one, if there is such a one."""
+    fitting = [a for a in answers if (scored(a, checker)[0] == 1.0) == right]
+    shown = (fitting or answers)[0]
+    share = f"{right_share(answers, checker):.0%}"
+    return f"    {name} {share} {brief(shown['response'])}: {scored(shown, checker)[1]}"
+
+
+# ---- talking -----------------------------------------------------------------------------------------------
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -614,9 +584,8 @@ def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
             prompt = tokenizer.chat(messages, template=cfg.template)
         room = min(cfg.max_new_tokens or 256, model.config.max_position_embeddings - len(prompt))
         if room < 1:
-            print(
-                f"the conversation fills the model's {model.config.max_position_embeddings} positions; /new begins another"
-            )
+            window = model.config.max_position_embeddings
+            print(f"the conversation fills the model's {window} positions; /new begins another")
             messages.pop()
             continue
         answer = ""
@@ -631,10 +600,11 @@ def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
 
 
 def ask(
-    model: Transformer, tokenizer: Tokenizer, cfg: Config, conversations: list, temperatures: list[float] | None = None,
-    n: int = 0,
+    model: Transformer, tokenizer: Tokenizer, cfg: Config, conversations: list,
+    temperatures: list[float] | None = None, n: int = 0,
 ) -> list[list[str]]:  # fmt: skip
-    """n replies to each conversation, a list of messages or a bare text, for an export; the processes share the work.
+    """n replies to each conversation, a list of messages or a bare text, for an export; the processes share
+    the work.
 
     One that fills the model's window gets empty replies, which are counted on the console.
     """
@@ -651,9 +621,7 @@ def ask(
             prompts.append(tokenizer.chat(conversation, template=cfg.template))
         tokenizer.check_ids(prompts[-1], model.config.vocab_size, f"{cfg.data_path} row {i}")
     if long := sum(len(p) >= window for p in prompts):
-        print(
-            f"note: {long} of {len(prompts)} prompts fill the model's {window} positions and get an empty answer"
-        )
+        print(f"note: {long} of {len(prompts)} prompts fill the model's {window} positions: no answer")
     # 2. Replies, one temperature after the other.
     replies = {i: [""] * n for i in share(range(len(prompts)))}
     for temperature in sorted(set(temperatures)):
@@ -671,11 +639,12 @@ def ask(
     return gather(list(replies.values()))
 
 
-# ---- the command --------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 # Settings that decide the answers: a save file made with others is not continued.
 DECISIVE = (
-    "task", "split", "rows", "style", "sizes", "n", "temperature", "max_new_tokens", "seed", "dtype", "weights", "problems",
+    "task", "split", "rows", "style", "sizes", "n", "temperature", "max_new_tokens", "seed", "dtype",
+    "weights", "problems",
 )  # fmt: skip
 
 
@@ -703,23 +672,19 @@ def main(argv: Sequence[str]) -> None:
     if device.type not in ("cpu", "cuda"):
         cfg.fast, cfg.dtype = False, "float32"
     if device.type != "cuda":
-        cfg.batch_size = (
-            cfg.batch_size or 64
-        )  # more rows at a time are no faster, and their memory is not watched
+        # More rows at a time are hardly faster, and nothing watches their memory.
+        cfg.batch_size = cfg.batch_size or 64
     tokenizer = Tokenizer.from_pretrained(base)
     model = Transformer.from_pretrained(base, getattr(torch, cfg.dtype), device)
     if cfg.chat:
         return talk(model, tokenizer, cfg)
-    of_paper = cfg.data_path or cfg.style == "paper"
-    cfg.max_new_tokens = cfg.max_new_tokens or (1024 if of_paper else 256)
-    named = (
-        base.resolve().parent if base.resolve().name in ("model", "sft") else base.resolve()
-    )  # out_dir/model
-    cfg.name = cfg.name or named.name
+    long_answers = cfg.data_path or cfg.style == "paper"
+    cfg.max_new_tokens = cfg.max_new_tokens or (1024 if long_answers else 256)
     if cfg.export in exports.EXPORTS:
         fields, write = exports.EXPORTS[cfg.export]
-        prompts = exports.read_prompts(cfg.data_path, cfg.split, fields)
-        text = write(prompts[: cfg.rows or None], partial(ask, model, tokenizer, cfg), cfg.name, cfg.system)
+        prompts = exports.read_prompts(cfg.data_path, cfg.split, fields)[: cfg.rows or None]
+        name = cfg.name or exports.name_of(base)
+        text = write(prompts, partial(ask, model, tokenizer, cfg), name, cfg.system)
         return exports.write_export(cfg.save, text)
 
     # 2. Problems, and the answers that an earlier, interrupted evaluation saved.
@@ -736,7 +701,7 @@ def main(argv: Sequence[str]) -> None:
     window = model.config.max_position_embeddings
     if long := sum(len(p.prompt) >= window for p in problems):
         print(
-            f"note: {long} of {len(problems)} prompts fill the model's {window} positions and count as wrong"
+            f"note: {long} of {len(problems)} prompts fill the model's {window} positions: counted as wrong"
         )
 
     # 3. The other answers, each process its share.
@@ -744,9 +709,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         sample(model, tokenizer, cfg, waiting, records, file)
     except KeyboardInterrupt:
-        print(
-            f"interrupted; the same command continues {cfg.save}" if file else "interrupted", file=sys.stderr
-        )
+        advice = f"; the same command continues {cfg.save}" if file else ""
+        print(f"interrupted{advice}", file=sys.stderr)
         sys.exit(130)
     everyone = {key: record for part in collect(records) for key, record in part.items()}
     records = {(p.name, p.index): everyone[p.name, p.index] for p in problems}

@@ -606,6 +606,7 @@ class Data:
     test: Sequence
     test_rows: list[dict]  # of the task; empty without one
     stop_ids: set[int]  # tokens that end a trained turn
+    template: str  # chat template that conversations were written with; auto if there were none
 
 
 def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
@@ -635,7 +636,9 @@ def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig
     train = encoded["train"]
     longest = max(2 * max(len(e.ids) for e in row) if loss.pairs else len(row.ids) for row in train)
     require(cfg, "token_budget", cfg.token_budget >= longest, f"must be >= {longest}, the longest row")
-    return Data(task, train, encoded["test"], test_rows, chat.turn_ends(train))
+    conversations = not task and any("first" in row for row in rows)  # rows of messages, not of texts
+    template = tokenizer.template_name(cfg.template) if conversations else "auto"
+    return Data(task, train, encoded["test"], test_rows, chat.turn_ends(train), template)
 
 
 # ---- validation --------------------------------------------------------------------------------------------
@@ -747,7 +750,7 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
         if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:
             show = cfg.show if step + 1 == steps else 0
             run.state["last"] = validate(run, data, name, step + 1, steps, show, cfg)
-        save_and_stop(run, cfg, steps, data.stop_ids, cfg.template if not data.task else "auto")
+        save_and_stop(run, cfg, steps, data.stop_ids, data.template)
     run.log.close()
     draw_run(run.out)
     return run.state["last"] | {"seconds": run.state["train_s"]}

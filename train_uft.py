@@ -1050,9 +1050,9 @@ def main(
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
             validate(run, data, step + 1, total, cfg.show if step + 1 == total else 0, cfg)
         save_and_stop(run, cfg, total)
+    print(f"{run.state['train_s']:.0f} s of training; model in {run.out / 'model'}")
     run.log.close()
     draw_run(run.out)
-    print(f"{run.state['train_s']:.0f} s of training; model in {run.out / 'model'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The sources of the papers' tables: which task judges each, and which rows of a file are its own.
 
 The UFT paper evaluates on one file, data/others/test.parquet of github.com/liumy2010/UFT, whose column
-data_source tells its eight sources apart; Knights and Knaves has a file of its own. `load` gives the rows of one
-source, from such a file or from a file that holds nothing else. A name that is no source is a task file of data/.
+data_source tells its eight sources apart; Knights and Knaves has a file of its own. `load` gives the rows of
+one source, from such a file or from a file that holds nothing else. A name that is no source is a task file
+of data/.
 """
 
 from collections import Counter
@@ -72,9 +73,10 @@ def load(
 ) -> list[dict]:
     """All rows of a source or task, or the first n.
 
-    A file without a column data_source is read by the task's own load(), and n is then an error if the file has
-    fewer rows; of a source among others it has at most n. style is the prompt of problems made here, by default
-    "short"; "paper" if they are made because the file has none. UserError for a source the file does not have.
+    A file without a column data_source is read by the task's own load(), and n is then an error if the file
+    has fewer rows; of a source among others it has at most n. style is the prompt of problems made here, by
+    default "short"; "paper" if they are made because the file has none. UserError for a source the file does
+    not have.
     """
     found, task = sources_in(path, split), judge(name)
     if name not in SOURCES or not found:
@@ -88,9 +90,8 @@ def load(
             there = ", ".join(_name_of(d) for d in found)
             raise UserError(f"task = '{name}': {path} has no row of data_source '{source}', only of {there}")
         rows = load_rows(task, split, None, n, style=style or "paper", sizes=sizes)
-        print(
-            f"note: {path} has no rows of '{name}', so {len(rows)} problems were made (style {style or 'paper'})"
-        )
+        made = f"{len(rows)} problems were made (style {style or 'paper'})"
+        print(f"note: {path} has no rows of '{name}', so {made}")
         return rows
     if name == SOURCES[name].task and name not in MADE:  # these read their own rows of any file
         rows = load_rows(task, split, path, sizes=sizes)

@@ -132,7 +132,7 @@ class Tokenizer:
         _refuse_model(model, pieces, where)
 
         # Added tokens, with the eos among them as in transformers
-        added = _added_tokens(description.get("added_tokens") or [], model["vocab"], where)
+        added, self._misplaced = _added_tokens(description.get("added_tokens") or [], model["vocab"], where)
         self.eos_id = _eos(config, model["vocab"] | {t: a["id"] for t, a in added.items()}, eos_ids)
         if self.eos_id is not None and all(a["id"] != self.eos_id for a in added.values()):
             name = next(t for t, i in model["vocab"].items() if i == self.eos_id)
@@ -278,6 +278,8 @@ class Tokenizer:
                     ids += self._encode_words(words, at_start and normalized_at_start)
                 ids += normalized_token
             ids += token
+        if self._misplaced and (wrong := self._misplaced.keys() & set(ids)):
+            raise UserError(f"{self._misplaced[min(wrong)]}; this text has the token")
         return [self.bos_id, *ids] if bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
     def _normalize(self, text: str) -> str:
@@ -462,7 +464,8 @@ def _named_tokens(config: dict) -> dict[str, str]:
     for key, value in tokens.items():
         tokens[key] = value.get("content") if isinstance(value, dict) else value
         if not isinstance(tokens[key], str):
-            raise UserError(f"tokenizer_config.json: {key} = {value!r}: must be a text or have a text 'content'")
+            rule = "must be a text or have a text 'content'"
+            raise UserError(f"tokenizer_config.json: {key} = {value!r}: {rule}")
     return tokens
 
 
@@ -618,10 +621,16 @@ class AddedTokens:
         yield text[end:], end == 0, []
 
 
-def _added_tokens(tokens: list[dict], vocab: dict[str, int], where: str) -> dict[str, dict]:
-    """Added tokens by content. UserError: an id differs from the one the tokenizers package gives the
-    token."""
+def _added_tokens(
+    tokens: list[dict], vocab: dict[str, int], where: str
+) -> tuple[dict[str, dict], dict[int, str]]:
+    """Added tokens by content, and an error by id for those that the tokenizers package gives another id.
+
+    The package takes the vocabulary's id, else the next free one, whatever the file lists. A token that is
+    listed beyond the next free id is only an error in a text that has it.
+    """
     added: dict[str, dict] = {}
+    misplaced: dict[int, str] = {}
     following = len(vocab)
     for token in tokens:
         content = token["content"]
@@ -632,15 +641,16 @@ def _added_tokens(tokens: list[dict], vocab: dict[str, int], where: str) -> dict
                 raise UserError(
                     f"{where}: {flag} = {token[flag]!r} of added token {content!r} must be true or false"
                 )
-        # The package takes the vocabulary's id, else the next free one; it ignores the list's ids
-        wanted = vocab.get(content, following)
-        if type(token["id"]) is not int or token["id"] != wanted:
-            raise UserError(
-                f"{where}: added token {content!r} has id {token['id']!r}, but its place gives it id {wanted}"
-            )
+        place = vocab.get(content, following)
+        if type(token["id"]) is not int or token["id"] != place:
+            error = f"{where}: added token {content!r} has id {token['id']!r}"
+            error += f", but its place gives it id {place}"
+            if type(token["id"]) is not int or content in vocab or token["id"] < following:
+                raise UserError(error)
+            misplaced[token["id"]] = error
         added[content] = token
-        following = max(following, token["id"] + 1)
-    return added
+        following = max(following, place + 1)
+    return added, misplaced
 
 
 def _eos(config: dict, ids: dict[str, int], eos_ids: Sequence[int]) -> int | None:

@@ -284,7 +284,7 @@ def generation(cfg: Config, model: Transformer, folder: Path, geometric: bool = 
 def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
     """One step: 4 completions of each problem, `prompt` + `grpo_new` tokens, rewards and one optimiser step.
 
-    Without a KL term, as is TRL's default. In bfloat16 a bfloat16 copy of the weights samples, as in training.
+    Without a KL term, TRL's default. In bfloat16 a bfloat16 copy of the weights samples, as in training.
     """
     device, vocab, new, n = model.head_weight.device, model.config.vocab_size, cfg.grpo_new, 4
     generator = torch.Generator().manual_seed(0)

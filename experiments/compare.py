@@ -1,6 +1,6 @@
 """Run every method of a paper from the same base with several seeds: a table, and for UFT the curves.
 
-    python experiments/compare.py                               Countdown: 8 methods x 5 seeds, 2 runs at a time
+    python experiments/compare.py                             Countdown: 8 methods x 5 seeds, 2 runs at a time
     python experiments/compare.py --methods=uft,sft,sft-long --sft_long=1800 --args=config/logic-tiny.toml
     python experiments/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
     python experiments/compare.py --paper=ift --out_dir=out/compare-ift    SFT, IFT, its parts, other lambdas

@@ -5,9 +5,9 @@
     python experiments/plot.py out/compare                 all runs in a folder
     python experiments/plot.py out/uft --out=uft.svg       to another file, .png or .svg
 
-Runs whose config.toml differs only in the seed (and in knobs that a resumed run may change, such as out_dir or
-device) are one method: its curves are means over seeds with 95 % t-intervals. A single run has the interval of
-its test accuracy, val/low .. val/high. A training metric is averaged over windows of steps, at most 60 of
+Runs whose config.toml differs only in the seed (and in knobs that a resumed run may change, such as out_dir
+or device) are one method: its curves are means over seeds with 95 % t-intervals. A single run has the interval
+of its test accuracy, val/low .. val/high. A training metric is averaged over windows of steps, at most 60 of
 them, and the success by hint length over all steps. Panels without data are left out. Without matplotlib, the
 extra `plot`, the same figures are printed as text.
 """

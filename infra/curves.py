@@ -77,9 +77,9 @@ def curve(runs: Sequence[LoggedRun], panel: Panel) -> list[Point]:
     for x in sorted(set().union(*seeds)):
         mean, low, high = mean_interval([seed[x] for seed in seeds if x in seed])
         low, high = wilson.get(x, (low, high))
-        if panel.factor == 100:  # of a share
-            low, high = (low, high) if math.isinf(low) else (max(low, 0.0), min(high, 1.0))
-        interval = None if math.isinf(low) else (panel.factor * low, panel.factor * high)
+        if panel.factor == 100 and math.isfinite(low):  # a share
+            low, high = max(low, 0.0), min(high, 1.0)
+        interval = (panel.factor * low, panel.factor * high) if math.isfinite(low) else None
         points.append(Point(x, panel.factor * mean, interval))
     return points
 
@@ -94,8 +94,7 @@ def values_by_x(records: Sequence[dict], key: str, last: int) -> dict[int, float
                 if name.startswith(BY_HINT):
                     found[int(name.removeprefix(BY_HINT))].append(record[name])
         elif key in record and (record[key] or not key.startswith("actor/")):  # 0 there: not measured
-            x = min(last, math.ceil(record["step"] / window) * window)
-            found[x].append(record[key])
+            found[min(last, math.ceil(record["step"] / window) * window)].append(record[key])
     return {x: sum(values) / len(values) for x, values in found.items()}
 
 
@@ -116,20 +115,19 @@ def draw(methods: Mapping[str, Sequence[LoggedRun]], path: Path) -> None:
     panels = all_curves(methods)
     if not panels:
         raise UserError(f"{', '.join(methods)}: no metrics to draw yet")
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    rows = math.ceil(len(panels) / 4)
+    columns = math.ceil(len(panels) / rows)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.4), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    styles = {name: (f"C{i}", "-" if i < 10 else "--") for i, name in enumerate(methods)}
+    styles = {m: {"color": f"C{i}", "linestyle": "-" if i < 10 else "--"} for i, m in enumerate(methods)}
     # A panel: lines, and bands for the intervals.
     for axis, (panel, curves) in zip(axes, panels.items(), strict=False):
         for name, points in curves.items():
-            color, line = styles[name]
-            x, marker = [p.x for p in points], "o" if len(points) <= 20 else ""
-            axis.plot(x, [p.mean for p in points], color=color, linestyle=line, marker=marker, markersize=3)
-            banded = [p for p in points if p.interval]
-            low, high = [p.interval[0] for p in banded], [p.interval[1] for p in banded]
-            axis.fill_between([p.x for p in banded], low, high, color=color, alpha=0.15, linewidth=0)
+            style = styles[name] | {"marker": "o" if len(points) <= 20 else "", "markersize": 3}
+            axis.plot([p.x for p in points], [p.mean for p in points], **style)
+            banded = [(p.x, *p.interval) for p in points if p.interval]
+            if banded:
+                axis.fill_between(*zip(*banded, strict=True), color=style["color"], alpha=0.15, linewidth=0)
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.x, fontsize=9)
         axis.tick_params(labelsize=8)
@@ -137,8 +135,7 @@ def draw(methods: Mapping[str, Sequence[LoggedRun]], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[len(panels) :]:
         axis.remove()
-    # One legend for all.
-    handles = [figure.axes[0].plot([], [], color=c, linestyle=s, label=n)[0] for n, (c, s) in styles.items()]
+    handles = [axes[0].plot([], [], label=name, **style)[0] for name, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(methods)), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""The files evaluate.py writes: answers that an interrupted evaluation continues from, tables, and exports for other judges.
+"""The files evaluate.py writes: answers that an interrupted evaluation continues from, tables, exports.
 
 Each export has a reader of its own, and its layout is that reader's:
 
@@ -6,7 +6,7 @@ Each export has a reader of its own, and its layout is that reader's:
     mt_bench     JSONL of FastChat's data/mt_bench/model_answer/NAME.jsonl: fastchat.llm_judge.gen_judgment
     qwen_math    JSONL of Qwen2.5-Math's evaluation: evaluate(data_name, prompt_type, file_path=...)
     tldr         JSONL of prompt and completion, as TRL writes its TL;DR data: a judge of pairs
-    uft          the eval.json of UFT's verl/trainer/main_eval.py: data_source -> type -> [[text, ground truth], ...]
+    uft          JSON of UFT's verl/trainer/main_eval.py: data_source -> type -> [[text, ground truth], ...]
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from infra.parallel import barrier, rank, world
 Key = tuple[str, int]  # of a problem: its task, and its index among the task's rows
 WRITTEN_BY = "written by evaluate.py"  # in the first line of every table
 
-# ---- before the work -----------------------------------------------------------------------------------------
+# ---- before the work ---------------------------------------------------------------------------------------
 
 
 def check_output(knob: str, path: str, mine: Callable[[str], bool]) -> None:
@@ -49,7 +49,9 @@ def check_output(knob: str, path: str, mine: Callable[[str], bool]) -> None:
 
 
 def weights_mark(folder: Path) -> str:
-    """A short text that changes when a checkpoint does: a hash of its small files and of the end of each weight file."""
+    """A short text that changes when a checkpoint does: a hash of its small files and of the end of each
+    weight file.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
         with open(path, "rb") as f:
@@ -59,7 +61,7 @@ def weights_mark(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 def is_answers(first_line: str) -> bool:
@@ -98,7 +100,8 @@ def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
 
 
 def resume_answers(path: str, settings: dict, compared: Sequence[str]) -> tuple[dict[Key, dict], TextIO]:
-    """The answers saved so far by this or any number of processes, and the file to append this process's own to.
+    """The answers saved so far by this or any number of processes, and the file to append this process's own
+    to.
 
     UserError, by name, for a file made with another value of a setting in `compared`.
     """
@@ -147,7 +150,7 @@ def append(file: TextIO | None, record: dict) -> None:
 
 
 def merge_answers(path: str, settings: dict, records: dict[Key, dict]) -> None:
-    """Replace the file, and the parts of all processes, by one with these records. Rank 0 writes, all wait."""
+    """Replace the file and the parts of all processes by one with these records. Rank 0 writes, all wait."""
     if rank() == 0:
         lines = [_line({"evaluation": settings}), *map(_line, records.values())]
         _replace(path, "".join(lines))
@@ -169,7 +172,7 @@ def _replace(path: str, text: str) -> None:
     os.replace(new, path)
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
@@ -177,10 +180,8 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        first, *others = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        )
-        lines.append("  ".join([first, *others]))
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
     return "\n".join(lines)
 
 
@@ -200,10 +201,11 @@ def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, result
     )
 
 
-# ---- exports: prompts -> the text of a file ------------------------------------------------------------------
+# ---- exports: prompts -> the text of a file ----------------------------------------------------------------
 #
-# ask(conversations, temperatures=None, n=0) gives n replies to each conversation: a list of messages, which goes
-# through the chat template, or a bare text. temperatures has one for each; None and 0 mean the evaluation's.
+# ask(conversations, temperatures=None, n=0) gives n replies to each conversation: a list of messages, which
+# goes through the chat template, or a bare text. temperatures has one for each; None and 0 mean the
+# evaluation's.
 
 Ask = Callable[..., list[list[str]]]
 
@@ -215,6 +217,12 @@ def read_prompts(path: str, split: str, fields: Sequence[str]) -> list[tuple[str
         if not any(isinstance(record.get(field), str | list) for field in fields):
             raise UserError(f"{where}: must have the field {' or '.join(fields)}")
     return records
+
+
+def name_of(folder: Path) -> str:
+    """The name of a checkpoint: that of its directory, or of the run whose out_dir/model it is."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name in ("model", "sft") else folder.name
 
 
 def _user(text: str, system: str) -> list[dict]:
@@ -236,13 +244,15 @@ def alpaca_eval(records: list[tuple[str, dict]], ask: Ask, name: str, system: st
 
 
 TEMPERATURES = {  # FastChat's, by category; 0.7 for any other
-    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
-    "humanities": 0.1,
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
+    "stem": 0.1, "humanities": 0.1,
 }  # fmt: skip
 
 
 def mt_bench(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
-    """Records of question_id, category and turns, as FastChat's question.jsonl has them; each turn sees the ones before."""
+    """Records of question_id, category and turns, as FastChat's question.jsonl has them; each turn sees the
+    ones before.
+    """
     for where, record in records:
         whole = isinstance(record.get("question_id"), int) and isinstance(record.get("category"), str)
         if not whole or not all(isinstance(turn, str) for turn in record["turns"]):
@@ -277,7 +287,8 @@ def mt_bench(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) 
 
 
 def qwen_math(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
-    """Records of a question (question, problem or prompt), its answer (gt, answer or target) and perhaps a solution.
+    """Records of a question (question, problem or prompt), its answer (gt, answer or target) and perhaps a
+    solution.
 
     The reader wants gt beside gt_cot, a solution that ends in it; without one that is gt in a box.
     """
@@ -313,7 +324,9 @@ def _ground_truth(where: str, record: dict) -> tuple[str, str]:
 
 
 def final_answer(text: str) -> str:
-    """What a response gives as its answer: the last \\boxed{}, else the last <answer> block, else the last number."""
+    """What a response gives as its answer: the last \\boxed{}, else the last <answer> block, else the last
+    number.
+    """
     start = text.rfind(r"\boxed{")
     if start >= 0 and (end := closing_brace(text, start + len(r"\boxed"))) >= 0:
         return text[start + len(r"\boxed{") : end].strip()
@@ -324,7 +337,9 @@ def final_answer(text: str) -> str:
 
 
 def tldr(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
-    """Records of a prompt: a bare text such as TL;DR's "SUBREDDIT: ... TL;DR:", or a list of messages for the template."""
+    """Records of a prompt: a bare text such as TL;DR's "SUBREDDIT: ... TL;DR:", or a list of messages for the
+    template.
+    """
     replies = ask([r["prompt"] for _, r in records])
     pairs = zip(records, replies, strict=True)
     return "".join(
@@ -341,10 +356,11 @@ EXPORTS = {  # kind -> the fields of which a record must have one, and the funct
 
 
 def uft_eval(records: Sequence[dict], data_sources: dict[str, str]) -> str:
-    """The eval.json of the published code: data_source -> type -> list of [prompt and response, ground truth].
+    """The eval.json of the published code: data_source -> type -> list of [prompt and response, ground
+    truth].
 
-    Its types are the published checkers' messages, of which only "right" is told apart here: they are named as in
-    evaluate.py's table. data_sources: of each task.
+    Its types are the published checkers' messages, of which only "right" is told apart here: they are named
+    as in evaluate.py's table. data_sources: of each task.
     """
     found: dict[str, dict[str, list]] = {}
     for record in records:

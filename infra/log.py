@@ -68,8 +68,9 @@ def import_wandb() -> ModuleType:
     try:
         import wandb
 
-        wandb.init  # noqa: B018 (a folder wandb/ of logs imports as an empty package)
-    except (ImportError, AttributeError):
+        if not hasattr(wandb, "init"):  # a folder of logs named wandb/ imports as an empty package
+            raise ImportError
+    except ImportError:
         raise UserError("wandb: it needs the extra `wandb`: pip install -e '.[wandb]'") from None
     return wandb
 

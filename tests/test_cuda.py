@@ -1,32 +1,35 @@
-"""What only a GPU can show: compiled and replayed programs, bfloat16 and FSDP2 on CUDA agree with plain float32. Skipped
-where torch finds no CUDA device. `python toys/gpu.py` runs it and the benchmark in one call."""
+"""What only a GPU can show: compiled and replayed programs, bfloat16 and FSDP2 on CUDA agree with plain float32. Skipped where
+torch finds no CUDA device. `python experiments/gpu.py` runs it and the benchmark in one call."""
 
+import gc
 import json
 import os
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import common
-import sampler
+import model as plain_head
 import train_ift
 import train_uft
 from data.chat import Example
-from model import ModelConfig, Transformer
+from fast import engine
+from fast import head as fast_head
+from fast.compiled import compile_blocks
+from infra.parallel import full, refresh, shard_model, whole_copy
+from infra.training import speed_up
+from model import Block, ModelConfig, Transformer
 from sampler import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 VOCAB, DEVICE = 1000, "cuda"
 
 
-def model(device="cuda", **knobs):
+def model(device=DEVICE):
     config = ModelConfig(VOCAB, 128, 256, 3, 4, 2, model_type="qwen2", tie_word_embeddings=True, initializer_range=0.1)
-    m = Transformer(config).init_weights(0).to(device)
-    for k, v in knobs.items():
-        setattr(m, k, v)
-    return m
+    return Transformer(config).init_weights(0).to(device)
 
 
 def prompts(count):
@@ -44,6 +47,9 @@ def agree(a, b, at_least):
                 assert c.logprobs == pytest.approx(d.logprobs, abs=2e-3) and c.finished == d.finished
 
 
+# ---- generation -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("knobs", [{}, {"batch_size": 48, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}])
 def test_replayed_graphs_sample_what_a_cpu_does(knobs, compile):
@@ -54,6 +60,7 @@ def test_replayed_graphs_sample_what_a_cpu_does(knobs, compile):
     agree(on_cpu, generate(m, prompts(60), **kw, compile=compile), 0.9)
     again = generate(m, prompts(60), **kw, compile=compile)  # the engine and its graphs are used again
     agree(on_cpu, again, 0.9)
+    agree(on_cpu, generate(m, prompts(60), **kw, fast=False), 0.9)
     with torch.no_grad():  # weights changed in place are seen by the graphs
         for p in m.parameters():
             p.mul_(1.05)
@@ -68,12 +75,62 @@ def test_many_rows_are_cut_to_the_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (40 * row, 80 * row))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
-    assert 10 <= sampler.fitting_rows(m, 138, torch.float32) <= 20
+    assert 10 <= engine.fitting_rows(m, 138, torch.float32) <= 20
     agree(generate(model("cpu"), prompts(60), **kw), generate(m, prompts(60), **kw), 0.9)
 
 
+def test_an_engine_that_is_too_small_is_freed_before_the_next_one_is_made():
+    m = model()
+    generate(m, prompts(4), 2, 20, compile=False)
+    first = weakref.ref(m.__dict__["_engine"][1])
+    gc.disable()
+    try:
+        generate(m, prompts(4), 2, 10, compile=False)
+        assert m.__dict__["_engine"][1] is first()
+        generate(m, prompts(40), 2, 60, compile=False)
+        assert first() is None
+    finally:
+        gc.enable()
+
+
+def test_a_longer_prompt_finds_the_engine_large_enough():
+    m = model()
+    generate(m, [[1, 2, 3]] * 4, 2, 20, compile=False, longest_prompt=80)
+    kept = m.__dict__["_engine"][1]
+    generate(m, [list(range(80))] * 4, 2, 20, compile=False, longest_prompt=80)
+    assert m.__dict__["_engine"][1] is kept
+
+
+# ---- training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", ["number", "each"])
+def test_the_fast_head_is_the_plain_one(temperature, monkeypatch):
+    monkeypatch.setattr(fast_head, "CUDA_CHUNK", 64 * VOCAB)
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(300, 32, generator=g).to(DEVICE), torch.randn(VOCAB, 32, generator=g).to(DEVICE)]
+    targets = torch.randint(VOCAB, (300,), generator=g).to(DEVICE)
+    t = torch.linspace(0.5, 2, 300, device=DEVICE) if temperature == "each" else 0.7
+    results = []
+    for head in (plain_head, fast_head):
+        hidden, weight = (x.clone().requires_grad_() for x in inputs)
+        loss, logp, entropy = head.token_loss(
+            hidden, weight, targets, lambda p, h: (p.exp() + p - h).sum() / 300, (), t, True
+        )
+        loss.backward()
+        kl = head.token_kl(hidden, weight, inputs[0].flip(0), inputs[1])
+        results.append([loss.detach(), logp, entropy, hidden.grad.clone(), weight.grad.clone(), kl.detach()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def examples():
-    return [Example(p, [0] * (len(p) // 2) + [1] * (len(p) - len(p) // 2), False, 0) for p in prompts(24) if len(p) > 3]
+    rows = [p for p in prompts(24) if len(p) > 3]
+    return [Example(p, [0] * (len(p) // 2) + [1] * (len(p) - len(p) // 2), False, 0) for p in rows]
+
+
+def ift_update(m, optimizer, name, cfg, step):
+    return train_ift.update(train_ift.LOSSES[name], m, None, optimizer, examples(), 0.2, cfg, step)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -85,14 +142,18 @@ def test_a_training_step_is_the_cpus(loss, compile, again):
     for m in models:
         optimizer = torch.optim.RMSprop(m.parameters(), lr=1e-4)
         if m is models[1]:
-            common.speed_up(m, settings, torch.device("cuda"))
-            assert (m.model.layers[0].compiled is not None) == (compile == "true")
+            speed_up(m, settings, torch.device(DEVICE))
+            assert is_compiled(m) == (compile == "true")
         for step in range(2):
-            metrics = train_ift.update(loss, m, None, optimizer, examples(), 0.2, settings, step)
+            metrics = ift_update(m, optimizer, loss, settings, step)
         m.last = metrics
     assert models[0].last == pytest.approx(models[1].last, rel=1e-3)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         assert (p - q.cpu()).abs().mean() < 1e-5
+
+
+def is_compiled(m):
+    return all("forward" in vars(b) and b.forward.__func__ is not Block.forward for b in m.model.layers)
 
 
 @pytest.mark.parametrize("compile", ["false", "true"])
@@ -100,11 +161,15 @@ def test_bfloat16_is_near_float32(compile):
     losses = []
     for dtype in ("float32", "bfloat16"):
         m, settings = model(), train_ift.Config(token_budget=600, compile=compile, dtype=dtype)
-        common.speed_up(m, settings, torch.device("cuda"))
+        speed_up(m, settings, torch.device(DEVICE))
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
-        losses.append([train_ift.update("sft", m, None, optimizer, examples(), 0.2, settings, s)["loss"] for s in range(5)])
+        losses.append([ift_update(m, optimizer, "sft", settings, s)["loss"] for s in range(5)])
         assert all(p.dtype == torch.float32 for p in m.parameters())
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
+
+
+def uft_groups(texts):
+    return [train_uft.Group(p, p[:3], c, [1.0, -1.0]) for p, c in zip(prompts(6), texts, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -114,19 +179,23 @@ def test_attention_is_fused_everywhere(dtype):
     optimizer = torch.optim.SGD(m.parameters(), lr=0.0)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         texts = generate(model().to(getattr(torch, dtype)), prompts(6), 2, 20, seed=1, compile=False)
-        groups = [train_uft.Group(p, p[:3], c, [1.0, -1.0]) for p, c in zip(prompts(6), texts, strict=True)]
-        train_uft.update(m, None, optimizer, groups, train_uft.Config(token_budget=600, dtype=dtype), 0.1)
-        for loss in ("sft", "ift"):
-            train_ift.update(loss, m, None, optimizer, examples(), 0.2, train_ift.Config(token_budget=600, dtype=dtype))
+        for fast in (True, False):
+            cfg = train_uft.Config(token_budget=600, dtype=dtype, fast=fast)
+            train_uft.update(m, None, optimizer, uft_groups(texts), cfg, 0.1)
+            for loss in ("sft", "ift"):
+                ift_update(m, optimizer, loss, train_ift.Config(token_budget=600, dtype=dtype, fast=fast), 0)
 
 
 def test_programs_are_not_made_again_for_each_length():
     m = model()
-    assert m.compile_blocks() == ""
+    assert compile_blocks(m) == ""
     torch._dynamo.utils.counters.clear()
     for T in (17, 40, 129, 63, 200):
-        m(torch.randint(0, VOCAB, (3, T), device="cuda")).logsumexp(-1).sum().backward()
+        m(torch.randint(0, VOCAB, (3, T), device=DEVICE)).logsumexp(-1).sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+# ---- FSDP2 ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -146,22 +215,24 @@ def test_fsdp_on_one_gpu_agrees_with_no_fsdp(dtype, compile, process_group):
     for sharded in (False, True):
         m, ift = model(DEVICE), train_ift.Config(token_budget=600, dtype=dtype, compile=compile)
         if sharded:
-            common.shard_model(m, dtype)
-        common.speed_up(m, ift, torch.device(DEVICE))
-        copied = common.whole_copy(m, torch.float32)
+            shard_model(m, dtype)
+        speed_up(m, ift, torch.device(DEVICE))
+        copied = whole_copy(m, torch.float32)
         assert (copied is m) == (not sharded)
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-3)
-        losses = [train_ift.update("ift", m, None, optimizer, examples(), 0.2, ift, s)["loss"] for s in range(2)]
-        common.refresh(copied, m)
-        assert all(torch.equal(a, common.full(b)) for a, b in zip(copied.parameters(), m.parameters(), strict=True))
-        groups = [train_uft.Group(p, p[:3], c, [1.0, -1.0]) for p, c in zip(prompts(6), texts, strict=True)]
+        losses = [ift_update(m, optimizer, "ift", ift, s)["loss"] for s in range(2)]
+        refresh(copied, m)
+        assert all(torch.equal(a, full(b)) for a, b in zip(copied.parameters(), m.parameters(), strict=True))
         uft = train_uft.Config(token_budget=600, dtype=dtype)
-        losses.append(train_uft.update(m, None, optimizer, groups, uft, 0.1)["actor/loss"])
-        results.append((losses, [common.full(p).detach().cpu() for p in m.parameters()]))
+        losses.append(train_uft.update(m, None, optimizer, uft_groups(texts), uft, 0.1)["actor/loss"])
+        results.append((losses, [full(p).detach().cpu() for p in m.parameters()]))
     tolerance = 1e-4 if dtype == "float32" else 2e-2
     assert results[0][0] == pytest.approx(results[1][0], rel=tolerance, abs=tolerance)
     for p, q in zip(results[0][1], results[1][1], strict=True):
         assert (p - q).abs().mean() < (1e-5 if dtype == "float32" else 2e-4)
+
+
+# ---- a whole run ----------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_example_learns_on_cuda(tmp_path):

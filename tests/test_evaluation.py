@@ -1,4 +1,4 @@
-"""Evaluation: statistics against hand-worked numbers, sources, saved answers that are continued, comparisons."""
+"""Evaluation: statistics against hand-worked numbers, sources, resumed save files, comparisons."""
 
 import json
 import math
@@ -15,8 +15,17 @@ import evaluate
 from data import countdown, hendrycks_math, sources
 from data.tokenizer import Tokenizer
 from evaluate import (
-    Estimate, mcnemar, mean_interval, mean_of, paired_shares, paired_t, share_interval, t_quantile, t_within, welch,
-)  # fmt: skip
+    Estimate,
+    mcnemar,
+    mean_interval,
+    mean_of,
+    paired_shares,
+    paired_t,
+    share_interval,
+    t_quantile,
+    t_within,
+    welch,
+)
 from infra import exports
 from infra.config import UserError
 from infra.log import wilson
@@ -29,7 +38,7 @@ SMALL = [f"--model={BASE}", "--rows=6", "--max_new_tokens=40", "--device=cpu", "
 OTHERS = Path("/work/shared/uft_data/others")
 
 
-# ---- statistics ---------------------------------------------------------------------------------------------
+# ---- statistics --------------------------------------------------------------------------------------------
 
 
 def test_t_distribution_by_tables():
@@ -121,14 +130,18 @@ def test_statistics_agree_with_scipy():
     assert paired_t(differences)[1] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
 
 
-# ---- one row of the table -----------------------------------------------------------------------------------
+# ---- one row of the table ----------------------------------------------------------------------------------
 
 
 def made(reward, verdict, published=None, cut=False):
     return {
-        "response": "r", "reward": reward, "verdict": verdict, "tokens": 4, "cut": cut,
+        "response": "r",
+        "reward": reward,
+        "verdict": verdict,
+        "tokens": 4,
+        "cut": cut,
         "published": published or [reward, verdict],
-    }  # fmt: skip
+    }
 
 
 RIGHT, WRONG, NONE = made(1.0, "right"), made(0.1, "wrong"), made(0.0, "no answer", cut=True)
@@ -169,7 +182,7 @@ def test_summary_counts_verdicts_and_estimates_pass_at_k():
     assert len({len(row) for row in rows}) == 1
 
 
-# ---- sources ------------------------------------------------------------------------------------------------
+# ---- sources -----------------------------------------------------------------------------------------------
 
 
 def published_row(data_source, truth, question="What?", **other):
@@ -263,12 +276,18 @@ def test_the_published_file_has_eight_sources():
     names = sources.names(("uft",), str(OTHERS), "test")
     counts = {name: len(sources.load(name, str(OTHERS), "test")) for name in names}
     assert counts == {
-        "math500": 500, "aime": 30, "amc": 83, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319,
-        "hendrycks_math": 1024, "countdown": 1024,
-    }  # fmt: skip
+        "math500": 500,
+        "aime": 30,
+        "amc": 83,
+        "minerva": 272,
+        "olympiad_bench": 675,
+        "gsm8k": 1319,
+        "hendrycks_math": 1024,
+        "countdown": 1024,
+    }
 
 
-# ---- answers ------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -277,9 +296,17 @@ def test_on_finish_comes_once_a_prompt_with_all_its_completions(fast):
     prompts = [tokenizer.encode(r["prompt"]) for r in countdown.load("test", n=5, style="short")]
     told = []
     results = generate(
-        model, prompts, 3, 30, 1.0, tokenizer.stop_ids, 0, batch_size=6, fast=fast,
+        model,
+        prompts,
+        3,
+        30,
+        1.0,
+        tokenizer.stop_ids,
+        0,
+        batch_size=6,
+        fast=fast,
         on_finish=lambda i, completions: told.append((i, [list(c.tokens) for c in completions])),
-    )  # fmt: skip
+    )
     assert sorted(i for i, _ in told) == list(range(5))
     assert all(tokens == [c.tokens for c in results[i]] for i, tokens in told)
 
@@ -360,11 +387,16 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ("--temperature=0.5", "temperature = 1.0, not 0.5"), ("--seed=1", "seed = 0, not 1"), ("--rows=5", "rows = 6, not 5"),
-        ("--max_new_tokens=41", "max_new_tokens"), ("--n=2", "n = 1, not 2"), (f"--model={ROOT / 'data/tiny/logic'}", "weights"),
-        ("--sizes=6", "sizes"), ("--task=logic", "task"),
+        ("--temperature=0.5", "temperature = 1.0, not 0.5"),
+        ("--seed=1", "seed = 0, not 1"),
+        ("--rows=5", "rows = 6, not 5"),
+        ("--max_new_tokens=41", "max_new_tokens"),
+        ("--n=2", "n = 1, not 2"),
+        (f"--model={ROOT / 'data/tiny/logic'}", "weights"),
+        ("--sizes=6", "sizes"),
+        ("--task=logic", "task"),
     ],
-)  # fmt: skip
+)
 def test_other_settings_are_refused_by_name(tmp_path, change, name):
     path = tmp_path / "a.jsonl"
     run("--temperature=1", f"--save={path}")
@@ -380,10 +412,14 @@ def test_files_of_others_are_never_overwritten(tmp_path):
     for args, message in (
         ([f"--save={tmp_path / 'mine.jsonl'}"], "save = .*holds something else"),
         ([f"--table={tmp_path / 'mine.md'}"], "table = .*holds something else"),
-        ([f"--save={tmp_path}"], "is a folder"), ([f"--save={tmp_path / 'no/a.jsonl'}"], "cannot be written"),
+        ([f"--save={tmp_path}"], "is a folder"),
+        ([f"--save={tmp_path / 'no/a.jsonl'}"], "cannot be written"),
         ([f"--table={tmp_path / 'a.txt'}"], "must end in .md or .json"),
-        (["--export=tldr", f"--data_path={tmp_path / 'mine.jsonl'}", f"--save={tmp_path / 'mine.jsonl'}"], "holds something else"),
-    ):  # fmt: skip
+        (
+            ["--export=tldr", f"--data_path={tmp_path / 'mine.jsonl'}", f"--save={tmp_path / 'mine.jsonl'}"],
+            "holds something else",
+        ),
+    ):
         with pytest.raises(UserError, match=message):
             evaluate.main([*args, "--model=nowhere"])  # before the model is even looked for
     assert (tmp_path / "mine.jsonl").read_text() == '{"precious": 1}\n' and (
@@ -401,7 +437,9 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
-    """A prompt of the window's 512 positions is counted as too long; one of 500 leaves twelve tokens to its answer."""
+    """A prompt of the window's 512 positions is counted as too long; one of 500 leaves twelve tokens to its
+    answer.
+    """
     model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
     one = len(tokenizer.encode("9 "))
     rows = [{"prompt": "9 " * (k // one), "truth": {"numbers": [9], "target": 9}} for k in (512, 500, 40)]
@@ -445,7 +483,7 @@ def test_the_published_checker_beside_ours(tmp_path, capsys):
 
 
 def test_processes_share_the_problems_and_any_number_continues(tmp_path):
-    """Two processes write two parts, merged at the end; parts left behind are taken over by a single process."""
+    """Two processes write two parts, merged at the end; a single process takes over parts left behind."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     launcher = [
         "-m",
@@ -458,8 +496,11 @@ def test_processes_share_the_problems_and_any_number_continues(tmp_path):
     args = [*SMALL, "--temperature=1", "--rows=7"]
     done = subprocess.run(
         [sys.executable, *launcher, "evaluate.py", *args, f"--save={two}", f"--table={tmp_path / 'two.md'}"],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     evaluate.main([*args, f"--save={one}"])
     assert two.read_text() == one.read_text() and not list(tmp_path.glob("*.part-*"))
@@ -494,16 +535,28 @@ def test_several_tasks_of_a_file_in_one_table(tmp_path, capsys):
 
 def test_refusals(tmp_path):
     for args, message in (
-        (["--temperature=0", "--n=2"], "greedy answers"), (["--export=vicuna"], "is not one of"),
-        (["--export=tldr", "--save=x"], "data_path"), (["--export=tldr", "--data_path=x"], "save"),
-        (["--compare", "a.jsonl"], "two files"), (["--compare=a.jsonl"], "against"), (["--task="], "task"),
-        (["--checker=mine"], "checker"), (["--style=long"], "style"),
-    ):  # fmt: skip
+        (["--temperature=0", "--n=2"], "greedy answers"),
+        (["--export=vicuna"], "is not one of"),
+        (["--export=tldr", "--save=x"], "data_path"),
+        (["--export=tldr", "--data_path=x"], "save"),
+        (["--compare", "a.jsonl"], "two files"),
+        (["--compare=a.jsonl"], "against"),
+        (["--task="], "task"),
+        (["--checker=mine"], "checker"),
+        (["--style=long"], "style"),
+    ):
         with pytest.raises(UserError, match=message):
             evaluate.main(args)
 
 
-# ---- comparisons --------------------------------------------------------------------------------------------
+def test_help_names_every_knob(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"--{field}=" in out for field in evaluate.Config.__dataclass_fields__)
+
+
+# ---- comparisons -------------------------------------------------------------------------------------------
 
 
 def write_answers(path, shares, task="t", n=1):
@@ -526,7 +579,7 @@ def test_comparison_of_greedy_answers(tmp_path, capsys):
     (row,) = [line.split() for line in out.splitlines() if line.startswith("t ")]
     assert row[:5] == ["t", "7", "28.6%", "85.7%", "+57.1%"] and row[-2:] == ["1", "5"]
     assert f"{low:+.1%} .. {high:+.1%}" in out and "0.2188  exact McNemar" in out
-    assert "1 of 8 problems of A are left out" in out
+    assert "1 of A's 8 problems are left out" in out
     assert "A wrong, B right: 5 problems, the first 2" in out and "A right, B wrong: 1 problems" in out
     assert out.count("--- t: ") == 3 and "A 100% 'r': right" in out and "B 0% 'r': wrong" in out
 
@@ -581,8 +634,11 @@ def test_comparison_refuses(tmp_path):
     c, empty = write_answers(tmp_path / "c.jsonl", [1]), write_answers(tmp_path / "e.jsonl", [])
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
     for sides, message in (
-        ((a, b), "no problem in common"), ((f"{a},{c}", a), "c.jsonl: has other problems"), ((a, empty), "holds no answers"),
-        ((a, str(tmp_path / "x.jsonl")), "not a file of answers"), ((a, str(tmp_path / "none.jsonl")), "cannot be read"),
-    ):  # fmt: skip
+        ((a, b), "no problem in common"),
+        ((f"{a},{c}", a), "c.jsonl: has other problems"),
+        ((a, empty), "holds no answers"),
+        ((a, str(tmp_path / "x.jsonl")), "not a file of answers"),
+        ((a, str(tmp_path / "none.jsonl")), "cannot be read"),
+    ):
         with pytest.raises(UserError, match=message):
             evaluate.main(["--compare", *sides])

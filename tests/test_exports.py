@@ -1,4 +1,6 @@
-"""Exports for other readers: the layout of each, what the model is asked, and that an evaluation continues its own file."""
+"""Exports for other readers: the layout of each, what the model is asked, and that an evaluation continues
+its own file.
+"""
 
 import json
 import uuid
@@ -40,10 +42,18 @@ def export(tmp_path, kind, records, *args, name="out.jsonl"):
     """The text that the command writes for a file of these records."""
     prompts, save = tmp_path / "prompts.jsonl", tmp_path / name
     prompts.write_text("".join(json.dumps(r) + "\n" for r in records))
-    evaluate.main([
-        f"--model={BASE}", f"--export={kind}", f"--data_path={prompts}", f"--save={save}", "--max_new_tokens=12",
-        "--device=cpu", "--show=0", *args,
-    ])  # fmt: skip
+    evaluate.main(
+        [
+            f"--model={BASE}",
+            f"--export={kind}",
+            f"--data_path={prompts}",
+            f"--save={save}",
+            "--max_new_tokens=12",
+            "--device=cpu",
+            "--show=0",
+            *args,
+        ]
+    )
     return save.read_text()
 
 
@@ -85,22 +95,32 @@ def test_mt_bench_asks_two_turns_at_the_categorys_temperature():
     assert first == [0.7, 0.0, 0.1, 0.7] and temperatures == [0.7, 0.7, 0.0, 0.0] and (n1, n2) == (0, 1)
     system = {"role": "system", "content": "Be kind."}
     assert second[1] == [
-        system, {"role": "user", "content": "one"}, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "two"},
-    ]  # fmt: skip
+        system,
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "two"},
+    ]
     with pytest.raises(UserError, match="file row 0: must have question_id"):
         exports.mt_bench(at({"turns": ["x"], "category": "math"}), ask, "m", "")
 
 
 def test_qwen_math_ground_truths():
-    ask, records = Asked(n=2), at(
-        {"idx": 7, "question": "q", "gt": "3", "gt_cot": "so 3"}, {"idx": 8, "problem": "p", "solution": r"It is $\boxed{\frac{1}{2}}$."},
-        {"idx": 9, "question": "g", "answer": "1,000 + 0\n#### 1,000"}, {"idx": 1, "prompt": [{"role": "user", "content": "c"}], "answer": 5},
-    )  # fmt: skip
+    ask, records = (
+        Asked(n=2),
+        at(
+            {"idx": 7, "question": "q", "gt": "3", "gt_cot": "so 3"},
+            {"idx": 8, "problem": "p", "solution": r"It is $\boxed{\frac{1}{2}}$."},
+            {"idx": 9, "question": "g", "answer": "1,000 + 0\n#### 1,000"},
+            {"idx": 1, "prompt": [{"role": "user", "content": "c"}], "answer": 5},
+        ),
+    )
     lines = [json.loads(line) for line in exports.qwen_math(records, ask, "m", "Reason.").splitlines()]
     assert [(r["idx"], r["gt"], r["gt_cot"]) for r in lines] == [
-        (7, "3", "so 3"), (8, r"\frac{1}{2}", r"It is $\boxed{\frac{1}{2}}$."), (9, "1000", "1,000 + 0\n#### 1,000"),
+        (7, "3", "so 3"),
+        (8, r"\frac{1}{2}", r"It is $\boxed{\frac{1}{2}}$."),
+        (9, "1000", "1,000 + 0\n#### 1,000"),
         (1, "5", r"\boxed{5}"),
-    ]  # fmt: skip
+    ]
     assert (
         lines[0]["code"] == [" a0 ", " a1 "]
         and lines[0]["pred"] == ["0", "1"]
@@ -121,10 +141,14 @@ def test_qwen_math_ground_truths():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (r"so \boxed{1} or \boxed{\frac{a}{b}} it is 7", r"\frac{a}{b}"), ("<answer> 3 + 4 </answer> 9", "3 + 4"),
-        (r"\boxed{open", ""), ("about 1,234.5 in all.", "1234.5"), ("-3", "-3"), ("none", ""),
+        (r"so \boxed{1} or \boxed{\frac{a}{b}} it is 7", r"\frac{a}{b}"),
+        ("<answer> 3 + 4 </answer> 9", "3 + 4"),
+        (r"\boxed{open", ""),
+        ("about 1,234.5 in all.", "1234.5"),
+        ("-3", "-3"),
+        ("none", ""),
     ],
-)  # fmt: skip
+)
 def test_final_answer(text, answer):
     assert exports.final_answer(text) == answer
 
@@ -213,6 +237,10 @@ def test_refusals(tmp_path):
         assert not (tmp_path / name).exists()
     with pytest.raises(UserError, match="takes one answer"):
         export(tmp_path, "tldr", [{"prompt": "x"}], "--n=2", "--temperature=1")
+
+
+def test_the_name_of_a_run_is_its_folders():
+    assert exports.name_of(Path("out/logic/model")) == "logic" and exports.name_of(BASE) == "countdown"
 
 
 def test_tables_in_markdown_keep_their_columns(tmp_path):

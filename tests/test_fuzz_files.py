@@ -5,7 +5,6 @@ that the template must give, safetensors files with a reader of a few lines. Eve
 Random(seed). The normal suite runs FEW files of each kind, `-m slow` FILES."""
 
 import contextlib
-import copy
 import functools
 import io
 import json
@@ -95,9 +94,14 @@ def holder(value, path):
     return value
 
 
+def clone(value):
+    """A copy in which no two places share a value."""
+    return json.loads(json.dumps(value))
+
+
 def mutated_json(rng: Random, value):
     """A copy of a JSON value after a few random edits. Each level of nesting is as likely as the others."""
-    value = copy.deepcopy(value)
+    value = clone(value)
 
     def place():
         by_depth: dict[int, list] = {}
@@ -114,16 +118,16 @@ def mutated_json(rng: Random, value):
             case 0 | 1:
                 del into[key]
             case 2 | 3:
-                into[key] = rng.choice(VALUES)
+                into[key] = clone(rng.choice(VALUES))
             case 4:  # the value of another place
-                into[key] = copy.deepcopy(holder(value, other)[other[-1]])
+                into[key] = clone(holder(value, other)[other[-1]])
             case 5:  # a value near the present one
-                into[key] = copy.deepcopy(near(rng, into[key]))
+                into[key] = clone(near(rng, into[key]))
             case 6:  # a key more, or an element twice
                 if isinstance(into, dict):
-                    into[near(rng, str(key))] = copy.deepcopy(into[key])
+                    into[near(rng, str(key))] = clone(into[key])
                 else:
-                    into.insert(rng.randrange(len(into) + 1), copy.deepcopy(into[key]))
+                    into.insert(rng.randrange(len(into) + 1), clone(into[key]))
             case 7:  # two values swapped
                 a, b = holder(value, path)[path[-1]], holder(value, other)[other[-1]]
                 if path[: len(other)] != other and other[: len(path)] != path:
@@ -455,6 +459,8 @@ ROWS = [
 def expected(row: dict, answer: str, eos: str) -> str | None:
     """What a row with the template "plain" must train on, or None for rows that are not plain."""
     if isinstance(row.get("prompt"), str) and isinstance(row.get(answer or "completion"), str):
+        if not row["prompt"]:  # without a token before it, the first one is no target
+            return None
         if answer or all(row.get(k) is None for k in ("messages", "chosen", "rejected")):
             return row[answer or "completion"] + eos
     if answer or row.get("chosen") is not None or row.get("rejected") is not None or "messages" not in row:

@@ -725,12 +725,14 @@ def test_added_tokens_take_the_spaces_beside_them():
 
 
 def test_ids_of_added_tokens_are_those_tokenizers_gives():
-    """It takes no notice of the ids in the list, so a model trained with it has other ones."""
-    for first, second in ((300, 301), (256, 300), (10, 257)):
-        with pytest.raises(
-            UserError, match=f"has id {second if first == 256 else first}, but its place gives it id 25[67]"
-        ):
-            Tokenizer(description(added=[("<x>", first, True), ("<y>", second, False)]), {})
+    """It takes no notice of the ids in the list, so a model trained with it has other ones: an error in use."""
+    with pytest.raises(UserError, match="has id 10, but its place gives it id 256"):
+        Tokenizer(description(added=[("<x>", 10, True), ("<y>", 257, False)]), {})
+    for first, second, text, id in ((300, 301, "a<x>", 256), (256, 300, "a<y>", 257), (300, 301, "<y>", 257)):
+        t = Tokenizer(description(added=[("<x>", first, True), ("<y>", second, False)]), {})
+        assert t.encode("ab") == [97, 98]
+        with pytest.raises(UserError, match=f"has id 30[01], but its place gives it id {id}; this text"):
+            t.encode(text)
     with pytest.raises(UserError, match="listed twice"):
         Tokenizer(description(added=[("<x>", 256, True), ("<x>", 256, False)]), {})
 
