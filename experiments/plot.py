@@ -6,10 +6,10 @@
     python experiments/plot.py out/uft --out=uft.svg       to another file, .png or .svg
 
 Runs whose config.toml differs only in the seed (and in knobs that a resumed run may change, such as out_dir
-or device) are one method: its curves are means over seeds with 95 % t-intervals. A single run has the interval
-of its test accuracy, val/low .. val/high. A training metric is averaged over windows of steps, at most 60 of
-them, and the success by hint length over all steps. Panels without data are left out. Without matplotlib, the
-extra `plot`, the same figures are printed as text.
+or device) are one method: its curves are means over seeds with 95 % t-intervals. A single run has the
+interval of its test accuracy, val/low .. val/high. A training metric is averaged over windows of steps, at
+most 60 of them, and the success by hint length over all steps. Panels without data are left out. Without
+matplotlib, the extra `plot`, the same figures are printed as text.
 """
 
 import json
@@ -60,12 +60,12 @@ def group_seeds(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
         groups[json.dumps([loss, config], sort_keys=True, default=str)].append(run)
     alone = [g for g in groups.values() if len({run.config.get("seed") for run in g}) < len(g)]
     methods = [g for g in groups.values() if g not in alone] + [[run] for g in alone for run in g]
-    # Names: paths from where all runs lie; of several seeds, the beginning that they share.
+    # Names: the path from where all runs lie; for several seeds, the beginning of their folders' names.
     root = os.path.commonpath([run.folder.resolve().parent for run in runs])
     named = {}
     for method in methods:
         paths = [os.path.relpath(run.folder.resolve(), root) for run in method]
-        shared = os.path.commonprefix(paths).rstrip("-_./0123456789")
+        shared = os.path.commonprefix([Path(path).name for path in paths]).rstrip("-_.0123456789")
         name = f"{shared or paths[0]} ({len(method)} seeds)" if len(method) > 1 else paths[0]
         named[name if name not in named else f"{name}, {paths[0]}"] = method
     return named

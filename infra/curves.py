@@ -5,6 +5,7 @@ import math
 import tomllib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,5 @@ def draw(methods: Mapping[str, Sequence[LoggedRun]], path: Path) -> None:
 def draw_run(out: Path) -> None:
     """Write out_dir/curve.png of a run that has ended, on rank 0; nothing without matplotlib."""
     if rank() == 0:
-        try:
+        with suppress(ImportError):
             draw({out.name: [read_run(out)]}, out / "curve.png")
-        except ImportError:
-            pass

@@ -278,7 +278,9 @@ def test_tokenizer_files(n, tmp_path):
         assert all(isinstance(text, str) for text in texts), case
         assert all(0 <= token < tokenizer.vocab_size for k in ids for token in k), case
         read(lambda t=tokenizer: t.chat([{"role": "user", "content": "the cat"}]), case)
-        if (theirs := peer_ids(data)) is not None:
+        # Another eos_token is an added token to transformers, of which tokenizer.json knows nothing.
+        same_eos = beside == json.dumps(config).encode()
+        if same_eos and (theirs := peer_ids(data)) is not None:
             compared += 1
             assert ids == theirs, case
     assert n / 10 < compared <= kept < n, (kept, compared)
@@ -517,4 +519,4 @@ def test_chat_rows(n, tmp_path):
                         counted["compared"] += 1
                         trained = tokenizer.decode(e.ids[e.mask].tolist())
                         assert trained == wanted.encode("utf-8", "replace").decode(), (case, trained, wanted)
-    assert counted["refused"] > n / 5 and counted["compared"] > n / 20, counted
+    assert counted["refused"] > n / 5 and counted["compared"] > n / 40, counted

@@ -1,0 +1,1 @@
+"""The toys of the papers: a frozen lake (IFT) and a search tree (UFT)."""

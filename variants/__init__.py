@@ -1,0 +1,1 @@
+"""Examples of changing one function of a trainer."""
