@@ -54,7 +54,7 @@ def load_task(name: str) -> ModuleType:
 
 
 def judged_by(task: ModuleType, checker: str) -> ModuleType:
-    """The task as it is, or with the published checker in place of its own where it has one (checker = "published")."""
+    """The task; with checker = "published", its score() is the published one where it has that."""
     if checker != "published" or not hasattr(task, "score_published"):
         return task
     judged = ModuleType(task.__name__, task.__doc__)
