@@ -501,7 +501,7 @@ def compare(cfg: Config) -> str:
     parts = {task: [p for p in common if p[0] == task] for task in dict.fromkeys(p[0] for p in common)}
     if len(parts) > 1:
         parts["all"] = common
-    rows = [["task", "problems", "A", "B", "B - A", "95 % interval", "p", "test", "only A", "only B"]]
+    rows = [["task", "problems", "A", "B", "B - A", "95 % interval", "p", "test", "A better", "B better"]]
     for name, problems in parts.items():
         shares = [sum(right[p] for p in problems) / len(problems) for right in (right_a, right_b)]
         (mean, low, high), p_value, test = difference(a, b, problems, cfg.checker)
@@ -511,10 +511,11 @@ def compare(cfg: Config) -> str:
             f"{p_value:.4f}" if p_value >= 0.0001 else "< 0.0001", test,
             str(sum(change[p] < 0 for p in problems)), str(sum(change[p] > 0 for p in problems)),
         ])  # fmt: skip
-    lines += ["", exports.text_table(rows), "only A (only B): problems that A (B) solves more often", ""]
+    lines += ["", exports.text_table(rows)]
 
     # 3. The seeds: training runs may differ by more than the choice of problems explains.
     if len(a.accuracies) > 1 and len(b.accuracies) > 1:
+        lines.append("")
         for name, problems in parts.items():
             seeds_a, seeds_b = (
                 [sum(s[p] for p in problems) / len(problems) for s in side.accuracies] for side in (a, b)
@@ -530,9 +531,9 @@ def compare(cfg: Config) -> str:
 
     # 4. The problems that changed.
     lost, won = [p for p in common if change[p] < 0], [p for p in common if change[p] > 0]
-    for title, changed in (("A right, B wrong", lost), ("A wrong, B right", won)):
+    for title, changed in (("A better", lost), ("B better", won)):
         shown = f", the first {cfg.show}" if len(changed) > cfg.show else ""
-        lines += ["", f"{title}: {len(changed)} problems{shown}"]
+        lines += ["", f"{title}: {len(changed)} of {len(common)} problems{shown}"]
         for problem in changed[: cfg.show]:
             lines.append(f"--- {problem[0]}: {brief(problem[1], 400)}")
             lines.append(example("A", a.groups[problem], problem in lost, cfg.checker))

@@ -13,6 +13,7 @@ Departures from the paper and its published code:
   per micro-batch (loss_norm = "paper_code" does that too).
 - A hint is trained on once per group, not once for each of its rollouts; the mean is the same.
 - stage and r3 never train on the hint's log-likelihood; the published stage does.
+- The logits of hint tokens are not divided by the temperature of rollouts; in the published code they are.
 - The first step is not spent at learning rate 0.
 - Groups with equal rewards have advantages of exactly 0.
 - A begin-of-text token is put in front where the tokenizer has one (Llama); the published code has none.

@@ -198,11 +198,18 @@ def main(argv: Sequence[str]) -> None:
     require_each(cfg, ("jobs", "seeds", "sft_short", "sft_long"), lambda v: v >= 1, "must be >= 1")
     for method in cfg.methods:
         flags(method, cfg)  # refuse unknown methods before any run begins
+    # The runs, `jobs` at a time.
     todo = [(method, seed) for seed in range(cfg.seeds) for method in cfg.methods]
     with ThreadPoolExecutor(cfg.jobs) as pool:
+        failures = 0
         for (method, seed), failure in zip(todo, pool.map(lambda t: train(*t, cfg), todo), strict=True):
             print(failure or f"{method} seed {seed} done", flush=True)
-    report(cfg)
+            failures += failure is not None
+    # Report what is there, failures or not.
+    if failures < len(todo):
+        report(cfg)
+    if failures:
+        raise UserError(f"{failures} of {len(todo)} runs failed, see above; the same command repeats them")
 
 
 if __name__ == "__main__":

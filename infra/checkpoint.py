@@ -88,9 +88,10 @@ def check_disk(out: Path, parameters: int) -> None:
 def write_config(out: Path, config: Any) -> None:
     """out_dir/config.toml, on rank 0."""
     if rank() == 0:
-        write_toml(config, out / "config.toml")
-        content = (out / "config.toml").read_text(encoding="utf-8")
-        (out / "config.toml").write_text(f"{MARK}\n{content}", encoding="utf-8")
+        new = out / "config.toml.new"
+        write_toml(config, new)
+        new.write_text(f"{MARK}\n{new.read_text(encoding='utf-8')}", encoding="utf-8")
+        os.replace(new, out / "config.toml")  # a run killed before that leaves no config.toml without its mark
 
 
 # ---- folders replaced as a whole ---------------------------------------------------------------------------
@@ -115,6 +116,13 @@ def replace_folder(new: Path, target: Path) -> None:
         os.replace(new, target)
         discard(old, rescue_to=target)
     barrier()  # before any process reads it
+
+
+def finish_replacing(out: Path) -> None:
+    """Discard the folders that a run killed in replace_folder() left beside the ones that replaced them."""
+    for name, last_file in (("model", "config.json"), ("sft", "config.json"), ("resume", "state.json")):
+        if rank() == 0 and (out / name / last_file).exists():
+            discard(out / f"{name}.old", rescue_to=out / name)
 
 
 def discard(folder: Path, rescue_to: Path | None = None) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,9 +30,11 @@ class Log:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = out_dir / name
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() and steps_done else []
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= steps_done]
-            path.write_text("".join(kept), encoding="utf-8")
+            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() and steps_done else []
+            kept = takewhile(lambda line: json.loads(line)["step"] <= steps_done, lines)  # steps are in order
+            size = sum(len(line) + 1 for line in kept)
+            with open(path, "ab") as f:
+                f.truncate(size)  # writing the lines again could lose them to a full disk or a kill
 
     def start_wandb(self, project: str, run_id: str | None, cfg: Any) -> str | None:
         """Log metrics to wandb too, on rank 0. Returns the id of the run there; run_id continues a run."""

@@ -20,7 +20,15 @@ import torch
 from data.tokenizer import Tokenizer
 from fast.compiled import compile_blocks
 from fast.head import trim_heap_before_table_gradient
-from infra.checkpoint import check_disk, check_out_dir, load_resume, save_model, save_resume, write_config
+from infra.checkpoint import (
+    check_disk,
+    check_out_dir,
+    finish_replacing,
+    load_resume,
+    save_model,
+    save_resume,
+    write_config,
+)
 from infra.config import UserError, memory_advice
 from infra.huggingface import load_model
 from infra.log import Log, import_wandb, mfu
@@ -117,6 +125,7 @@ def start_or_resume(run: Run, cfg: Any, resume: bool, state: dict, data: dict[st
     """
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
+        finish_replacing(run.out)
     else:
         write_config(run.out, cfg)
         run.state = {"step": 0, "train_s": 0.0} | state

@@ -10,7 +10,16 @@ from experiments import bench
 from infra.config import UserError
 from model import ModelConfig, Transformer
 
-TINY = ["--rows=3", "--prompt=4", "--length=8", "--new=5", "--problems=1", "--repeats=2", "--device=cpu", "--threads=1"]
+TINY = [
+    "--rows=3",
+    "--prompt=4",
+    "--length=8",
+    "--new=5",
+    "--problems=1",
+    "--repeats=2",
+    "--device=cpu",
+    "--threads=1",
+]
 
 
 @pytest.fixture
@@ -28,7 +37,10 @@ def test_bench_measures_every_workload(small_shape, capsys):
     report = json.loads(lines[-1])
     assert report["torch"] == torch.__version__ and report["rows"] == 3
     for r in report["results"]:
-        assert list(r["median"]) == ["nanoFT", "ift"][: 1 + (r["workload"] == "ift")] and r["ratio"]["nanoFT"] == 1.0
+        assert (
+            list(r["median"]) == ["nanoFT", "ift"][: 1 + (r["workload"] == "ift")]
+            and r["ratio"]["nanoFT"] == 1.0
+        )
         assert len(r["all"]["nanoFT"]) == 2 and min(r["all"]["nanoFT"]) > 0
 
 
@@ -54,7 +66,9 @@ def test_bench_generation_really_makes_all_the_tokens(small_shape, monkeypatch, 
     assert lengths == [[5] * 3, [64] * 4]
 
 
-@pytest.mark.parametrize("args", ["--what=generate,chess", "--shape=7b", "--repeats=0", "--dtype=int8", "--device=cuda:9"])
+@pytest.mark.parametrize(
+    "args", ["--what=generate,chess", "--shape=7b", "--repeats=0", "--dtype=int8", "--device=cuda:9"]
+)
 def test_bench_refuses_by_name(args, small_shape):
     with pytest.raises(UserError, match=args[2:].split("=")[0]):
         bench.main([*TINY, args])
@@ -68,7 +82,7 @@ def test_bench_peers_that_are_not_installed(small_shape, monkeypatch):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_memory_table_counts_what_a_run_keeps(again):
-    """Parameters, gradients, AdamW's moments and autograd's saved tensors of a step in bfloat16 over float32 weights."""
+    """Parameters, gradients, AdamW's moments, autograd's tensors: a bfloat16 step over float32 weights."""
     config = ModelConfig(512, 256, 640, 3, 8, 2, model_type="qwen2", tie_word_embeddings=True)
     model, (B, T) = Transformer(config).init_weights(0), (2, 128)
     model.gradient_checkpointing = again
@@ -87,7 +101,8 @@ def test_memory_table_counts_what_a_run_keeps(again):
     weights = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)  # bfloat16 copies
     saved = sum(kept.values()) - (0 if again else weights)
     block = bench.activation_bytes(config, True) - (4 * 3 + 8) * 256
-    expected = bench.activation_bytes(config, again) - (block if again else 0)  # the one block's is made in the backward pass
+    # The one block's is made in the backward pass.
+    expected = bench.activation_bytes(config, again) - (block if again else 0)
     assert saved / (B * T) == pytest.approx(expected, rel=0.03)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     h.sum().backward()
@@ -100,6 +115,8 @@ def test_memory_table_counts_what_a_run_keeps(again):
 def test_the_memory_table_adds_up(capsys):
     bench.main(["--what=fit"])
     rows = [r.split(" | ") for r in capsys.readouterr().out.splitlines()[2:]]
-    assert len(rows) == 8 and all(sum(map(float, r[2:10])) == pytest.approx(float(r[10]), abs=0.3) for r in rows)
+    assert len(rows) == 8 and all(
+        sum(map(float, r[2:10])) == pytest.approx(float(r[10]), abs=0.3) for r in rows
+    )
     alone, eight = bench.needs("qwen2.5-3b", 1), bench.needs("qwen2.5-3b", 8)
     assert eight["weights"] == alone["weights"] / 8 and eight["rollout weights"] == alone["rollout weights"]

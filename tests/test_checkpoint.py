@@ -42,7 +42,7 @@ class Config:
     data_path: str = "rows.jsonl"  # where the rows are
 
 
-# ---- out_dir --------------------------------------------------------------------------------------------------
+# ---- out_dir -----------------------------------------------------------------------------------------------
 
 BASE = Path("/nowhere/base")
 
@@ -131,7 +131,7 @@ def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
         check_disk(tmp_path, 1_000_000)
 
 
-# ---- folders replaced as a whole ------------------------------------------------------------------------------
+# ---- folders replaced as a whole ---------------------------------------------------------------------------
 
 
 def folder(path, content):
@@ -195,7 +195,11 @@ def with_foreign_files(path):
 
 
 def foreign(path):
-    return {str(p.relative_to(path)): p.read_text() for p in path.rglob("*") if p.is_file() and p.name != "config.json"}
+    return {
+        str(p.relative_to(path)): p.read_text()
+        for p in path.rglob("*")
+        if p.is_file() and p.name != "config.json"
+    }
 
 
 def test_replacing_a_folder_carries_over_what_no_run_wrote(tmp_path):
@@ -234,10 +238,18 @@ def test_two_files_of_one_name_are_both_kept(tmp_path):
         (path / "runs").mkdir()
         (path / f"runs/{content}.txt").write_text(content)
     discard(old, rescue_to=target)
-    kept = {"notes.txt": "new", "notes.txt.1": "old", "same.txt": "equal", "runs/new.txt": "new", "runs/old.txt": "old"}
+    kept = {
+        "notes.txt": "new",
+        "notes.txt.1": "old",
+        "same.txt": "equal",
+        "runs/new.txt": "new",
+        "runs/old.txt": "old",
+    }
     assert foreign(target) == {"state.json": "b"} | kept and not old.exists()
     replace_folder(folder(tmp_path / "new", "c"), target)
-    assert foreign(target) == {"state.json": "c"} | kept and [p.name for p in tmp_path.iterdir()] == ["resume"]
+    assert foreign(target) == {"state.json": "c"} | kept and [p.name for p in tmp_path.iterdir()] == [
+        "resume"
+    ]
 
 
 def test_a_base_with_several_chat_templates_is_saved_again_and_again(tmp_path):
@@ -267,7 +279,7 @@ def test_a_new_folder_loses_only_what_an_interrupted_run_left(tmp_path):
     assert not new.exists()
 
 
-# ---- resume ---------------------------------------------------------------------------------------------------
+# ---- resume ------------------------------------------------------------------------------------------------
 
 
 def trained(steps, model=None, optimizer=None):
@@ -333,7 +345,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match=r"resume: cannot be written \(No space left on device\); the one written before is kept"):
+    with pytest.raises(
+        UserError,
+        match=r"resume: cannot be written \(No space left on device\); the one written before is kept",
+    ):
         save_resume(tmp_path, model, optimizer, {"step": 2}, Config())
     assert load_resume(tmp_path, *trained(0), Config(), {}) == {"step": 1}
 
@@ -365,7 +380,10 @@ def test_a_refused_checkpoint_changes_nothing(tmp_path):
     for config, data in ((Config(lr=0.5), {}), (Config(), {"train": "b"})):
         with pytest.raises(UserError):
             load_resume(tmp_path, model, optimizer, config, data)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) and not optimizer.state
+    assert (
+        all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        and not optimizer.state
+    )
 
 
 def test_checkpoints_that_cannot_be_read(tmp_path):
@@ -379,7 +397,9 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     assert message().endswith("resume: no checkpoint to resume from; start without --resume=true")
     save_resume(tmp_path, *trained(1), {"step": 1}, Config())
     wide = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
-    assert "0.bias is not a parameter of this model or has another shape" in message(wide, torch.optim.AdamW(wide.parameters()))
+    assert "0.bias is not a parameter of this model or has another shape" in message(
+        wide, torch.optim.AdamW(wide.parameters())
+    )
     other = torch.nn.ModuleDict({"x": torch.nn.Linear(3, 4)})
     assert "is not a parameter of this model" in message(other, torch.optim.AdamW(other.parameters()))
     tensors = tmp_path / "resume/tensors-00000.safetensors"

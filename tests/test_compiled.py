@@ -1,5 +1,5 @@
-"""fast/compiled.py: compiled blocks and steps compute the same, copies have weights of their own, and a compiler that fails
-costs a warning."""
+"""fast/compiled.py: compiled blocks and steps compute the same, copies have weights of their own, and a
+compiler that fails costs one warning."""
 
 import copy
 
@@ -81,7 +81,8 @@ def test_compiled_blocks_agree_with_eager_ones_at_any_length():
         for a, b in zip(model.parameters(), eager.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
     assert_has_its_own_weights(copy.deepcopy(model), ids)
-    assert generate(model, [[1, 2], [3]], 2, 9) == generate(eager, [[1, 2], [3]], 2, 9)  # caches pass compiled blocks by
+    # The engine's caches pass compiled blocks by.
+    assert generate(model, [[1, 2], [3]], 2, 9) == generate(eager, [[1, 2], [3]], 2, 9)
     assert all(block.forward.__func__ is not Block.forward for block in model.model.layers)
 
 

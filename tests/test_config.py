@@ -1,4 +1,4 @@
-"""infra/config.py: the command line and TOML files, refusals by name, exit codes, and every Config in the repository."""
+"""infra/config.py: the command line and TOML files, refusals by name, exit codes, every Config there is."""
 
 import importlib
 import re
@@ -45,7 +45,7 @@ def refused(*args):
     return str(e.value)
 
 
-# ---- where values come from -----------------------------------------------------------------------------------
+# ---- where values come from --------------------------------------------------------------------------------
 
 
 def test_defaults_then_file_then_flags_wherever_they_stand(tmp_path):
@@ -69,7 +69,9 @@ def test_a_file_overrides_the_one_it_includes(tmp_path):
     assert parse(str(tmp_path / "a.toml"), "--steps=5") == Config("a", 5)
 
 
-@pytest.mark.parametrize("include", ['"a.toml"', '"./a.toml"', '"loop.toml"', '"none.toml"', "3", '["a.toml"]', '"\\u0000"'])
+@pytest.mark.parametrize(
+    "include", ['"a.toml"', '"./a.toml"', '"loop.toml"', '"none.toml"', "3", '["a.toml"]', '"\\u0000"']
+)
 def test_an_include_that_cannot_be_followed_is_one_line(tmp_path, include):
     (tmp_path / "loop.toml").write_text('include = "a.toml"\n')
     (tmp_path / "a.toml").write_text(f"include = {include}\n")
@@ -79,7 +81,9 @@ def test_an_include_that_cannot_be_followed_is_one_line(tmp_path, include):
 def test_an_unknown_knob_of_an_included_file_is_refused_with_that_files_name(tmp_path):
     (tmp_path / "base.toml").write_text("stepz = 3\n")
     (tmp_path / "a.toml").write_text('include = "base.toml"\n')
-    assert refused(str(tmp_path / "a.toml")).startswith(f"{tmp_path / 'base.toml'}: unknown knob 'stepz'; the nearest is")
+    assert refused(str(tmp_path / "a.toml")).startswith(
+        f"{tmp_path / 'base.toml'}: unknown knob 'stepz'; the nearest is"
+    )
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
@@ -95,7 +99,7 @@ def test_the_home_folder_is_expanded_at_the_start_of_a_text_only(tmp_path, monke
     assert [parse(f"--name={name}").name for name in ("~", "~other", "a~")] == [str(tmp_path), "~other", "a~"]
 
 
-# ---- values ---------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,10 @@ def test_whole_numbers_of_a_file_are_exact(tmp_path):
         ("--resume=yes", "resume = 'yes': must be true or false"),
         ("--resume=1", "resume = '1': must be true or false"),
         ("--sizes=3,four", "sizes = 'four': must be a whole number"),
-        ("nothing.toml", "nothing.toml: cannot be read (No such file or directory); arguments are [file.toml] --key=value"),
+        (
+            "nothing.toml",
+            "nothing.toml: cannot be read (No such file or directory); arguments are [file.toml] --key=value",
+        ),
         ("steps=3", "steps=3: cannot be read"),
         (str(ROOT), "cannot be read"),
     ],
@@ -212,11 +219,15 @@ def test_require_and_one_of_name_knob_and_value():
     one_of(Config(), "name", ("x=y",))
 
 
-# ---- --help and config.toml -----------------------------------------------------------------------------------
+# ---- --help and config.toml --------------------------------------------------------------------------------
 
 
 def test_written_configuration_reads_back_equal(tmp_path):
-    for written in (Config(), Config('quo"te \\ ünï\n\t#\x7f', -1, 1e-30, True, (1, 2), ("a b", 'c"')), Config(steps=2**63)):
+    for written in (
+        Config(),
+        Config('quo"te \\ ünï\n\t#\x7f', -1, 1e-30, True, (1, 2), ("a b", 'c"')),
+        Config(steps=2**63),
+    ):
         config.write_toml(written, tmp_path / "config.toml")
         assert parse(str(tmp_path / "config.toml")) == written
 
@@ -240,8 +251,8 @@ def test_help_prints_knobs_defaults_comments_and_groups(capsys):
 
 SCRIPTS = [
     name
-    for name in ("train_uft", "train_ift", "evaluate", "experiments.bench", "experiments.compare", "experiments.tiny_base",
-                 "toys.search_tree")
+    for name in ("train_uft", "train_ift", "evaluate", "experiments.bench", "experiments.compare",
+                 "experiments.tiny_base", "toys.search_tree")
     if (ROOT / f"{name.replace('.', '/')}.py").exists()
 ]  # fmt: skip
 
@@ -260,7 +271,9 @@ def test_every_knob_has_a_comment(name, monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_configs_in_the_repository_are_complete(path):
     trainer = train_ift if path.stem.startswith("ift") else train_uft
-    model = ["--model=DIR"] if path.stem == "ift" else []  # the part that the other ift-*.toml include names no model
+    model = (
+        ["--model=DIR"] if path.stem == "ift" else []
+    )  # the part that the other ift-*.toml include names no model
     cfg = parse_config(trainer.Config, [str(path), *model], "usage")
     trainer.check(cfg)
     if cfg.hub:
@@ -268,7 +281,7 @@ def test_the_configs_in_the_repository_are_complete(path):
         assert f"config/{path.name}" in path.read_text()  # the command is this file's
 
 
-# ---- exit codes -----------------------------------------------------------------------------------------------
+# ---- exit codes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,7 +303,9 @@ def test_exit_codes(error, code, err, monkeypatch, capsys):
             raise error
 
     monkeypatch.setattr(sys, "argv", ["script.py", "--a=1"])
-    with pytest.raises(code if isinstance(code, type) else SystemExit) as e:  # a fault of the program keeps its traceback
+    with pytest.raises(
+        code if isinstance(code, type) else SystemExit
+    ) as e:  # a fault of the program keeps its traceback
         config.run_script(main)
     assert isinstance(code, type) or e.value.code == code
     out = capsys.readouterr()
@@ -298,7 +313,9 @@ def test_exit_codes(error, code, err, monkeypatch, capsys):
 
 
 def test_a_user_error_ends_the_process_with_one_line_and_code_2():
-    program = "from infra.config import *\ndef main(argv):\n    raise UserError('steps: no')\nrun_script(main)"
+    program = (
+        "from infra.config import *\ndef main(argv):\n    raise UserError('steps: no')\nrun_script(main)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: steps: no\n")
 

@@ -1,5 +1,5 @@
-"""What only a GPU can show: compiled and replayed programs, bfloat16 and FSDP2 on CUDA agree with plain float32. Skipped where
-torch finds no CUDA device. `python experiments/gpu.py` runs it and the benchmark in one call."""
+"""What only a GPU can show: compiled and replayed programs, bfloat16 and FSDP2 on CUDA agree with plain
+float32. Skipped where torch finds no CUDA device. `python experiments/gpu.py` runs it and the benchmark."""
 
 import gc
 import json
@@ -28,7 +28,9 @@ VOCAB, DEVICE = 1000, "cuda"
 
 
 def model(device=DEVICE):
-    config = ModelConfig(VOCAB, 128, 256, 3, 4, 2, model_type="qwen2", tie_word_embeddings=True, initializer_range=0.1)
+    config = ModelConfig(
+        VOCAB, 128, 256, 3, 4, 2, model_type="qwen2", tie_word_embeddings=True, initializer_range=0.1
+    )
     return Transformer(config).init_weights(0).to(device)
 
 
@@ -47,11 +49,13 @@ def agree(a, b, at_least):
                 assert c.logprobs == pytest.approx(d.logprobs, abs=2e-3) and c.finished == d.finished
 
 
-# ---- generation -----------------------------------------------------------------------------------------------
+# ---- generation --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("knobs", [{}, {"batch_size": 48, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"batch_size": 48, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}]
+)
 def test_replayed_graphs_sample_what_a_cpu_does(knobs, compile):
     stop = list(range(0, VOCAB, 25))
     kw = {"n": 2, "max_new_tokens": 70, "stop_ids": stop, "seed": 3} | knobs
@@ -101,7 +105,7 @@ def test_a_longer_prompt_finds_the_engine_large_enough():
     assert m.__dict__["_engine"][1] is kept
 
 
-# ---- training -------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", ["number", "each"])
@@ -174,7 +178,7 @@ def uft_groups(texts):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_is_fused_everywhere(dtype):
-    """With a mask or without, fewer key heads, prefixes and caches: never the kernel that makes all scores."""
+    """With and without a mask, fewer key heads, prefixes, caches: never the kernel that makes all scores."""
     m = model()
     optimizer = torch.optim.SGD(m.parameters(), lr=0.0)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
@@ -195,7 +199,7 @@ def test_programs_are_not_made_again_for_each_length():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
-# ---- FSDP2 ----------------------------------------------------------------------------------------------------
+# ---- FSDP2 -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -232,10 +236,12 @@ def test_fsdp_on_one_gpu_agrees_with_no_fsdp(dtype, compile, process_group):
         assert (p - q).abs().mean() < (1e-5 if dtype == "float32" else 2e-4)
 
 
-# ---- a whole run ----------------------------------------------------------------------------------------------
+# ---- a whole run -------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_example_learns_on_cuda(tmp_path):
-    train_uft.main(["--steps=60", "--hint_steps=40", "--eval_every=60", f"--out_dir={tmp_path}", "--test_rows=100"])
+    train_uft.main(
+        ["--steps=60", "--hint_steps=40", "--eval_every=60", f"--out_dir={tmp_path}", "--test_rows=100"]
+    )
     records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("mfu" in r for r in records) and all(r.get("actor/grad_norm", 0) < 100 for r in records)

@@ -1,4 +1,4 @@
-"""fast/engine.py against its plain twin sampler.generate: the same tokens, flags and log-probs; and its slots and graphs."""
+"""fast/engine.py against its plain twin sampler.generate: the same tokens, flags and log-probs; its slots."""
 
 import gc
 import random
@@ -21,7 +21,12 @@ SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
 
 
 def tiny(seed=0, dtype=torch.float32, window=0, **knobs):
-    knobs = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "head_dim": 8} | knobs
+    knobs = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "head_dim": 8,
+    } | knobs
     if window:
         knobs["extra"] = {"sliding_window": window}
     return Transformer(ModelConfig(VOCAB, 32, 48, 2, **knobs)).init_weights(seed).to(dtype)
@@ -51,7 +56,7 @@ def both(model, prompts, **knobs):
     return a
 
 
-# ---- the pair -------------------------------------------------------------------------------------------------
+# ---- the pair ----------------------------------------------------------------------------------------------
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -88,15 +93,16 @@ def test_random_arguments_give_the_same_in_both():
         prompts = ragged(rng.randint(1, 9), seed, rng.choice((1, 4, 11, 30)))
         both(
             model, prompts, n=rng.randint(1, 4), max_new_tokens=rng.choice((1, 2, 9, 25)), seed=seed,
-            temperature=rng.choice((0.0, 0.5, 1.0, 2.0)), top_k=rng.choice((0, 1, 30)), top_p=rng.choice((1.0, 0.6)),
-            stop_ids=rng.sample(range(VOCAB), rng.choice((0, 3, 20))), batch_size=rng.choice((0, 1, 3, 8)),
+            temperature=rng.choice((0.0, 0.5, 1.0, 2.0)), top_k=rng.choice((0, 1, 30)),
+            top_p=rng.choice((1.0, 0.6)), stop_ids=rng.sample(range(VOCAB), rng.choice((0, 3, 20))),
+            batch_size=rng.choice((0, 1, 3, 8)),
             keys=rng.sample(range(100), len(prompts)),
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("check_every", [2, 3, 8])
 def test_checking_less_often_changes_no_text(check_every):
-    """As on CUDA, where rows go on for some steps after their end; what they sample there belongs to nobody."""
+    """As on CUDA, where a row goes on for some steps after its end and its tokens belong to nobody."""
     model, prompts, stop = tiny(), ragged(9), [1, 2, 3, 4, 5, 6]
     knobs = {"n": 2, "max_new_tokens": 30, "stop_ids": stop, "seed": 4, "batch_size": 6}
     assert_same(both(model, prompts, **knobs), generate(model, prompts, **knobs, check_every=check_every))
@@ -110,7 +116,9 @@ def test_a_prefill_and_a_step_are_the_plain_ones():
     rows = [p for p in prompts for _ in range(n)]
     caches = [KVCache(model.config, 12, 30, torch.float32, torch.device("cpu")) for _ in range(2)]
     with torch.no_grad():
-        a = engine.prefill(model, caches[0], prompts, [0, 3, 6, 9], n, engine.prompt_states).repeat_interleave(n, 0)
+        a = engine.prefill(
+            model, caches[0], prompts, [0, 3, 6, 9], n, engine.prompt_states
+        ).repeat_interleave(n, 0)
         b = sampler.prefill(model, caches[1], rows)
         positions = torch.tensor([len(p) for p in rows])
         for _ in range(3):
@@ -138,7 +146,7 @@ def test_a_large_vocabulary_takes_the_packed_head_and_gives_the_same():
     both(model, ragged(4), n=2, max_new_tokens=12, seed=1)
 
 
-# ---- slots ----------------------------------------------------------------------------------------------------
+# ---- slots -------------------------------------------------------------------------------------------------
 
 
 def watch(monkeypatch):
@@ -168,7 +176,7 @@ def test_finished_rows_leave_the_batch(monkeypatch):
 
 
 def test_freed_slots_are_refilled_and_each_prompt_is_prefilled_once(monkeypatch):
-    """No decode step is spent on a row that has ended, and with more work than slots they stay nearly all in use."""
+    """No decode step is spent on a row that has ended; with more work than slots nearly all are in use."""
     steps, prefills = watch(monkeypatch)
     prompts = [[i, i + 1] for i in range(40)]
     outputs = generate(tiny(), prompts, 2, 30, 1.0, list(range(0, VOCAB, 10)), batch_size=16)
@@ -231,17 +239,19 @@ def test_bfloat16_is_computed_in_float32_where_the_processor_has_none(monkeypatc
     assert_same(outputs, generate(tiny(dtype=torch.bfloat16).float(), ragged(4), 2, 12, seed=1))
     assert model.head_weight.dtype == torch.bfloat16
     seen, real = [], engine.Engine
-    monkeypatch.setattr(engine, "Engine", lambda model, *args: seen.append(model.head_weight.dtype) or real(model, *args))
+    monkeypatch.setattr(
+        engine, "Engine", lambda model, *args: seen.append(model.head_weight.dtype) or real(model, *args)
+    )
     monkeypatch.setattr(engine, "has_bfloat16", lambda _: True)
     generate(model, ragged(2), 1, 3)
     assert seen == [torch.bfloat16]
 
 
-# ---- CUDA's bookkeeping, without CUDA -------------------------------------------------------------------------
+# ---- CUDA's bookkeeping, without CUDA ----------------------------------------------------------------------
 
 
 class NothingFromTheHost(TorchDispatchMode):
-    """Fails where a CUDA graph could not be captured: a host tensor among the tensors, or one read by the host."""
+    """Fails where a CUDA graph could not be captured: a tensor is on the host, or the host reads one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
@@ -279,7 +289,13 @@ def test_graphs_of_more_rows_and_positions_than_are_active_sample_the_same_text(
         return one
 
     model, prompts = tiny(), ragged(30)
-    knobs = {"n": 2, "max_new_tokens": 50, "stop_ids": list(range(0, VOCAB, 40)), "seed": 5, "batch_size": batch_size}
+    knobs = {
+        "n": 2,
+        "max_new_tokens": 50,
+        "stop_ids": list(range(0, VOCAB, 40)),
+        "seed": 5,
+        "batch_size": batch_size,
+    }
     plain = both(model, prompts, **knobs)
     for name, value in (("Engine", as_on_cuda), ("ROW_BUCKET", 8), ("SPAN_BUCKET", 16)):
         monkeypatch.setattr(engine, name, value)

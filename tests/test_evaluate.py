@@ -1,5 +1,5 @@
-"""evaluate.py's basic parts on the committed base: answers, the command, chat. tests/test_evaluation.py has statistics, saved
-answers, comparisons and exports."""
+"""evaluate.py's basic parts on the committed base: answers, the command, chat. tests/test_evaluation.py has
+statistics, saved answers, comparisons and exports."""
 
 import json
 import math
@@ -21,8 +21,8 @@ from sampler import generate, stream
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/tiny/countdown"
-SMALL = [f"--model={BASE}", "--task=countdown", "--rows=8", "--max_new_tokens=40", "--device=cpu", "--style=short",
-         "--threads=1"]  # fmt: skip
+SMALL = [f"--model={BASE}", "--task=countdown", "--rows=8", "--max_new_tokens=40", "--device=cpu",
+         "--style=short", "--threads=1"]  # fmt: skip
 
 
 def refused(capsys, monkeypatch, *args):
@@ -37,7 +37,7 @@ def refused(capsys, monkeypatch, *args):
     return err
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+# ---- figures -----------------------------------------------------------------------------------------------
 
 
 def test_pass_at_k_by_hand():
@@ -60,7 +60,7 @@ def test_accuracy_counts_right_answers_only():
     assert accuracy(groups) == 0.25
 
 
-# ---- answers --------------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 def test_answers_are_what_the_checker_says_of_the_decoded_completion():
@@ -140,7 +140,9 @@ def test_pieces_wait_for_whole_characters_and_lose_nothing():
     text = "né 你好 🙂 end"
     parts = list(pieces(tokenizer, tokenizer.encode(text)))
     assert "".join(parts) == text and not any("\ufffd" in p for p in parts) and len(parts) > 8
-    assert "".join(pieces(tokenizer, tokenizer.encode(text)[:-1] + tokenizer.encode("你")[:1])).endswith("\ufffd")
+    assert "".join(pieces(tokenizer, tokenizer.encode(text)[:-1] + tokenizer.encode("你")[:1])).endswith(
+        "\ufffd"
+    )
 
 
 def test_chat_streams_and_forgets(capsys, monkeypatch):
@@ -184,9 +186,8 @@ def test_bad_knobs(args, expected, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("args", "expected"), [("--temperature=-1", "temperature"), ("--rows=-3", "rows"), ("--save=/nowhere/a.jsonl", "/nowhere")]
+    ("args", "expected"),
+    [("--temperature=-1", "temperature"), ("--rows=-3", "rows"), ("--save=/nowhere/a.jsonl", "/nowhere")],
 )
 def test_other_bad_knobs(args, expected, capsys, monkeypatch):
     assert expected in refused(capsys, monkeypatch, args)
-
-

@@ -580,7 +580,7 @@ def test_comparison_of_greedy_answers(tmp_path, capsys):
     assert row[:5] == ["t", "7", "28.6%", "85.7%", "+57.1%"] and row[-2:] == ["1", "5"]
     assert f"{low:+.1%} .. {high:+.1%}" in out and "0.2188  exact McNemar" in out
     assert "1 of A's 8 problems are left out" in out
-    assert "A wrong, B right: 5 problems, the first 2" in out and "A right, B wrong: 1 problems" in out
+    assert "B better: 5 of 7 problems, the first 2" in out and "A better: 1 of 7 problems" in out
     assert out.count("--- t: ") == 3 and "A 100% 'r': right" in out and "B 0% 'r': wrong" in out
 
 

@@ -27,7 +27,7 @@ from infra.config import UserError, fail
 from infra.huggingface import config_from_dict, load_model
 from model import FAMILIES, ModelConfig, Transformer
 
-FILES, FEW = 10_000, 150
+FILES, FEW = 10_000, 60
 SECONDS = 1.0  # processor time for one file
 MEMORY = 3 * 2**30  # bytes of address space that reading may ask for
 TINY = Path(__file__).parent.parent / "data/tiny/countdown"

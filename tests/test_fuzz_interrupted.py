@@ -34,6 +34,7 @@ IFT = (
     "train_ift.py --loss=ift --epochs=3 --batch=6 --train_rows=16 --test_rows=2 --max_new_tokens=12 --own=sampled"
     " --lr=1e-4 --eval_every=4 --save_every=1 --print_every=1 --device=cpu --threads=1 --show=0"
 )
+SFT_RFT = UFT.replace("--steps=8", "--algo=sft-rft --sft_steps=4 --steps=4 --kl_coef=0.01")
 TRAINERS = pytest.mark.parametrize("flags", [UFT, IFT], ids=["uft", "ift"])
 
 SERVER = """
@@ -186,8 +187,14 @@ def kill_some_time(rng: Random, runs: Runs, flags: str, out: Path) -> int:
     return runs.finish()
 
 
-@TRAINERS
-@pytest.mark.parametrize("kills", [FEW_KILLS, pytest.param(KILLS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("flags", "kills"),
+    [
+        pytest.param(UFT, FEW_KILLS, id="uft-few"),
+        pytest.param(IFT, FEW_KILLS, id="ift-few"),
+        *(pytest.param(f, KILLS, id=f.split()[1], marks=pytest.mark.slow) for f in (UFT, IFT, SFT_RFT)),
+    ],
+)
 def test_a_killed_run_ends_as_an_uninterrupted_one(flags, kills, runs, whole, tmp_path):
     rng, killed = Random(f"{flags}/{kills}"), 0
     while killed < kills:
@@ -245,7 +252,7 @@ def ends_in_one_line(runs: Runs) -> str:
 # Bytes left: nothing for the log; nothing for model/; part of model/; model/ but not resume/; part of resume/
 @pytest.mark.slow
 @TRAINERS
-@pytest.mark.parametrize("room", [0, 8_192, 300_000, 800_000, 2_000_000])
+@pytest.mark.parametrize("room", [0, 8_192, 300_000, 800_000, 1_500_000])
 def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(flags, room, runs, whole, tmp_path):
     notes: set[str] = set()
     with small_disk(tmp_path / "disk") as disk:
@@ -272,7 +279,8 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(flags, room, runs,
 
 
 @TRAINERS
-@pytest.mark.parametrize("largest", [300_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 3_000, 1_000_000))])
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [100, 3_000, 300_000, 1_000_000])
 def test_a_failed_write_ends_a_run_in_one_line_and_loses_nothing(flags, largest, runs, whole, tmp_path):
     out, notes = tmp_path / "out", set()
     pid = runs.start(flags, out)

@@ -1,4 +1,4 @@
-"""fast/head.py against its plain twins at the end of model.py: the same values and gradients, chunk by chunk."""
+"""fast/head.py against its plain twins at the end of model.py: the same values and gradients."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def temperatures(n=N):
 
 
 def values_and_gradients(function, *inputs):
-    """The results of function(*inputs), and the gradients of a random combination of them with respect to the inputs."""
+    """The results of function(*inputs), and the inputs' gradients of a random combination of them."""
     inputs = [x.clone().requires_grad_() for x in inputs]
     results = function(*inputs)
     results = results if isinstance(results, tuple) else (results,)
@@ -52,7 +52,7 @@ def assert_same(function, *inputs, atol=1e-5):
     return a
 
 
-# ---- each pair ------------------------------------------------------------------------------------------------
+# ---- each pair ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -60,10 +60,16 @@ def assert_same(function, *inputs, atol=1e-5):
 def test_token_logprobs(temperature, entropy, chunk):
     hidden, weight, targets = tensors()
     t = temperatures()[temperature]
-    values, gradients = assert_same(lambda head, h, w: head.token_logprobs(h, w, targets, t, entropy), hidden, weight)
+    values, gradients = assert_same(
+        lambda head, h, w: head.token_logprobs(h, w, targets, t, entropy), hidden, weight
+    )
     logits = (hidden @ weight.T).double() / (t[:, None] if isinstance(t, torch.Tensor) else t)
-    torch.testing.assert_close(values[0].double(), logits.log_softmax(-1)[range(N), targets], rtol=0, atol=1e-5)
-    expected = torch.distributions.Categorical(logits=logits).entropy() if entropy else torch.zeros(N).double()
+    torch.testing.assert_close(
+        values[0].double(), logits.log_softmax(-1)[range(N), targets], rtol=0, atol=1e-5
+    )
+    expected = (
+        torch.distributions.Categorical(logits=logits).entropy() if entropy else torch.zeros(N).double()
+    )
     torch.testing.assert_close(values[1].double(), expected, rtol=0, atol=1e-5)
     assert all(g.abs().max() > 0.1 for g in gradients)
 
@@ -102,7 +108,10 @@ def test_token_loss_of_groups_that_chunks_keep_together(chunk):
         return (logp.new_zeros(4).index_add(0, owner, logp) ** 2).sum() / 100
 
     assert_same(
-        lambda head, h, w: head.token_loss(h, w, targets, loss, (owner,), chunks=chunks), hidden, weight, atol=1e-4
+        lambda head, h, w: head.token_loss(h, w, targets, loss, (owner,), chunks=chunks),
+        hidden,
+        weight,
+        atol=1e-4,
     )
 
 
@@ -110,7 +119,10 @@ def test_token_loss_scales_with_what_follows():
     """The gradient computed ahead is multiplied by that of the result."""
     hidden, weight, targets = tensors()
     assert_same(
-        lambda head, h, w: 3 * head.token_loss(h, w, targets, lambda p, _: -p.sum() / N)[0] ** 2, hidden, weight, atol=1e-4
+        lambda head, h, w: 3 * head.token_loss(h, w, targets, lambda p, _: -p.sum() / N)[0] ** 2,
+        hidden,
+        weight,
+        atol=1e-4,
     )
 
 
@@ -165,7 +177,9 @@ def test_sampled_tokens_have_the_frequencies_of_the_distribution(head):
 def test_expected_embeddings(chunk):
     hidden, weight, _ = tensors()
     table = torch.randn(V, 5, generator=torch.Generator().manual_seed(3))
-    values, gradients = assert_same(lambda head, h, w, t: head.expected_embeddings(h, w, t), hidden, weight, table)
+    values, gradients = assert_same(
+        lambda head, h, w, t: head.expected_embeddings(h, w, t), hidden, weight, table
+    )
     torch.testing.assert_close(values[0], (hidden @ weight.T).softmax(-1) @ table, rtol=0, atol=1e-5)
     assert gradients[0] is None and gradients[1] is None and gradients[2].abs().max() > 0.1
 
@@ -182,7 +196,7 @@ def test_the_gradient_of_expected_embeddings_is_autograds(head, chunk):
     torch.testing.assert_close(weight.grad, free.grad, rtol=0, atol=1e-5)
 
 
-# ---- edges ----------------------------------------------------------------------------------------------------
+# ---- edges -------------------------------------------------------------------------------------------------
 
 
 def test_no_tokens_at_all():
@@ -196,7 +210,9 @@ def test_no_tokens_at_all():
         assert loss.item() == 0 and len(logp) == len(entropy) == 0 and weight.grad.abs().max() == 0
         assert head.token_kl(none, weight, none, weight).shape == (0,)
         assert head.argmax_tokens(none, weight).shape == head.sample_tokens(none, weight, u).shape == (0,)
-        assert head.argmax_tokens(none, weight).dtype == head.sample_tokens(none, weight, u).dtype == torch.long
+        assert (
+            head.argmax_tokens(none, weight).dtype == head.sample_tokens(none, weight, u).dtype == torch.long
+        )
         assert head.expected_embeddings(none, weight, weight).shape == (0, C)
 
 
@@ -205,12 +221,16 @@ def test_a_large_vocabulary_is_multiplied_in_pieces(monkeypatch):
     hidden, weight, targets = tensors()
     torch.testing.assert_close(fast.compute_logits(hidden, weight), plain.compute_logits(hidden, weight))
     assert_same(lambda head, h, w: head.token_logprobs(h, w, targets, 0.9, True), hidden, weight)
-    assert_same(lambda head, h, w: head.token_loss(h, w, targets, lambda p, h: p.sum() + h.sum(), entropy=True), hidden, weight)
+    assert_same(
+        lambda head, h, w: head.token_loss(h, w, targets, lambda p, h: p.sum() + h.sum(), entropy=True),
+        hidden,
+        weight,
+    )
     assert torch.equal(fast.argmax_tokens(hidden, weight), plain.argmax_tokens(hidden, weight))
 
 
 def test_states_of_bfloat16_weights(chunk):
-    """Rollout copies are bfloat16: both heads multiply in the weights' dtype and take log-probs in float32."""
+    """Of rollout copies: both heads multiply in the weights' dtype and take log-probs in float32."""
     hidden, weight, targets = tensors()
     weight = weight.bfloat16()
     (a, _), (b, _) = (head.token_logprobs(hidden, weight, targets, 0.7) for head in (plain, fast))
@@ -219,12 +239,16 @@ def test_states_of_bfloat16_weights(chunk):
     assert torch.equal(fast.argmax_tokens(hidden, weight), plain.argmax_tokens(hidden, weight))
 
 
-# ---- bfloat16 autocast ----------------------------------------------------------------------------------------
+# ---- bfloat16 autocast -------------------------------------------------------------------------------------
 
 FUNCTIONS = {
     "token_logprobs": lambda head, h, w, x: head.token_logprobs(h, w, x["targets"], 0.7, True),
-    "token_logprobs, a temperature each": lambda head, h, w, x: head.token_logprobs(h, w, x["targets"], x["each"]),
-    "token_loss": lambda head, h, w, x: head.token_loss(h, w, x["targets"], lambda p, h: (p + h).sum() / N, (), 0.7, True),
+    "token_logprobs, a temperature each": lambda head, h, w, x: head.token_logprobs(
+        h, w, x["targets"], x["each"]
+    ),
+    "token_loss": lambda head, h, w, x: head.token_loss(
+        h, w, x["targets"], lambda p, h: (p + h).sum() / N, (), 0.7, True
+    ),
     "token_kl": lambda head, h, w, x: head.token_kl(h, w, *x["reference"]),
     "expected_embeddings": lambda head, h, w, x: head.expected_embeddings(h, w, w),
 }
@@ -275,7 +299,7 @@ def test_many_chunks_sum_the_heads_gradient_as_well_as_one_under_autocast(name, 
     assert errors[0] < max(0.003, 1.1 * errors[1])
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -294,7 +318,9 @@ def all_of(head, which, hidden, weight, targets, entropy):
         case "token_logprobs":
             sum(x.sum() for x in head.token_logprobs(hidden, weight, targets, 1.3, entropy)).backward()
         case "token_loss":
-            head.token_loss(hidden, weight, targets, lambda p, h: p.sum() + h.sum(), (), 1.3, entropy)[0].backward()
+            head.token_loss(hidden, weight, targets, lambda p, h: p.sum() + h.sum(), (), 1.3, entropy)[
+                0
+            ].backward()
         case "token_kl":
             head.token_kl(hidden, weight, hidden.detach(), weight.detach()).sum().backward()
         case "argmax_tokens":
@@ -327,20 +353,26 @@ def test_never_all_logits_at_once(head, which, entropy, monkeypatch):
 def test_chunks_heed_the_device(monkeypatch):
     assert fast.chunk_size(torch.device("cpu")) == fast.CPU_CHUNK
     assert fast.chunk_size(torch.device("meta")) == fast.CUDA_CHUNK
-    monkeypatch.setattr(fast, "CPU_CHUNK", 1)  # a vocabulary larger than a chunk: 16 rows at a time nevertheless
+    monkeypatch.setattr(
+        fast, "CPU_CHUNK", 1
+    )  # a vocabulary larger than a chunk: 16 rows at a time nevertheless
     assert [s.stop - s.start for s in fast._chunks(*tensors()[:2])] == [16] * 5
 
 
 def test_the_heap_is_trimmed_before_a_large_table_gets_its_gradient(monkeypatch):
     ids, grads, calls = torch.arange(51).view(3, 17), [], []
-    monkeypatch.setattr(fast, "_malloc_trim", lambda _: calls.append([p.grad is None for p in model.parameters()]))
+    monkeypatch.setattr(
+        fast, "_malloc_trim", lambda _: calls.append([p.grad is None for p in model.parameters()])
+    )
     for size in (1 << 24, 0):
         monkeypatch.setattr(fast, "LARGE_TABLE", size)
         model = Transformer(ModelConfig(90, 32, 48, 2, 4, 2)).init_weights(0)
         fast.trim_heap_before_table_gradient(model.model.embed_tokens)
         model(ids).logsumexp(-1).sum().backward()
         grads.append([p.grad for p in model.parameters()])
-    assert len(calls) == 1 and calls[0][0] and not any(calls[0][1:])  # all but the embedding's gradient are there
+    assert (
+        len(calls) == 1 and calls[0][0] and not any(calls[0][1:])
+    )  # all but the embedding's gradient are there
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     with torch.no_grad():
         model(ids)

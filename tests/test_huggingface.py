@@ -1,9 +1,8 @@
-"""infra/huggingface.py: directories read and written, and the one line about what is wrong with a broken one."""
+"""infra/huggingface.py: directories read and written, and one line about each mistake in a broken one."""
 
 import json
 import math
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,16 @@ from infra.huggingface import config_from_dict, config_to_dict, load_model
 from model import FAMILIES, ModelConfig, Transformer
 
 SIZES = {
-    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
 }  # fmt: skip
 LLAMA = SIZES | {"model_type": "llama"}
-LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48}
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
+}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -52,7 +57,7 @@ def change_config(folder, **fields):
     (folder / "config.json").write_text(json.dumps(d))
 
 
-# ---- config.json ----------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------------------
 
 
 def test_config_in_the_spelling_of_transformers_4_and_5_is_the_same():
@@ -93,7 +98,12 @@ def test_a_rope_theta_beside_rope_parameters_is_used_with_its_scaling():
 
 
 def test_unread_config_fields_survive_the_round_trip(tmp_path):
-    d = SIZES | {"model_type": "qwen2", "eos_token_id": [3, 4], "dtype": "bfloat16", "use_sliding_window": False}
+    d = SIZES | {
+        "model_type": "qwen2",
+        "eos_token_id": [3, 4],
+        "dtype": "bfloat16",
+        "use_sliding_window": False,
+    }
     Transformer(config_from_dict(d | {"sliding_window": 8})).init_weights().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["sliding_window"] == 8 and saved["eos_token_id"] == [3, 4]
@@ -103,7 +113,13 @@ def test_unread_config_fields_survive_the_round_trip(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_written_and_read_is_the_same(family):
-    knobs = {"model_type": family, "rope_theta": 300.0, "sliding_window": 9, "bos_token_id": 1, "rms_norm_eps": 1e-3}
+    knobs = {
+        "model_type": family,
+        "rope_theta": 300.0,
+        "sliding_window": 9,
+        "bos_token_id": 1,
+        "rms_norm_eps": 1e-3,
+    }
     config = config_from_dict(SIZES | knobs)
     again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
     assert config_to_dict(again) == config_to_dict(config) and again.window == config.window
@@ -114,7 +130,10 @@ def test_a_config_written_and_read_is_the_same(family):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gemma"),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gemma",
+        ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
@@ -123,9 +142,18 @@ def test_a_config_written_and_read_is_the_same(family):
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling of type ['llama3']"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear': must be an object"),
         ({"rope_parameters": [1]}, "rope_scaling = [1]: must be an object"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor is missing"),
-        ({"rope_scaling": {"rope_type": "llama3"} | LLAMA3 | {"factor": "8"}}, "rope_scaling: factor is missing or not a number above 0"),
-        ({"rope_scaling": {"rope_type": "llama3"} | LLAMA3 | {"low_freq_factor": 4.0}}, "rope_scaling: high_freq_factor must differ"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling: low_freq_factor is missing",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3"} | LLAMA3 | {"factor": "8"}},
+            "rope_scaling: factor is missing or not a number above 0",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3"} | LLAMA3 | {"low_freq_factor": 4.0}},
+            "rope_scaling: high_freq_factor must differ",
+        ),
         ({"rope_theta": "10000"}, "rope_theta = '10000': must be a number above 0"),
         ({"rope_theta": 0}, "rope_theta = 0: must be a number above 0"),
         ({"rope_theta": True}, "rope_theta = True: must be a number above 0"),
@@ -147,7 +175,10 @@ def test_a_config_written_and_read_is_the_same(family):
         ({"head_dim": 7}, "head_dim must be even"),
         ({"head_dim": [8]}, "head_dim is missing or not a whole number from 1"),
         ({"head_dim": 1 << 40}, "head_dim is missing or not a whole number from 1"),
-        ({"hidden_size": 1 << 30, "num_attention_heads": 1}, "hidden_size is missing or not a whole number from 1"),
+        (
+            {"hidden_size": 1 << 30, "num_attention_heads": 1},
+            "hidden_size is missing or not a whole number from 1",
+        ),
         ({"max_position_embeddings": "many"}, "max_position_embeddings is missing or not a whole number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small': must be a number >= 0"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06: must be a number >= 0"),
@@ -156,7 +187,10 @@ def test_a_config_written_and_read_is_the_same(family):
         ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: must be true or false"),
         ({"sliding_window": "4096"}, "sliding_window = '4096': must be a whole number or null"),
         ({"eos_token_id": "</s>"}, "eos_token_id = '</s>': must be a whole number, a list of them, or null"),
-        ({"eos_token_id": [2, None]}, "eos_token_id = [2, None]: must be a whole number, a list of them, or null"),
+        (
+            {"eos_token_id": [2, None]},
+            "eos_token_id = [2, None]: must be a whole number, a list of them, or null",
+        ),
         ({"sliding_window": 4096.5}, "sliding_window = 4096.5: must be a whole number or null"),
     ],
 )
@@ -166,21 +200,27 @@ def test_fields_that_a_config_cannot_have_are_named(fields, message):
 
 def test_gemma_without_its_tanh_is_refused():
     gemma = SIZES | {"model_type": "gemma", "head_dim": 8}
-    for fields in ({}, {"hidden_act": "gelu"}, {"hidden_activation": None}, {"hidden_activation": "gelu_pytorch_tanh"}):
+    for fields in (
+        {},
+        {"hidden_act": "gelu"},
+        {"hidden_activation": None},
+        {"hidden_activation": "gelu_pytorch_tanh"},
+    ):
         assert config_from_dict(gemma | fields).tie_word_embeddings
     assert "hidden_activation = 'gelu'" in refused(config_from_dict, gemma | {"hidden_activation": "gelu"})
 
 
 VALUES = (
-    None, True, False, 0, 1, 2, 3, -1, 7, 1.5, 0.0, -0.0, 1e-320, 1e30, 1e308, math.inf, -math.inf, math.nan, 2**31, 2**63,
-    -(2**63), 2**70, 10**30, "", "x", "32", "llama", "llama3", "default", [], [1], [None], {}, {"a": 1},
+    None, True, False, 0, 1, 2, 3, -1, 7, 1.5, 0.0, -0.0, 1e-320, 1e30, 1e308, math.inf, -math.inf, math.nan,
+    2**31, 2**63, -(2**63), 2**70, 10**30, "", "x", "32", "llama", "llama3", "default", [], [1],
+    [None], {}, {"a": 1},
     {"rope_type": "llama3"}, {"rope_type": "llama3", **LLAMA3}, {"rope_type": "default", "rope_theta": "x"},
 )  # fmt: skip
 KEYS = (
-    *LLAMA, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act",
-    "hidden_activation", "tie_word_embeddings", "initializer_range", "max_position_embeddings", "sliding_window", "extra",
-    "use_sliding_window", "attention_bias", "mlp_bias", "partial_rotary_factor", "eos_token_id", "bos_token_id", "dtype",
-    "torch_dtype", "architectures", "window", "family",
+    *LLAMA, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "hidden_act", "hidden_activation", "tie_word_embeddings", "initializer_range", "sliding_window", "extra",
+    "max_position_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "partial_rotary_factor",
+    "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "architectures", "window", "family",
 )  # fmt: skip
 
 
@@ -215,7 +255,7 @@ def test_a_mutated_config_is_refused_or_gives_a_model(family, tmp_path):
     assert 15 < loaded < 85  # both happen
 
 
-# ---- directories ----------------------------------------------------------------------------------------------
+# ---- directories -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -261,11 +301,13 @@ def test_shards_with_an_index(tmp_path):
     ids = some_ids(1, 9)
     assert torch.equal(model(ids), again(ids))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    assert "model-00002-of-00003.safetensors: cannot be read" in refused(Transformer.from_pretrained, tmp_path)
+    assert "model-00002-of-00003.safetensors: cannot be read" in refused(
+        Transformer.from_pretrained, tmp_path
+    )
 
 
 def test_an_index_left_beside_a_whole_file_is_stale(tmp_path):
-    """As transformers does, model.safetensors goes first: a directory saved again over shards keeps their index."""
+    """As in transformers, model.safetensors goes first: a model saved over shards leaves their index."""
     model = ours()
     model.save_pretrained(tmp_path, shard_bytes=12_000)
     other = ours(seed=1)
@@ -293,7 +335,7 @@ def test_writing_in_shards(tmp_path):
     assert (peer(some_ids(1, 9)).logits - model(some_ids(1, 9))).abs().max() < 1e-4
 
 
-# ---- tied heads -----------------------------------------------------------------------------------------------
+# ---- tied heads --------------------------------------------------------------------------------------------
 
 
 def test_a_tied_checkpoint_may_repeat_the_head_and_hold_old_buffers(tmp_path):
@@ -333,10 +375,13 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path):
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
     change_tensors(tmp_path, lambda t: t.pop(HEAD))
-    assert refused(Transformer.from_pretrained, tmp_path) == f"{tmp_path}: tensor lm_head.weight is missing (1 in all)"
+    assert (
+        refused(Transformer.from_pretrained, tmp_path)
+        == f"{tmp_path}: tensor lm_head.weight is missing (1 in all)"
+    )
 
 
-# ---- broken directories ---------------------------------------------------------------------------------------
+# ---- broken directories ------------------------------------------------------------------------------------
 
 UP, NORM, KEYS_PROJECTION = "layers.1.mlp.up_proj", "layers.1.self_attn.q_norm", "layers.0.self_attn.k_proj"
 
@@ -381,12 +426,16 @@ def test_broken_files_are_named(tmp_path):
     whole = (tmp_path / "model.safetensors").read_bytes()
     for content in (whole[:-4], whole[:100], b"", b"not a tensor file"):
         (tmp_path / "model.safetensors").write_bytes(content)
-        assert "model.safetensors: cannot be read as safetensors" in refused(Transformer.from_pretrained, tmp_path)
+        assert "model.safetensors: cannot be read as safetensors" in refused(
+            Transformer.from_pretrained, tmp_path
+        )
     (tmp_path / "model.safetensors").unlink()
     message = refused(Transformer.from_pretrained, tmp_path)
     assert message.endswith("model.safetensors: no such file, nor an index of shards beside it")
     (tmp_path / "model.safetensors").mkdir()
-    assert "model.safetensors: cannot be read as safetensors" in refused(Transformer.from_pretrained, tmp_path)
+    assert "model.safetensors: cannot be read as safetensors" in refused(
+        Transformer.from_pretrained, tmp_path
+    )
     for content in (b'{"model_type": ', b"\xff", b"[" * 10**5, b"", b"{'a': 1}"):
         (tmp_path / "config.json").write_bytes(content)
         assert "config.json: not JSON" in refused(Transformer.from_pretrained, tmp_path)
@@ -405,7 +454,9 @@ def test_a_byte_order_mark_is_no_part_of_config_json(tmp_path):
     Transformer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": null}', "[]"])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": null}', "[]"]
+)
 def test_an_index_of_another_form_is_one_line(content, tmp_path):
     ours().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -420,7 +471,9 @@ def test_an_empty_index_misses_every_tensor(tmp_path):
     assert "is missing (21 in all)" in refused(Transformer.from_pretrained, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.pt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.pt"]
+)
 def test_pickled_weights_are_named_with_advice(name, tmp_path):
     ours().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
@@ -429,7 +482,7 @@ def test_pickled_weights_are_named_with_advice(name, tmp_path):
     assert "save_pretrained" in message
 
 
-# ---- reading without a second copy ----------------------------------------------------------------------------
+# ---- reading without a second copy -------------------------------------------------------------------------
 
 
 def test_a_model_is_filled_tensor_by_tensor(tmp_path, monkeypatch):
@@ -445,7 +498,9 @@ def test_a_model_is_filled_tensor_by_tensor(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface, "_tensors", watched)
     filled, fill = [], huggingface._fill
-    monkeypatch.setattr(huggingface, "_fill", lambda m, name, p, t: (filled.append(name), fill(m, name, p, t)))
+    monkeypatch.setattr(
+        huggingface, "_fill", lambda m, name, p, t: (filled.append(name), fill(m, name, p, t))
+    )
     model = load_model(tmp_path, torch.bfloat16)
     assert alive == filled and len(filled) == len(list(model.parameters()))
     assert all(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in model.parameters())

@@ -17,9 +17,15 @@ from model import KVCache, ModelConfig, Transformer, token_logprobs
 
 FIXTURES = Path(os.environ.get("NANOFT_CHECKPOINTS", "")).absolute()
 SIZES = {
-    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
 }  # fmt: skip
-LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48}
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
+}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 VARIANTS = {  # model_type, fields, rope_theta, scaling
     "llama": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-2}, 10000.0, None),
@@ -63,7 +69,7 @@ def some_ids(*shape, seed=1):
     return torch.randint(0, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- against transformers -------------------------------------------------------------------------------------
+# ---- against transformers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -98,7 +104,7 @@ def assert_same_after_one_step(model, peer, ids, mask):
         torch.testing.assert_close(p, theirs[name], rtol=0, atol=1e-5, msg=name)
 
 
-# ---- the forward pass -----------------------------------------------------------------------------------------
+# ---- the forward pass --------------------------------------------------------------------------------------
 
 
 def test_init_is_a_function_of_the_seed():
@@ -207,7 +213,9 @@ def test_works_under_autocast():
             logits = model(ids)
             hidden = model.hidden(ids)[:, :-1].flatten(0, 1)
             logp, entropy = head.token_logprobs(hidden, model.head_weight, targets, 0.7, True)
-            loss, again, _ = head.token_loss(hidden, model.head_weight, targets, lambda p, _: -p.sum(), (), 0.7)
+            loss, again, _ = head.token_loss(
+                hidden, model.head_weight, targets, lambda p, _: -p.sum(), (), 0.7
+            )
         assert logits.dtype == torch.bfloat16 and logp.dtype == entropy.dtype == torch.float32
         torch.testing.assert_close(logp, exact, rtol=0.1, atol=0.15)
         assert torch.equal(logp, again)
@@ -215,12 +223,13 @@ def test_works_under_autocast():
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-# ---- recorded fixtures ----------------------------------------------------------------------------------------
+# ---- recorded fixtures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif("NANOFT_CHECKPOINTS" not in os.environ, reason="NANOFT_CHECKPOINTS names no folder")
 @pytest.mark.parametrize(
-    "name", ["qwen2-tied", "qwen2-untied-bf16", "llama3.2-tied", "llama3-sharded", "mistral-window", "gemma-mqa"]
+    "name",
+    ["qwen2-tied", "qwen2-untied-bf16", "llama3.2-tied", "llama3-sharded", "mistral-window", "gemma-mqa"],
 )
 def test_recorded_checkpoints(name, tmp_path):
     """Logits, padded batches, loss, gradient norms and greedy tokens as transformers had them."""
@@ -253,7 +262,10 @@ def test_recorded_checkpoints(name, tmp_path):
         assert (padded - expected["left_padded.logits"])[mask].abs().max() < 2e-4
     rows = zip(expected["left_padded.input_ids"], mask, strict=True)
     prompts = [expected["greedy.prompt_ids"].flatten().tolist(), *(row[m].tolist() for row, m in rows)]
-    recorded = [expected["greedy.new_ids"].flatten().tolist(), *expected["left_padded.greedy_new_ids"].tolist()]
+    recorded = [
+        expected["greedy.new_ids"].flatten().tolist(),
+        *expected["left_padded.greedy_new_ids"].tolist(),
+    ]
     for fast in (False, True):
         assert [c.tokens for (c,) in sampler.generate(model, prompts, 1, 24, 0.0, fast=fast)] == recorded
     kept = Transformer.from_pretrained(FIXTURES / name)
@@ -263,7 +275,7 @@ def test_recorded_checkpoints(name, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(kept.parameters(), again.parameters(), strict=True))
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def test_gradient_checkpointing_changes_no_bit():
@@ -280,5 +292,3 @@ def test_gradient_checkpointing_changes_no_bit():
         grads.append((sum(saved), [p.grad for p in model.parameters()]))
     assert grads[1][0] < 0.5 * grads[0][0]
     assert all(torch.equal(a, b) for a, b in zip(grads[0][1], grads[1][1], strict=True))
-
-

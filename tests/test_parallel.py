@@ -1,4 +1,5 @@
-"""infra/parallel.py within one process: devices, arithmetic, shares of the work. tests/test_processes.py starts several."""
+"""infra/parallel.py within one process: devices, arithmetic, shares of the work. tests/test_processes.py
+starts several."""
 
 import math
 from types import SimpleNamespace
@@ -9,10 +10,18 @@ import torch
 
 from infra import parallel
 from infra.config import UserError
-from infra.parallel import my_batches, pick_device, refresh, settle_dtype, start_process, token_batches, whole_copy
+from infra.parallel import (
+    my_batches,
+    pick_device,
+    refresh,
+    settle_dtype,
+    start_process,
+    token_batches,
+    whole_copy,
+)
 from model import ModelConfig, Transformer
 
-# ---- devices --------------------------------------------------------------------------------------------------
+# ---- devices -----------------------------------------------------------------------------------------------
 
 
 def test_devices_are_refused_by_name(monkeypatch):
@@ -38,7 +47,8 @@ def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(
-        UserError, match="WORLD_SIZE is set but not RANK, LOCAL_RANK, .*: start several processes with torchrun"
+        UserError,
+        match="WORLD_SIZE is set but not RANK, LOCAL_RANK, .*: start several processes with torchrun",
     ):
         start_process("cpu", 0)
 
@@ -66,7 +76,7 @@ def test_autocast_is_on_for_bfloat16_alone():
         assert product.dtype == getattr(torch, dtype)
 
 
-# ---- shares of the work ---------------------------------------------------------------------------------------
+# ---- shares of the work ------------------------------------------------------------------------------------
 
 
 def test_shares_cover_everything_once_and_keep_in_step(monkeypatch):
@@ -83,7 +93,9 @@ def test_shares_cover_everything_once_and_keep_in_step(monkeypatch):
         counted = [i for mine in batches for rows, counted in mine for i in rows if counted]
         assert sorted(counted) == list(range(7))
         assert all(len(rows) * max(lengths[i] for i in rows) <= 10 for mine in batches for rows, _ in mine)
-        assert all(rows == [5] for mine in batches for rows, counted in mine if not counted)  # the shortest, repeated
+        assert all(
+            rows == [5] for mine in batches for rows, counted in mine if not counted
+        )  # the shortest, repeated
         monkeypatch.setattr(parallel, "collect", lambda mine, parts=parts: parts)
         assert parallel.gather(parts[-1]) == list(range(7))
 
@@ -106,7 +118,7 @@ def test_micro_batches_stay_within_the_budget_and_a_longer_row_is_refused():
 
 
 def test_sorted_micro_batches_waste_little_on_padding():
-    """512 rows of log-normal lengths, median 200 tokens, at most 1,024, in micro-batches of 16,384: under 5 %."""
+    """512 rows of log-normal lengths, median 200 tokens, at most 1,024, in batches of 16,384: under 5 %."""
     lengths = [min(1024, max(8, int(x))) for x in np.random.default_rng(0).lognormal(math.log(200), 0.8, 512)]
     batches = token_batches(lengths, 16384)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
@@ -114,7 +126,7 @@ def test_sorted_micro_batches_waste_little_on_padding():
     assert len(batches) < 40  # of the 512 that one row at a time would make
 
 
-# ---- the model to sample from ---------------------------------------------------------------------------------
+# ---- the model to sample from ------------------------------------------------------------------------------
 
 
 def test_a_copy_in_another_dtype_follows_the_model():

@@ -1,5 +1,5 @@
-"""Several processes (gloo, FSDP2) do what one does: the same texts, losses and weights; and a run written by any number of them
-is continued by any other."""
+"""Several processes (gloo, FSDP2) do what one does: the same texts, losses and weights; and a run that any
+number of them wrote is continued by any other."""
 
 import json
 import os
@@ -13,18 +13,27 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 UFT = (
-    "train_uft.py --steps=5 --problems=6 --mini_batch=3 --token_budget=250 --train_rows=40 --test_rows=11 --hint_steps=4"
+    "train_uft.py --steps=5 --problems=6 --mini_batch=3 --token_budget=250 --train_rows=40 --test_rows=11"
+    " --hint_steps=4"
 )
 IFT = "train_ift.py --epochs=0.75 --batch=6 --token_budget=250 --train_rows=40 --test_rows=11"
 PAIRS = [
-    {"prompt": f"{a} {b}=", "chosen": f"{a + b}", "rejected": f"{a - b} or so"} for a in range(7) for b in range(2)
+    {"prompt": f"{a} {b}=", "chosen": f"{a + b}", "rejected": f"{a - b} or so"}
+    for a in range(7)
+    for b in range(2)
 ]
 
 
 def start(flags, out, processes=1):
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d",
                 "--rdzv-endpoint=localhost:0"]  # fmt: skip
-    command = [sys.executable, *(launcher if processes > 1 else ()), *flags.split(), f"--out_dir={out}", "--threads=1"]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else ()),
+        *flags.split(),
+        f"--out_dir={out}",
+        "--threads=1",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     flags = ["--eval_every=5", "--save_every=2", "--device=cpu", "--show=0"]
     return subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -32,7 +41,9 @@ def start(flags, out, processes=1):
 
 def metrics(out):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith(("timing", "tokens_per", "train_s"))} for r in records]
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("timing", "tokens_per", "train_s"))} for r in records
+    ]
 
 
 def assert_same_curve(a, b, rel, abs):
@@ -58,12 +69,18 @@ def assert_same_model(a, b, atol):
             marks=pytest.mark.slow,
         ),
         pytest.param(f"{UFT} --fast=false --drop_dead=true --hint_loss=ift", marks=pytest.mark.slow),
-        pytest.param(f"{UFT} --loss_norm=paper_code --hint_loss=ift --hint_weight=prob", marks=pytest.mark.slow),
+        pytest.param(
+            f"{UFT} --loss_norm=paper_code --hint_loss=ift --hint_weight=prob", marks=pytest.mark.slow
+        ),
         pytest.param(f"{IFT} --loss=ift", marks=pytest.mark.slow),
         pytest.param(f"{IFT} --loss=ift --average=token --own=sampled --gamma=0", marks=pytest.mark.slow),
         pytest.param(f"{IFT} --loss=ift --own=soft --fast=false", marks=pytest.mark.slow),
-        pytest.param(f"{IFT} --loss=tdpo --task= --data_path=PAIRS --model=data/tiny/countdown", marks=pytest.mark.slow),
-        pytest.param(f"{UFT} --kl_coef=0.1 --compile=true", marks=pytest.mark.slow),  # against one that does not compile
+        pytest.param(
+            f"{IFT} --loss=tdpo --task= --data_path=PAIRS --model=data/tiny/countdown", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            f"{UFT} --kl_coef=0.1 --compile=true", marks=pytest.mark.slow
+        ),  # against one that does not compile
         pytest.param(f"{IFT} --loss=ift --compile=true", marks=pytest.mark.slow),
     ],
 )
@@ -108,7 +125,9 @@ def run_until(step, flags, folder, out, processes):
     trainer, rest = flags.split(" ", 1)
     script.write_text(STOP.format(root=str(ROOT), trainer=trainer[:-3], stop_after=step))
     result = start(f"{script} {rest}", out, processes)
-    assert result.returncode != 0 and "Error" not in result.stderr.replace("ChildFailedError", ""), result.stderr
+    assert result.returncode != 0 and "Error" not in result.stderr.replace("ChildFailedError", ""), (
+        result.stderr
+    )
 
 
 @pytest.mark.slow

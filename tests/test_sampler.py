@@ -1,5 +1,7 @@
-"""sampler.py: which token is drawn, and that texts do not depend on how the work is cut up. The tests of generate() run the
-plain loop and the engine of fast/; tests/test_engine.py compares the two and has what concerns the engine alone."""
+"""sampler.py: which token is drawn, and that texts do not depend on how the work is cut up.
+
+The tests of generate() run the plain loop and the engine of fast/; tests/test_engine.py compares the two.
+"""
 
 import math
 from functools import partial
@@ -55,7 +57,7 @@ def truncated(logits, temperature, top_k, top_p):
     return logp.log_softmax(-1)
 
 
-# ---- uniform --------------------------------------------------------------------------------------------------------
+# ---- uniform -----------------------------------------------------------------------------------------------
 
 
 def splitmix64(z):
@@ -84,7 +86,12 @@ def test_uniform_is_uniform_and_neighbours_are_independent():
     assert len(u.unique()) == u.numel()
     chi2 = ((u.flatten() * 100).long().bincount(minlength=100) - 900).double().square().sum() / 900
     assert chi2 < 170  # 99 degrees of freedom: mean 99, standard deviation 14
-    pairs = {"rows": (u[1:], u[:-1]), "positions": (u[:, 1:], u[:, :-1]), "seeds": (flat[0], flat[1]), "swap": (u, u.T)}
+    pairs = {
+        "rows": (u[1:], u[:-1]),
+        "positions": (u[:, 1:], u[:, :-1]),
+        "seeds": (flat[0], flat[1]),
+        "swap": (u, u.T),
+    }
     for name, (a, b) in pairs.items():
         a, b = a.flatten() - 0.5, b.flatten() - 0.5
         on = a != b  # the diagonal of a swap
@@ -92,13 +99,15 @@ def test_uniform_is_uniform_and_neighbours_are_independent():
         assert ((a - b).abs() < 1e-12).sum() == (300 if name == "swap" else 0), name
 
 
-# ---- draw -----------------------------------------------------------------------------------------------------------
+# ---- draw --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab", [2, 127, 128, 129, 300, 512])
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 20, 1.0), (1.0, 50, 0.8)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 20, 1.0), (1.0, 50, 0.8)]
+)
 def test_draw_takes_each_token_as_often_as_its_probability_says(vocab, temperature, top_k, top_p):
-    """u on a grid: a token's share of the grid is its probability, within a point at each end of its interval."""
+    """u on a grid: a token's share of it is its probability, within a point at each end of its interval."""
     N = 5000
     logits = 3 * torch.randn(vocab, generator=torch.Generator().manual_seed(vocab))
     expected = truncated(logits, temperature, top_k, top_p)
@@ -111,7 +120,12 @@ def test_draw_takes_each_token_as_often_as_its_probability_says(vocab, temperatu
     torch.testing.assert_close(logp.double(), expected[ids], rtol=0, atol=1e-4)
 
 
-@given(st.integers(0, 2**31), st.sampled_from([5, 128, 200]), st.integers(0, 12), st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.0]))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([5, 128, 200]),
+    st.integers(0, 12),
+    st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.0]),
+)
 @settings(max_examples=60, deadline=None)
 def test_top_k_and_top_p_keep_exactly_the_naive_set(seed, vocab, top_k, top_p):
     g = torch.Generator().manual_seed(seed)
@@ -182,7 +196,7 @@ def test_a_large_vocabulary_is_drawn_without_bias_at_the_far_end():
     assert (ids.double() / V - u[::10]).abs().max() < 1e-4
 
 
-# ---- generate -------------------------------------------------------------------------------------------------------
+# ---- generate ----------------------------------------------------------------------------------------------
 
 
 def peer_of(model, folder):
@@ -198,14 +212,18 @@ def test_greedy_equals_transformers(generate, tmp_path):
     outputs = generate(model, prompts, 1, 30, 0.0, stop)
     for prompt, (c,) in zip(prompts, outputs, strict=True):
         ids = torch.tensor([prompt])
-        expected = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30, pad_token_id=0)
+        expected = peer.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30, pad_token_id=0
+        )
         assert c.tokens == expected[0, len(prompt) :].tolist()
     logp = model(torch.tensor([prompts[0] + outputs[0][0].tokens]))[0].log_softmax(-1)
     taken = [logp[len(prompts[0]) - 1 + t, i].item() for t, i in enumerate(outputs[0][0].tokens)]
     assert outputs[0][0].logprobs == pytest.approx(taken, abs=1e-4)
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.5, 9, 1.0), (0.8, 40, 0.9)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.5, 9, 1.0), (0.8, 40, 0.9)]
+)
 def test_logprobs_are_those_of_the_distribution_drawn_from(generate, temperature, top_k, top_p):
     model, prompts = tiny(num_key_value_heads=1), ragged(4)
     outputs = generate(model, prompts, 2, 12, temperature, [0], 5, top_k, top_p, batch_size=4)
@@ -222,7 +240,9 @@ def test_text_depends_neither_on_batch_size_nor_on_the_order_of_prompts(generate
     whole = generate(model, prompts, 3, 15, 1.0, stop, seed=1)
     assert len({len(c.tokens) for g in whole for c in g}) > 4  # rows do end at different times
     for batch_size in (1, 3, 6, 7, 12, 100):
-        assert texts(generate(model, prompts, 3, 15, 1.0, stop, seed=1, batch_size=batch_size)) == texts(whole)
+        assert texts(generate(model, prompts, 3, 15, 1.0, stop, seed=1, batch_size=batch_size)) == texts(
+            whole
+        )
     order = [4, 0, 6, 2, 5, 1, 3]
     moved = generate(model, [prompts[i] for i in order], 3, 15, 1.0, stop, seed=1, batch_size=6, keys=order)
     assert texts(moved) == [texts(whole)[i] for i in order]
@@ -242,7 +262,9 @@ def test_rows_of_equal_prompts_differ_and_keys_tell_them_apart(generate):
 def test_a_stop_id_ends_a_row_and_is_kept(generate):
     model, prompts, stop = tiny(), ragged(6), [1, 50, 99, 120, 7]
     free = generate(model, prompts, 4, 40)
-    for a, b in zip(sum(free, []), sum(generate(model, prompts, 4, 40, stop_ids=stop, batch_size=8), []), strict=True):
+    for a, b in zip(
+        sum(free, []), sum(generate(model, prompts, 4, 40, stop_ids=stop, batch_size=8), []), strict=True
+    ):
         end = next((t for t, i in enumerate(a.tokens) if i in stop), None)
         assert b.tokens == (a.tokens if end is None else a.tokens[: end + 1])
         assert b.finished is (end is not None) and not a.finished
@@ -277,7 +299,8 @@ def test_arguments_that_cannot_work_are_refused_by_name(generate):
         generate(model, [[1], []])
     for name, value, rule in (
         ("n", 0, ">= 1"), ("max_new_tokens", 0, ">= 1"), ("temperature", -1.0, ">= 0"), ("top_k", -1, ">= 0"),
-        ("top_p", 0.0, "above 0, at most 1"), ("top_p", 1.5, "above 0, at most 1"), ("batch_size", -1, ">= 0"),
+        ("top_p", 0.0, "above 0, at most 1"), ("top_p", 1.5, "above 0, at most 1"),
+        ("batch_size", -1, ">= 0"),
         ("temperature", math.nan, ">= 0"), ("top_p", math.nan, "above 0, at most 1"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"^{name} = {value}: must be {rule}$"):
@@ -286,7 +309,10 @@ def test_arguments_that_cannot_work_are_refused_by_name(generate):
 
 def test_seeds_of_any_size_are_wrapped_around(generate):
     model = tiny()
-    results = {seed: texts(generate(model, [[5, 6]], 1, 8, seed=seed)) for seed in (0, 1, 2**63, -1, 2**64, 2**64 + 1)}
+    results = {
+        seed: texts(generate(model, [[5, 6]], 1, 8, seed=seed))
+        for seed in (0, 1, 2**63, -1, 2**64, 2**64 + 1)
+    }
     assert results[0] == results[2**64] and results[1] == results[2**64 + 1]
     assert len({str(results[s]) for s in (0, 1, 2**63, -1)}) == 4
 
@@ -325,10 +351,12 @@ def test_a_trained_model_answers_alike_in_any_batch(generate):
     assert texts(generate(model, prompts, 1, 30, 0.0, [346], batch_size=1)) == whole
 
 
-# ---- stream ---------------------------------------------------------------------------------------------------
+# ---- stream ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("knobs", [{"temperature": 0.0}, {}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}])
+@pytest.mark.parametrize(
+    "knobs", [{"temperature": 0.0}, {}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}]
+)
 def test_streamed_tokens_are_those_of_generate(generate, knobs):
     model, prompt, stop = tiny(), [5, 6, 7], list(range(0, VOCAB, 7))
     for most in (1, 2, 40):

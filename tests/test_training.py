@@ -1,4 +1,4 @@
-"""infra/training.py: the common parts of both trainers, and that a run stopped by a signal continues bit for bit."""
+"""infra/training.py: the parts that the trainers share; a run stopped by a signal continues bit for bit."""
 
 import json
 import math
@@ -37,7 +37,7 @@ from model import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 
 
-# ---- set-up ---------------------------------------------------------------------------------------------------
+# ---- set-up ------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_model_says_how_to_download_it(tmp_path, monkeypatch):
@@ -46,7 +46,10 @@ def test_a_missing_model_says_how_to_download_it(tmp_path, monkeypatch):
         advice = f"no such directory; download it with: hf download {shown} --local-dir={given}$"
         with pytest.raises(UserError, match=f"^model = '{given}': {advice}"):
             starting_model(SimpleNamespace(model=given, hub=hub, task="countdown"))
-    with pytest.raises(UserError, match="^model: the task math has no tiny base; give a Hugging Face directory as --model=DIR$"):
+    with pytest.raises(
+        UserError,
+        match="^model: the task math has no tiny base; give a Hugging Face directory as --model=DIR$",
+    ):
         starting_model(SimpleNamespace(model="", hub="", task="math"))
     assert starting_model(SimpleNamespace(model="", task="countdown")) == ROOT / "data/tiny/countdown"
     assert starting_model(SimpleNamespace(model=str(tmp_path), task="countdown")) == tmp_path
@@ -58,8 +61,12 @@ def test_a_base_without_an_end_of_text_token_is_refused(tmp_path):
         if path.name in ("config.json", "generation_config.json", "tokenizer_config.json"):
             content = json.dumps({k: v for k, v in json.loads(content).items() if "eos" not in k}).encode()
         (tmp_path / path.name).write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token is missing, and without it no answer ends"):
-        training.set_up(train_uft.Config(model=str(tmp_path)), str(tmp_path / "out"), torch.device("cpu"), "float32")
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json: eos_token is missing, and without it no answer ends"
+    ):
+        training.set_up(
+            train_uft.Config(model=str(tmp_path)), str(tmp_path / "out"), torch.device("cpu"), "float32"
+        )
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
@@ -105,7 +112,7 @@ def test_a_fingerprint_changes_with_any_row():
     assert fingerprint([{"prompt": "\udcff"}]) and fingerprint([]).startswith("0 rows")
 
 
-# ---- batches and learning rate --------------------------------------------------------------------------------
+# ---- batches and learning rate -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "n"), [(4, 12), (5, 12), (12, 5), (7, 7), (1, 3)])
@@ -125,11 +132,13 @@ def test_lr_factor_by_hand():
     cosine = [lr_factor(s, 14, 4, "cosine") for s in (4, 9, 13, 14)]
     assert cosine == pytest.approx([1, 0.5, 0.5 - 0.5 * math.cos(math.pi / 10), 0], abs=1e-12)
     assert lr_factor(0, 5, 0, "linear") == 1
-    assert all(lr_factor(s, 3, 10, "cosine") == (s + 1) / 10 for s in range(3))  # a warm-up longer than the run
+    assert all(
+        lr_factor(s, 3, 10, "cosine") == (s + 1) / 10 for s in range(3)
+    )  # a warm-up longer than the run
     assert lr_factor(5, 5, 5, "linear") == 1  # and one as long: no division by 0
 
 
-# ---- a step ---------------------------------------------------------------------------------------------------
+# ---- a step ------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_clipped_and_reports_the_norm_before():
@@ -144,13 +153,18 @@ def test_a_step_is_clipped_and_reports_the_norm_before():
     torch.testing.assert_close(p.data, torch.tensor([-0.9, 0.4]))
 
 
-@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+@pytest.mark.parametrize(
+    ("loss", "gradient"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
+)
 def test_a_step_that_is_not_finite_is_refused_and_changes_nothing(loss, gradient, tmp_path):
     p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = torch.optim.AdamW([p])
     p.grad = torch.tensor([gradient, 0.0])
     cfg = train_ift.Config()
-    with pytest.raises(UserError, match=r"^step 8: the loss is .* not updated; try a lower lr \(there is no checkpoint yet\)$"):
+    with pytest.raises(
+        UserError,
+        match=r"^step 8: the loss is .* not updated; try a lower lr \(there is no checkpoint yet\)$",
+    ):
         with explain_failure(SimpleNamespace(out=tmp_path), cfg, 7):
             optimizer_step(SimpleNamespace(parameters=lambda: [p]), optimizer, 1.0, loss)
     assert p.tolist() == [1.0, 2.0] and not optimizer.state
@@ -167,11 +181,18 @@ def test_a_failed_update_names_the_step_the_checkpoint_and_the_knob(tmp_path):
 
 
 def test_a_console_line_shows_the_metrics_there_are():
-    columns = (("reward", "critic/rewards/mean", ".2f"), ("kl", "actor/kl_loss", ".3f"), ("mfu", "mfu", ".0%"))
-    assert console_line("step 3/9", {"critic/rewards/mean": 0.5, "mfu": 0.4}, columns) == "step 3/9 | reward 0.50 | mfu 40%"
+    columns = (
+        ("reward", "critic/rewards/mean", ".2f"),
+        ("kl", "actor/kl_loss", ".3f"),
+        ("mfu", "mfu", ".0%"),
+    )
+    assert (
+        console_line("step 3/9", {"critic/rewards/mean": 0.5, "mfu": 0.4}, columns)
+        == "step 3/9 | reward 0.50 | mfu 40%"
+    )
 
 
-# ---- signals --------------------------------------------------------------------------------------------------
+# ---- signals -----------------------------------------------------------------------------------------------
 
 
 def test_signals_are_remembered_until_the_step_ends(capsys):
@@ -191,30 +212,38 @@ def test_signals_are_remembered_until_the_step_ends(capsys):
 
 
 UFT = (
-    "train_uft.py --steps=6 --problems=4 --mini_batch=2 --rollouts=2 --max_new_tokens=20 --train_rows=12 --test_rows=5"
-    " --hint_steps=4 --hint=target --eval_every=6 --save_every=5 --print_every=1 --device=cpu --threads=1 --show=0"
+    "train_uft.py --steps=6 --problems=4 --mini_batch=2 --rollouts=2 --max_new_tokens=20 --train_rows=12"
+    " --test_rows=5 --hint_steps=4 --hint=target --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
+    " --threads=1 --show=0"
 )
 IFT = (
-    "train_ift.py --loss=ift --epochs=2 --batch=6 --train_rows=18 --test_rows=5 --max_new_tokens=20 --own=sampled"
-    " --optimizer=rmsprop --lr=1e-4 --eval_every=6 --save_every=5 --print_every=1 --device=cpu --threads=1 --show=0"
+    "train_ift.py --loss=ift --epochs=2 --batch=6 --train_rows=18 --test_rows=5 --max_new_tokens=20"
+    " --own=sampled --optimizer=rmsprop --lr=1e-4 --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
+    " --threads=1 --show=0"
 )
 
 
 def start(flags, out, **options):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, *flags.split(), f"--out_dir={out}"]
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
 
 
 def metrics(out):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith(("timing", "tokens_per", "train_s"))} for r in records]
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("timing", "tokens_per", "train_s"))} for r in records
+    ]
 
 
 @pytest.mark.parametrize(
     ("flags", "number"), [(UFT, signal.SIGTERM), pytest.param(IFT, signal.SIGUSR1, marks=pytest.mark.slow)]
 )
-def test_a_signal_ends_the_run_after_the_step_and_the_resumed_run_is_the_uninterrupted_one(flags, number, tmp_path):
+def test_a_signal_ends_the_run_after_the_step_and_the_resumed_run_is_the_uninterrupted_one(
+    flags, number, tmp_path
+):
     # The uninterrupted run, beside one that is stopped as soon as it has printed its second step.
     whole, stopped = start(flags, tmp_path / "whole"), start(flags, tmp_path / "cut")
     for line in stopped.stdout:
@@ -256,19 +285,22 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
 
 
 def test_a_run_whose_rows_have_changed_is_not_resumed(tmp_path):
-    rows = [{"prompt": f"{a} {b}", "hint": [], "answer": f"{a + b}", "truth": {"numbers": [a, b], "target": a + b}}
+    rows = [{"prompt": f"{a} {b}", "hint": [], "answer": "3", "truth": {"numbers": [a, b], "target": a + b}}
             for a in range(8) for b in range(5)]  # fmt: skip
 
     def write(rows):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     write(rows)
-    flags = ["--algo=rft", "--steps=1", "--problems=2", "--mini_batch=2", "--rollouts=2", "--max_new_tokens=4", "--test_rows=2",
-             "--device=cpu", "--show=0", f"--data_path={tmp_path / 'rows.jsonl'}", f"--out_dir={tmp_path / 'out'}"]  # fmt: skip
+    flags = ["--algo=rft", "--steps=1", "--problems=2", "--mini_batch=2", "--rollouts=2",
+             "--max_new_tokens=4", "--test_rows=2", "--device=cpu", "--show=0",
+             f"--data_path={tmp_path / 'rows.jsonl'}", f"--out_dir={tmp_path / 'out'}"]  # fmt: skip
     train_uft.main(flags)
     train_uft.main([*flags, "--resume=true"])
     kept = (tmp_path / "out/metrics.jsonl").read_bytes()
     write([row | {"answer": "7"} for row in rows])
-    with pytest.raises(UserError, match=r"rows\.jsonl: the train rows have changed since the run began: they were \d+ rows"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl: the train rows have changed since the run began: they were \d+ rows"
+    ):
         train_uft.main([*flags, "--resume=true"])
     assert (tmp_path / "out/metrics.jsonl").read_bytes() == kept
