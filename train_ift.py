@@ -635,6 +635,7 @@ def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig
                 tokenizer.check_ids(part.ids, config.vocab_size, f"{where} row {i}")
     train = encoded["train"]
     longest = max(2 * max(len(e.ids) for e in row) if loss.pairs else len(row.ids) for row in train)
+    longest = max(longest, max(len(e[0].ids if loss.pairs else e.ids) for e in encoded["test"]))
     require(cfg, "token_budget", cfg.token_budget >= longest, f"must be >= {longest}, the longest row")
     conversations = not task and any("first" in row for row in rows)  # rows of messages, not of texts
     template = tokenizer.template_name(cfg.template) if conversations else "auto"

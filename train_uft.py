@@ -391,12 +391,10 @@ def lay_out(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     rows, places = [], []
     for g in groups:
         prefix = g.prompt + g.hint
-        for c in g.completions or [Completion([], [], True)]:
-            if c is not (g.completions or [c])[0]:
-                targets = np.arange(len(prefix), len(prefix) + len(c.tokens))
-            else:  # the first row: the hint too
-                targets = np.arange(len(g.prompt), len(prefix) + len(c.tokens))
-            rows.append((prefix + c.tokens)[:-1])  # the last token is predicted, but need not be fed
+        for j, completion in enumerate([c.tokens for c in g.completions] or [[]]):
+            first_target = len(g.prompt) if j == 0 else len(prefix)  # the hint too in the first row
+            targets = np.arange(first_target, len(prefix) + len(completion))
+            rows.append((prefix + completion)[:-1])  # the last token is predicted, but need not be fed
             places.append(targets - 1)
     T = max(map(len, rows))
     ids = np.zeros((len(rows), T), np.int64)
@@ -735,12 +733,12 @@ def load_data(cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     )
     require_solutions(train_rows, cfg)
     prompts = encode_prompts(train_rows, "train", tokenizer, config.vocab_size, cfg)
-    encode_prompts(test_rows, "test", tokenizer, config.vocab_size, cfg)
+    test_prompts = encode_prompts(test_rows, "test", tokenizer, config.vocab_size, cfg)
     problems = [
         Problem(row, prompt, cut_points(len(row["hint"]), cfg.segments))
         for row, prompt in zip(train_rows, prompts, strict=True)
     ]
-    return Data(task, problems, test_rows, check_lengths(problems, tokenizer, config, cfg))
+    return Data(task, problems, test_rows, check_lengths(problems, test_prompts, tokenizer, config, cfg))
 
 
 def require_solutions(rows: list[dict], cfg: Config) -> None:
@@ -768,18 +766,27 @@ def encode_prompts(
     return prompts
 
 
-def check_lengths(problems: list[Problem], tokenizer: Tokenizer, config: ModelConfig, cfg: Config) -> int:
-    """Tokens of the longest prompt with its whole hint. UserError if a completion or solution may not fit."""
-    algo, longest, longest_solution = ALGOS[cfg.algo], 0, 0
+def check_lengths(
+    problems: list[Problem], test_prompts: list[list[int]], tokenizer: Tokenizer, config: ModelConfig,
+    cfg: Config,
+) -> int:  # fmt: skip
+    """Tokens of the longest prompt with its hint. UserError if a completion or a solution may not fit."""
+    # The longest prompt with all of the hint that may be shown, and with a whole solution.
+    algo, longest, longest_solution = ALGOS[cfg.algo], max(map(len, test_prompts)), 0
     for i, problem in enumerate(problems):
         solution = tokenizer.encode(problem.solution())
         tokenizer.check_ids(solution, config.vocab_size, f"{cfg.data_path or cfg.task} train row {i}")
-        hint = tokenizer.encode(problem.hint(problem.segments))
-        longest = max(longest, len(problem.prompt) + len(hint))
+        shown = problem.segments if hint_rule(cfg) != "none" else 0
+        longest = max(longest, len(problem.prompt) + len(tokenizer.encode(problem.hint(shown))))
         longest_solution = max(longest_solution, len(problem.prompt) + len(solution) + 1)
+    # The model's window, in rollouts, validation and the supervised phase.
     window = config.max_position_embeddings
     too_long = f"with the longest prompt and hint ({longest} tokens) it exceeds the {window} positions"
     require(cfg, "max_new_tokens", longest + cfg.max_new_tokens <= window, too_long)
+    if algo.supervised and longest_solution > window:
+        where = cfg.data_path or cfg.task
+        raise UserError(f"{where}: a prompt and its solution have {longest_solution} tokens, the model {window}")
+    # A micro-batch holds at least one row.
     row = longest + cfg.max_new_tokens if algo.reinforced else 0
     row = max(row, longest_solution) if algo.supervised else row
     require(cfg, "token_budget", cfg.token_budget >= row, f"must be >= {row}, the longest row that can occur")

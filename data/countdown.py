@@ -77,7 +77,7 @@ def load(
     """
     if path is not None:
         needs = {"numbers": list, "target": (int, float, str)}
-        return first(read_rows(path, split, needs, _read_numbers), n, path, split)
+        return first(read_rows(path, split, needs, read_numbers), n, path, split)
     if style not in DEFAULTS:
         raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     if split not in ("train", "test"):
@@ -115,7 +115,7 @@ def load(
     return rows
 
 
-def _read_numbers(truth: dict) -> str | None:
+def read_numbers(truth: dict) -> str | None:
     """Turn numbers given as 3.0 or "3" into integers; the reason if that cannot be done."""
     values = [_whole(v) for v in (*truth["numbers"], truth["target"])]
     if None in values or len(values) < 2:

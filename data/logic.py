@@ -146,7 +146,7 @@ def load(
         raise UserError(f"n: {n}; must be >= 1")
     if path is not None:
         needs = {"names": list, "solution": list, "statements": str}
-        return first(read_rows(path, split, needs, _unusable), n, path, split)
+        return first(read_rows(path, split, needs, unusable), n, path, split)
     if style not in DEFAULTS:
         raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     default_n, default_sizes = DEFAULTS[style]
@@ -541,7 +541,7 @@ def _read_answer(block: str, truth: dict) -> list[bool] | None:
     return [roles[name] == "knight" for name in names] if roles.keys() == set(names) else None
 
 
-def _unusable(truth: dict) -> str | None:
+def unusable(truth: dict) -> str | None:
     """Why a row of a file cannot be used, or None."""
     names, solution = truth["names"], truth["solution"]
     if not all(isinstance(x, str) and x.strip() for x in names) or len({x.lower() for x in names}) != len(

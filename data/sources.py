@@ -34,8 +34,8 @@ SOURCES = {
     "logic": Source("logic", "kk_logic"),
 }
 MADE = {  # tasks that make problems: what a row of a file must hold, and the check of its truth
-    "countdown": ({"numbers": list, "target": (int, float, str)}, countdown._read_numbers),
-    "logic": ({"names": list, "solution": list, "statements": str}, logic._unusable),
+    "countdown": ({"numbers": list, "target": (int, float, str)}, countdown.read_numbers),
+    "logic": ({"names": list, "solution": list, "statements": str}, logic.unusable),
 }
 ALL = "uft"  # as a task: every source that the file has
 FILE = "data/others/test.parquet of github.com/liumy2010/UFT"

@@ -91,7 +91,7 @@ def write_config(out: Path, config: Any) -> None:
         new = out / "config.toml.new"
         write_toml(config, new)
         new.write_text(f"{MARK}\n{new.read_text(encoding='utf-8')}", encoding="utf-8")
-        os.replace(new, out / "config.toml")  # a run killed before that leaves no config.toml without its mark
+        os.replace(new, out / "config.toml")  # before that a kill leaves no config.toml without its mark
 
 
 # ---- folders replaced as a whole ---------------------------------------------------------------------------

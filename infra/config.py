@@ -54,6 +54,9 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
         main(sys.argv[1:])
     except UserError as e:
         fail(str(e))
+    except BrokenPipeError:  # the reader of the output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise

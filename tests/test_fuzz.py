@@ -53,24 +53,19 @@ def no_hang(what):
 
 TAGS = ["<answer>", "</answer>", "<think>", "</think>", "\n", " ", "Assistant:", "<|im_start|>assistant"]
 ODD = [
-    "\0", "\x0b", "\x1c", "\x85", "\u2028", "\xa0", "\ud800", "\udfff", "\ufeff", "\u200b", "İ", "ß", "ſ", "K",
-    "²", "٣", "๓", "𝟛", "½", "一", "😀", "e\u0301", "−", "／", "∞", "nan", "inf", "-inf", "1e999", "1e-999", "0x10",
-    "1_000", "9" * 400, "0" * 400, "(" * 300, ")" * 300, "-" * 300, "{" * 300, "\\" * 300, "<answer>" * 50,
-    "**", "//", "9**9**9**9", "1/0", "__import__('os')", "%s", "{0}", "\\1", "$", "\r", "\t", "\f",
+    *"\0\x0b\x1c\x85\u2028\xa0\ud800\udfff\ufeff\u200bİßſK²٣๓𝟛½一😀−／∞$\r\t\f", "e\u0301", "nan",
+    "inf", "-inf", "%s", "1e999", "1e-999", "0x10", "1_000", "**", "//", "9**9**9**9", "1/0", "{0}", "\\1",
+    "__import__('os')", *(c * 400 for c in "90(-){\\"), "<answer>" * 50,
 ]  # fmt: skip
 WORDS = {
-    "countdown": [*"0123456789+-*/(). =", "10", "99", "=", "6+4=10\n", "(1 + 2)", "/ 1", "+ 0", "- -", "* 1."],
-    "gsm8k": [*"0123456789.,$+-eE%", " dollars", " thousand", " k", "#### ", ",000", "e5", "E-3", "\\$", " half"],
-    "hendrycks_math": [
-        *"0123456789.,+-*/^_{}()[]|!%'=<>xyn ", "\\frac", "\\dfrac{1}{2}", "\\sqrt", "\\sqrt[3]{", "\\pi", "\\cdot ",
-        "\\text{", "\\text{ cm}", "\\boxed{", "\\left(", "\\right)", "\\pm ", "\\cup ", "\\begin{pmatrix}", "&", "\\\\",
-        "\\end{pmatrix}", "\\binom{9}{4}", "\\overline{3}", "\\sin ", "\\log_2 ", "^{99}", "400!", "^{9^{9}}", "\\{", "\\}",
-        " or ", " and ", "\\infty", "e^{", "2^{100}", "(x+1)^{9}", "\\sqrt{2}+\\sqrt{3}", "\\le ", "\\%", "{,}", "\\!",
-    ],
-    "logic": [
-        "A", "B", "C", "D", "knight", "knave", " is a ", "KNIGHT", "ok", "no", "back ", "(1) ", "Ann", ", ", " and ",
-        "A knight ok\n", "B knave no A\n", "back B\n", "not ", "knights", "knight knave",
-    ],
+    "countdown": [*"0123456789+-*/(). =", "10", "99", "6+4=10\n", "(1 + 2)", "/ 1", "+ 0", "- -", "* 1."],
+    "gsm8k": [*"0123456789.,$+-eE%", " dollars", " thousand", " k", "#### ", ",000", "e5", "E-3", r"\$"],
+    "hendrycks_math": [*"0123456789.,+-*/^_{}()[]|!%'=<>xyn ", " or ", " and ", r"\text{ cm}", r"\\"]
+    + r"""\frac \dfrac{1}{2} \sqrt \sqrt[3]{ \pi \cdot{} \text{ \boxed{ \left( \right) \pm \cup \infty
+        & \{ \} \begin{pmatrix} \end{pmatrix} \binom{9}{4} \overline{3} \sin{} \log_2{} ^{99} 400! ^{9^{9}}
+        e^{ 2^{100} (x+1)^{9} \sqrt{2}+\sqrt{3} \le \% {,} \!""".split(),
+    "logic": [*"ABCD", "knight", "knave", " is a ", "KNIGHT", "ok", "no", "back ", "(1) ", "Ann", ", "]
+    + [" and ", "A knight ok\n", "B knave no A\n", "back B\n", "not ", "knights", "knight knave"],
 }  # fmt: skip
 
 
@@ -126,7 +121,9 @@ def recorded(name: str) -> list[tuple[str, dict]]:
         "hendrycks_math": "uft/reward_math.jsonl",
     }[name]  # fmt: skip
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    found = [(r["response"], r.get("truth") or r["ground_truth"]) for r in rows if r.get("score", 0) is not None]
+    found = [
+        (r["response"], r.get("truth") or r["ground_truth"]) for r in rows if r.get("score", 0) is not None
+    ]
     if name in ("countdown", "logic"):
         return found
     return [(text, truth) for text, truth in found if arithmetic(str(truth["target"])) is not None]
@@ -140,7 +137,8 @@ NUMBERS = {  # target -> spellings of it
         "0": ["0", "0.0", "-0", "0 eggs", "0e5"],
     },
     "hendrycks_math": {
-        "\\frac{1}{2}": ["\\frac12", "1/2", "0.5", "\\dfrac{-1}{-2}", "50\\%", "$\\frac{1}{2}$", "\\frac{2}{4}"],
+        "\\frac{1}{2}": ["\\frac12", "1/2", "0.5", "\\dfrac{-1}{-2}", "50\\%", "$\\frac{1}{2}$",
+        "\\frac{2}{4}"],
         "1000": ["1,000", "10^3", "1e3", "1{,}000", "1000.0", "\\boxed{1000}", "1000\\text{ cm}", "x=1000"],
         "2\\sqrt{3}": ["\\sqrt{12}", "2\\sqrt3", "12^{1/2}", "\\frac{6}{\\sqrt{3}}"],
         "-\\frac{7}{4}": ["-1.75", "-1\\frac{3}{4}", "\\frac{-7}{4}", "-7/4"],
@@ -200,13 +198,18 @@ def denies_countdown(block: str, before: str, truth: dict) -> bool:
     if re.search(r"\((?:[^()]*\(){100}", block):  # too deep for Python's parser
         return False
     simple = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd)
-    return evaluate(block.strip(), Fraction, simple) != target or sorted(map(int, re.findall("[0-9]+", block))) != sorted(numbers)
+    return evaluate(block.strip(), Fraction, simple) != target or sorted(
+        map(int, re.findall("[0-9]+", block))
+    ) != sorted(numbers)
 
 
 def denies_countdown_published(block: str, before: str, truth: dict) -> bool:
     """Whether Python itself denies it, whose operators the published checker applies."""
     used = sorted(map(int, re.findall(r"\d+", block)))
-    return used != sorted(map(int, truth["numbers"])) or abs(evaluate(block.strip(), lambda x: x) - int(truth["target"])) >= 1e-5
+    return (
+        used != sorted(map(int, truth["numbers"]))
+        or abs(evaluate(block.strip(), lambda x: x) - int(truth["target"])) >= 1e-5
+    )
 
 
 def decimal(text: str) -> Fraction:
@@ -239,7 +242,9 @@ def arithmetic(text: str) -> float | None:
         text = re.sub(r"\\[dt]?frac\s*\{([^{}\\]*)\}\s*\{([^{}\\]*)\}", r"((\1)/(\2))", text)
         text = re.sub(r"\\sqrt\s*\{([^{}\\]*)\}", r"((\1)**0.5)", text)
         text = re.sub(r"\^\s*\{([^{}\\]*)\}", r"**(\1)", text)
-    text = re.sub(r"\\(?:cdot|times)(?![A-Za-z])|\\div(?![A-Za-z])", lambda m: "/" if "div" in m[0] else "*", text)
+    text = re.sub(
+        r"\\(?:cdot|times)(?![A-Za-z])|\\div(?![A-Za-z])", lambda m: "/" if "div" in m[0] else "*", text
+    )
     text = text.replace("^", "**")
     if not re.fullmatch(r"[-0-9.+*/()eE ]+", text) or text.count("**") > 1 or "//" in text or "***" in text:
         return None
@@ -267,7 +272,9 @@ def denies_logic(block: str, before: str, truth: dict) -> bool:
             for i in range(len(name) + 2, len(words)):
                 if words[i - len(name) - 2 : i] == [*name, "is", "a"] and words[i] in ("knight", "knave"):
                     roles[" ".join(name)] = words[i]
-    expected = {n.lower(): "knight" if k else "knave" for n, k in zip(truth["names"], truth["solution"], strict=True)}
+    expected = {
+        n.lower(): "knight" if k else "knave" for n, k in zip(truth["names"], truth["solution"], strict=True)
+    }
     if len(re.findall("knight|knave", block.lower())) != len(expected) or roles != expected:
         return True
     return bool(truth.get("steps")) and not follows(before, truth)
@@ -283,15 +290,19 @@ def follows(before: str, truth: dict) -> bool:
         if kind in ("telling-truth", "lying"):
             return knights[parts[0]] == (kind == "telling-truth")
         values = [holds(part, knights) for part in parts]
-        return {"not": not values[0], "and": all(values), "or": any(values), "->": not values[0] or values[-1],
-                "<=>": values[0] == values[-1]}[kind]  # fmt: skip
+        if kind in ("and", "or"):
+            return all(values) if kind == "and" else any(values)
+        if kind == "<=>":
+            return values[0] == values[1]
+        return not values[0] or kind == "->" and values[1]  # a "not" has no right side
 
     worlds = list(itertools.product((True, False), repeat=len(names)))
     fits = [[holds(claims[p], w) == w[p] for p in range(len(names))] for w in worlds]
 
     def may_hold(roles, speaker):
         return any(
-            fit[speaker] and all(w[p] == k for p, k in roles.items()) for w, fit in zip(worlds, fits, strict=True)
+            fit[speaker] and all(w[p] == k for p, k in roles.items())
+            for w, fit in zip(worlds, fits, strict=True)
         )
 
     roles: dict[int, bool] = {}
@@ -345,6 +356,30 @@ DENIES = {  # task -> for score() and for score_published()
     "hendrycks_math": (denies_math, denies_math),
     "logic": (denies_logic, denies_logic_published),
 }
+
+PEOPLE = {"names": ["A", "B"], "solution": [True, False], "statements": "(('lying', 1), ('lying', 0))"}
+
+
+@pytest.mark.parametrize(
+    ("denies", "block", "before", "truth"),
+    [
+        (denies_countdown, "1+2", "", {"numbers": [1, 2], "target": 4}),
+        (denies_countdown, "2*2", "", {"numbers": [1, 2], "target": 4}),
+        (denies_countdown, "5", "2+3=6\n6-1=5\n", {"numbers": [1, 2, 3], "target": 5, "steps": True}),
+        (denies_countdown, "5", "2+3=5\n", {"numbers": [1, 2, 3], "target": 5, "steps": True}),
+        (denies_countdown_published, "98 + 1 / 50000", "", {"numbers": [98, 1, 50000], "target": 98}),
+        (denies_gsm8k, "$1,800 dollars", "", {"target": "18"}),
+        (denies_gsm8k_published, "18.0001", "", {"target": "18"}),
+        (denies_math, "\\frac{1}{2}", "", {"target": "0.51"}),
+        (denies_logic, "A knight B knight", "", PEOPLE | {"steps": False}),
+        (denies_logic, "A knight B knave", "A knight ok\nB knave no A\n", PEOPLE | {"steps": True}),
+        (denies_logic, "A knight B knave", "A knave ok\nB knave ok\n", PEOPLE | {"steps": True}),
+        (denies_logic_published, "A is a knave, B is a knave", "", PEOPLE),
+    ],
+)
+def test_the_second_opinions_deny_what_is_wrong(denies, block, before, truth):
+    assert denies(block, before, truth)
+
 
 # ---- the checkers ------------------------------------------------------------------------------------------
 

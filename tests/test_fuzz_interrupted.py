@@ -7,6 +7,7 @@ run is killed at a random moment, while a folder is being written, or at its n-t
 
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -21,19 +22,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infra.checkpoint import resume_folder
+import train_uft
+from infra.checkpoint import finish_replacing, resume_folder, write_config
+from infra.log import Log
 
 ROOT = Path(__file__).parent.parent
-KILLS, FEW_KILLS = 20, 1  # per trainer
+KILLS, FEW_KILLS = 20, 2  # of a run
 DISK = 12 * 2**20  # bytes of the small disk; a run needs about 8 MB
-UFT = (
-    "train_uft.py --steps=8 --problems=4 --mini_batch=2 --rollouts=2 --max_new_tokens=12 --train_rows=12 --test_rows=2"
-    " --hint_steps=6 --hint=target --eval_every=4 --save_every=1 --print_every=1 --device=cpu --threads=1 --show=0"
+SHORT = (
+    "--train_rows=16 --test_rows=2 --max_new_tokens=12 --eval_every=4 --save_every=1 --print_every=1"
+    " --device=cpu --threads=1 --show=0"
 )
-IFT = (
-    "train_ift.py --loss=ift --epochs=3 --batch=6 --train_rows=16 --test_rows=2 --max_new_tokens=12 --own=sampled"
-    " --lr=1e-4 --eval_every=4 --save_every=1 --print_every=1 --device=cpu --threads=1 --show=0"
-)
+UFT = "train_uft.py --steps=8 --problems=4 --mini_batch=2 --rollouts=2 --hint_steps=6 --hint=target " + SHORT
+IFT = f"train_ift.py --loss=ift --epochs=3 --batch=6 --own=sampled --lr=1e-4 {SHORT}"
 SFT_RFT = UFT.replace("--steps=8", "--algo=sft-rft --sft_steps=4 --steps=4 --kl_coef=0.01")
 TRAINERS = pytest.mark.parametrize("flags", [UFT, IFT], ids=["uft", "ift"])
 
@@ -55,7 +56,8 @@ for line in sys.stdin:
         left = job["operations"]
         def count(event, args):
             global left
-            if event.partition(".")[0] in ("open", "os", "shutil") and args and str(args[0]).startswith(job["out"]):
+            on_files = event.partition(".")[0] in ("open", "os", "shutil")
+            if on_files and args and str(args[0]).startswith(job["out"]):
                 left -= 1
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -75,13 +77,21 @@ class Runs:
         self.err = folder / "stderr"
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", SERVER]
-        self.server = subprocess.Popen(command, cwd=ROOT, env=env, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.server = subprocess.Popen(
+            command, cwd=ROOT, env=env, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         self.code: int | None = 0
 
     def start(self, flags: str, out: Path, operations: int = 0, largest_file: int = 0) -> int:
         """Begin a run, or continue the one in `out`. Returns its process id."""
         argv = [*flags.split(), f"--out_dir={out}"] + ["--resume=true"] * (resume_folder(out) is not None)
-        job = {"argv": argv, "out": str(out), "err": str(self.err), "operations": operations, "largest_file": largest_file}
+        job = {
+            "argv": argv,
+            "out": str(out),
+            "err": str(self.err),
+            "operations": operations,
+            "largest_file": largest_file,
+        }
         self.server.stdin.write(json.dumps(job).encode() + b"\n")
         self.code = None
         return int(self.server.stdout.readline())
@@ -144,7 +154,9 @@ def content(out: Path) -> dict:
 def same(a: dict, b: dict) -> bool:
     for name in a:
         if isinstance(next(iter(a[name]), None), str) and name in ("model", "resume"):
-            assert a[name].keys() == b[name].keys() and all(torch.equal(a[name][k], b[name][k]) for k in a[name]), name
+            assert a[name].keys() == b[name].keys() and all(
+                torch.equal(a[name][k], b[name][k]) for k in a[name]
+            ), name
         else:
             assert a[name] == b[name], name
     return True
@@ -176,7 +188,10 @@ def kill_some_time(rng: Random, runs: Runs, flags: str, out: Path) -> int:
         while not runs.ended(0.001) and time.monotonic() < began + wait:
             pass
     else:
-        folder, saves = out / rng.choice(("model.new", "resume.new", "model.old", "resume.old")), rng.randrange(1, 4)
+        folder, saves = (
+            out / rng.choice(("model.new", "resume.new", "model.old", "resume.old")),
+            rng.randrange(1, 4),
+        )
         inside = rng.uniform(0, 0.004)
         while saves and not runs.ended():
             if folder.exists():
@@ -190,20 +205,41 @@ def kill_some_time(rng: Random, runs: Runs, flags: str, out: Path) -> int:
 @pytest.mark.parametrize(
     ("flags", "kills"),
     [
-        pytest.param(UFT, FEW_KILLS, id="uft-few"),
-        pytest.param(IFT, FEW_KILLS, id="ift-few"),
-        *(pytest.param(f, KILLS, id=f.split()[1], marks=pytest.mark.slow) for f in (UFT, IFT, SFT_RFT)),
+        pytest.param(IFT, FEW_KILLS, id="few"),
+        pytest.param(UFT, KILLS, id="uft", marks=pytest.mark.slow),
+        pytest.param(SFT_RFT, KILLS, id="sft-rft", marks=pytest.mark.slow),
+        pytest.param(IFT, KILLS, id="ift", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_ends_as_an_uninterrupted_one(flags, kills, runs, whole, tmp_path):
     rng, killed = Random(f"{flags}/{kills}"), 0
     while killed < kills:
         out, notes = tmp_path / f"out-{killed}", set()
-        while (code := kill_some_time(rng, runs, flags, out) if killed < kills else runs.run(flags, out)) != 0:
+        while (
+            code := kill_some_time(rng, runs, flags, out) if killed < kills else runs.run(flags, out)
+        ) != 0:
             assert code == -signal.SIGKILL, runs.err.read_text()
             killed += 1
             leave_notes(out, notes)
         assert same(content(out), whole(flags)) and notes_are_there(out, notes)
+
+
+def test_a_folder_replaced_just_before_a_kill_is_tidied_up(tmp_path):
+    for name in ("model", "model.old", "resume", "resume.old", "sft.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("state.json" if "resume" in name else "config.json")).write_text(name)
+    (tmp_path / "resume.old/notes.txt").write_text("mine")
+    finish_replacing(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model",
+        "resume",
+        "sft.old",
+    ]  # nothing replaced sft
+    assert (tmp_path / "resume/notes.txt").read_text() == "mine"
+    assert (tmp_path / "resume/state.json").read_text() == "resume"
+    (tmp_path / "resume").rename(tmp_path / "resume.old")
+    finish_replacing(tmp_path)
+    assert (tmp_path / "resume.old/state.json").exists()
 
 
 # ---- full disks --------------------------------------------------------------------------------------------
@@ -216,7 +252,9 @@ def small_disk(folder: Path):
     mount = shutil.which("mount")
     if os.getuid() or not mount:
         pytest.skip("only root can mount a small disk")
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", f"size={DISK}", "none", folder], capture_output=True, text=True)
+    done = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", f"size={DISK}", "none", folder], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"a small disk cannot be mounted: {done.stderr.strip()}")
     try:
@@ -247,6 +285,36 @@ def ends_in_one_line(runs: Runs) -> str:
     text = runs.err.read_text()
     assert runs.finish() == 2 and text.startswith("error: ") and text.count("\n") == 1, (runs.code, text)
     return text
+
+
+@contextmanager
+def no_room():
+    """Every write beyond the tenth byte of a file fails in this process."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_cutting_later_lines_off_the_logs_needs_no_room(tmp_path):
+    lines = [json.dumps({"step": step, "text": "é"}) + "\n" for step in (0, 1, 1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 3, "te', encoding="utf-8")
+    with no_room():
+        Log(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == "".join(lines[:4])
+    with no_room():
+        Log(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "samples.jsonl").read_text() == ""
+
+
+def test_no_config_is_left_half_written(tmp_path):
+    with no_room(), pytest.raises(OSError, match="File too large"):
+        write_config(tmp_path, train_uft.Config())
+    assert not (tmp_path / "config.toml").exists()
+    write_config(tmp_path, train_uft.Config())
+    assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
 
 
 # Bytes left: nothing for the log; nothing for model/; part of model/; model/ but not resume/; part of resume/

@@ -217,10 +217,11 @@ VALUES = (
     {"rope_type": "llama3"}, {"rope_type": "llama3", **LLAMA3}, {"rope_type": "default", "rope_theta": "x"},
 )  # fmt: skip
 KEYS = (
-    *LLAMA, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
-    "hidden_act", "hidden_activation", "tie_word_embeddings", "initializer_range", "sliding_window", "extra",
-    "max_position_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "partial_rotary_factor",
-    "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "architectures", "window", "family",
+    *LLAMA, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters",
+    "rope_scaling", "hidden_act", "hidden_activation", "tie_word_embeddings", "initializer_range",
+    "sliding_window", "extra", "max_position_embeddings", "use_sliding_window", "attention_bias",
+    "mlp_bias", "partial_rotary_factor", "eos_token_id", "bos_token_id", "dtype", "torch_dtype",
+    "architectures", "window", "family",
 )  # fmt: skip
 
 
