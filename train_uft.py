@@ -785,7 +785,8 @@ def check_lengths(
     require(cfg, "max_new_tokens", longest + cfg.max_new_tokens <= window, too_long)
     if algo.supervised and longest_solution > window:
         where = cfg.data_path or cfg.task
-        raise UserError(f"{where}: a prompt and its solution have {longest_solution} tokens, the model {window}")
+        size = f"a prompt and its solution have {longest_solution} tokens"
+        raise UserError(f"{where}: {size}, more than the model's {window} positions")
     # A micro-batch holds at least one row.
     row = longest + cfg.max_new_tokens if algo.reinforced else 0
     row = max(row, longest_solution) if algo.supervised else row

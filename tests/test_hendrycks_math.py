@@ -20,7 +20,8 @@ from infra.config import UserError
 
 UFT_DATA, GOLDEN = os.environ.get("NANOFT_UFT_DATA"), os.environ.get("NANOFT_GOLDEN")
 VECTORS = Path(__file__).parent / "vectors" / "uft"
-BLOCK = {  # categories of recorded scores in which both tasks depart by where the answer stands, and the reward
+# Categories of recorded scores in which both tasks depart by where the answer stands, and the reward.
+BLOCK = {
     "wrap: followed by newline": 1.0, "wrap: followed by newline and eos": 1.0,
     "wrap: answer spread over lines": 1.0,
     "wrap: followed by text on the next line": 1.0, "wrap: nested tags": 1.0,

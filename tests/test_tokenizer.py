@@ -725,7 +725,8 @@ def test_added_tokens_take_the_spaces_beside_them():
 
 
 def test_ids_of_added_tokens_are_those_tokenizers_gives():
-    """It takes no notice of the ids in the list, so a model trained with it has other ones: an error in use."""
+    """It takes no notice of the ids in the list, so a model trained with it has other ones: an error in use.
+    """
     with pytest.raises(UserError, match="has id 10, but its place gives it id 256"):
         Tokenizer(description(added=[("<x>", 10, True), ("<y>", 257, False)]), {})
     for first, second, text, id in ((300, 301, "a<x>", 256), (256, 300, "a<y>", 257), (300, 301, "<y>", 257)):
