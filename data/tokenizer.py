@@ -675,6 +675,8 @@ def _bos(part: dict | None, ids: dict[str, int], where: str) -> int | None:
         if p["type"] == "ByteLevel":
             continue
         names = [item.get("SpecialToken", {}).get("id") for item in p["single"]]
+        if names.count(None) != 1:
+            raise UserError(f"{where}: post_processor TemplateProcessing must contain the text once")
         before = names[: names.index(None)]
         if len(before) > 1 or (before and bos is not None):
             raise UserError(

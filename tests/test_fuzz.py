@@ -12,6 +12,7 @@ import operator
 import re
 import signal
 import time
+import unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from fractions import Fraction
@@ -212,13 +213,20 @@ def denies_countdown_published(block: str, before: str, truth: dict) -> bool:
     )
 
 
+def ascii_digits(text: str) -> str:
+    """The text with the digits of every script as 0 to 9."""
+    return "".join(str(unicodedata.decimal(c, c)) for c in text)
+
+
 def decimal(text: str) -> Fraction:
     """The value of a number as float() writes it."""
     digits, _, exponent = text.strip().lower().replace("_", "").partition("e")
     if abs(int(exponent or 0)) > 1000:
         assert not Fraction(digits) or int(exponent) < 0, text
         return Fraction(0)
-    return Fraction(digits.removesuffix(".")) * Fraction(10) ** int(exponent or 0)
+    sign, whole, decimals = re.fullmatch(r"([-+]?)0*([0-9]*)(?:\.([0-9]*))?", ascii_digits(digits)).groups()
+    # int() reads at most 4300 digits; float() neither needs the later decimals nor reads so large a number
+    return Fraction(f"{sign}{whole or 0}.{(decimals or '0')[:1000]}") * Fraction(10) ** int(exponent or 0)
 
 
 def denies_gsm8k(block: str, before: str, truth: dict) -> bool:

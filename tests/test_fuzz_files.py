@@ -269,6 +269,17 @@ def test_a_named_token_without_content_is_refused():
             tokenizer.chat([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_post_processor_contains_the_text_once(times):
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] + [
+        {"Sequence": {"id": "A", "type_id": 0}}
+    ] * times
+    description = sentencepiece()
+    description["post_processor"]["single"] = single
+    with pytest.raises(UserError, match="post_processor TemplateProcessing must contain the text once"):
+        Tokenizer(description, {"eos_token": "</s>"})
+
+
 def peer_ids(data: bytes) -> list[list[int]] | None:
     """The ids of TEXTS from the tokenizers package, or None if it cannot read the file."""
     tokenizers = pytest.importorskip("tokenizers")
