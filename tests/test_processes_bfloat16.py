@@ -1,8 +1,8 @@
 """Two processes (gloo, FSDP2) with blocks gathered in bfloat16, whatever the processor computes in.
 
 Every algorithm and every loss has to end: no collective may depend on what one process happens to hold. The
-rows are few and odd, so that a process has none of a kind: one row or three over two processes, groups that are
-dropped, hints that run out, prompts that are empty beside others.
+rows are few and odd, so that a process has none of a kind: one row or three over two processes, groups that
+are dropped, hints that run out, prompts that are empty beside others.
 """
 
 import json
