@@ -86,7 +86,9 @@ def draw(
         logits = logits / max(temperature, COLDEST)
     p, (n, V) = truncate(logits, top_k, top_p).softmax(-1), logits.shape
     # Level 1: the block.
-    p = F.pad(p, (0, -V % BLOCK)).view(n, -1, BLOCK)
+    if V % BLOCK:  # padding by nothing would copy
+        p = F.pad(p, (0, -V % BLOCK))
+    p = p.view(n, -1, BLOCK)
     blocks = p.sum(-1).cumsum(-1)  # (n, V / BLOCK)
     total = blocks[:, -1:]
     # Strictly below the total even where float32 rounds up: the last block may have no probability at all.

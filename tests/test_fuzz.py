@@ -220,17 +220,19 @@ def ascii_digits(text: str) -> str:
 
 def decimal(text: str) -> Fraction:
     """The value of a number as float() writes it."""
-    digits, _, exponent = text.strip().lower().replace("_", "").partition("e")
-    if abs(int(exponent or 0)) > 1000:
-        assert not Fraction(digits) or int(exponent) < 0, text
+    digits, _, exponent = ascii_digits(text.strip().lower().replace("_", "")).partition("e")
+    sign, whole, decimals = re.fullmatch(r"([-+]?)0*([0-9]*)(?:\.([0-9]*))?", digits).groups()
+    # int() reads at most 4300 digits; float() does not need the later decimals, and so large a number is inf
+    value, power = Fraction(f"{sign}{whole or 0}.{(decimals or '0')[:1000]}"), int(exponent or 0)
+    if abs(power) > 1000:
+        assert not value or power < 0, text  # float() gives inf
         return Fraction(0)
-    sign, whole, decimals = re.fullmatch(r"([-+]?)0*([0-9]*)(?:\.([0-9]*))?", ascii_digits(digits)).groups()
-    # int() reads at most 4300 digits; float() neither needs the later decimals nor reads so large a number
-    return Fraction(f"{sign}{whole or 0}.{(decimals or '0')[:1000]}") * Fraction(10) ** int(exponent or 0)
+    return value * Fraction(10) ** power
 
 
 def denies_gsm8k(block: str, before: str, truth: dict) -> bool:
-    sign, digits = re.match(r"\s*([-+]?)[ $\\]*([0-9,.]+(?:[eE][-+]?[0-9]+)?)", block).groups()
+    form = r"\s*([-+]?)[ $\\]*([0-9,]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)"
+    sign, digits = re.match(form, block).groups()
     value, target = decimal(sign + digits.replace(",", "")), decimal(str(truth["target"]).replace(",", ""))
     return abs(value - target) > Fraction(1, 10**5) + Fraction(1, 10**9)
 
