@@ -31,6 +31,7 @@ OWN_FILE = re.compile(  # names that runs write into model/ and resume/
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|state|adapter_config)\.json"
     r"|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|(model|tensors|adapter_model|parameters|optimizer)[\w-]*\.safetensors"
+    r"|\.tmp[A-Za-z0-9]{6}"  # what safetensors leaves if it is killed while it writes
 )
 PART_BYTES = 2 * 10**9  # approximate size of a file in out_dir/resume
 

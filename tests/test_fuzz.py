@@ -400,6 +400,14 @@ def seconds_of(check, text: str, truth: dict) -> float:
     return time.process_time() - began
 
 
+def denied(denies, block: str, before: str, truth: dict) -> bool:
+    """Whether the second opinion denies an answer. It can read every right one."""
+    try:
+        return denies(block, before, truth)
+    except (LookupError, ValueError, ArithmeticError, SyntaxError, AttributeError):
+        return True
+
+
 def published_block(text: str) -> tuple[str, str]:
     """(inside, before) of the last block as the published pattern finds it on the last line."""
     return re.findall(r"<answer>(.*?)</answer>", text.rpartition("\n")[2])[-1].strip(), ""
@@ -440,7 +448,7 @@ def test_a_checker_is_never_cheated_slow_or_stopped(name, n):
                         block = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)[-1]
                 else:
                     block, before = published_block(text)
-                assert not denies(block, before, truth), case
+                assert not denied(denies, block, before, truth), case
     for checker in checkers:  # the mutations leave enough right answers to judge
         for reward in (0.0, 0.1, 1.0):
             assert rewards[checker, reward] > n / 100, rewards

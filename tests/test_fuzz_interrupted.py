@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_uft
-from infra.checkpoint import finish_replacing, resume_folder, write_config
+from infra.checkpoint import finish_replacing, new_folder, resume_folder, write_config
 from infra.log import Log
 
 ROOT = Path(__file__).parent.parent
@@ -240,6 +240,14 @@ def test_a_folder_replaced_just_before_a_kill_is_tidied_up(tmp_path):
     (tmp_path / "resume").rename(tmp_path / "resume.old")
     finish_replacing(tmp_path)
     assert (tmp_path / "resume.old/state.json").exists()
+
+
+def test_what_a_kill_left_half_written_goes_and_the_users_files_stay(tmp_path):
+    for name in ("tensors-00000.safetensors", ".tmpgXsYOO", "notes.txt", ".tmp"):
+        (tmp_path / "resume.new").mkdir(exist_ok=True)
+        (tmp_path / "resume.new" / name).write_text(name)
+    new_folder(tmp_path / "resume.new")
+    assert sorted(p.name for p in (tmp_path / "resume.new").iterdir()) == [".tmp", "notes.txt"]
 
 
 # ---- full disks --------------------------------------------------------------------------------------------
