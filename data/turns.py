@@ -57,6 +57,7 @@ def find_turns(
     rendering, where that is certain. UserError: the template cannot render the row, or ignores a field that
     matters.
     """
+    # The turns to train on; of a plain conversation found in one rendering where the template allows it.
     messages, first, tools = row[name], row["first"], row.get("tools")
     trained = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant" and _has_loss(m)]
     plain = not tools and all(
@@ -68,6 +69,7 @@ def find_turns(
     def render(messages: list[dict], ask: bool, tools: list | None = tools) -> str:
         return tokenizer.render(messages, ask, template, date_string=DATE, tools=tools)
 
+    # The whole conversation, in which every field has to show.
     try:
         whole = render(messages, False)
     except UserError as e:

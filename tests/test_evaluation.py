@@ -35,7 +35,7 @@ from sampler import Completion, generate
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/tiny/countdown"
 SMALL = [f"--model={BASE}", "--rows=6", "--max_new_tokens=40", "--device=cpu", "--threads=1", "--show=0"]
-OTHERS = Path("/work/shared/uft_data/others")
+OTHERS = Path(os.environ.get("NANOFT_UFT_DATA", "uft_data")) / "others"  # the published data
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
