@@ -26,6 +26,7 @@ an interrupted evaluation continues when the same command is given again.
 import json
 import math
 import sys
+import time
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from data.tokenizer import Tokenizer
 from infra import exports
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
 from infra.log import Counter, brief, wilson
-from infra.parallel import collect, gather, settle_dtype, share, start_process
+from infra.parallel import collect, gather, settle_dtype, share, start_process, world
 from infra.training import fingerprint, starting_model
 from model import Transformer
 from sampler import Completion, generate, stream
@@ -707,6 +708,7 @@ def main(argv: Sequence[str]) -> None:
 
     # 3. The other answers, each process its share.
     waiting = share([p for p in problems if (p.name, p.index) not in records])
+    sampling_start = time.perf_counter()
     try:
         sample(model, tokenizer, cfg, waiting, records, file)
     except KeyboardInterrupt:
@@ -715,6 +717,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(130)
     everyone = {key: record for part in collect(records) for key, record in part.items()}
     records = {(p.name, p.index): everyone[p.name, p.index] for p in problems}
+    seconds = time.perf_counter() - sampling_start
     if file:
         file.close()
         exports.merge_answers(cfg.save, settings, records)
@@ -733,6 +736,8 @@ def main(argv: Sequence[str]) -> None:
             print(f"--- {prompt}\n{response}\n    -> {scored(first, cfg.checker)[1]}")
         results.append(summarise(name, [r["answers"] for r in own], cfg.checker))
     table = table_rows(results, cfg.checker)
+    if waiting:
+        print(f"{seconds:.0f} s for the answers to {len(waiting) * world():,} problems")
     print(exports.text_table(table))
     if cfg.table:
         exports.write_table(cfg.table, table, settings | {"checker": cfg.checker}, results)
