@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -61,9 +62,8 @@ def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
                 )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        trial = out / f".writable-{os.getpid()}"
-        trial.write_text("")
-        trial.unlink()
+        with tempfile.TemporaryFile(dir=out):  # has no name, so a kill leaves nothing
+            pass
     except OSError as e:
         raise UserError(f"out_dir = {out_dir!r}: cannot be written to ({e.strerror})") from None
     return out
