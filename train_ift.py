@@ -54,6 +54,7 @@ from infra.training import (
     frozen_model,
     log_step,
     lr_factor,
+    model_size,
     optimizer_step,
     save_and_stop,
     set_options,
@@ -113,13 +114,16 @@ class Config:
     lr_schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
     weight_decay: float = 0.0  # decoupled weight decay, adamw only
     grad_clip: float = 1.0  # largest gradient norm; 10 in the paper
+    # LoRA
+    lora_rank: int = 0  # rank of the adapters that are trained instead of the model; 0: train all of it
+    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
     # Speed
     fast: bool = True  # use fast/: same results, faster; false: plain path (train_ift, model, sampler.py)
     token_budget: int = 16384  # most tokens of a micro-batch, padding included
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: str = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
-    dtype: str = "float32"  # arithmetic: float32, or bfloat16 over float32 weights
+    dtype: str = "auto"  # arithmetic: float32, bfloat16, or auto: bfloat16 for LoRA if possible, else float32
     threads: int = 0  # CPU threads; 0: torch's choice
     # Reports
     max_new_tokens: int = 64  # longest answer in validation
@@ -148,7 +152,7 @@ def check(cfg: Config) -> None:
     one_of(cfg, "optimizer", ("adamw", "rmsprop"))
     one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
     one_of(cfg, "checker", ("ours", "published"))
-    one_of(cfg, "dtype", ("float32", "bfloat16"))
+    one_of(cfg, "dtype", ("auto", "float32", "bfloat16"))
     one_of(cfg, "compile", ("auto", "true", "false"))
     # Numbers.
     positive = ("batch", "max_length", "token_budget", "max_new_tokens", "eval_every", "save_every",
@@ -157,9 +161,9 @@ def check(cfg: Config) -> None:
     shares = ("lam", "lam_low", "gamma", "warmup_ratio", "label_smoothing")
     require_each(cfg, shares, lambda v: 0 <= v <= 1, "must be from 0 to 1")
     not_negative = ("train_rows", "test_rows", "seed", "threads", "weight_decay", "lam_disturb", "tdpo_alpha",
-                    "beta", "show", "val_temperature")  # fmt: skip
+                    "beta", "show", "val_temperature", "lora_rank")  # fmt: skip
     require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
-    require_each(cfg, ("epochs", "lr", "grad_clip"), lambda v: v > 0, "must be above 0")
+    require_each(cfg, ("epochs", "lr", "grad_clip", "lora_alpha"), lambda v: v > 0, "must be above 0")
     # Combinations.
     require(cfg, "val_n", cfg.val_n == 1 or cfg.val_temperature > 0, "needs a val_temperature above 0")
     pairs = [name for name in cfg.loss if LOSSES[name].pairs]
@@ -712,9 +716,9 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
     resume = cfg.resume and resume_folder(out_dir) is not None  # of several methods, some may not have begun
-    run = set_up(cfg, str(out_dir), device, "float32", resume)
+    run = set_up(cfg, str(out_dir), device, cfg.dtype if cfg.lora_rank else "float32", resume)
     data = load_data(loss, cfg, run.tokenizer, run.model.config)
-    reference = frozen_model(run.base, cfg, device) if loss.reference else None
+    reference = frozen_model(run.base, run, cfg) if loss.reference else None
     if cfg.optimizer == "adamw":
         options = {"betas": (0.9, 0.99), "weight_decay": cfg.weight_decay, "fused": True}
         run.optimizer = torch.optim.AdamW(run.model.parameters(), **options)
@@ -725,8 +729,7 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
     )
     steps = max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
     warmup = round(cfg.warmup_ratio * steps)
-    size = f"{sum(p.numel() for p in run.model.parameters()):,} parameters on {device}"
-    print(f"{name}: {steps} steps of {cfg.batch}, {size}")
+    print(f"{name}: {steps} steps of {cfg.batch}, {model_size(run)}")
     if run.state["step"] == 0:
         run.state["last"] = validate(run, data, name, 0, steps, 0, cfg)
 

@@ -53,6 +53,7 @@ from infra.training import (
     frozen_model,
     log_step,
     lr_factor,
+    model_size,
     optimizer_step,
     save_and_stop,
     set_options,
@@ -144,6 +145,9 @@ class Config:
     max_new_tokens: int = 64  # longest completion
     temperature: float = 1.0  # temperature of rollouts, and of the log-probs of their tokens
     rollout_batch: int = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
+    # LoRA
+    lora_rank: int = 0  # rank of the adapters that are trained instead of the model; 0: train all of it
+    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
     # Speed
     fast: bool = True  # use fast/: same results, faster; false: plain path (train_uft, model, sampler.py)
     token_budget: int = 32768  # most tokens of a micro-batch, padding included
@@ -151,7 +155,7 @@ class Config:
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: str = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
-    dtype: str = "float32"  # training arithmetic: float32, or bfloat16 over float32 weights
+    dtype: str = "auto"  # arithmetic: float32, bfloat16, or auto: bfloat16 for LoRA if possible, else float32
     rollout_dtype: str = "float32"  # dtype of the weights in rollouts and validation
     threads: int = 0  # CPU threads; 0: torch's choice
     # Reports
@@ -174,7 +178,7 @@ def check(cfg: Config) -> None:
     one_of(cfg, "loss_norm", ("tokens", "constant", "paper_code"))
     one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
     one_of(cfg, "checker", ("ours", "published"))
-    one_of(cfg, "dtype", ("float32", "bfloat16"))
+    one_of(cfg, "dtype", ("auto", "float32", "bfloat16"))
     one_of(cfg, "rollout_dtype", ("float32", "bfloat16"))
     one_of(cfg, "compile", ("auto", "true", "false"))
     positive = ("steps", "sft_steps", "problems", "rollouts", "mini_batch", "hint_steps", "segments",
@@ -183,15 +187,19 @@ def check(cfg: Config) -> None:
     require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
     require_each(cfg, ("p_low", "p_high", "ift_lambda"), lambda v: 0 <= v <= 1, "must be from 0 to 1")
     require_each(cfg, ("beta1", "beta2", "sft_beta2"), lambda v: 0 <= v < 1, "must be >= 0 and below 1")
-    require_each(cfg, ("lr", "sft_lr", "grad_clip"), lambda v: v > 0, "must be above 0")
+    require_each(cfg, ("lr", "sft_lr", "grad_clip", "lora_alpha"), lambda v: v > 0, "must be above 0")
     not_negative = ("train_rows", "test_rows", "seed", "threads", "rollout_batch", "hint_coef", "kl_coef",
                     "show", "entropy_coef", "clip_low", "clip_high", "weight_decay", "warmup",
-                    "target_eta", "val_temperature")  # fmt: skip
+                    "target_eta", "val_temperature", "lora_rank")  # fmt: skip
     require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
     require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
     require(cfg, "temperature", cfg.temperature > 0, "rollouts need a temperature above 0")
     require(cfg, "val_n", cfg.val_n == 1 or cfg.val_temperature > 0, "needs a val_temperature above 0")
     require(cfg, "mini_batch", cfg.problems % cfg.mini_batch == 0, f"must divide problems = {cfg.problems}")
+    two_phases = ALGOS[cfg.algo].supervised and ALGOS[cfg.algo].reinforced
+    require(cfg, "kl_coef", not (cfg.kl_coef and cfg.lora_rank and two_phases),
+            "with LoRA the reference is the starting model, not that of the supervised phase; give 0, or run "
+            "sft and then rft from its out_dir/model")  # fmt: skip
     load_task(cfg.task)  # UserError if there is no such task
 
 
@@ -853,7 +861,8 @@ def engine_options(run: Run, data: Data, cfg: Config) -> dict:
     if not cfg.fast:
         return {}
     # Gradients and moments are allocated in the first update: leave room for them.
-    reserve = 0 if run.optimizer.state else 12 * sum(p.numel() for p in run.model.parameters()) // world()
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    reserve = 0 if run.optimizer.state else 12 * trained // world()
     return {
         "compile": False if cfg.compile == "false" else None,
         "reserve": reserve,
@@ -989,10 +998,8 @@ def main(
     fingerprints = {"train": fingerprint([p.row for p in data.problems]), "test": fingerprint(data.test_rows)}
     start_or_resume(run, cfg, cfg.resume, {"memory": [None] * len(data.problems)}, fingerprints)
     memory, reference = run.state["memory"], None
-    size = f"{sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device}"
-    print(
-        f"{cfg.algo} on {cfg.task}: {len(data.problems)} train, {len(data.test_rows)} test problems, {size}"
-    )
+    counts = f"{len(data.problems)} train, {len(data.test_rows)} test problems"
+    print(f"{cfg.algo} on {cfg.task}: {counts}, {model_size(run)}")
     if run.state["step"] == 0:
         validate(run, data, 0, total, cfg.show, cfg)
 
@@ -1012,7 +1019,7 @@ def main(
             if t == 0:  # reinforcement starts afresh from the result of the supervised phase
                 run.optimizer.state.clear()
             if cfg.kl_coef and reference is None:  # loaded here, since out_dir/sft exists only now
-                reference = frozen_model(run.out / "sft" if sft_steps else run.base, cfg, run.device)
+                reference = frozen_model(run.out / "sft" if sft_steps else run.base, run, cfg)
             # 2. How much of each solution to show: l ~ Binomial(m, p(t)), eq. 3.1.
             rngs = [np.random.default_rng((cfg.seed, HINT_STREAM, step, pick.key)) for pick in picks]
             shown = [hint_length(rule, t, problem.segments, cfg, rng, memory[pick.problem])

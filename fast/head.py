@@ -17,7 +17,7 @@ from model import autocast_input
 
 # Logits alive at a time. On a CPU: few enough for the cache, enough rows for a full-speed product. Elsewhere:
 # enough that launching a chunk's kernels costs little beside running them.
-CPU_CHUNK = 1 << 22
+CPU_CHUNK = 1 << 23
 CUDA_CHUNK = 1 << 26
 PIECE = 1024  # CPU: rows of the head multiplied at a time
 LARGE_TABLE = 1 << 24  # CPU: elements of an embedding table whose gradient needs room in the heap
@@ -102,8 +102,15 @@ def _grad_logits(
     return p.scatter_add_(1, targets[:, None], g_logp[:, None])
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _gradient_of(weight: Tensor) -> Tensor | None:
+    """Zeros to add the head's gradient to; None if it is frozen, as with LoRA."""
+    return torch.zeros_like(weight) if weight.requires_grad else None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> None:
     """total += a @ b, summed in total's dtype: bfloat16 would lose the contributions of later chunks."""
+    if total is None:
+        return
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -130,7 +137,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, entropy = ctx.saved_tensors
-        g_hidden, g_weight, head = torch.zeros_like(hidden), torch.zeros_like(weight), weight.to(hidden.dtype)
+        g_hidden, head = torch.zeros_like(hidden), weight.to(hidden.dtype)
+        g_weight = _gradient_of(weight)
         for s in _chunks(hidden, weight):
             lp = _log_softmax(hidden[s], head, _at(ctx.temperature, s))
             g = g_entropy[s] if ctx.want_entropy else None
@@ -154,7 +162,8 @@ def token_logprobs(
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_fn, columns, temperature, want_entropy, chunks):
-        g_hidden, g_weight, head = torch.zeros_like(hidden), torch.zeros_like(weight), weight.to(hidden.dtype)
+        g_hidden, head = torch.zeros_like(hidden), weight.to(hidden.dtype)
+        g_weight = _gradient_of(weight)
         total, logps, entropies = hidden.new_zeros((), dtype=torch.float32), [], []
         chunks = _chunks(hidden, weight) if chunks is None else chunks
         rows = max((s.stop - s.start for s in chunks), default=0)
@@ -190,7 +199,8 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         g_hidden, g_weight = ctx.saved_tensors
-        return g_hidden.mul_(g), g_weight.mul_(g), None, None, None, None, None, None
+        g_weight = None if g_weight is None else g_weight.mul_(g)
+        return g_hidden.mul_(g), g_weight, None, None, None, None, None, None
 
 
 def token_loss(
@@ -224,7 +234,7 @@ class _TokenKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         hidden, weight, ref_hidden, ref_weight = ctx.saved_tensors
-        g_hidden, g_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        g_hidden, g_weight = torch.zeros_like(hidden), _gradient_of(weight)
         head, ref_head = weight.to(hidden.dtype), ref_weight.to(ref_hidden.dtype)
         for s in _chunks(hidden, weight):
             p = _log_softmax(hidden[s], head, 1.0).exp_()

@@ -22,11 +22,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infra.config import UserError, write_toml
 from infra.parallel import barrier, full, rank
+from lora import adapter_files, base_parameters
 
 # The first line of a run's config.toml.
 MARK = "# written by nanoFT; a run in this folder continues with --resume=true"
 RUN_FILES = (
     "config.toml", "metrics.jsonl", "samples.jsonl", "curve.png", "model", "model.old", "sft", "sft.old",
+    "adapter", "adapter.old",
 )  # fmt: skip
 OWN_FILE = re.compile(  # names that runs write into model/ and resume/
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|state|adapter_config)\.json"
@@ -44,7 +46,7 @@ def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
     if not out_dir.strip():
         raise UserError("out_dir is empty: name the folder to write to")
     out = Path(out_dir)
-    for name in ("model", "sft", "resume", "model.old", "sft.old", "resume.old"):
+    for name in ("model", "sft", "adapter", "resume", "model.old", "sft.old", "adapter.old", "resume.old"):
         if base.resolve() == (out / name).resolve():
             raise UserError(
                 f"out_dir = {out_dir!r}: its {name}/ is the model to start from and would be replaced"
@@ -76,9 +78,11 @@ def _is_run(out: Path) -> bool:
         return False
 
 
-def check_disk(out: Path, parameters: int) -> None:
+def check_disk(out: Path, model) -> None:
     """UserError if the disk has no room for model/ and resume/ beside the ones they replace."""
-    needed = 28 * parameters  # bytes: model 4, resume 12 (weights and two moments), and 12 for the new resume
+    # Bytes: model 4 a parameter; resume 12 a trained one (weight and two moments), and 12 for the new resume.
+    needed = 4 * sum(p.numel() for p in base_parameters(model).values())
+    needed += 24 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(
@@ -121,7 +125,8 @@ def replace_folder(new: Path, target: Path) -> None:
 
 def finish_replacing(out: Path) -> None:
     """Discard the folders that a run killed in replace_folder() left beside the ones that replaced them."""
-    for name, last_file in (("model", "config.json"), ("sft", "config.json"), ("resume", "state.json")):
+    last_files = {"model": "config.json", "sft": "config.json", "adapter": "adapter_config.json"}
+    for name, last_file in (last_files | {"resume": "state.json"}).items():
         if rank() == 0 and (out / name / last_file).exists():
             discard(out / f"{name}.old", rescue_to=out / name)
 
@@ -169,6 +174,18 @@ def save_model(out: Path, model, tokenizer, name: str = "model", stop_ids=(), te
     replace_folder(new, out / name)
 
 
+def save_adapter(out: Path, model, base: Path) -> None:
+    """Write out_dir/adapter, which peft reads on top of the starting model `base`."""
+    new = out / "adapter.new"
+    new_folder(new)
+    with _disk_errors(out / "adapter"):
+        if rank() == 0:
+            config, tensors = adapter_files(model, str(base))
+            save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+            (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    replace_folder(new, out / "adapter")
+
+
 class _disk_errors:
     """Turns a failed write into a UserError that says that the previous version is kept."""
 
@@ -190,7 +207,7 @@ class _disk_errors:
 
 
 def save_resume(out: Path, model, optimizer: torch.optim.Optimizer, state: dict, config: Any) -> None:
-    """Write out_dir/resume: parameters, optimiser state and `state` (JSON).
+    """Write out_dir/resume: trained parameters, optimiser state and `state` (JSON).
 
     The content does not depend on the number of processes. Random numbers are functions of (seed, step, row),
     so there is no generator to keep. Tensors are gathered one by one and written by rank 0 in files of about
@@ -217,11 +234,15 @@ def save_resume(out: Path, model, optimizer: torch.optim.Optimizer, state: dict,
 
 def _named_tensors(model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """("parameter/NAME", tensor) and ("MOMENT/NAME", tensor) to keep, in the same order on every process."""
-    names = {p: n for n, p in model.named_parameters()}
-    for p, name in names.items():
+    for name, p in _trained(model).items():
         yield f"parameter/{name}", p
         for key, value in sorted(optimizer.state.get(p, {}).items()):
             yield f"{key}/{name}", value
+
+
+def _trained(model) -> dict[str, torch.nn.Parameter]:
+    """The parameters that a run changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 MAY_DIFFER = (  # knobs that a resumed run may change
@@ -263,17 +284,17 @@ def resume_folder(out: Path) -> Path | None:
 
 def _check_same(folder: Path, saved: dict, config: Any) -> None:
     for f in fields(config):
-        now = getattr(config, f.name)
-        now = list(now) if isinstance(now, tuple) else now
-        if f.name not in MAY_DIFFER and now != saved.get(f.name):
-            raise UserError(
-                f"{folder}: the run has {f.name} = {saved.get(f.name)!r}, not {now!r}; resume with the same"
-            )
+        # A knob younger than the checkpoint had its default's effect.
+        now, was = (list(v) if isinstance(v, tuple) else v
+                    for v in (getattr(config, f.name), saved.get(f.name, f.default)))  # fmt: skip
+        if f.name not in MAY_DIFFER and now != was:
+            raise UserError(f"{folder}: the run has {f.name} = {was!r}, not {now!r}; resume with the same")
 
 
 def _fill(folder: Path, model, optimizer: torch.optim.Optimizer) -> None:
     """Copy the saved tensors into the parameters and the optimiser's state."""
-    parameters, missing = dict(model.named_parameters()), set(dict(model.named_parameters()))
+    parameters = _trained(model)
+    missing = set(parameters)
     for path in sorted(folder.glob("tensors-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a dict)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infra.config import UserError
 from infra.parallel import full
+from lora import adapted_layers, base_parameters, merged_weight
 from model import FAMILIES, ModelConfig, Transformer
 
 # ---- config.json -------------------------------------------------------------------------------------------
@@ -258,13 +259,14 @@ def save_model(
 ) -> None:  # fmt: skip
     """Write config.json, generation_config.json and weights for transformers 4 and 5, vLLM and others.
 
-    dtype None: the parameters' own. generation_config.json stops at config.json's eos_token_id and
-    `stop_ids`. Weights go to model.safetensors, or to files of at most shard_bytes (or one tensor) with an
-    index; a tied head is not written. For a sharded model every process must call this, one of them with
-    write; the others only help to gather.
+    dtype None: the parameters' own, or float32 with adapters, which are merged into the weights. Generation
+    stops at config.json's eos_token_id and `stop_ids`. Weights go to model.safetensors, or to files of at
+    most shard_bytes (or one tensor) with an index; a tied head is not written. For a sharded model every
+    process must call this, one of them with write; the others only help to gather.
     """
     dir = Path(dir)
-    parameters = dict(model.named_parameters())
+    parameters = base_parameters(model)  # with adapters merged into them below
+    dtype = dtype or (torch.float32 if adapted_layers(model) else None)
     dtype = dtype or next(iter(parameters.values())).dtype
     # The tensors of each file.
     shards, room = [[]], shard_bytes
@@ -298,6 +300,7 @@ def save_model(
         for name in shard:
             whole = full(parameters[name].detach())
             if write:
+                whole = merged_weight(model, name, whole)
                 tensors[name] = whole.to("cpu", dtype).contiguous()
         if write:
             save_file(tensors, dir / file, metadata={"format": "pt"})

@@ -111,13 +111,15 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def flops_per_token(model, length: int | float) -> float:
     """FLOPs of a forward and backward pass per token, in rows of `length` tokens.
 
-    6 per parameter of a matrix product (the head is one, an embedding table is not), and 6 x layers x H x D x
-    length for causal attention.
+    6 per parameter of a matrix product (the head is one, an embedding table is not), 4 if it is frozen, and
+    6 x layers x H x D x length for causal attention.
     """
     c = model.config
     table = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     n = sum(p.numel() for p in model.parameters()) - table
-    return 6.0 * n + 6.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
+    attention = 6.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
+    return 6.0 * n - 2.0 * max(0, frozen - table) + attention
 
 
 def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:

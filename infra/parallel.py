@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from infra.config import UserError
+from lora import adapted_layers, base_parameters, merged_weight
 
 # ---- processes: torchrun starts them, each calls start_process() -------------------------------------------
 
@@ -187,9 +188,12 @@ def full(p: torch.Tensor) -> torch.Tensor:
 
 
 def whole_copy(model, dtype: torch.dtype):
-    """The model to sample from: itself if unsharded and in dtype already, or a copy that refresh() fills."""
+    """The model to sample from: the model itself, or a copy that refresh() fills.
+
+    It is a copy if the model is sharded, has adapters or has another dtype.
+    """
     p = model.head_weight
-    if not isinstance(p, DTensor) and p.dtype == dtype:
+    if not isinstance(p, DTensor) and p.dtype == dtype and not adapted_layers(model):
         return model
     with torch.device("meta"):
         copy = type(model)(model.config).to(dtype)
@@ -198,10 +202,11 @@ def whole_copy(model, dtype: torch.dtype):
 
 @torch.no_grad()
 def refresh(copy, model) -> None:
-    """Fill a whole_copy() with the model's current weights."""
+    """Fill a whole_copy() with the model's current weights, adapters merged into them."""
     if copy is not model:
-        for a, b in zip(copy.parameters(), model.parameters(), strict=True):
-            a.copy_(full(b))
+        theirs = base_parameters(model)
+        for name, p in copy.named_parameters():
+            p.copy_(merged_weight(model, name, full(theirs[name])))
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------

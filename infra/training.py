@@ -25,6 +25,7 @@ from infra.checkpoint import (
     check_out_dir,
     finish_replacing,
     load_resume,
+    save_adapter,
     save_model,
     save_resume,
     write_config,
@@ -32,7 +33,8 @@ from infra.checkpoint import (
 from infra.config import UserError, memory_advice
 from infra.huggingface import load_model
 from infra.log import Log, import_wandb, mfu
-from infra.parallel import collect, full, settle_dtype, sharding, start_process, whole_copy
+from infra.parallel import collect, full, has_bfloat16, settle_dtype, sharding, start_process, whole_copy
+from lora import StartingModel, adapted_layers, add_adapters, average_gradients
 from model import Transformer
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +63,8 @@ def start(cfg: Any) -> torch.device:
     if cfg.wandb:
         import_wandb()  # UserError now rather than after the model is loaded
     device = start_process(cfg.device, cfg.threads)
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if cfg.lora_rank and has_bfloat16(device) else "float32"
     settle_dtype(cfg, device)
     if device.type not in ("cpu", "cuda"):  # mps and xpu: the plain path in float32, untested so far
         cfg.fast, cfg.dtype, cfg.compile = False, "float32", "false"
@@ -94,9 +98,13 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
         raise UserError(
             f"{base / 'tokenizer_config.json'}: eos_token is missing, and without it no answer ends"
         )
-    model = load_model(base, torch.float32, device, sharding(cfg.dtype))
+    # Trained weights are float32; frozen ones have the dtype of the arithmetic.
+    dtype = getattr(torch, cfg.dtype) if cfg.lora_rank else torch.float32
+    model = load_model(base, dtype, device, sharding(cfg.dtype))
+    if cfg.lora_rank:
+        add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     speed_up(model, cfg, device)
-    check_disk(out, sum(p.numel() for p in model.parameters()))
+    check_disk(out, model)
     sampler = whole_copy(model, getattr(torch, rollout_dtype))
     return Run(out, base, device, tokenizer, model, sampler)
 
@@ -111,11 +119,23 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
             print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
 
 
-def frozen_model(dir: Path, cfg: Any, device: torch.device) -> Transformer:
-    """The frozen reference of a KL term or a pair loss, sharded and compiled like the trained model."""
-    model = load_model(dir, torch.float32, device, sharding(cfg.dtype))
-    speed_up(model, cfg, device)
+def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:
+    """The frozen reference of a KL term or a pair loss, sharded and compiled like the trained model.
+
+    With LoRA it is the trained model without its adapters, whatever `dir`.
+    """
+    if cfg.lora_rank:
+        return StartingModel(run.model)
+    model = load_model(dir, torch.float32, run.device, sharding(cfg.dtype))
+    speed_up(model, cfg, run.device)
     return model.requires_grad_(False)
+
+
+def model_size(run: Run) -> str:
+    """How many parameters there are and are trained, and where, for the console."""
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
+    return f"{trained:,} parameters{f' beside {frozen:,} frozen ones' if frozen else ''} on {run.device}"
 
 
 def start_or_resume(run: Run, cfg: Any, resume: bool, state: dict, data: dict[str, str]) -> None:
@@ -191,6 +211,7 @@ def optimizer_step(model, optimizer: torch.optim.Optimizer, grad_clip: float, lo
 
     UserError, and no step, if the norm or the loss is not finite.
     """
+    average_gradients(model)  # of adapters; FSDP has averaged all others
     grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise UserError(f"the loss is {loss} and the gradient norm {grad_norm}: not updated; try a lower lr")
@@ -232,6 +253,8 @@ def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "
     done, stop = run.state["step"], stop_requested()
     if done % cfg.save_every == 0 or done == total or stop:
         save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
+        if adapted_layers(run.model):
+            save_adapter(run.out, run.model, run.base)
         save_resume(run.out, run.model, run.optimizer, run.state, cfg)
     if stop and done < total:
         run.log.close()

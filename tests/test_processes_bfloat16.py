@@ -50,6 +50,7 @@ CASES += [
     f"{TASK} --loss=sft --batch=3 --fast=false",
 ]
 CASES += [f"{FILE} --loss={name} --batch=3" for name in train_ift.LOSSES]
+CASES += [f"{UFT} --lora_rank=2", f"{FILE} --loss=tdpo --batch=3 --lora_rank=2"]
 
 
 @pytest.mark.slow

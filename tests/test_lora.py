@@ -1,0 +1,244 @@
+"""LoRA against full training, peft, a separate reference model, and itself after an interruption."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora
+import train_ift
+import train_uft
+from data.chat import Example
+from fast import head as fast_head
+from infra.config import UserError
+from infra.parallel import refresh, whole_copy
+from infra.training import ROOT
+from model import ModelConfig, Transformer
+
+TINY = ROOT / "data/tiny/countdown"
+IDS = torch.randint(0, 100, (3, 20), generator=torch.Generator().manual_seed(0))
+RUN = ["--train_rows=40", "--test_rows=8", "--save_every=2", "--show=0", "--threads=1", "--device=cpu"]
+RUN += ["--lora_rank=4"]
+UFT = [*RUN, "--steps=4", "--problems=6", "--mini_batch=3", "--eval_every=4", "--lr=1e-3"]
+
+
+def small_model(rank=4, alpha=8.0, seed=0) -> Transformer:
+    """A model with adapters whose B are not zero any more."""
+    model = Transformer.from_pretrained(TINY, torch.float32)
+    lora.add_adapters(model, rank, alpha, seed)
+    generator = torch.Generator().manual_seed(1)
+    for layer in lora.adapted_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.05, generator=generator)
+    return model
+
+
+def test_new_adapters_change_nothing_and_are_all_that_is_trained():
+    base, model = (Transformer.from_pretrained(TINY, torch.float32) for _ in range(2))
+    lora.add_adapters(model, rank=4, alpha=8, seed=0)
+    torch.testing.assert_close(model(IDS), base(IDS), rtol=0, atol=0)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 7 * base.config.num_hidden_layers
+    assert all(n.endswith((".lora_A", ".lora_B")) for n in trained)
+    assert set(lora.base_parameters(model)) == set(dict(base.named_parameters()))
+
+
+def test_an_adapter_of_full_rank_reaches_the_loss_of_training_the_weight():
+    """Least squares on one small layer, whose best loss is known; a rank of 1 cannot reach it."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 6, generator=generator), torch.randn(64, 5, generator=generator)
+    best = F.mse_loss(x @ torch.linalg.lstsq(x, y).solution, y).item()
+
+    def trained(rank):
+        block = nn.Module()
+        block.model = nn.Module()
+        block.model.layers = nn.ModuleList([nn.Linear(6, 5, bias=False)])
+        block.model.embed_tokens = nn.Embedding(1, 1)
+        nn.init.normal_(block.model.layers[0].weight, generator=generator)
+        if rank:
+            lora.add_adapters(block, rank, alpha=rank)
+        optimizer = torch.optim.Adam([p for p in block.model.layers.parameters() if p.requires_grad], lr=0.02)
+        for _ in range(1500):
+            optimizer.zero_grad()
+            loss = F.mse_loss(block.model.layers[0](x), y)
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    assert trained(0) == pytest.approx(best, rel=1e-4)
+    assert trained(5) == pytest.approx(best, rel=1e-4)
+    assert trained(1) > 1.05 * best
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_logits_equal_unmerged_ones(dtype):
+    model = small_model()
+    merged = whole_copy(model, torch.float32)
+    refresh(merged, model)
+    assert (model(IDS) - Transformer.from_pretrained(TINY, torch.float32)(IDS)).abs().max() > 0.5
+    torch.testing.assert_close(merged(IDS), model(IDS), rtol=0, atol=1e-5)
+    if dtype == torch.bfloat16:  # frozen weights in bfloat16: merging adds in float32
+        for p in lora.base_parameters(model).values():
+            p.data = p.data.bfloat16()
+        refresh(merged, model)
+        name = "model.layers.0.mlp.up_proj"
+        layer = model.get_submodule(name)
+        expected = layer.weight.float() + 2.0 * layer.lora_B @ layer.lora_A
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=0, atol=1e-6)
+
+
+def test_peft_reads_the_adapter_and_has_the_same_gradients(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = small_model(rank=3, alpha=6.0)
+    config, tensors = lora.adapter_files(model, str(TINY))
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=0, atol=2e-5)
+
+    for logits in (theirs(IDS).logits, model(IDS)):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    assert len(gradients) == len(tensors) == 2 * 7 * model.config.num_hidden_layers
+    for name, layer in lora.adapted_layers(model).items():
+        for part in ("lora_A", "lora_B"):
+            expected = gradients[f"base_model.model.{name}.{part}.default.weight"]
+            torch.testing.assert_close(getattr(layer, part).grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_is_the_starting_model_and_the_adapters_come_back():
+    model, base = small_model(), Transformer.from_pretrained(TINY, torch.float32)
+    reference, before = lora.StartingModel(model), model(IDS)
+    torch.testing.assert_close(reference.hidden(IDS), base.hidden(IDS), rtol=0, atol=0)
+    torch.testing.assert_close(model(IDS), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo"])
+def test_a_pair_loss_has_the_same_step_with_a_separate_reference(name):
+    """Adapters switched off against a second model in memory."""
+    cfg, rows = train_ift.Config(loss=(name,), task="", dtype="float32"), IDS.tolist()
+    pairs = [tuple(Example(ids, [0] * 10 + [1] * 10, False, 0) for ids in rows[:2])]
+    gradients = []
+    for separate in (True, False):
+        model = small_model()
+        base = Transformer.from_pretrained(TINY, torch.float32)
+        reference = base if separate else lora.StartingModel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        metrics = train_ift.update(train_ift.LOSSES[name], model, reference, optimizer, pairs, 0.0, cfg)
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad] + [metrics["loss"]])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+
+
+def test_no_gradient_is_made_for_a_frozen_head():
+    head = torch.randn(50, 8)
+    states = torch.randn(4, 8, requires_grad=True)
+    targets = torch.tensor([1, 2, 3, 4])
+    for frozen in (True, False):
+        weight = head.clone().requires_grad_(not frozen)
+        states.grad = None
+        loss, *_ = fast_head.token_loss(states, weight, targets, lambda logp, _: -logp.sum())
+        loss.backward()
+        logp, _ = fast_head.token_logprobs(states, weight, targets)
+        logp.sum().backward()  # the two losses cancel
+        assert states.grad.abs().max() < 1e-6
+        assert (weight.grad is None) == frozen
+
+
+def test_a_run_writes_the_merged_model_and_the_adapter_and_keeps_the_rest(tmp_path):
+    train_uft.main([*UFT, f"--out_dir={tmp_path}", "--kl_coef=0.1", "--dtype=float32"])
+    base, trained = load_file(TINY / "model.safetensors"), load_file(tmp_path / "model/model.safetensors")
+    for name in base:
+        same = torch.equal(trained[name], base[name])
+        assert same == (not name.startswith("model.layers.") or "norm" in name), name
+    kept = load_file(tmp_path / "resume/tensors-00000.safetensors")
+    assert all(".lora_" in name for name in kept)
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    expected = base[f"{name}.weight"] + 32.0 / 4 * b @ a
+    torch.testing.assert_close(trained[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trainer", ["uft", "ift"])
+def test_a_resumed_run_equals_an_uninterrupted_one(trainer, dtype, tmp_path, monkeypatch):
+    main, flags = train_uft.main, [*UFT, "--kl_coef=0.1", f"--dtype={dtype}", "--rollout_dtype=bfloat16"]
+    if trainer == "ift":
+        main, flags = train_ift.main, [*RUN, "--loss=ift", "--epochs=0.8", "--batch=8", f"--dtype={dtype}"]
+    main([*flags, f"--out_dir={tmp_path / 'whole'}"])
+
+    class Stop(Exception):
+        pass
+
+    module = train_uft if trainer == "uft" else train_ift
+    save = module.save_and_stop
+
+    def stop_after_two(run, cfg, total, *rest):
+        save(run, cfg, total, *rest)
+        if run.state["step"] == 2:  # saved, since it is a multiple of save_every
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_and_stop", stop_after_two)
+        with pytest.raises(Stop):
+            main([*flags, f"--out_dir={tmp_path / 'parts'}"])
+    main([*flags, f"--out_dir={tmp_path / 'parts'}", "--resume=true"])
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        whole, parts = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def test_plain_and_fast_train_alike(tmp_path):
+    losses = []
+    for fast in ("true", "false"):
+        train_uft.main([*UFT, f"--out_dir={tmp_path / fast}", f"--fast={fast}", "--dtype=float32"])
+        lines = (tmp_path / fast / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line).get("actor/loss", 0.0) for line in lines])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_frozen_weights_are_bfloat16_where_that_is_the_arithmetic(tmp_path, monkeypatch):
+    seen = {}
+
+    def look(run, cfg, total, *rest):
+        seen.update(run.model.named_parameters())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_uft, "save_and_stop", look)
+    monkeypatch.setattr("infra.training.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("infra.parallel.has_bfloat16", lambda device: True)
+    with pytest.raises(KeyboardInterrupt):
+        train_uft.main([*UFT, f"--out_dir={tmp_path}"])
+    assert all((p.dtype == torch.float32) == (".lora_" in n) == p.requires_grad for n, p in seen.items())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lora_rank=-1"], "lora_rank = -1: must be >= 0"),
+        (["--lora_alpha=0"], "lora_alpha = 0.0: must be above 0"),
+        (["--algo=sft-rft", "--kl_coef=0.1"], "kl_coef = 0.1: with LoRA the reference is the starting model"),
+    ],
+)
+def test_wrong_knobs(flags, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train_uft.main([*UFT, f"--out_dir={tmp_path}", *flags])
+
+
+def test_every_family_takes_adapters():
+    for family in ("llama", "qwen2", "qwen3", "mistral", "gemma"):
+        config = ModelConfig(
+            model_type=family, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2,
+        )  # fmt: skip
+        model = Transformer(config).init_weights(0)
+        lora.add_adapters(model, 2, 4.0)
+        model(IDS % 64).sum().backward()
+        assert len(lora.adapted_layers(model)) == 14
+        assert all(layer.lora_B.grad is not None for layer in lora.adapted_layers(model).values())
