@@ -129,6 +129,8 @@ class Config:
     entropy_coef: float = 0.001  # weight of the entropy bonus
     adv_norm: str = "std"  # divisor of advantages: std of the group, or none as in Dr. GRPO
     loss_norm: str = "tokens"  # denominator: tokens, constant (Dr. GRPO), or paper_code (micro-batch means)
+    rollout_correction: str = "none"  # importance weights, sampler to trainer: none, token or sequence
+    rollout_cap: float = 3.0  # largest weight of rollout_correction
     drop_dead: bool = False  # leave out groups whose rewards are all equal
     # Optimiser (AdamW)
     lr: float = 2e-4  # learning rate of reinforcement
@@ -176,6 +178,7 @@ def check(cfg: Config) -> None:
     one_of(cfg, "hint_loss", ("sft", "ift"))
     one_of(cfg, "adv_norm", ("std", "none"))
     one_of(cfg, "loss_norm", ("tokens", "constant", "paper_code"))
+    one_of(cfg, "rollout_correction", ("none", "token", "sequence"))
     one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
     one_of(cfg, "checker", ("ours", "published"))
     one_of(cfg, "dtype", ("auto", "float32", "bfloat16"))
@@ -187,7 +190,8 @@ def check(cfg: Config) -> None:
     require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
     require_each(cfg, ("p_low", "p_high", "ift_lambda"), lambda v: 0 <= v <= 1, "must be from 0 to 1")
     require_each(cfg, ("beta1", "beta2", "sft_beta2"), lambda v: 0 <= v < 1, "must be >= 0 and below 1")
-    require_each(cfg, ("lr", "sft_lr", "grad_clip", "lora_alpha"), lambda v: v > 0, "must be above 0")
+    above_0 = ("lr", "sft_lr", "grad_clip", "lora_alpha", "rollout_cap")
+    require_each(cfg, above_0, lambda v: v > 0, "must be above 0")
     not_negative = ("train_rows", "test_rows", "seed", "threads", "rollout_batch", "hint_coef", "kl_coef",
                     "show", "entropy_coef", "clip_low", "clip_high", "weight_decay", "warmup",
                     "target_eta", "val_temperature", "lora_rank")  # fmt: skip
@@ -304,6 +308,22 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """
     d = (ref_logp - logp).clamp(max=20)
     return (d.exp() - d - 1).clamp(-10, 10)
+
+
+def rollout_weights(logp: Tensor, rollout_logp: Tensor, kind: str, cap: float = 3.0) -> Tensor:
+    """Truncated importance weights (T,) of a completion's tokens: min(pi_train / pi_rollout, cap).
+
+    logp, rollout_logp (T,): the tokens' log-probs under the training model and under the sampler, which
+    differ if the sampler computes in another precision. token: each token has its own ratio; sequence: all
+    have the completion's, the product over its tokens; none: ones. They are TRL's token_truncate and
+    sequence_truncate.
+    """
+    if kind == "none":
+        return torch.ones_like(logp)
+    difference = logp - rollout_logp
+    if kind == "sequence":
+        difference = difference.sum().expand_as(difference)
+    return difference.clamp(max=20).exp().clamp(max=cap)
 
 
 def hint_token_weight(logp: Tensor, alpha: float = 0.1) -> Tensor:
@@ -685,6 +705,38 @@ def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config)
                 completion.logprobs = values  # rows and groups share their completions
 
 
+def correct_mismatch(
+    groups: list[Group], rollout_logprobs: list[list[list[float]]], cfg: Config
+) -> dict[str, float]:
+    """Multiply the advantages of all tokens by rollout_weights(); returns measures of the mismatch.
+
+    rollout_logprobs: for each group and completion the sampler's log-probs. The policy loss is linear in the
+    advantages, so this weighs the loss of each token. k3 estimates KL(rollout || train).
+    """
+    logps, rollout_logps, weights = [], [], []
+    for group, sampled in zip(groups, rollout_logprobs, strict=True):
+        for j, (completion, logprobs) in enumerate(zip(group.completions, sampled, strict=True)):
+            logp, rollout_logp = torch.tensor(completion.logprobs), torch.tensor(logprobs)
+            weight = rollout_weights(logp, rollout_logp, cfg.rollout_correction, cfg.rollout_cap)
+            if cfg.rollout_correction != "none":
+                group.advantages[j] = (torch.tensor(group.advantages[j]) * weight).tolist()
+            logps.append(logp)
+            rollout_logps.append(rollout_logp)
+            weights.append(weight)
+    if not logps:
+        return {}
+    logp, rollout_logp, weight = torch.cat(logps), torch.cat(rollout_logps), torch.cat(weights)
+    difference = (logp - rollout_logp).abs()
+    return {
+        "sampling/logp_difference/mean": difference.mean().item(),
+        "sampling/logp_difference/max": difference.max().item(),
+        "sampling/kl_k3": kl_k3(rollout_logp, logp).mean().item(),
+        "sampling/weight/mean": weight.mean().item(),
+        "sampling/weight/min": weight.min().item(),
+        "sampling/weight/capped": (weight >= cfg.rollout_cap).float().mean().item(),
+    }
+
+
 # ---- data --------------------------------------------------------------------------------------------------
 
 
@@ -1045,8 +1097,11 @@ def main(
             )  # fmt: skip
             lr = cfg.lr * lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
             set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
-            if {cfg.rollout_dtype, cfg.dtype} != {"float32"} and groups:
+            one_precision = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
+            if groups and not (one_precision and cfg.rollout_correction == "none"):
+                rollout_logprobs = [[c.logprobs for c in g.completions] for g in groups]
                 recompute_old_logprobs(run.model, groups, cfg)
+                metrics |= correct_mismatch(groups, rollout_logprobs, cfg)
         # 5. Loss (eq. 3.3) and one optimiser step per mini-batch.
         updates = []
         for mini_batch in mini_batches:

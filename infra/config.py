@@ -73,7 +73,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
     """An instance of the dataclass `cls` from the arguments [file.toml] --key=value ...
 
-    UserError for unknown keys and wrong types.
+    A table [train_uft] or [train_ift] of the file holds knobs of that script alone. UserError for unknown keys and wrong types.
     """
     if {"--help", "-h"} & set(argv):
         print(
@@ -86,6 +86,7 @@ def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
     for arg in argv:
         if not arg.startswith("--"):
             for path, content in _read_toml(Path(arg).expanduser()):
+                content = _own_table(cls, content, path)
                 values |= {_known(k, types_of, f"{path}: "): (v, f"{path}: ") for k, v in content.items()}
     for arg in argv:
         if arg.startswith("--"):
@@ -115,6 +116,15 @@ def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, di
     if not isinstance(include, str) or path in within:
         raise UserError(f"{path}: include = {include!r}: must name another TOML file in the same folder")
     return [*_read_toml(path.parent / include, (*within, path)), (path, content)]
+
+
+def _own_table(cls: type, content: dict, path: Path) -> dict:
+    """The knobs of a TOML file and of its table for this script, such as [train_uft]; others' are left out."""
+    tables = {script: content.pop(script, {}) for script in ("train_uft", "train_ift")}
+    for script, table in tables.items():
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {script} = {table!r}: must be a table, [{script}], of its own knobs")
+    return content | tables.get(Path(inspect.getfile(cls)).stem, {})
 
 
 def _known(key: str, types_of: dict, where: str) -> str:

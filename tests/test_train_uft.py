@@ -2,6 +2,8 @@
 
 test_uft_golden.py compares with the published code."""
 
+import copy
+import inspect
 import json
 import math
 import random
@@ -9,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -691,6 +695,87 @@ def test_old_log_probs_are_the_samplers_only_if_all_is_float32(dtype, rollout_dt
     monkeypatch.setattr(train_uft, "recompute_old_logprobs", recomputing)
     go(tmp_path, f"--dtype={dtype}", f"--rollout_dtype={rollout_dtype}", "--steps=1")
     assert len(seen) == ((dtype, rollout_dtype) != ("float32", "float32"))
+
+
+def test_rollout_weights_by_hand():
+    logp, rollout_logp = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -2.5])
+    # The ratios are e^0.5, e^-1 and e^2 = 7.39, which the cap of 3 cuts; their product e^1.5 = 4.48 as well.
+    ones = train_uft.rollout_weights(logp, rollout_logp, "none")
+    token = train_uft.rollout_weights(logp, rollout_logp, "token")
+    sequence = train_uft.rollout_weights(logp, rollout_logp, "sequence")
+    assert ones.tolist() == [1, 1, 1]
+    assert token.tolist() == pytest.approx([1.648721, 0.367879, 3.0], abs=1e-6)
+    assert sequence.tolist() == [3.0] * 3
+    assert train_uft.rollout_weights(logp, rollout_logp, "sequence", 5.0).tolist() == pytest.approx(
+        [4.481689] * 3
+    )
+    assert train_uft.rollout_weights(logp - 200, rollout_logp, "sequence").tolist() == [0, 0, 0]
+    assert torch.isfinite(train_uft.rollout_weights(logp + 200, rollout_logp, "token", 1e9)).all()
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_rollout_weights_are_those_of_trl(kind):
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
+    source = inspect.getsource(trainer._generate_and_score_completions)
+    first = source.index("per_token_logps_diff =")
+    last = source.index("elif self.vllm_importance_sampling_mode")
+    code = textwrap.dedent(source[source.rindex("\n", 0, first) + 1 : source.rindex("\n", 0, last) + 1])
+    generator = torch.Generator().manual_seed(0)
+    logp, rollout_logp = (-torch.rand(5, 7, generator=generator) * 2 for _ in range(2))
+    mask = (torch.arange(7) < torch.tensor([[7], [4], [1], [6], [2]])).float()
+    names = {
+        "torch": torch, "mask": mask, "old_per_token_logps": logp, "sampling_per_token_logps": rollout_logp,
+        "self": SimpleNamespace(
+            vllm_importance_sampling_mode=f"{kind}_truncate", vllm_importance_sampling_clip_min=None,
+            vllm_importance_sampling_clip_max=3.0,
+        ),
+    }  # fmt: skip
+    exec(code, names)
+    expected = names["vllm_importance_sampling_ratio"].expand(5, 7)
+    assert (expected == 3).any()
+    for i, length in enumerate(mask.sum(1).int().tolist()):
+        ours = train_uft.rollout_weights(logp[i, :length], rollout_logp[i, :length], kind)
+        torch.testing.assert_close(ours, expected[i, :length], rtol=1e-6, atol=1e-7)
+
+
+def test_the_correction_weighs_the_loss_of_each_token_and_the_mismatch_is_measured():
+    model = tiny()
+    groups = some_groups(model, hints=False)
+    sampled = [[c.logprobs for c in g.completions] for g in groups]
+    recompute_old_logprobs(model, groups, Config())
+    plain = copy.deepcopy(groups)
+    metrics = train_uft.correct_mismatch(groups, sampled, Config(rollout_correction="token"))
+    d = torch.tensor([
+        x - y
+        for g, s in zip(groups, sampled, strict=True)
+        for c, old in zip(g.completions, s, strict=True)
+        for x, y in zip(c.logprobs, old, strict=True)
+    ])  # fmt: skip
+    assert metrics["sampling/logp_difference/mean"] == pytest.approx(d.abs().mean().item(), rel=1e-5)
+    assert metrics["sampling/logp_difference/max"] == pytest.approx(d.abs().max().item(), rel=1e-5)
+    assert metrics["sampling/kl_k3"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-4)
+    assert metrics["sampling/weight/mean"] == pytest.approx(d.exp().clamp(max=3).mean().item(), rel=1e-5)
+    # The advantages are weighed token by token, and with them the loss: TRL multiplies the loss itself.
+    weights = iter(d.exp().clamp(max=3).tolist())
+    for g, p in zip(groups, plain, strict=True):
+        for c, ours, advantage in zip(g.completions, g.advantages, p.advantages, strict=True):
+            assert ours == pytest.approx([advantage * next(weights) for _ in c.tokens], rel=1e-5)
+    logp, old, a, w = (torch.randn(50) for _ in range(4))
+    weighed, _ = policy_loss(logp, old, a * w.abs(), 0.2, 0.2)
+    torch.testing.assert_close(weighed, policy_loss(logp, old, a, 0.2, 0.2)[0] * w.abs())
+
+
+def test_a_run_logs_the_mismatch_and_corrects_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(infra.parallel, "has_bfloat16", lambda _: True)
+    flags = ("--rollout_dtype=bfloat16", "--steps=2")
+    for kind in ("none", "token", "sequence"):
+        go(tmp_path / kind, *flags, f"--rollout_correction={kind}")
+    record = {kind: metrics(tmp_path / kind)[1] for kind in ("none", "token", "sequence")}
+    for r in record.values():
+        assert 0 < r["sampling/logp_difference/mean"] < r["sampling/logp_difference/max"] < 1
+        assert 0 < r["sampling/kl_k3"] < 0.1
+    assert record["none"]["sampling/weight/mean"] == 1 != record["token"]["sampling/weight/mean"]
+    assert len({r["actor/grad_norm"] for r in record.values()}) == 3
 
 
 def test_each_phase_has_its_own_decay_of_the_second_moment(tmp_path, monkeypatch):
