@@ -204,6 +204,7 @@ def check(cfg: Config) -> None:
     require(cfg, "kl_coef", not (cfg.kl_coef and cfg.lora_rank and two_phases),
             "with LoRA the reference is the starting model, not that of the supervised phase; give 0, or run "
             "sft and then rft from its out_dir/model")  # fmt: skip
+    require(cfg, "task", cfg.task, "must name a task; conversations are for train_ift.py")
     load_task(cfg.task)  # UserError if there is no such task
 
 

@@ -73,7 +73,8 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
     """An instance of the dataclass `cls` from the arguments [file.toml] --key=value ...
 
-    A table [train_uft] or [train_ift] of the file holds knobs of that script alone. UserError for unknown keys and wrong types.
+    A table [train_uft] or [train_ift] of the file holds knobs of that script alone. UserError for unknown
+    keys and wrong types.
     """
     if {"--help", "-h"} & set(argv):
         print(
@@ -119,7 +120,7 @@ def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, di
 
 
 def _own_table(cls: type, content: dict, path: Path) -> dict:
-    """The knobs of a TOML file and of its table for this script, such as [train_uft]; others' are left out."""
+    """The knobs of a TOML file and of its table for this script, such as [train_uft], without the other."""
     tables = {script: content.pop(script, {}) for script in ("train_uft", "train_ift")}
     for script, table in tables.items():
         if not isinstance(table, dict):

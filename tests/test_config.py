@@ -270,15 +270,37 @@ def test_every_knob_has_a_comment(name, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_configs_in_the_repository_are_complete(path):
-    trainer = train_ift if path.stem.startswith("ift") else train_uft
-    model = (
-        ["--model=DIR"] if path.stem == "ift" else []
-    )  # the part that the other ift-*.toml include names no model
-    cfg = parse_config(trainer.Config, [str(path), *model], "usage")
-    trainer.check(cfg)
-    if cfg.hub:
-        assert cfg.model == cfg.hub.split("/")[1] and cfg.out_dir == f"out/{path.stem}"
-        assert f"config/{path.name}" in path.read_text()  # the command is this file's
+    trainers = [train_ift if path.stem.startswith("ift") else train_uft]
+    if path.stem.startswith("smollm2"):  # a table for each trainer; chat is for one
+        trainers = [train_ift] if path.stem.endswith("chat") else [train_uft, train_ift]
+    # ift.toml, which the other ift-*.toml include, names no model.
+    model = ["--model=DIR"] if path.stem == "ift" else []
+    out_dirs = set()
+    for trainer in trainers:
+        cfg = parse_config(trainer.Config, [str(path), *model], "usage")
+        trainer.check(cfg)
+        out_dirs.add(cfg.out_dir)
+        if cfg.hub:
+            assert cfg.model == cfg.hub.split("/")[1]
+            assert cfg.out_dir.removeprefix("out/").removeprefix("ift-") == path.stem.removeprefix("ift-")
+            command = f"{trainer.__name__}.py config/{path.name}"
+            assert command in path.read_text()
+    assert len(out_dirs) == len(trainers)
+
+
+def test_a_table_of_a_file_holds_the_knobs_of_one_script(tmp_path):
+    file = tmp_path / "both.toml"
+    file.write_text("seed = 3\nlr = 1.0\n[train_uft]\nlr = 2.0\nalgo = 'rft'\n[train_ift]\nbatch = 7\n")
+    uft = parse_config(train_uft.Config, [str(file), "--steps=5"], "")
+    ift = parse_config(train_ift.Config, [str(file), "--lr=4"], "")
+    assert (uft.seed, uft.lr, uft.algo, uft.steps) == (3, 2.0, "rft", 5)
+    assert (ift.seed, ift.lr, ift.batch) == (3, 4.0, 7)
+    file.write_text("[train_uft]\nbatch = 7\n")
+    with pytest.raises(UserError, match="both.toml: unknown knob 'batch'; the nearest is"):
+        parse_config(train_uft.Config, [str(file)], "")
+    file.write_text("train_ift = 1\n")
+    with pytest.raises(UserError, match=r"train_ift = 1: must be a table, \[train_ift\], of its own knobs"):
+        parse_config(train_uft.Config, [str(file)], "")
 
 
 # ---- exit codes --------------------------------------------------------------------------------------------
