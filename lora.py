@@ -33,7 +33,7 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if not self.adapter_on:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return y.add_(F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:

@@ -44,18 +44,20 @@ from infra.checkpoint import resume_folder
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
 from infra.curves import draw_run
 from infra.log import brief
-from infra.parallel import add_up, autocast, gather, my_batches, refresh, share, world
+from infra.parallel import add_up, autocast, gather, my_batches, share, world
 from infra.training import (
     Run,
     batch_rows,
     console_line,
     explain_failure,
+    fill_sampler,
     fingerprint,
     frozen_model,
     log_step,
     lr_factor,
     model_size,
     optimizer_step,
+    release_sampler,
     save_and_stop,
     set_options,
     set_up,
@@ -659,7 +661,7 @@ def validate(
     record = {"val/loss": validation_nll(run.model, data.test, cfg)}
     line, shown = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}", []
     if data.task:
-        refresh(run.sampler, run.model)
+        fill_sampler(run)
         answers = answer(run, data.task, data.test_rows, cfg)
         accuracy, low, high = evaluate.accuracy_interval(answers)
         record |= {"val/accuracy": accuracy, "val/low": low, "val/high": high}
@@ -670,6 +672,7 @@ def validate(
             started = [r | {"start": s} for r, s in starts if s]
             record["val/other_start"] = evaluate.accuracy(answer(run, data.task, started, cfg))
             line += f" | from another first step {record['val/other_start']:.1%}"
+        release_sampler(run)
     print(line)
     for row, (a, *_) in shown:
         print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
@@ -716,7 +719,8 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
     resume = cfg.resume and resume_folder(out_dir) is not None  # of several methods, some may not have begun
-    run = set_up(cfg, str(out_dir), device, cfg.dtype if cfg.lora_rank else "float32", resume)
+    rollout_dtype = (cfg.dtype if cfg.lora_rank else "float32") if cfg.task else ""
+    run = set_up(cfg, str(out_dir), device, rollout_dtype, resume)
     data = load_data(loss, cfg, run.tokenizer, run.model.config)
     reference = frozen_model(run.base, run, cfg) if loss.reference else None
     if cfg.optimizer == "adamw":

@@ -43,18 +43,20 @@ from infra.checkpoint import save_model
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
 from infra.curves import draw_run
 from infra.log import Counter, brief
-from infra.parallel import add_up, autocast, collect, gather, my_batches, refresh, share, token_batches, world
+from infra.parallel import add_up, autocast, collect, gather, my_batches, share, token_batches, world
 from infra.training import (
     Run,
     batch_rows,
     console_line,
     explain_failure,
+    fill_sampler,
     fingerprint,
     frozen_model,
     log_step,
     lr_factor,
     model_size,
     optimizer_step,
+    release_sampler,
     save_and_stop,
     set_options,
     set_up,
@@ -997,7 +999,7 @@ def drop_dead_groups(groups: list[Group], rewards: Tensor, hint_coef: float) -> 
 def validate(run: Run, data: Data, step: int, total: int, show: int, cfg: Config) -> None:
     """Accuracy on the test rows, without hints, by default greedy; every process answers its share."""
     validation_start = time.perf_counter()
-    refresh(run.sampler, run.model)
+    fill_sampler(run)
     rows = data.test_rows
     answers = gather(evaluate.answer(
         run.sampler, run.tokenizer, data.task, share(rows), cfg.val_n, cfg.max_new_tokens,
@@ -1005,6 +1007,7 @@ def validate(run: Run, data: Data, step: int, total: int, show: int, cfg: Config
         batch_size=cfg.rollout_batch, progress=Counter(cfg.val_n * len(share(rows))),
         **engine_options(run, data, cfg),
     ))  # fmt: skip
+    release_sampler(run)
     accuracy, low, high = evaluate.accuracy_interval(answers)
     record = {"val/accuracy": accuracy, "val/low": low, "val/high": high}
     record["val/reward"] = sum(a["reward"] for group in answers for a in group) / (len(rows) * cfg.val_n)
@@ -1078,7 +1081,7 @@ def main(
             shown = [hint_length(rule, t, problem.segments, cfg, rng, memory[pick.problem])
                      for pick, problem, rng in zip(picks, problems, rngs, strict=True)]  # fmt: skip
             # 3. Sample completions of prompt + hint and score them.
-            refresh(run.sampler, run.model)
+            fill_sampler(run)
             groups, rewards, responses = rollout(run, data, picks, shown, step, 0, cfg)
             if rule == "on-failure" and t < cfg.hint_steps:
                 retry_with_hints(run, data, picks, shown, groups, rewards, step, cfg)
@@ -1086,6 +1089,7 @@ def main(
                 memory[pick.problem] = remember(
                     rule, memory[pick.problem], k, (r == 1).float().mean().item(), cfg
                 )
+            release_sampler(run)
             metrics = rollout_metrics(groups, rewards, shown, problems)
             if step % cfg.eval_every == 0:
                 log_sample(run, step + 1, problems[-1], shown[-1], responses[-1], rewards[-1])

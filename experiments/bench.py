@@ -4,6 +4,7 @@
     python experiments/bench.py --peers=true --threads=1              with transformers and TRL
     python experiments/bench.py --what=generate,geometric --dtype=bfloat16 --peers=true
     python experiments/bench.py --what=memory --shape=30m-152k --rows=4 --peers=true
+    python experiments/bench.py --what=memory --shape=smollm2-135m --lora_rank=32
     python experiments/bench.py --fast=false                          our plain path instead of fast/
     python experiments/bench.py --what=fit                            memory of the papers' models, computed
 
@@ -23,6 +24,7 @@ speed of one large copy, whichever is longer. For sft it is the MFU. The last li
 """
 
 import copy
+import itertools
 import json
 import resource
 import statistics
@@ -46,12 +48,14 @@ from infra.config import UserError, one_of, parse_config, require, require_each,
 from infra.log import flops_per_token
 from infra.parallel import has_bfloat16, pick_device, refresh, settle_dtype, whole_copy
 from infra.training import speed_up
+from lora import add_adapters
 from model import ModelConfig, Transformer
 from sampler import generate
 
 SHAPES = {  # model type, hidden, intermediate, layers, heads, kv heads, head size, vocabulary, tied
     "30m": ("qwen2", 512, 768, 8, 8, 2, 64, 32000, True),
     "30m-152k": ("qwen2", 512, 768, 8, 8, 2, 64, 151936, True),
+    "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 64, 49152, True),
     "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
     "qwen2.5-1.5b": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
     "qwen2.5-3b": ("qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True),
@@ -76,6 +80,7 @@ class Config:
     dtype: str = "float32"  # weights of generate and geometric: float32 or bfloat16
     train_dtype: str = "float32"  # arithmetic of sft, ift and grpo: float32, or bfloat16 over float32 weights
     gradient_checkpointing: bool = False  # in our sft and ift steps
+    lora_rank: int = 0  # memory: of our sft step with LoRA beside our step on all weights, not the peers'
     fast: bool = True  # our side uses fast/; false: the plain path
     peers: bool = False  # measure transformers and TRL too
     only: str = ""  # sft of this one alone: nanoFT, transformers or TRL
@@ -103,7 +108,8 @@ def check(cfg: Config) -> None:
     one_of(cfg, "only", ("", "nanoFT", "transformers", "TRL"))
     positive = ("prompt", "new", "problems", "grpo_new", "repeats", "threads")
     require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
-    require(cfg, "rows", cfg.rows >= 0, "must be >= 0")
+    require_each(cfg, ("rows", "lora_rank"), lambda v: v >= 0, "must be >= 0")
+    require(cfg, "lora_rank", not (cfg.lora_rank and cfg.peers), "give 0 with peers = true")
     require(cfg, "length", cfg.length >= 2, "must be >= 2")
 
 
@@ -135,12 +141,13 @@ def activation_bytes(c: ModelConfig, gradient_checkpointing: bool) -> int:
 
 
 def needs(
-    name: str, gpus: int, rows: int = 64, positions: int = 2048, tokens: int = 16384
+    name: str, gpus: int, lora_rank: int = 0, rows: int = 64, positions: int = 2048, tokens: int = 16384
 ) -> dict[str, float]:
     """GB that training a shape needs on each of so many GPUs, by part and in all.
 
     UFT: AdamW, a reference model, and rollouts of `rows` x `positions` at a time over all GPUs. IFT: RMSprop.
-    Both in bfloat16 over float32 weights, in micro-batches of `tokens`, with gradient checkpointing.
+    Both in bfloat16 over float32 weights, in micro-batches of `tokens`, with gradient checkpointing. With a
+    lora_rank: frozen bfloat16 weights, which are sharded, and adapters, which are not; no reference model.
     """
     # Sizes.
     c, ift = shape_config(name), name in IFT_SHAPES
@@ -153,6 +160,9 @@ def needs(
     gathered = 2 * n if gpus == 1 else 2 * 2 * block + 2 * 4 * table
     # keys and values of a position
     position = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    if lora_rank:
+        add_adapters(model, lora_rank, alpha=1.0)
+        a = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Bytes of each part.
     parts = {
         "weights": 4 * n / gpus,
@@ -165,6 +175,14 @@ def needs(
         # the head's gradient twice, and some logits
         "in use": gathered + 2 * 4 * c.vocab_size * c.hidden_size + 16 * CUDA_CHUNK,
     }
+    if lora_rank:
+        parts |= {
+            "weights": 2 * n / gpus + 4 * a,
+            "gradients": 4 * a,
+            "optimiser": (4 if ift else 8) * a,
+            "reference": 0,
+            "in use": (0 if gpus == 1 else 2 * 2 * block + 2 * 2 * table) + 16 * CUDA_CHUNK,
+        }
     return {k: v / 1e9 for k, v in parts.items()} | {"all": sum(parts.values()) / 1e9}
 
 
@@ -174,19 +192,21 @@ def fit() -> None:
     heading = ["GB on one GPU", "parameters", *names, f"GPUs of {' / '.join(map(str, GPUS))} GB"]
     print("| " + " | ".join(heading) + " |")
     print("|---" * len(heading) + "|")
-    for shape in list(SHAPES)[2:]:
+    for lora_rank, shape in itertools.product((0, 32), list(SHAPES)[3:]):
         with torch.device("meta"):
             n = sum(p.numel() for p in Transformer(shape_config(shape)).parameters())
-        alone = needs(shape, 1)
-        counts = [gpus_needed(shape, gb) for gb in GPUS]
-        cells = [f"{shape} ({'IFT' if shape in IFT_SHAPES else 'UFT'})", f"{n / 1e9:.2f} B"]
+        alone = needs(shape, 1, lora_rank)
+        counts = [gpus_needed(shape, gb, lora_rank) for gb in GPUS]
+        method = ("IFT" if shape in IFT_SHAPES else "UFT") + (f", LoRA {lora_rank}" if lora_rank else "")
+        cells = [f"{shape} ({method})", f"{n / 1e9:.2f} B"]
         cells += [f"{alone[k]:.1f}" for k in names] + [" / ".join(counts)]
         print("| " + " | ".join(cells) + " |")
 
 
-def gpus_needed(shape: str, gb: int) -> str:
+def gpus_needed(shape: str, gb: int, lora_rank: int = 0) -> str:
     """The fewest GPUs of so many GB that train a shape with 5 % and 1 GB left free; "-" beyond 32."""
-    return next((str(k) for k in (1, 2, 4, 8, 16, 32) if needs(shape, k)["all"] < 0.95 * gb - 1), "-")
+    counts = (1, 2, 4, 8, 16, 32)
+    return next((str(k) for k in counts if needs(shape, k, lora_rank)["all"] < 0.95 * gb - 1), "-")
 
 
 # ---- time ------------------------------------------------------------------------------------------------
@@ -403,6 +423,8 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False)
 
     def ours(name: str) -> Callable[[], float]:
         own = model if cfg.only else copy.deepcopy(model)
+        if cfg.lora_rank:
+            add_adapters(own.to(getattr(torch, settings.dtype)), cfg.lora_rank, alpha=32.0)
         speed_up(own, settings, device)
         optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
         arguments = (train_ift.LOSSES[name], own, None, optimizer, batch, 0.2, settings)
@@ -468,16 +490,23 @@ def trl_sft(
 
 
 def memory(cfg: Config, _model: Transformer, _folder: Path) -> Calls:
-    """Peak memory in MB of a process that makes two sft steps, the interpreter and the packages included."""
+    """Peak memory in MB of a process that makes two sft steps, the interpreter and the packages included.
 
-    def peak(who: str) -> float:
+    With a lora_rank, LoRA in bfloat16 where there is such arithmetic beside all weights in train_dtype.
+    """
+
+    def peak(who: str, *more: str) -> float:
         same = ("shape", "rows", "length", "device", "threads", "gradient_checkpointing", "fast")
         flags = [f"--{key}={getattr(cfg, key)}" for key in same]
-        flags += ["--what=sft", "--repeats=2", "--peers=true", f"--only={who}"]
+        flags += ["--what=sft", "--repeats=2", f"--only={who}", *(more or ["--peers=true"])]
         command = [sys.executable, __file__, *flags]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(result.stdout.splitlines()[-1])["peak_mb"]
 
+    if cfg.lora_rank:
+        low = "bfloat16" if has_bfloat16(pick_device(cfg.device)) else "float32"
+        lora = partial(peak, "nanoFT", f"--lora_rank={cfg.lora_rank}", f"--train_dtype={low}")
+        return {"LoRA": lora, "all weights": partial(peak, "nanoFT", f"--train_dtype={cfg.train_dtype}")}
     return {who: partial(peak, who) for who in ("nanoFT", *(("transformers",) if cfg.peers else ()))}
 
 

@@ -305,10 +305,17 @@ def expected_embeddings(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor
 _malloc_trim = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)
 
 
+def trim_heap() -> None:
+    """Return freed memory of a CPU process to the system; glibc would keep it."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
 def trim_heap_before_table_gradient(embedding: nn.Embedding) -> None:
     """On a CPU, return freed activations to the system before a large embedding's gradient is allocated.
 
-    Otherwise glibc keeps freed pages and the gradient comes on top: a seventh of the peak at V = 151,936.
+    Otherwise glibc keeps freed pages and the gradient comes on top: a seventh of the peak at V = 151,936. If
+    the embedding is frozen, they are returned before the next micro-batch, whose rows have other lengths.
     """
     weight = embedding.weight
     if _malloc_trim is None or weight.device.type != "cpu" or weight.numel() <= LARGE_TABLE:
@@ -316,6 +323,8 @@ def trim_heap_before_table_gradient(embedding: nn.Embedding) -> None:
 
     def hook(_module, _inputs, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda _gradient: (_malloc_trim(0), None)[1])
+            output.register_hook(lambda _gradient: trim_heap())
+        elif torch.is_grad_enabled() and not weight.requires_grad:
+            trim_heap()
 
     embedding.register_forward_hook(hook)

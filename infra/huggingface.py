@@ -5,13 +5,13 @@ nothing is translated here. A setting that the model cannot honour is refused by
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -294,16 +294,39 @@ def save_model(
         dir.mkdir(parents=True, exist_ok=True)
         for file, content in described.items():
             (dir / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    # The weights, gathered one file at a time.
+    # The weights, gathered one at a time.
     for file, shard in zip(names, shards, strict=True):
-        tensors = {}
-        for name in shard:
-            whole = full(parameters[name].detach())
-            if write:
-                whole = merged_weight(model, name, whole)
-                tensors[name] = whole.to("cpu", dtype).contiguous()
+        wholes = ((name, full(parameters[name].detach())) for name in shard)
         if write:
-            save_file(tensors, dir / file, metadata={"format": "pt"})
+            merged = (merged_weight(model, name, whole).to("cpu", dtype) for name, whole in wholes)
+            shapes = {name: tuple(parameters[name].shape) for name in shard}
+            _write_safetensors(dir / file, shapes, dtype, merged)
+        else:
+            for _ in wholes:
+                pass
+
+
+KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+def _write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]
+) -> None:
+    """Write the named tensors, one at a time: safetensors' own function holds all of them twice.
+
+    The format: the header's length in 8 bytes, the header (JSON), and the tensors' bytes on end.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": KINDS[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def _generation_config(config: dict, stop_ids: Iterable[int]) -> dict:

@@ -190,20 +190,22 @@ def full(p: torch.Tensor) -> torch.Tensor:
 def whole_copy(model, dtype: torch.dtype):
     """The model to sample from: the model itself, or a copy that refresh() fills.
 
-    It is a copy if the model is sharded, has adapters or has another dtype.
+    It is a copy if the model is sharded, has adapters or has another dtype. It has no memory yet.
     """
     p = model.head_weight
     if not isinstance(p, DTensor) and p.dtype == dtype and not adapted_layers(model):
         return model
     with torch.device("meta"):
         copy = type(model)(model.config).to(dtype)
-    return copy.to_empty(device=p.device).requires_grad_(False)
+    return copy.requires_grad_(False)
 
 
 @torch.no_grad()
 def refresh(copy, model) -> None:
     """Fill a whole_copy() with the model's current weights, adapters merged into them."""
     if copy is not model:
+        if copy.head_weight.is_meta:
+            copy.to_empty(device=model.head_weight.device)
         theirs = base_parameters(model)
         for name, p in copy.named_parameters():
             p.copy_(merged_weight(model, name, full(theirs[name])))

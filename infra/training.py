@@ -19,7 +19,7 @@ import torch
 
 from data.tokenizer import Tokenizer
 from fast.compiled import compile_blocks
-from fast.head import trim_heap_before_table_gradient
+from fast.head import trim_heap, trim_heap_before_table_gradient
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
@@ -33,7 +33,16 @@ from infra.checkpoint import (
 from infra.config import UserError, memory_advice
 from infra.huggingface import load_model
 from infra.log import Log, import_wandb, mfu
-from infra.parallel import collect, full, has_bfloat16, settle_dtype, sharding, start_process, whole_copy
+from infra.parallel import (
+    collect,
+    full,
+    has_bfloat16,
+    refresh,
+    settle_dtype,
+    sharding,
+    start_process,
+    whole_copy,
+)
 from lora import StartingModel, adapted_layers, add_adapters, average_gradients
 from model import Transformer
 
@@ -90,7 +99,10 @@ def starting_model(cfg: Any) -> Path:
 
 
 def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, resume: bool = False) -> Run:
-    """Model, tokenizer and out_dir of a run, all checked before any work is done."""
+    """Model, tokenizer and out_dir of a run, all checked before any work is done.
+
+    rollout_dtype "": the run does not sample, and needs no weights for it.
+    """
     base = starting_model(cfg)
     out = check_out_dir(out_dir, base, resume)
     tokenizer = Tokenizer.from_pretrained(base)
@@ -105,7 +117,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     speed_up(model, cfg, device)
     check_disk(out, model)
-    sampler = whole_copy(model, getattr(torch, rollout_dtype))
+    sampler = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
     return Run(out, base, device, tokenizer, model, sampler)
 
 
@@ -117,6 +129,23 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
     if cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda"):
         if problem := compile_blocks(model):
             print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
+
+
+def fill_sampler(run: Run) -> None:
+    """Copy the current weights to the model to sample from, unless it is the trained model itself."""
+    if run.sampler.head_weight.is_meta:
+        trim_heap()
+    refresh(run.sampler, run.model)
+
+
+def release_sampler(run: Run) -> None:
+    """Give back the memory of the sampler's copy of the weights, until fill_sampler() takes it again.
+
+    Not on CUDA, where the sampler's graphs point at it.
+    """
+    if run.sampler is not run.model and run.device.type == "cpu":
+        run.sampler.to("meta")
+        trim_heap()
 
 
 def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:

@@ -123,12 +123,18 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
         assert "cannot be written to" in refused(tmp_path / "closed")
 
 
+def sized(n):
+    model = torch.nn.Module()
+    model.p = torch.nn.Parameter(torch.zeros(n))
+    return model
+
+
 def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 27_999_999))
-    check_disk(tmp_path, 999_999)
+    check_disk(tmp_path, sized(999_999))
     with pytest.raises(UserError, match=r"the disk has 0\.03 GB free, checkpoints need 0\.03 GB"):
-        check_disk(tmp_path, 1_000_000)
+        check_disk(tmp_path, sized(1_000_000))
 
 
 # ---- folders replaced as a whole ---------------------------------------------------------------------------
