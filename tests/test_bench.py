@@ -115,8 +115,13 @@ def test_memory_table_counts_what_a_run_keeps(again):
 def test_the_memory_table_adds_up(capsys):
     bench.main(["--what=fit"])
     rows = [r.split(" | ") for r in capsys.readouterr().out.splitlines()[2:]]
-    assert len(rows) == 8 and all(
+    assert len(rows) == 2 * 8 and all(
         sum(map(float, r[2:10])) == pytest.approx(float(r[10]), abs=0.3) for r in rows
     )
     alone, eight = bench.needs("qwen2.5-3b", 1), bench.needs("qwen2.5-3b", 8)
+    adapters, three = bench.needs("qwen2.5-3b", 1, 32), bench.needs("qwen2.5-3b", 8, 32)
+    # 32 (in + out) of the seven layers of 36 blocks, 4 bytes each.
+    a = 32 * 36 * (2 * 4096 + 2 * 2304 + 3 * 13056)
+    assert adapters["gradients"] == three["gradients"] == pytest.approx(4 * a / 1e9)
+    assert adapters["optimiser"] == pytest.approx(8 * a / 1e9) and adapters["reference"] == 0
     assert eight["weights"] == alone["weights"] / 8 and eight["rollout weights"] == alone["rollout weights"]

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model as model_file
@@ -505,3 +506,18 @@ def test_a_model_is_filled_tensor_by_tensor(tmp_path, monkeypatch):
     model = load_model(tmp_path, torch.bfloat16)
     assert alive == filled and len(filled) == len(list(model.parameters()))
     assert all(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_file_is_what_the_safetensors_package_writes(dtype, tmp_path):
+    """Written tensor by tensor, in any order and of any size, and read back by the package."""
+    config = ModelConfig(vocab_size=7, hidden_size=6, intermediate_size=5, num_hidden_layers=1,
+                         num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True)  # fmt: skip
+    model = Transformer(config).init_weights(0)
+    model.save_pretrained(tmp_path, dtype)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    assert read.keys() == expected.keys() and all(torch.equal(read[n], expected[n]) for n in read)
+    assert int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
