@@ -5,11 +5,13 @@
     python experiments/bench.py --what=generate,geometric --dtype=bfloat16 --peers=true
     python experiments/bench.py --what=memory --shape=30m-152k --rows=4 --peers=true
     python experiments/bench.py --what=memory --shape=smollm2-135m --lora_rank=32
+    python experiments/bench.py --what=sft,grpo --model=DIR --task=countdown --peers=true  # real rows
     python experiments/bench.py --fast=false                          our plain path instead of fast/
     python experiments/bench.py --what=fit                            memory of the papers' models, computed
 
-Both sides have the very same random weights: the shape is what counts. `pip install -e '.[bench]'` installs
-the peers.
+Both sides have the very same weights, random unless `model` names some, and tokens, random unless `task`
+names one: the shape is what counts. With a task, sft has its rows, of different lengths and with prompts that
+are no targets, and a completion of grpo ends at a stop token. `pip install -e '.[bench]'` installs the peers.
 
 Runs are interleaved, and the median of `repeats` is printed with the ratio of the medians, since machines are
 noisy and ratios less so. On a CPU the figure is processor time, which other programs disturb little; on CUDA
@@ -42,7 +44,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_ift
 import train_uft
-from data.chat import Example
+from data.chat import Example, encode_rows, rows_of_task
+from data.rows import load_rows, load_task
+from data.tokenizer import Tokenizer
 from fast.head import CUDA_CHUNK
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
 from infra.log import flops_per_token
@@ -77,6 +81,9 @@ class Config:
     # What
     what: tuple[str, ...] = ("generate", "geometric", "grpo", "sft", "ift")  # also memory, or fit alone
     shape: str = "30m"  # 30m, 30m-152k, qwen2.5-0.5b, -1.5b, -3b, llama-3.2-1b, -3b, gemma-2b, ...
+    model: str = ""  # Hugging Face directory to measure instead of random weights of a shape
+    task: str = ""  # sft and grpo: rows of this task, by the tokenizer of `model`, instead of random tokens
+    data_path: str = ""  # where the task's rows are; empty: the task makes them
     dtype: str = "float32"  # weights of generate and geometric: float32 or bfloat16
     train_dtype: str = "float32"  # arithmetic of sft, ift and grpo: float32, or bfloat16 over float32 weights
     gradient_checkpointing: bool = False  # in our sft and ift steps
@@ -111,12 +118,16 @@ def check(cfg: Config) -> None:
     require_each(cfg, ("rows", "lora_rank"), lambda v: v >= 0, "must be >= 0")
     require(cfg, "lora_rank", not (cfg.lora_rank and cfg.peers), "give 0 with peers = true")
     require(cfg, "length", cfg.length >= 2, "must be >= 2")
+    rule = "needs --model=DIR and --what=sft, grpo or both"
+    require(cfg, "task", not cfg.task or cfg.model and set(cfg.what) <= {"sft", "grpo"}, rule)
 
 
 # ---- shapes and the memory they need ---------------------------------------------------------------------
 
 
 def build(cfg: Config, device: torch.device) -> Transformer:
+    if cfg.model:
+        return Transformer.from_pretrained(cfg.model, torch.float32, device)
     return Transformer(shape_config(cfg.shape)).init_weights(0).to(device)
 
 
@@ -309,6 +320,12 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
     device, vocab, new, n = model.head_weight.device, model.config.vocab_size, cfg.grpo_new, 4
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, vocab, (cfg.problems, cfg.prompt), generator=generator).tolist()
+    texts, stop = [" ".join(f"t{i}" for i in p) for p in ids], []
+    if cfg.task:  # prompts with half of their hint
+        tokenizer = Tokenizer.from_pretrained(cfg.model)
+        rows = load_rows(load_task(cfg.task), "train", cfg.data_path, cfg.problems, style="short")
+        texts = [row["prompt"] + "".join(row["hint"][: len(row["hint"]) // 2]) for row in rows]
+        ids, stop = [tokenizer.encode(text) for text in texts], sorted(tokenizer.stop_ids)
     # Ours.
     settings = train_uft.Config(
         entropy_coef=0.0, token_budget=8192, max_new_tokens=new, dtype=cfg.train_dtype, fast=cfg.fast
@@ -325,7 +342,7 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
         outputs: list = []
 
         def sample() -> None:
-            outputs.extend(generate(sampler, ids, n, new, fast=cfg.fast))
+            outputs.extend(generate(sampler, ids, n, new, stop_ids=stop, fast=cfg.fast))
 
         spent["rollouts"] += seconds(sample, device)
         rewards = torch.tensor([[float(sum(c.tokens) % 7) for c in group] for group in outputs])
@@ -341,35 +358,42 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
 
     calls: Calls = {"nanoFT": ours}
     if cfg.peers:
-        calls["TRL"] = trl_grpo(cfg, folder, ids, device, vocab)
+        calls["TRL"] = trl_grpo(cfg, folder, texts, stop, device, vocab)
     return calls
 
 
 def trl_grpo(
-    cfg: Config, folder: Path, ids: list[list[int]], device: torch.device, vocab: int
+    cfg: Config, folder: Path, texts: list[str], stop: list[int], device: torch.device, vocab: int
 ) -> Callable[[], float]:
-    """TRL's GRPOTrainer on the same prompts: makes two steps and measures the second."""
+    """TRL's GRPOTrainer on the same prompts: makes two steps and measures the second.
+
+    Without stop ids every completion has grpo_new tokens.
+    """
     import datasets
     import transformers
     import trl
 
     n, new = 4, cfg.grpo_new
-    rows = [{"prompt": " ".join(f"t{i}" for i in p)} for p in ids]
+    rows = [{"prompt": text} for text in texts]
+    if stop:
+        words, length = transformers.AutoTokenizer.from_pretrained(cfg.model), {}
+    else:
+        words, length = word_tokenizer(vocab), {"min_new_tokens": new}
 
     def measure() -> float:
         timer = second_step_timer(device)
         peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        peer.generation_config.eos_token_id = 1
+        peer.generation_config.eos_token_id = stop or 1
         args = trl.GRPOConfig(
             output_dir=str(folder / "trl"), use_cpu=device.type == "cpu", bf16=cfg.train_dtype == "bfloat16",
             use_vllm=False, beta=0.0, max_steps=2, per_device_train_batch_size=cfg.problems * n,
             steps_per_generation=1, num_generations=n, learning_rate=1e-6, max_completion_length=new,
-            generation_kwargs={"min_new_tokens": new}, gradient_checkpointing=False, report_to=[],
+            generation_kwargs=length, gradient_checkpointing=False, report_to=[],
             logging_steps=1000, save_strategy="no", disable_tqdm=True, temperature=1.0,
         )  # fmt: skip
         trl.GRPOTrainer(
             model=peer, args=args, train_dataset=datasets.Dataset.from_list(rows * 2), callbacks=[timer],
-            processing_class=word_tokenizer(vocab),
+            processing_class=words,
             reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
         ).train()  # fmt: skip
         return timer.last
@@ -414,6 +438,9 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False)
     prompt = cfg.length // 2 if ift else 1
     mask = [0] * prompt + [1] * (cfg.length - prompt)
     batch = [Example(row, mask, False, 0) for row in ids.tolist()]
+    if cfg.task:
+        rows = load_rows(load_task(cfg.task), "train", cfg.data_path, cfg.rows or 32, style="short")
+        batch = list(encode_rows(rows_of_task(rows), Tokenizer.from_pretrained(cfg.model), cfg.length)[0])
     # Ours.
     settings = train_ift.Config(
         token_budget=max(8192, cfg.length), dtype=cfg.train_dtype, fast=cfg.fast,
@@ -437,16 +464,23 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False)
     if cfg.only in ("", "nanoFT"):
         calls["nanoFT"] = ours("sft")
     if cfg.peers and cfg.only in ("", "transformers"):
-        calls["transformers"] = transformers_sft(cfg, folder, ids.to(device))
-    if cfg.peers and cfg.only in ("", "TRL"):
+        calls["transformers"] = transformers_sft(cfg, folder, batch, device)
+    if cfg.peers and cfg.only in ("", "TRL") and not cfg.task:
         calls["TRL"] = trl_sft(cfg, folder, ids, device, vocab)
     return calls
 
 
-def transformers_sft(cfg: Config, folder: Path, ids: torch.Tensor) -> Callable[[], float]:
-    """A plain training loop around a transformers model, on ids (rows, length)."""
+def transformers_sft(
+    cfg: Config, folder: Path, batch: list[Example], device: torch.device
+) -> Callable[[], float]:
+    """A plain training loop around a transformers model, on a right-padded batch."""
     import transformers
 
+    ids, mask = train_ift.to_rows(batch, device)
+    lengths = torch.tensor([len(e.ids) for e in batch], device=device)
+    inputs = {"input_ids": ids, "labels": ids.masked_fill(~mask, -100)}
+    if len(set(lengths.tolist())) > 1:
+        inputs["attention_mask"] = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     peer = peer.to(ids.device).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-6, fused=True)
@@ -455,7 +489,7 @@ def transformers_sft(cfg: Config, folder: Path, ids: torch.Tensor) -> Callable[[
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=low):
-            loss = peer(input_ids=ids, labels=ids).loss
+            loss = peer(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
         optimizer.step()
@@ -496,7 +530,7 @@ def memory(cfg: Config, _model: Transformer, _folder: Path) -> Calls:
     """
 
     def peak(who: str, *more: str) -> float:
-        same = ("shape", "rows", "length", "device", "threads", "gradient_checkpointing", "fast")
+        same = ("shape", "model", "rows", "length", "device", "threads", "gradient_checkpointing", "fast")
         flags = [f"--{key}={getattr(cfg, key)}" for key in same]
         flags += ["--what=sft", "--repeats=2", f"--only={who}", *(more or ["--peers=true"])]
         command = [sys.executable, __file__, *flags]
@@ -585,11 +619,12 @@ def measure(
     record |= {"median": medians, "all": times, "ratio": ratios}
     # The line.
     figures = [f"{who} {m:.2f} {unit} ({ratios[who]:.2f}x)" for who, m in medians.items()]
-    if unit == "s":
+    if unit == "s" and not cfg.task:
         record["share_of_limit"] = ideal_seconds(name, cfg, model, *limits[dtype]) / ours
         figures.append(f"{record['share_of_limit']:.0%} of the measured limit")
     path = "" if cfg.fast else ", plain path"
-    print(f"{name} {dtype} {cfg.shape} on {device.type}{path}: {' | '.join(figures)}", flush=True)
+    what = f"{name} {dtype} {cfg.model or cfg.shape} {cfg.task}".rstrip()
+    print(f"{what} on {device.type}{path}: {' | '.join(figures)}", flush=True)
     return record
 
 
