@@ -2,7 +2,7 @@
 
     y = W x + (alpha / rank) B A x        A (rank, in), B (out, rank); W is frozen, B begins at 0
 
-What is trained, and what its optimiser keeps, shrinks to about a hundredth of the model. The frozen weights
+What is trained, and what its optimiser keeps, shrinks to a few hundredths of the model. The frozen weights
 may be bfloat16, the adapters A and B are float32. The model with its adapters off is the starting model, so
 a KL term or a pair loss needs no second one. Rollouts and out_dir/model use W + (alpha / rank) B A;
 out_dir/adapter holds A and B as the peft library reads them.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. add_adapters() turns a layer into one where it stands."""
+    """A linear layer with an adapter. add_adapters() converts a layer in place."""
 
     lora_A: nn.Parameter  # (rank, in)
     lora_B: nn.Parameter  # (out, rank)
@@ -102,6 +102,7 @@ class StartingModel:
             return self.model.hidden(*args, **options)
 
     def run(self, function, *args):
+        """The model's own. Adapters are off in hidden() only: a pair loss runs both models inside run()."""
         return self.model.run(function, *args)
 
     @contextmanager

@@ -117,7 +117,7 @@ class Config:
     weight_decay: float = 0.0  # decoupled weight decay, adamw only
     grad_clip: float = 1.0  # largest gradient norm; 10 in the paper
     # LoRA
-    lora_rank: int = 0  # rank of the adapters that are trained instead of the model; 0: train all of it
+    lora_rank: int = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
     # Speed
     fast: bool = True  # use fast/: same results, faster; false: plain path (train_ift, model, sampler.py)
@@ -719,8 +719,7 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
     resume = cfg.resume and resume_folder(out_dir) is not None  # of several methods, some may not have begun
-    rollout_dtype = (cfg.dtype if cfg.lora_rank else "float32") if cfg.task else ""
-    run = set_up(cfg, str(out_dir), device, rollout_dtype, resume)
+    run = set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
     data = load_data(loss, cfg, run.tokenizer, run.model.config)
     reference = frozen_model(run.base, run, cfg) if loss.reference else None
     if cfg.optimizer == "adamw":

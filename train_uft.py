@@ -150,7 +150,7 @@ class Config:
     temperature: float = 1.0  # temperature of rollouts, and of the log-probs of their tokens
     rollout_batch: int = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
     # LoRA
-    lora_rank: int = 0  # rank of the adapters that are trained instead of the model; 0: train all of it
+    lora_rank: int = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
     # Speed
     fast: bool = True  # use fast/: same results, faster; false: plain path (train_uft, model, sampler.py)
@@ -692,8 +692,8 @@ def add_metrics(
 def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config) -> None:
     """Replace the sampler's log-probs with the training model's; needed unless both compute in float32.
 
-    They differ even if both use bfloat16: the sampler's weights are bfloat16, while training keeps float32
-    weights and computes products in bfloat16.
+    They differ even if both use bfloat16: the sampler's weights are rounded to bfloat16 after each update (or
+    once adapters are merged), the trainer's are not.
     """
     rows, mine = training_rows(groups, cfg, model.config), {}
     for batch, _ in my_batches([g.length() for g in rows], cfg.token_budget):
@@ -711,17 +711,17 @@ def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config)
 def correct_mismatch(
     groups: list[Group], rollout_logprobs: list[list[list[float]]], cfg: Config
 ) -> dict[str, float]:
-    """Multiply the advantages of all tokens by rollout_weights(); returns measures of the mismatch.
+    """Measure the sampler's mismatch and, unless rollout_correction is none, weigh the advantages by it.
 
-    rollout_logprobs: for each group and completion the sampler's log-probs. The policy loss is linear in the
-    advantages, so this weighs the loss of each token. k3 estimates KL(rollout || train).
+    rollout_logprobs: for each group and completion the sampler's log-probs. A positive factor of a token's
+    advantage is a factor of its policy loss. sampling/kl_k3 estimates KL(sampler || trainer).
     """
-    logps, rollout_logps, weights = [], [], []
+    logps, rollout_logps, weights, corrected = [], [], [], cfg.rollout_correction != "none"
     for group, sampled in zip(groups, rollout_logprobs, strict=True):
         for j, (completion, logprobs) in enumerate(zip(group.completions, sampled, strict=True)):
             logp, rollout_logp = torch.tensor(completion.logprobs), torch.tensor(logprobs)
             weight = rollout_weights(logp, rollout_logp, cfg.rollout_correction, cfg.rollout_cap)
-            if cfg.rollout_correction != "none":
+            if corrected:
                 group.advantages[j] = (torch.tensor(group.advantages[j]) * weight).tolist()
             logps.append(logp)
             rollout_logps.append(rollout_logp)
@@ -736,7 +736,7 @@ def correct_mismatch(
         "sampling/kl_k3": kl_k3(rollout_logp, logp).mean().item(),
         "sampling/weight/mean": weight.mean().item(),
         "sampling/weight/min": weight.min().item(),
-        "sampling/weight/capped": (weight >= cfg.rollout_cap).float().mean().item(),
+        "sampling/weight/capped": (weight >= cfg.rollout_cap).float().mean().item() if corrected else 0.0,
     }
 
 
@@ -917,7 +917,8 @@ def engine_options(run: Run, data: Data, cfg: Config) -> dict:
         return {}
     # Gradients and moments are allocated in the first update: leave room for them.
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    reserve = 0 if run.optimizer.state else 12 * trained // world()
+    shares = 1 if cfg.lora_rank else world()  # every process has all adapters
+    reserve = 0 if run.optimizer.state else 12 * trained // shares
     return {
         "compile": False if cfg.compile == "false" else None,
         "reserve": reserve,

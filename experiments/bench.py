@@ -321,10 +321,10 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, vocab, (cfg.problems, cfg.prompt), generator=generator).tolist()
     texts, stop = [" ".join(f"t{i}" for i in p) for p in ids], []
-    if cfg.task:  # prompts with half of their hint
+    if cfg.task:  # prompts with all but the last sentence of their hint, as at the start of UFT
         tokenizer = Tokenizer.from_pretrained(cfg.model)
         rows = load_rows(load_task(cfg.task), "train", cfg.data_path, cfg.problems, style="short")
-        texts = [row["prompt"] + "".join(row["hint"][: len(row["hint"]) // 2]) for row in rows]
+        texts = [row["prompt"] + "".join(row["hint"][:-1]) for row in rows]
         ids, stop = [tokenizer.encode(text) for text in texts], sorted(tokenizer.stop_ids)
     # Ours.
     settings = train_uft.Config(

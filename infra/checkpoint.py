@@ -80,9 +80,11 @@ def _is_run(out: Path) -> bool:
 
 def check_disk(out: Path, model) -> None:
     """UserError if the disk has no room for model/ and resume/ beside the ones they replace."""
-    # Bytes: model 4 a parameter; resume 12 a trained one (weight and two moments), and 12 for the new resume.
-    needed = 4 * sum(p.numel() for p in base_parameters(model).values())
-    needed += 24 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Bytes: model 4 a parameter, resume 12 a trained one (weight and two moments). While one of the two is
+    # replaced, it is there twice.
+    written = 4 * sum(p.numel() for p in base_parameters(model).values())
+    kept = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    needed = max(2 * written + kept, written + 2 * kept)
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(
@@ -180,7 +182,7 @@ def save_adapter(out: Path, model, base: Path) -> None:
     new_folder(new)
     with _disk_errors(out / "adapter"):
         if rank() == 0:
-            config, tensors = adapter_files(model, str(base))
+            config, tensors = adapter_files(model, str(base.resolve()))
             save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
             (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     replace_folder(new, out / "adapter")

@@ -73,8 +73,8 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
     """An instance of the dataclass `cls` from the arguments [file.toml] --key=value ...
 
-    A table [train_uft] or [train_ift] of the file holds knobs of that script alone. UserError for unknown
-    keys and wrong types.
+    A table of the file, such as [train_uft], holds knobs for the script of that name only. UserError for
+    unknown keys and wrong types.
     """
     if {"--help", "-h"} & set(argv):
         print(
@@ -120,12 +120,19 @@ def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, di
 
 
 def _own_table(cls: type, content: dict, path: Path) -> dict:
-    """The knobs of a TOML file and of its table for this script, such as [train_uft], without the other."""
-    tables = {script: content.pop(script, {}) for script in ("train_uft", "train_ift")}
-    for script, table in tables.items():
+    """The knobs of a TOML file for the script of `cls`.
+
+    They are those outside of tables and, with precedence, those of the table named after the script.
+    """
+    script = Path(inspect.getfile(cls)).stem
+    tables = {name: content.pop(name) for name in {"train_uft", "train_ift", script} & set(content)}
+    for name, table in tables.items():
         if not isinstance(table, dict):
-            raise UserError(f"{path}: {script} = {table!r}: must be a table, [{script}], of its own knobs")
-    return content | tables.get(Path(inspect.getfile(cls)).stem, {})
+            raise UserError(f"{path}: {name} = {table!r}: must be a table, [{name}], of that script's knobs")
+    if tables and script not in tables:
+        others = ", ".join(f"[{name}]" for name in sorted(tables))
+        raise UserError(f"{path}: has no table [{script}], only {others}; this script reads [{script}]")
+    return content | tables.get(script, {})
 
 
 def _known(key: str, types_of: dict, where: str) -> str:

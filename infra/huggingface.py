@@ -259,7 +259,7 @@ def save_model(
 ) -> None:  # fmt: skip
     """Write config.json, generation_config.json and weights for transformers 4 and 5, vLLM and others.
 
-    dtype None: the parameters' own, or float32 with adapters, which are merged into the weights. Generation
+    dtype None: the parameters' own; float32 if there are adapters, which are merged into them. Generation
     stops at config.json's eos_token_id and `stop_ids`. Weights go to model.safetensors, or to files of at
     most shard_bytes (or one tensor) with an index; a tied head is not written. For a sharded model every
     process must call this, one of them with write; the others only help to gather.
@@ -314,7 +314,7 @@ def _write_safetensors(
 ) -> None:
     """Write the named tensors, one at a time: safetensors' own function holds all of them twice.
 
-    The format: the header's length in 8 bytes, the header (JSON), and the tensors' bytes on end.
+    The format: the header's length in 8 bytes, the header (JSON), and the tensors' bytes one after another.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():

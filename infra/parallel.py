@@ -190,7 +190,7 @@ def full(p: torch.Tensor) -> torch.Tensor:
 def whole_copy(model, dtype: torch.dtype):
     """The model to sample from: the model itself, or a copy that refresh() fills.
 
-    It is a copy if the model is sharded, has adapters or has another dtype. It has no memory yet.
+    It is a copy if the model is sharded, has adapters or has another dtype. A copy has no memory yet.
     """
     p = model.head_weight
     if not isinstance(p, DTensor) and p.dtype == dtype and not adapted_layers(model):

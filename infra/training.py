@@ -133,7 +133,7 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
 
 def fill_sampler(run: Run) -> None:
     """Copy the current weights to the model to sample from, unless it is the trained model itself."""
-    if run.sampler.head_weight.is_meta:
+    if run.sampler.head_weight.is_meta:  # it is to be allocated: first give back what the last update freed
         trim_heap()
     refresh(run.sampler, run.model)
 
@@ -141,7 +141,7 @@ def fill_sampler(run: Run) -> None:
 def release_sampler(run: Run) -> None:
     """Give back the memory of the sampler's copy of the weights, until fill_sampler() takes it again.
 
-    Not on CUDA, where the sampler's graphs point at it.
+    Only on a CPU: CUDA graphs hold the addresses of the weights.
     """
     if run.sampler is not run.model and run.device.type == "cpu":
         run.sampler.to("meta")

@@ -299,7 +299,10 @@ def test_a_table_of_a_file_holds_the_knobs_of_one_script(tmp_path):
     with pytest.raises(UserError, match="both.toml: unknown knob 'batch'; the nearest is"):
         parse_config(train_uft.Config, [str(file)], "")
     file.write_text("train_ift = 1\n")
-    with pytest.raises(UserError, match=r"train_ift = 1: must be a table, \[train_ift\], of its own knobs"):
+    with pytest.raises(UserError, match=r"train_ift = 1: must be a table, \[train_ift\], of that script's"):
+        parse_config(train_uft.Config, [str(file)], "")
+    file.write_text("[train_ift]\nbatch = 7\n")  # for a script that the file was not written for: not dropped
+    with pytest.raises(UserError, match=r"has no table \[train_uft\], only \[train_ift\]"):
         parse_config(train_uft.Config, [str(file)], "")
 
 
