@@ -19,7 +19,7 @@ import torch
 
 from data.tokenizer import Tokenizer
 from fast.compiled import compile_blocks
-from fast.head import trim_heap, trim_heap_before_table_gradient
+from fast.head import trim_heap, trim_heap_at_peaks
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
@@ -125,7 +125,7 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
     """Apply the knobs gradient_checkpointing, fast and compile."""
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.fast:
-        trim_heap_before_table_gradient(model.model.embed_tokens)
+        trim_heap_at_peaks(model)
     if cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda"):
         if problem := compile_blocks(model):
             print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)

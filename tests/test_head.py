@@ -367,7 +367,7 @@ def test_the_heap_is_trimmed_before_a_large_table_gets_its_gradient(monkeypatch)
     for size in (1 << 24, 0):
         monkeypatch.setattr(fast, "LARGE_TABLE", size)
         model = Transformer(ModelConfig(90, 32, 48, 2, 4, 2)).init_weights(0)
-        fast.trim_heap_before_table_gradient(model.model.embed_tokens)
+        fast.trim_heap_at_peaks(model)
         model(ids).logsumexp(-1).sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert (
@@ -377,3 +377,20 @@ def test_the_heap_is_trimmed_before_a_large_table_gets_its_gradient(monkeypatch)
     with torch.no_grad():
         model(ids)
     assert len(calls) == 1
+
+
+def test_the_heap_is_trimmed_at_each_quarter_of_the_blocks_when_the_table_is_frozen(monkeypatch):
+    ids, grads, calls = torch.arange(51).view(3, 17), [], []
+    monkeypatch.setattr(fast, "_malloc_trim", lambda _: calls.append(torch.is_grad_enabled()))
+    for size in (1 << 24, 0):
+        monkeypatch.setattr(fast, "LARGE_TABLE", size)
+        model = Transformer(ModelConfig(90, 32, 48, 8, 4, 2)).init_weights(0)
+        model.model.embed_tokens.requires_grad_(False)
+        fast.trim_heap_at_peaks(model)
+        model(ids).logsumexp(-1).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(calls) == 5 + 4  # quarters and last norm; backward all but the first quarter
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.no_grad():
+        model(ids)
+    assert len(calls) == 9
