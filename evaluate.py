@@ -40,6 +40,7 @@ from data import sources
 from data.tokenizer import Tokenizer
 from infra import exports
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.huggingface import weights_mark
 from infra.log import Counter, brief, wilson
 from infra.parallel import collect, gather, settle_dtype, share, start_process, world
 from infra.training import fingerprint, starting_model
@@ -693,7 +694,7 @@ def main(argv: Sequence[str]) -> None:
     problems = load_problems(cfg, tokenizer, model.config.vocab_size)
     names = list(dict.fromkeys(p.name for p in problems))
     settings = {k: getattr(cfg, k) for k in ("model", "data_path", *DECISIVE[:-2])} | {"task": names}
-    settings |= {"weights": exports.weights_mark(base), "problems": fingerprint([p.row for p in problems])}
+    settings |= {"weights": weights_mark(base), "problems": fingerprint([p.row for p in problems])}
     records, file = {}, None
     if cfg.save and not cfg.export:
         records, file = exports.resume_answers(cfg.save, settings, DECISIVE)

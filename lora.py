@@ -3,8 +3,8 @@
     y = W x + (alpha / rank) B A x        A (rank, in), B (out, rank); W is frozen, B begins at 0
 
 What is trained, and what its optimiser keeps, shrinks to a few hundredths of the model. The frozen weights
-may be bfloat16, the adapters A and B are float32. The model with its adapters off is the starting model, so
-a KL term or a pair loss needs no second one. Rollouts and out_dir/model use W + (alpha / rank) B A;
+may be rounded to bfloat16, the adapters A and B are float32. The model with its adapters off is the starting
+model, so a KL term or a pair loss needs no second one. Rollouts and out_dir/model use W + (alpha / rank) B A;
 out_dir/adapter holds A and B as the peft library reads them.
 
 FSDP shards the frozen weights only. Every process has all adapters, and average_gradients() makes their
@@ -42,19 +42,24 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> No
     A is drawn from U(-1 / sqrt(in), 1 / sqrt(in)), as in peft, from the seed alone; B is 0.
     """
     model.requires_grad_(False)
+    adapt_layers(model.model.layers, rank, alpha, seed)
+    # The residual stream is float32, as it is in training without adapters, whatever the embedding's dtype.
+    model.model.embed_tokens.register_forward_hook(lambda _layer, _ids, output: output.float())
+
+
+def adapt_layers(module: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:
+    """Give every linear layer of a module an adapter."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in model.model.layers.modules():
+    for layer in module.modules():
         if type(layer) is not nn.Linear:
             continue
         a = torch.empty(rank, layer.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        # The object stays the same, since FSDP has taken hold of it.
+        # Converted in place, since FSDP keeps references to the module.
         layer.__class__ = LoRALinear
         layer.scale = alpha / rank
         layer.lora_A = nn.Parameter(a.to(layer.weight.device))
         layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
-    # The residual stream is float32, as it is in training without adapters, whatever the embedding's dtype.
-    model.model.embed_tokens.register_forward_hook(lambda _layer, _ids, output: output.float())
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -68,7 +73,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merged_weight(model: nn.Module, name: str, weight: Tensor) -> Tensor:
-    """`weight`, the whole of the parameter `name`, plus its adapter if it has one: W + (alpha / rank) B A."""
+    """`weight`, the unsharded parameter `name`, with its adapter, if any, added: W + (alpha / rank) B A."""
     layer = model.get_submodule(name.rpartition(".")[0])
     if not (isinstance(layer, LoRALinear) and name.endswith(".weight")):
         return weight
@@ -88,7 +93,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 class StartingModel:
-    """The model with its adapters off, for the passes of a frozen reference. It shares all weights."""
+    """The trained model with its adapters off, as a frozen reference. No weight is copied."""
 
     def __init__(self, model: nn.Module):
         self.model, self.layers = model, list(adapted_layers(model).values())
@@ -102,7 +107,7 @@ class StartingModel:
             return self.model.hidden(*args, **options)
 
     def run(self, function, *args):
-        """The model's own. Adapters are off in hidden() only: a pair loss runs both models inside run()."""
+        """The model's own, adapters on: a pair loss runs both models in it, and hidden() turns them off."""
         return self.model.run(function, *args)
 
     @contextmanager

@@ -167,6 +167,7 @@ def check(cfg: Config) -> None:
     require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
     require_each(cfg, ("epochs", "lr", "grad_clip", "lora_alpha"), lambda v: v > 0, "must be above 0")
     # Combinations.
+    require(cfg, "lora_alpha", cfg.lora_rank or cfg.lora_alpha == Config.lora_alpha, "needs a lora_rank")
     require(cfg, "val_n", cfg.val_n == 1 or cfg.val_temperature > 0, "needs a val_temperature above 0")
     pairs = [name for name in cfg.loss if LOSSES[name].pairs]
     require(cfg, "task", not (pairs and cfg.task), f"{'/'.join(pairs)} needs pairs: --task= --data_path=FILE")
@@ -728,8 +729,9 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
     else:
         run.optimizer = torch.optim.RMSprop(run.model.parameters())
     start_or_resume(
-        run, cfg, resume, {}, {"train": fingerprint(data.examples), "test": fingerprint(data.test)}
-    )
+        run, cfg, resume, {}, {"train": fingerprint(data.examples), "test": fingerprint(data.test)},
+        reads_base=bool(cfg.lora_rank or loss.reference),
+    )  # fmt: skip
     steps = max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
     warmup = round(cfg.warmup_ratio * steps)
     print(f"{name}: {steps} steps of {cfg.batch}, {model_size(run)}")
@@ -765,7 +767,7 @@ def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.devic
 
 def main(argv: Sequence[str], token_weights: Callable | None = None) -> None:
     """Train every method of the knob `loss`. token_weights replaces that of sft and ift: see variants/."""
-    cfg = parse_config(Config, argv, __doc__)
+    cfg = parse_config(Config, argv, __doc__, table="train_ift")
     check(cfg)
     device = start(cfg)
     folders = {name: Path(cfg.out_dir) / (name if len(cfg.loss) > 1 else "") for name in cfg.loss}

@@ -127,11 +127,11 @@ class Config:
     # Loss
     clip_low: float = 0.2  # lower PPO clip: ratio >= 1 - clip_low
     clip_high: float = 0.2  # upper PPO clip: ratio <= 1 + clip_high; 0.28 is DAPO's clip-higher
-    kl_coef: float = 0.0  # beta of the KL to the starting model; 0 loads no reference model
+    kl_coef: float = 0.0  # beta of the KL to the reference, the model that reinforcement starts from
     entropy_coef: float = 0.001  # weight of the entropy bonus
     adv_norm: str = "std"  # divisor of advantages: std of the group, or none as in Dr. GRPO
     loss_norm: str = "tokens"  # denominator: tokens, constant (Dr. GRPO), or paper_code (micro-batch means)
-    rollout_correction: str = "none"  # importance weights, sampler to trainer: none, token or sequence
+    rollout_correction: str = "none"  # weight by pi_trainer / pi_sampler: none, token or sequence
     rollout_cap: float = 3.0  # largest weight of rollout_correction
     drop_dead: bool = False  # leave out groups whose rewards are all equal
     # Optimiser (AdamW)
@@ -200,6 +200,7 @@ def check(cfg: Config) -> None:
     require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
     require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
     require(cfg, "temperature", cfg.temperature > 0, "rollouts need a temperature above 0")
+    require(cfg, "lora_alpha", cfg.lora_rank or cfg.lora_alpha == Config.lora_alpha, "needs a lora_rank")
     require(cfg, "val_n", cfg.val_n == 1 or cfg.val_temperature > 0, "needs a val_temperature above 0")
     require(cfg, "mini_batch", cfg.problems % cfg.mini_batch == 0, f"must divide problems = {cfg.problems}")
     two_phases = ALGOS[cfg.algo].supervised and ALGOS[cfg.algo].reinforced
@@ -690,8 +691,9 @@ def add_metrics(
 
 @torch.no_grad()
 def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config) -> None:
-    """Replace the sampler's log-probs with the training model's; needed unless both compute in float32.
+    """Replace the sampler's log-probs with the training model's.
 
+    It is called if either computes in bfloat16, or to correct the mismatch.
     They differ even if both use bfloat16: the sampler's weights are rounded to bfloat16 after each update (or
     once adapters are merged), the trainer's are not.
     """
@@ -713,8 +715,8 @@ def correct_mismatch(
 ) -> dict[str, float]:
     """Measure the sampler's mismatch and, unless rollout_correction is none, weigh the advantages by it.
 
-    rollout_logprobs: for each group and completion the sampler's log-probs. A positive factor of a token's
-    advantage is a factor of its policy loss. sampling/kl_k3 estimates KL(sampler || trainer).
+    rollout_logprobs: for each group and completion the sampler's log-probs. To scale a token's advantage by a
+    positive factor scales its policy loss by the same. sampling/kl_k3 estimates KL(sampler || trainer).
     """
     logps, rollout_logps, weights, corrected = [], [], [], cfg.rollout_correction != "none"
     for group, sampled in zip(groups, rollout_logprobs, strict=True):
@@ -1043,7 +1045,7 @@ def main(
     variants/.
     """
     # Configuration, model, data, optimiser; all of it from out_dir/resume if the run continues.
-    cfg = parse_config(Config, argv, __doc__)
+    cfg = parse_config(Config, argv, __doc__, table="train_uft")
     check(cfg)
     algo, rule = ALGOS[cfg.algo], hint_rule(cfg)
     hint_coef = cfg.hint_coef if algo.hint_likelihood else 0.0
@@ -1053,7 +1055,8 @@ def main(
     data = load_data(cfg, run.tokenizer, run.model.config)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), weight_decay=cfg.weight_decay, fused=True)
     fingerprints = {"train": fingerprint([p.row for p in data.problems]), "test": fingerprint(data.test_rows)}
-    start_or_resume(run, cfg, cfg.resume, {"memory": [None] * len(data.problems)}, fingerprints)
+    reads_base = bool(cfg.lora_rank or cfg.kl_coef and not sft_steps)
+    start_or_resume(run, cfg, cfg.resume, {"memory": [None] * len(data.problems)}, fingerprints, reads_base)
     memory, reference = run.state["memory"], None
     counts = f"{len(data.problems)} train, {len(data.test_rows)} test problems"
     print(f"{cfg.algo} on {cfg.task}: {counts}, {model_size(run)}")
@@ -1068,7 +1071,7 @@ def main(
         if step < sft_steps:
             # 2-4, supervised phase: the whole solution as a hint, and no completions.
             groups, metrics = [solution_group(p, run.tokenizer) for p in problems], {}
-            mini_batches, coef, update_start = [groups], 1.0, step_start
+            mini_batches, coef = [groups], 1.0
             lr = cfg.sft_lr * lr_factor(step, sft_steps, max(1, sft_steps // 10), "cosine")
             set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.sft_beta2))
         else:
@@ -1092,24 +1095,26 @@ def main(
                 )
             release_sampler(run)
             metrics = rollout_metrics(groups, rewards, shown, problems)
+            metrics["timing_s/gen"] = time.perf_counter() - step_start
             if step % cfg.eval_every == 0:
                 log_sample(run, step + 1, problems[-1], shown[-1], responses[-1], rewards[-1])
             # 4. Advantages: (r - mean) / std within each group.
             for group, values in zip(groups, advantages(rewards, groups, cfg), strict=True):
                 group.advantages = values
             groups = drop_dead_groups(groups, rewards, hint_coef) if cfg.drop_dead else groups
-            mini_batches, coef, update_start = (
-                split_evenly(groups, cfg.mini_batch), hint_coef, time.perf_counter()
-            )  # fmt: skip
+            mini_batches, coef = split_evenly(groups, cfg.mini_batch), hint_coef
             lr = cfg.lr * lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
             set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
             one_precision = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
             if groups and not (one_precision and cfg.rollout_correction == "none"):
+                recompute_start = time.perf_counter()
                 rollout_logprobs = [[c.logprobs for c in g.completions] for g in groups]
-                recompute_old_logprobs(run.model, groups, cfg)
+                with explain_failure(run, cfg, step):
+                    recompute_old_logprobs(run.model, groups, cfg)
                 metrics |= correct_mismatch(groups, rollout_logprobs, cfg)
+                metrics["timing_s/old_log_prob"] = time.perf_counter() - recompute_start
         # 5. Loss (eq. 3.3) and one optimiser step per mini-batch.
-        updates = []
+        updates, update_start = [], time.perf_counter()
         for mini_batch in mini_batches:
             with explain_failure(run, cfg, step):
                 updates.append(
@@ -1118,7 +1123,7 @@ def main(
         metrics |= mean_metrics(updates)
         # 6. Log, validate, save.
         update_s = time.perf_counter() - update_start
-        metrics |= {"lr": lr, "timing_s/gen": update_start - step_start, "timing_s/update": update_s}
+        metrics |= {"lr": lr, "timing_s/update": update_s}
         log_step(run, step, metrics, step_start, update_s, sum(g.length() for g in groups), len(groups))
         if (step + 1) % cfg.print_every == 0:
             print(console_line(f"step {step + 1}/{total}", metrics, COLUMNS))

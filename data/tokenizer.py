@@ -173,6 +173,8 @@ class Tokenizer:
         generation_config.json and config.json (for eos and stop ids) beside it. UserError: a file is broken
         or holds an unsupported part."""
         dir = Path(dir)
+        if (dir / "adapter_config.json").exists() and not (dir / "config.json").exists():
+            raise UserError(f"{dir}: is a LoRA adapter; give the merged model, out_dir/model of the run")
         if not (dir / "tokenizer.json").exists():
             raise UserError(
                 f"{dir / 'tokenizer.json'}: no such file; the directory must hold a tokenizer.json"

@@ -6,6 +6,7 @@ from types import MethodType
 
 import torch
 
+from lora import adapt_layers, adapted_layers
 from model import Block, LayerCache, Transformer
 
 
@@ -22,16 +23,20 @@ def compile_for_all_shapes(function: Callable) -> Callable:
 def compile_blocks(model: Transformer) -> str:
     """Compile every block's pass over whole rows, one program for all lengths and layers.
 
-    A forward and a backward pass are tried at once. If they fail, nothing is compiled. Returns the reason, or
-    "" after success.
+    A forward and a backward pass of a block like the model's, adapters included, are tried at once. If they
+    fail, nothing is compiled. Returns the reason, or "" after success.
     """
-    p = model.head_weight
-    x = torch.zeros(2, 16, model.config.hidden_size, dtype=p.dtype, device=p.device, requires_grad=True)
-    cos, sin = torch.zeros(2, 1, 1, 16, model.config.head_dim, dtype=p.dtype, device=p.device)
+    p, adapters = model.head_weight, list(adapted_layers(model).values())
+    x = torch.zeros(2, 16, model.config.hidden_size, device=p.device, requires_grad=True)
+    cos, sin = torch.zeros(2, 1, 1, 16, model.config.head_dim, device=p.device)
     trial = Block(model.config).to(p.device, p.dtype)
+    if adapters:
+        adapt_layers(trial.requires_grad_(False), rank=len(adapters[0].lora_A), alpha=1.0)
     compiled = compile_for_all_shapes(Block.forward)
     try:
-        compiled(trial, x, cos, sin, None, None).sum().backward()
+        with torch.autocast(p.device.type, torch.bfloat16, enabled=p.dtype == torch.bfloat16):
+            y = compiled(trial, x, cos, sin, None, None)
+        y.sum().backward()
     except Exception as e:  # the compiler and its tools may raise anything
         return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
 

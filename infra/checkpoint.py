@@ -1,4 +1,6 @@
-"""Checkpoints: out_dir/model (a Hugging Face directory) and out_dir/resume, each replaced as a whole.
+"""Checkpoints: out_dir/model and out_dir/sft (Hugging Face directories), out_dir/adapter and out_dir/resume.
+
+Each is replaced as a whole.
 
 A run touches only its own files. Other files in a folder that it replaces are carried over.
 """
@@ -30,12 +32,17 @@ RUN_FILES = (
     "config.toml", "metrics.jsonl", "samples.jsonl", "curve.png", "model", "model.old", "sft", "sft.old",
     "adapter", "adapter.old",
 )  # fmt: skip
-OWN_FILE = re.compile(  # names that runs write into model/ and resume/
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|state|adapter_config)\.json"
-    r"|model\.safetensors\.index\.json|chat_template\.jinja"
-    r"|(model|tensors|adapter_model|parameters|optimizer)[\w-]*\.safetensors"
-    r"|\.tmp[A-Za-z0-9]{6}"  # what safetensors leaves if it is killed while it writes
+MODEL_FILE = (
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
+    r"|chat_template\.jinja|model[\w-]*\.safetensors"
 )
+OWN_FILE = {  # names that runs write into each folder
+    "model": MODEL_FILE,
+    "sft": MODEL_FILE,
+    "adapter": r"adapter_config\.json|adapter_model\.safetensors",
+    "resume": r"state\.json|(tensors|parameters|optimizer)[\w-]*\.safetensors",
+}
+UNFINISHED = r"\.tmp[A-Za-z0-9]{6}"  # what safetensors leaves if it is killed while it writes
 PART_BYTES = 2 * 10**9  # approximate size of a file in out_dir/resume
 
 # ---- out_dir -----------------------------------------------------------------------------------------------
@@ -81,10 +88,13 @@ def _is_run(out: Path) -> bool:
 def check_disk(out: Path, model) -> None:
     """UserError if the disk has no room for model/ and resume/ beside the ones they replace."""
     # Bytes: model 4 a parameter, resume 12 a trained one (weight and two moments). While one of the two is
-    # replaced, it is there twice.
+    # replaced, it is there twice. What an earlier part of the run wrote is in place already.
     written = 4 * sum(p.numel() for p in base_parameters(model).values())
     kept = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = max(2 * written + kept, written + 2 * kept)
+    folders = [out / name for name in ("model", "model.old", "resume", "resume.old")]
+    in_place = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if _is_own(path)]
+    needed -= sum(path.stat().st_size for path in in_place)
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(
@@ -141,12 +151,18 @@ def discard(folder: Path, rescue_to: Path | None = None) -> None:
     if not folder.is_dir():
         return
     for path in list(folder.iterdir()):
-        if OWN_FILE.fullmatch(path.name) and path.is_file():
+        if _is_own(path):
             path.unlink()
         elif rescue_to:
             _move(path, rescue_to / path.name)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _is_own(path: Path) -> bool:
+    """Whether runs write a file of this name into its folder: model, model.new, model.old and so on."""
+    names = OWN_FILE[path.parent.name.partition(".")[0]]
+    return path.is_file() and bool(re.fullmatch(f"{names}|{UNFINISHED}", path.name))
 
 
 def _move(path: Path, target: Path) -> None:
@@ -259,8 +275,9 @@ def load_resume(
 ) -> dict:
     """Fill model and optimiser from out_dir/resume and return the state.
 
-    The configuration must be the saved one except for the knobs in MAY_DIFFER, and so must `data`, a
-    fingerprint of each split's rows. The number of processes may differ from the one that wrote it.
+    The configuration must be the saved one except for the knobs in MAY_DIFFER, and so must `data`:
+    fingerprints of the rows of "train" and "test" and, if the run still needs its starting model, of "base".
+    The number of processes may differ from the one that wrote it.
     """
     folder = resume_folder(out)
     if folder is None:
@@ -270,6 +287,8 @@ def load_resume(
         _check_same(folder, state.pop("config"), config)
         for split, fingerprint in data.items():
             if state.get("data", {}).get(split, fingerprint) != fingerprint:
+                if split == "base":
+                    raise UserError(f"model = {config.model!r}: its files have changed since the run began")
                 path = getattr(config, "data_path", "") or getattr(config, "task", "")
                 was = f"they were {state['data'][split]} and are {fingerprint}"
                 raise UserError(f"{path}: the {split} rows have changed since the run began: {was}")
@@ -286,11 +305,12 @@ def resume_folder(out: Path) -> Path | None:
 
 def _check_same(folder: Path, saved: dict, config: Any) -> None:
     for f in fields(config):
-        # A knob younger than the checkpoint had its default's effect.
+        # A knob added since the checkpoint was written counts as its default.
         now, was = (list(v) if isinstance(v, tuple) else v
                     for v in (getattr(config, f.name), saved.get(f.name, f.default)))  # fmt: skip
         if f.name not in MAY_DIFFER and now != was:
-            raise UserError(f"{folder}: the run has {f.name} = {was!r}, not {now!r}; resume with the same")
+            same = "the same, on a device that computes in it" if was == "bfloat16" else "the same"
+            raise UserError(f"{folder}: the run has {f.name} = {was!r}, not {now!r}; resume with {same}")
 
 
 def _fill(folder: Path, model, optimizer: torch.optim.Optimizer) -> None:

@@ -70,11 +70,15 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 # ---- knobs -------------------------------------------------------------------------------------------------
 
 
-def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
+TABLES = ("train_uft", "train_ift")  # of a TOML file, one for each trainer
+
+
+def parse_config(cls: type[C], argv: Sequence[str], usage: str, table: str = "") -> C:
     """An instance of the dataclass `cls` from the arguments [file.toml] --key=value ...
 
-    A table of the file, such as [train_uft], holds knobs for the script of that name only. UserError for
-    unknown keys and wrong types.
+    table: the table of TOML files whose knobs are meant for this script alone, one of TABLES. They override
+    the knobs outside of tables; the other script's table is not read. UserError for unknown keys and wrong
+    types.
     """
     if {"--help", "-h"} & set(argv):
         print(
@@ -86,8 +90,7 @@ def parse_config(cls: type[C], argv: Sequence[str], usage: str) -> C:
     # The TOML file first, then the command line, which overrides it.
     for arg in argv:
         if not arg.startswith("--"):
-            for path, content in _read_toml(Path(arg).expanduser()):
-                content = _own_table(cls, content, path)
+            for path, content in _own_knobs(_read_toml(Path(arg).expanduser()), table):
                 values |= {_known(k, types_of, f"{path}: "): (v, f"{path}: ") for k, v in content.items()}
     for arg in argv:
         if arg.startswith("--"):
@@ -119,20 +122,27 @@ def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, di
     return [*_read_toml(path.parent / include, (*within, path)), (path, content)]
 
 
-def _own_table(cls: type, content: dict, path: Path) -> dict:
-    """The knobs of a TOML file for the script of `cls`.
-
-    They are those outside of tables and, with precedence, those of the table named after the script.
-    """
-    script = Path(inspect.getfile(cls)).stem
-    tables = {name: content.pop(name) for name in {"train_uft", "train_ift", script} & set(content)}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise UserError(f"{path}: {name} = {table!r}: must be a table, [{name}], of that script's knobs")
-    if tables and script not in tables:
-        others = ", ".join(f"[{name}]" for name in sorted(tables))
-        raise UserError(f"{path}: has no table [{script}], only {others}; this script reads [{script}]")
-    return content | tables.get(script, {})
+def _own_knobs(files: list[tuple[Path, dict]], table: str) -> list[tuple[Path, dict]]:
+    """The files' knobs outside of tables and in the script's own table, which has precedence."""
+    knobs, found = [], set()
+    for path, content in files:
+        tables = {name: content.pop(name) for name in TABLES if name in content}
+        for name, value in tables.items():
+            if not isinstance(value, dict):
+                rule = f"must be a table, [{name}], of that script's knobs"
+                raise UserError(f"{path}: {name} = {value!r}: {rule}")
+        for name, value in content.items():
+            if isinstance(value, dict):
+                known = " and ".join(f"[{t}]" for t in TABLES)
+                raise UserError(f"{path}: unknown knob '{name}'; the tables are {known}")
+        found |= set(tables)
+        knobs.append((path, content | tables.get(table, {})))
+    if found and table not in found:
+        others = ", ".join(f"[{name}]" for name in sorted(found))
+        if not table:
+            raise UserError(f"{files[-1][0]}: {others} is for a trainer only")
+        raise UserError(f"{files[-1][0]}: has no table [{table}], only {others}; this script reads [{table}]")
+    return knobs
 
 
 def _known(key: str, types_of: dict, where: str) -> str:

@@ -9,7 +9,6 @@ Each export has a reader of its own, and its layout is that reader's:
     uft          JSON of UFT's verl/trainer/main_eval.py: data_source -> type -> [[text, ground truth], ...]
 """
 
-import hashlib
 import json
 import os
 import re
@@ -46,19 +45,6 @@ def check_output(knob: str, path: str, mine: Callable[[str], bool]) -> None:
         raise UserError(f"{knob} = {path!r}: cannot be written ({e.strerror})") from None
     if start and not mine(start):
         raise UserError(f"{knob} = {path!r}: exists and holds something else; give another file or delete it")
-
-
-def weights_mark(folder: Path) -> str:
-    """A short text that changes when a checkpoint does: a hash of its small files and of the end of each
-    weight file.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
-        with open(path, "rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - (1 << 20)))
-            digest.update(f"{path.name} {size} ".encode() + f.read())
-    return digest.hexdigest()
 
 
 # ---- answers -----------------------------------------------------------------------------------------------

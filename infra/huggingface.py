@@ -4,8 +4,10 @@ A parameter's name is its name in the checkpoint, and a field of ModelConfig is 
 nothing is translated here. A setting that the model cannot honour is refused by name.
 """
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -149,6 +151,19 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def weights_mark(folder: Path) -> str:
+    """A short text that changes when a checkpoint does: a hash of its small files and of the end of each
+    weight file.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+        with open(path, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - (1 << 20)))
+            digest.update(f"{path.name} {size} ".encode() + f.read())
+    return digest.hexdigest()
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
@@ -192,6 +207,18 @@ def load_model(
     if missing:
         raise UserError(f"{dir}: tensor {next(iter(missing))} is missing ({len(missing)} in all)")
     return model
+
+
+def rounded_tensors(dir: Path) -> int:
+    """How many tensors of a Hugging Face directory bfloat16 would round."""
+    count = 0
+    for path in weight_files(dir):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
+                if file.get_slice(name).get_dtype() != "BF16":
+                    tensor = file.get_tensor(name)
+                    count += not torch.equal(tensor.to(torch.bfloat16).to(tensor.dtype), tensor)
+    return count
 
 
 def weight_files(dir: Path) -> list[Path]:

@@ -31,12 +31,13 @@ from infra.checkpoint import (
     write_config,
 )
 from infra.config import UserError, memory_advice
-from infra.huggingface import load_model
+from infra.huggingface import load_model, rounded_tensors, weights_mark
 from infra.log import Log, import_wandb, mfu
 from infra.parallel import (
     collect,
     full,
     has_bfloat16,
+    rank,
     refresh,
     settle_dtype,
     sharding,
@@ -51,7 +52,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Run:
-    """The parts of a run. `state` is kept in out_dir/resume too: steps and seconds done, trainer's memory."""
+    """The parts of a run."""
 
     out: Path
     base: Path  # the directory of the starting model
@@ -60,7 +61,7 @@ class Run:
     model: Transformer
     sampler: Transformer  # the weights to sample with: the model itself, or a copy that refresh() fills
     optimizer: torch.optim.Optimizer | None = None
-    state: dict | None = None
+    state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, memory of each problem
     log: Log | None = None
 
 
@@ -110,11 +111,18 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
         raise UserError(
             f"{base / 'tokenizer_config.json'}: eos_token is missing, and without it no answer ends"
         )
-    # Trained weights are float32; frozen ones have the dtype of the arithmetic.
+    # Trained weights are float32; LoRA's frozen ones are rounded to the dtype of the arithmetic.
     dtype = getattr(torch, cfg.dtype) if cfg.lora_rank else torch.float32
     model = load_model(base, dtype, device, sharding(cfg.dtype))
     if cfg.lora_rank:
+        if dtype == torch.bfloat16 and rank() == 0 and (rounded := rounded_tensors(base)):
+            print(f"warning: LoRA freezes the weights in bfloat16, which rounds {rounded} tensors of {base}; "
+                  "--dtype=float32 keeps them as they are", file=sys.stderr)  # fmt: skip
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    elif not resume and (out / "adapter").exists():
+        raise UserError(
+            f"out_dir = {out_dir!r} holds the adapter/ of an earlier run with LoRA; give another out_dir"
+        )
     speed_up(model, cfg, device)
     check_disk(out, model)
     sampler = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
@@ -141,7 +149,7 @@ def fill_sampler(run: Run) -> None:
 def release_sampler(run: Run) -> None:
     """Give back the memory of the sampler's copy of the weights, until fill_sampler() takes it again.
 
-    Only on a CPU: CUDA graphs hold the addresses of the weights.
+    Only on a CPU. On CUDA the graphs refer to the addresses of the weights, so the copy stays.
     """
     if run.sampler is not run.model and run.device.type == "cpu":
         run.sampler.to("meta")
@@ -151,7 +159,7 @@ def release_sampler(run: Run) -> None:
 def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:
     """The frozen reference of a KL term or a pair loss, sharded and compiled like the trained model.
 
-    With LoRA it is the trained model without its adapters, whatever `dir`.
+    With LoRA it is the trained model without its adapters, and `dir` is not read.
     """
     if cfg.lora_rank:
         return StartingModel(run.model)
@@ -167,11 +175,16 @@ def model_size(run: Run) -> str:
     return f"{trained:,} parameters{f' beside {frozen:,} frozen ones' if frozen else ''} on {run.device}"
 
 
-def start_or_resume(run: Run, cfg: Any, resume: bool, state: dict, data: dict[str, str]) -> None:
+def start_or_resume(
+    run: Run, cfg: Any, resume: bool, state: dict, data: dict[str, str], reads_base: bool
+) -> None:
     """Fill the run's state from out_dir/resume, or begin with `state`.
 
-    data: a fingerprint of each split's rows, which a resumed run must share.
+    data: a fingerprint of each split's rows, which a resumed run must share. reads_base: a resumed run needs
+    the starting model too, for LoRA or as the reference, and it must not have changed.
     """
+    if reads_base:
+        data = data | {"base": weights_mark(run.base)}
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
         finish_replacing(run.out)

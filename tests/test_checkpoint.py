@@ -135,6 +135,13 @@ def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
     check_disk(tmp_path, sized(999_999))
     with pytest.raises(UserError, match=r"the disk has 0\.03 GB free, checkpoints need 0\.03 GB"):
         check_disk(tmp_path, sized(1_000_000))
+    # A resumed run has model/ and resume/ in place; what others put there takes room of its own.
+    for name, size in (("model/notes.safetensors", 99), ("model/model.safetensors", 4), ("resume/a.json", 9)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    check_disk(tmp_path, sized(1_000_000))
+    with pytest.raises(UserError, match="the disk has"):
+        check_disk(tmp_path, sized(1_000_001))
 
 
 # ---- folders replaced as a whole ---------------------------------------------------------------------------
@@ -212,7 +219,7 @@ def test_replacing_a_folder_carries_over_what_no_run_wrote(tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "config.json").write_text("a")
-    (target / "tensors-00001.safetensors").write_text("a")
+    (target / "model-00001-of-00002.safetensors").write_text("a")
     with_foreign_files(target)
     for content in "bc":
         (tmp_path / "new").mkdir()
@@ -276,11 +283,14 @@ def test_a_new_folder_loses_only_what_an_interrupted_run_left(tmp_path):
     new.mkdir()
     for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"):
         (new / name).write_text("half")
-    (new / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "adapter_config.json", "adapter_model.safetensors", "state.json"):
+        (new / name).write_text("mine")  # the last three are a run's own in adapter/ and resume/ only
     new_folder(new)
-    assert [p.name for p in new.iterdir()] == ["notes.txt"]
+    kept = sorted(p.name for p in new.iterdir())
+    assert kept == ["adapter_config.json", "adapter_model.safetensors", "notes.txt", "state.json"]
     discard(tmp_path / "none")
-    (new / "notes.txt").unlink()
+    for name in kept:
+        (new / name).unlink()
     discard(new)
     assert not new.exists()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fast.compiled import compile_blocks, or_uncompiled
+from lora import adapted_layers, add_adapters
 from model import Block, ModelConfig, Transformer
 from sampler import generate
 
@@ -70,16 +71,28 @@ def test_running_out_of_memory_is_no_fault_of_the_compiler(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_agree_with_eager_ones_at_any_length():
+@pytest.mark.parametrize("lora", ["", "float32", "bfloat16"])
+def test_compiled_blocks_agree_with_eager_ones_at_any_length(lora):
     model, eager = tiny(), tiny()
+    if lora:
+        for m in (model, eager):
+            add_adapters(m.to(getattr(torch, lora)), 4, 8.0)
+            for layer in adapted_layers(m).values():
+                torch.nn.init.ones_(layer.lora_B)
     assert compile_blocks(model) == ""
     for T in (17, 9, 30):
         ids = torch.randint(0, 90, (3, T))
         for m in (model, eager):
             m.zero_grad()
-            m(ids).logsumexp(-1).sum().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=lora == "bfloat16"):
+                m(ids).logsumexp(-1).sum().backward()
         for a, b in zip(model.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+            if lora == "bfloat16" and a.requires_grad:  # rounded at other places
+                assert (a.grad - b.grad).norm() < 0.1 * b.grad.norm()
+            elif a.requires_grad:
+                torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+    if lora:  # rollouts use another model, with merged weights
+        return
     assert_has_its_own_weights(copy.deepcopy(model), ids)
     # The engine's caches pass compiled blocks by.
     assert generate(model, [[1, 2], [3]], 2, 9) == generate(eager, [[1, 2], [3]], 2, 9)

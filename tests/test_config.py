@@ -277,7 +277,7 @@ def test_the_configs_in_the_repository_are_complete(path):
     model = ["--model=DIR"] if path.stem == "ift" else []
     out_dirs = set()
     for trainer in trainers:
-        cfg = parse_config(trainer.Config, [str(path), *model], "usage")
+        cfg = parse_config(trainer.Config, [str(path), *model], "usage", trainer.__name__)
         trainer.check(cfg)
         out_dirs.add(cfg.out_dir)
         if cfg.hub:
@@ -291,19 +291,27 @@ def test_the_configs_in_the_repository_are_complete(path):
 def test_a_table_of_a_file_holds_the_knobs_of_one_script(tmp_path):
     file = tmp_path / "both.toml"
     file.write_text("seed = 3\nlr = 1.0\n[train_uft]\nlr = 2.0\nalgo = 'rft'\n[train_ift]\nbatch = 7\n")
-    uft = parse_config(train_uft.Config, [str(file), "--steps=5"], "")
-    ift = parse_config(train_ift.Config, [str(file), "--lr=4"], "")
+    uft = parse_config(train_uft.Config, [str(file), "--steps=5"], "", "train_uft")
+    ift = parse_config(train_ift.Config, [str(file), "--lr=4"], "", "train_ift")
     assert (uft.seed, uft.lr, uft.algo, uft.steps) == (3, 2.0, "rft", 5)
     assert (ift.seed, ift.lr, ift.batch) == (3, 4.0, 7)
     file.write_text("[train_uft]\nbatch = 7\n")
     with pytest.raises(UserError, match="both.toml: unknown knob 'batch'; the nearest is"):
-        parse_config(train_uft.Config, [str(file)], "")
+        parse_config(train_uft.Config, [str(file)], "", "train_uft")
     file.write_text("train_ift = 1\n")
     with pytest.raises(UserError, match=r"train_ift = 1: must be a table, \[train_ift\], of that script's"):
-        parse_config(train_uft.Config, [str(file)], "")
+        parse_config(train_uft.Config, [str(file)], "", "train_uft")
+    file.write_text("[train_utf]\nlr = 7\n")
+    with pytest.raises(UserError, match=r"unknown knob 'train_utf'; the tables are \[train_uft\] and"):
+        parse_config(train_uft.Config, [str(file)], "", "train_uft")
     file.write_text("[train_ift]\nbatch = 7\n")  # for a script that the file was not written for: not dropped
     with pytest.raises(UserError, match=r"has no table \[train_uft\], only \[train_ift\]"):
-        parse_config(train_uft.Config, [str(file)], "")
+        parse_config(train_uft.Config, [str(file)], "", "train_uft")
+    with pytest.raises(UserError, match=r"both.toml: \[train_ift\] is for a trainer only"):
+        parse_config(Config, [str(file)], "")
+    # A file that includes another has the tables of both.
+    (tmp_path / "more.toml").write_text("include = 'both.toml'\n[train_uft]\nlr = 2.0\n")
+    assert parse_config(train_ift.Config, [str(tmp_path / "more.toml")], "", "train_ift").batch == 7
 
 
 # ---- exit codes --------------------------------------------------------------------------------------------

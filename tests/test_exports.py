@@ -13,6 +13,7 @@ import evaluate
 from data.tokenizer import Tokenizer
 from infra import exports
 from infra.config import UserError
+from infra.huggingface import weights_mark
 from model import Transformer
 
 ROOT = Path(__file__).parent.parent
@@ -253,7 +254,7 @@ def test_tables_in_markdown_keep_their_columns(tmp_path):
 def test_a_checkpoints_mark_changes_with_its_weights(tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(b"x" * 10)
-    mark = exports.weights_mark(tmp_path)
-    assert exports.weights_mark(tmp_path) == mark
+    mark = weights_mark(tmp_path)
+    assert weights_mark(tmp_path) == mark
     (tmp_path / "model.safetensors").write_bytes(b"x" * 9 + b"y")
-    assert exports.weights_mark(tmp_path) != mark
+    assert weights_mark(tmp_path) != mark

@@ -1,6 +1,8 @@
 """LoRA against full training, peft, a separate reference model, and itself after an interruption."""
 
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import lora
 import train_ift
 import train_uft
 from data.chat import Example
+from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from infra.config import UserError
 from infra.parallel import refresh, whole_copy
@@ -194,6 +197,50 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trainer, dtype, tmp_path, mon
         assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
 
 
+@pytest.mark.parametrize("rank, kl_coef", [(4, 0.0), (0, 0.1), (0, 0.0)])
+def test_a_run_that_still_needs_its_starting_model_notices_a_change_of_it(rank, kl_coef, tmp_path):
+    shutil.copytree(TINY, tmp_path / "base")
+    model = Transformer.from_pretrained(TINY)
+    flags = [*UFT, f"--lora_rank={rank}", f"--kl_coef={kl_coef}", "--dtype=float32"]
+    flags += [f"--model={tmp_path / 'base'}", f"--out_dir={tmp_path / 'out'}"]
+    train_uft.main(flags)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(tmp_path / "base")
+    if not rank and not kl_coef:  # all weights are in out_dir/resume
+        return train_uft.main([*flags, "--resume=true"])
+    with pytest.raises(UserError, match="base': its files have changed since the run began"):
+        train_uft.main([*flags, "--resume=true"])
+
+
+def test_rounding_the_frozen_weights_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("infra.training.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("infra.parallel.has_bfloat16", lambda device: True)
+    monkeypatch.setattr(train_uft, "validate", lambda *_: sys.exit(9))
+    Transformer.from_pretrained(TINY, torch.bfloat16).save_pretrained(tmp_path / "exact")
+    Tokenizer.from_pretrained(TINY).save(tmp_path / "exact")
+    warned = []
+    for model, flags in ((TINY, []), (TINY, ["--dtype=float32"]), (tmp_path / "exact", [])):
+        with pytest.raises(SystemExit):
+            train_uft.main([*UFT, *flags, f"--model={model}", f"--out_dir={tmp_path / str(len(warned))}"])
+        warned.append(capsys.readouterr().err)
+    assert "warning: LoRA freezes the weights in bfloat16, which rounds" in warned[0]
+    assert warned[1:] == ["", ""]
+
+
+def test_the_adapter_of_an_earlier_run_is_not_left_beside_another_model(tmp_path):
+    train_uft.main([*UFT, f"--out_dir={tmp_path}"])
+    shutil.rmtree(tmp_path / "resume")
+    with pytest.raises(UserError, match="holds the adapter/ of an earlier run with LoRA"):
+        train_uft.main([*UFT, f"--out_dir={tmp_path}", "--lora_rank=0"])
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a LoRA adapter; give the merged model, out_dir/model of the run"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_plain_and_fast_train_alike(tmp_path):
     losses = []
     for fast in ("true", "false"):
@@ -238,6 +285,7 @@ def test_the_samplers_weights_take_no_memory_between_rollouts(tmp_path, monkeypa
     [
         (["--lora_rank=-1"], "lora_rank = -1: must be >= 0"),
         (["--lora_alpha=0"], "lora_alpha = 0.0: must be above 0"),
+        (["--lora_alpha=64", "--lora_rank=0"], "lora_alpha = 64.0: needs a lora_rank"),
         (["--algo=sft-rft", "--kl_coef=0.1"], "kl_coef = 0.1: with LoRA the reference is the starting model"),
     ],
 )
