@@ -184,7 +184,7 @@ def needs(
         "KV cache": 0 if ift else position * positions * -(-rows // gpus),
         "activations": activation_bytes(c, True) * tokens,
         # the head's gradient twice, and some logits
-        "in use": gathered + 2 * 4 * c.vocab_size * c.hidden_size + 16 * CUDA_CHUNK,
+        "temporary": gathered + 2 * 4 * c.vocab_size * c.hidden_size + 16 * CUDA_CHUNK,
     }
     if lora_rank:
         parts |= {
@@ -192,7 +192,7 @@ def needs(
             "gradients": 4 * a,
             "optimiser": (4 if ift else 8) * a,
             "reference": 0,
-            "in use": (0 if gpus == 1 else 2 * 2 * block + 2 * 2 * table) + 16 * CUDA_CHUNK,
+            "temporary": (0 if gpus == 1 else 2 * 2 * block + 2 * 2 * table) + 16 * CUDA_CHUNK,
         }
     return {k: v / 1e9 for k, v in parts.items()} | {"all": sum(parts.values()) / 1e9}
 

@@ -31,7 +31,7 @@ PANELS = (
     Panel("solved rollouts by hint length, %", BY_HINT, 100, x="segments shown"),
     Panel("response length, tokens", "response_length/mean"),
     Panel("entropy, nats", "actor/entropy"),
-    Panel("KL to the starting model, nats", "actor/kl_loss"),
+    Panel("KL to the reference, nats", "actor/kl_loss"),
     Panel("test nll, nats per token", "val/loss"),
     Panel("training loss", "loss"),
 )
