@@ -20,6 +20,7 @@ from fast import head as fast_head
 from fast.compiled import compile_blocks
 from infra.parallel import full, refresh, shard_model, whole_copy
 from infra.training import speed_up
+from lora import add_adapters
 from model import Block, ModelConfig, Transformer
 from sampler import generate
 
@@ -170,6 +171,24 @@ def test_bfloat16_is_near_float32(compile):
         losses.append([ift_update(m, optimizer, "sft", settings, s)["loss"] for s in range(5)])
         assert all(p.dtype == torch.float32 for p in m.parameters())
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("compile", ["false", "true"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.02)])
+def test_lora_steps_are_the_cpus(dtype, tolerance, compile):
+    losses = []
+    for device, kind in (("cpu", "float32"), (DEVICE, dtype)):
+        m = model(device).to(getattr(torch, kind))
+        add_adapters(m, 8, 16.0)
+        if len(losses) == 1:
+            settings = train_ift.Config(token_budget=600, compile=compile, dtype=kind, lora_rank=8)
+            speed_up(m, settings, torch.device(DEVICE))
+            assert is_compiled(m) == (compile == "true")
+        else:
+            settings = train_ift.Config(token_budget=600, dtype=kind, lora_rank=8)
+        optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, fused=True)
+        losses.append([ift_update(m, optimizer, "sft", settings, s)["loss"] for s in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance) and losses[0][-1] < losses[0][0]
 
 
 def uft_groups(texts):
