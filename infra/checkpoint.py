@@ -33,8 +33,8 @@ RUN_FILES = (
     "adapter", "adapter.old",
 )  # fmt: skip
 MODEL_FILE = (
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
-    r"|chat_template\.jinja|model[\w-]*\.safetensors"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja"
+    r"|model[\w-]*\.safetensors(\.index\.json)?"
 )
 OWN_FILE = {  # names that runs write into each folder
     "model": MODEL_FILE,

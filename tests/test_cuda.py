@@ -180,12 +180,10 @@ def test_lora_steps_are_the_cpus(dtype, tolerance, compile):
     for device, kind in (("cpu", "float32"), (DEVICE, dtype)):
         m = model(device).to(getattr(torch, kind))
         add_adapters(m, 8, 16.0)
-        if len(losses) == 1:
-            settings = train_ift.Config(token_budget=600, compile=compile, dtype=kind, lora_rank=8)
+        settings = train_ift.Config(token_budget=600, compile=compile, dtype=kind, lora_rank=8)
+        if losses:  # the second, on the GPU
             speed_up(m, settings, torch.device(DEVICE))
             assert is_compiled(m) == (compile == "true")
-        else:
-            settings = train_ift.Config(token_budget=600, dtype=kind, lora_rank=8)
         optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, fused=True)
         losses.append([ift_update(m, optimizer, "sft", settings, s)["loss"] for s in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=tolerance) and losses[0][-1] < losses[0][0]
