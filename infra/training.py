@@ -25,6 +25,7 @@ from infra.checkpoint import (
     check_out_dir,
     finish_replacing,
     load_resume,
+    resume_folder,
     save_adapter,
     save_model,
     save_resume,
@@ -59,9 +60,11 @@ class Run:
     device: torch.device
     tokenizer: Tokenizer
     model: Transformer
-    sampler: Transformer  # the weights to sample with: the model itself, or a copy that refresh() fills
+    rollout_model: Transformer  # the weights to sample with: the model itself, or a copy that refresh() fills
+    reference: Transformer | StartingModel | None = None  # frozen, for a KL term or a pair loss
     optimizer: torch.optim.Optimizer | None = None
-    state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, memory of each problem
+    state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, a method's memory
+    metrics: dict | None = None  # of the step in progress
     log: Log | None = None
 
 
@@ -125,8 +128,13 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
         )
     speed_up(model, cfg, device)
     check_disk(out, model)
-    sampler = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
-    return Run(out, base, device, tokenizer, model, sampler)
+    rollout_model = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
+    return Run(out, base, device, tokenizer, model, rollout_model)
+
+
+def resuming(cfg: Any) -> bool:
+    """Whether to continue the run in out_dir. resume = auto: if there is one."""
+    return cfg.resume == "true" or cfg.resume == "auto" and resume_folder(Path(cfg.out_dir)) is not None
 
 
 def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
@@ -139,20 +147,20 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
             print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
 
 
-def fill_sampler(run: Run) -> None:
+def fill_rollout_model(run: Run) -> None:
     """Copy the current weights to the model to sample from, unless it is the trained model itself."""
-    if run.sampler.head_weight.is_meta:  # it is to be allocated: first give back what the last update freed
+    if run.rollout_model.head_weight.is_meta:  # it is to be allocated: first give back what the last update freed
         trim_heap()
-    refresh(run.sampler, run.model)
+    refresh(run.rollout_model, run.model)
 
 
-def release_sampler(run: Run) -> None:
-    """Give back the memory of the sampler's copy of the weights, until fill_sampler() takes it again.
+def release_rollout_model(run: Run) -> None:
+    """Give back the memory of the sampler's copy of the weights, until fill_rollout_model() takes it again.
 
     Only on a CPU. On CUDA the graphs refer to the addresses of the weights, so the copy stays.
     """
-    if run.sampler is not run.model and run.device.type == "cpu":
-        run.sampler.to("meta")
+    if run.rollout_model is not run.model and run.device.type == "cpu":
+        run.rollout_model.to("meta")
         trim_heap()
 
 
