@@ -9,7 +9,7 @@ D head size, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -386,12 +386,12 @@ def token_logprobs(
 
 def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
-    temperature: float | Tensor = 1.0, entropy: bool = False, chunks: list[slice] | None = None,
+    temperature: float | Tensor = 1.0, entropy: bool = False, together: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """loss_fn(logp, entropy, *columns), a sum over tokens, and detached log-probs and entropies (N,).
 
-    columns: further tensors (N,), or None. chunks matters only to fast/head.py, which calls loss_fn once per
-    chunk.
+    columns: further tensors (N,), or None. together: sizes of groups of consecutive tokens that loss_fn must
+    see as a whole; it matters only to fast/head.py, which calls loss_fn once per chunk.
     """
     logp, entropy = token_logprobs(hidden, weight, targets, temperature, entropy)
     return loss_fn(logp, entropy, *columns), logp.detach(), entropy.detach()

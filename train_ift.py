@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,29 +41,14 @@ from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra.checkpoint import resume_folder
-from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.config import Count, Fraction, Natural, NonNegative, Positive, Switch
+from infra.config import UserError, first_lines, import_file, parse_config, require, run_script
 from infra.curves import draw_run
 from infra.log import brief
 from infra.parallel import add_up, autocast, gather, my_batches, share, world
-from infra.training import (
-    Run,
-    batch_rows,
-    console_line,
-    explain_failure,
-    fill_sampler,
-    fingerprint,
-    frozen_model,
-    log_step,
-    lr_factor,
-    model_size,
-    optimizer_step,
-    release_sampler,
-    save_and_stop,
-    set_options,
-    set_up,
-    start,
-    start_or_resume,
-)
+from infra.training import ROOT, Run, batch_rows, console_line, explain_failure, fill_rollout_model
+from infra.training import fingerprint, frozen_model, log_step, lr_factor, model_size, optimizer_step
+from infra.training import release_rollout_model, save_and_stop, set_options, set_up, start, start_or_resume
 from model import ModelConfig, Transformer
 from sampler import int64, uniform
 
@@ -73,108 +58,93 @@ class Config:
     """Every knob. The defaults are the embedded example; config/ has the paper's runs."""
 
     # What
-    loss: tuple[str, ...] = ("sft", "ift")  # ift, sft, dpo, ipo, tdpo, orpo, simpo; several run in turn
+    loss: tuple[str, ...] = ("sft", "ift")  # sft, ift, dpo, ipo, tdpo, orpo, simpo, or a loss of variants/
     model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
-    task: str = "countdown"  # a file of data/ with prompts and answers; empty: data_path has conversations
+    task: str = "countdown"  # a file of data/ or your own; empty: data_path has conversations
     style: str = "short"  # the task's prompt style: paper, or short for tiny models
-    checker: str = "ours"  # judge of the answers: ours, or published (the papers' code)
+    checker: Literal["ours", "published"] = "ours"  # judge of the answers: ours, or the papers' code
     data_path: str = ""  # file or folder of rows; empty: the task makes them
     template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml or zephyr
-    train_rows: int = 0  # use the first so many rows; 0: all
-    test_rows: int = 0  # the same for the test rows
+    train_rows: Natural = 0  # use the first N rows; 0: all
+    test_rows: Natural = 0  # the same for the test rows
     sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
     out_dir: str = "out/ift"  # where everything goes
-    resume: bool = False  # continue the run in out_dir
-    seed: int = 0  # random seed
+    resume: Literal["false", "true", "auto"] = "false"  # continue the run in out_dir; auto: if there is one
+    seed: Natural = 0  # random seed
     # Schedule
-    epochs: float = 16.0  # passes over the training rows
-    batch: int = 32  # rows per optimiser step
-    max_length: int = 1024  # longest row in tokens; longer ones are cut at the end
+    epochs: Positive = 16.0  # passes over the training rows
+    steps: Natural = 0  # optimiser steps; 0: as many as the epochs have
+    batch: Count = 32  # rows per optimiser step
+    max_length: Count = 1024  # longest row in tokens; longer ones are cut at the end
     # Temporal residual (ift)
-    lam: float = 0.2  # lambda, the share of the model's own prediction in the embeddings
-    lam_low: float = 0.0  # lambda at the start of a linear schedule
-    lam_schedule: str = "static"  # static, or linear from lam_low over the warm-up
-    lam_disturb: float = 0.0  # std of Gaussian noise, as a share of lambda; 0.5 in the published options
-    own: str = "argmax"  # the model's own prediction: argmax, sampled, or soft (the expected embedding)
+    lam: Fraction = 0.2  # lambda, the share of the model's own prediction in the embeddings
+    lam_low: Fraction = 0.0  # lambda at the start of a linear schedule
+    lam_schedule: Literal["static", "linear"] = "static"  # linear: from lam_low to lam over the warm-up
+    lam_disturb: NonNegative = 0.0  # std of Gaussian noise, as a share of lambda; 0.5 in published options
+    own: Literal["argmax", "sampled", "soft"] = "argmax"  # the prediction; soft: the expected embedding
     train_embedding: bool = True  # gradient into the input embeddings; the published code has none
     # Relation propagation (ift)
-    gamma: float = 0.95  # discount of later losses; 0: all weights are 1
-    quantity: str = "loss"  # the propagated quantity: loss, logps or mask
-    side: str = "left"  # left: from later tokens; right: from earlier ones
-    norm: str = "L1"  # L1, L2, softmax or log
+    propagate: bool = True  # weigh each token by the losses of others; false: all weights are 1
+    gamma: Fraction = 0.95  # discount of the other tokens' losses; 0: by its own loss alone
+    side: Literal["later", "earlier"] = "later"  # whose losses: those of later tokens, or of earlier ones
+    quantity: Literal["loss", "logps", "mask"] = "loss"  # what is propagated; mask: ones
+    norm: Literal["L1", "L2", "softmax", "log"] = "L1"  # of an example's weights
     # Other losses
-    average: str = "example"  # sft and ift: example (mean of per-example means) or token (over all targets)
-    beta: float = 0.0  # dpo, ipo, tdpo, orpo, simpo; 0: the loss's own default (0.1, 0.1, 0.1, 0.25, 2.0)
+    average: Literal["example", "token"] = "example"  # sft, ift: mean of examples' means, or over all targets
+    beta: NonNegative = 0.0  # of losses of pairs; 0: the loss's own (dpo, ipo, tdpo 0.1, orpo 0.25, simpo 2)
     gamma_beta: float = 0.8  # simpo's target margin as a share of beta
-    label_smoothing: float = 0.0  # dpo: weight of the loss with the two answers swapped
-    tdpo_alpha: float = 0.5  # tdpo: weight of the difference of divergences
+    label_smoothing: Fraction = 0.0  # dpo: weight of the loss with the two answers swapped
+    tdpo_alpha: NonNegative = 0.5  # tdpo: weight of the difference of divergences
     # Optimiser
-    optimizer: str = "adamw"  # adamw, or rmsprop as in the paper
-    lr: float = 5e-4  # peak learning rate
-    warmup_ratio: float = 0.1  # share of the steps spent on linear warm-up
-    lr_schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
-    weight_decay: float = 0.0  # decoupled weight decay, adamw only
-    grad_clip: float = 1.0  # largest gradient norm; 10 in the paper
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"  # rmsprop in the paper
+    lr: Positive = 5e-4  # peak learning rate
+    warmup_ratio: Fraction = 0.1  # share of the steps spent on linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
+    weight_decay: NonNegative = 0.0  # decoupled weight decay, adamw only
+    grad_clip: Positive = 1.0  # largest gradient norm; 10 in the paper
     # LoRA
-    lora_rank: int = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
-    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_rank: Natural = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
+    lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
     # Speed
     fast: bool = True  # use fast/: same results, faster; false: plain path (train_ift, model, sampler.py)
-    token_budget: int = 16384  # most tokens of a micro-batch, padding included
+    token_budget: Count = 16384  # most tokens of a micro-batch, padding included
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
-    compile: str = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
+    compile: Switch = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
-    dtype: str = "auto"  # arithmetic: float32, bfloat16, or auto: bfloat16 for LoRA if possible, else float32
-    threads: int = 0  # CPU threads; 0: torch's choice
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 for LoRA if possible
+    threads: Natural = 0  # CPU threads; 0: torch's choice
     # Reports
-    max_new_tokens: int = 64  # longest answer in validation
-    eval_every: int = 250  # steps between validations
-    val_n: int = 1  # answers per test problem; accuracy is their mean (avg@n)
-    val_temperature: float = 0.0  # temperature of validation; 0: greedy
-    save_every: int = 250  # steps between checkpoints
-    print_every: int = 50  # steps between console lines
-    show: int = 3  # answers printed at the end
+    max_new_tokens: Count = 64  # longest answer in validation
+    eval_every: Count = 250  # steps between validations
+    val_n: Count = 1  # answers per test problem; accuracy is their mean (avg@n)
+    val_temperature: NonNegative = 0.0  # temperature of validation; 0: greedy
+    save_every: Count = 250  # steps between checkpoints
+    print_every: Count = 50  # steps between console lines
+    show: Natural = 3  # answers printed at the end
     wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
 
 
-def check(cfg: Config) -> None:
-    """Refuse values that cannot work, naming the knob."""
-    # Knobs with a few named values.
-    for name in cfg.loss or ("",):
-        if name not in LOSSES:
-            raise UserError(f"loss: {name!r} is not one of {', '.join(LOSSES)}")
-    require(cfg, "loss", len(set(cfg.loss)) == len(cfg.loss), "must name each method once")
-    one_of(cfg, "lam_schedule", ("static", "linear"))
-    one_of(cfg, "own", ("argmax", "sampled", "soft"))
-    one_of(cfg, "quantity", ("loss", "logps", "mask"))
-    one_of(cfg, "side", ("left", "right"))
-    one_of(cfg, "norm", ("L1", "L2", "softmax", "log"))
-    one_of(cfg, "average", ("example", "token"))
-    one_of(cfg, "optimizer", ("adamw", "rmsprop"))
-    one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
-    one_of(cfg, "checker", ("ours", "published"))
-    one_of(cfg, "dtype", ("auto", "float32", "bfloat16"))
-    one_of(cfg, "compile", ("auto", "true", "false"))
-    # Numbers.
-    positive = ("batch", "max_length", "token_budget", "max_new_tokens", "eval_every", "save_every",
-                "print_every")  # fmt: skip
-    require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
-    shares = ("lam", "lam_low", "gamma", "warmup_ratio", "label_smoothing")
-    require_each(cfg, shares, lambda v: 0 <= v <= 1, "must be from 0 to 1")
-    not_negative = ("train_rows", "test_rows", "seed", "threads", "weight_decay", "lam_disturb", "tdpo_alpha",
-                    "beta", "show", "val_temperature", "lora_rank")  # fmt: skip
-    require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
-    require_each(cfg, ("epochs", "lr", "grad_clip", "lora_alpha"), lambda v: v > 0, "must be above 0")
-    # Combinations.
-    require(cfg, "lora_alpha", cfg.lora_rank or cfg.lora_alpha == Config.lora_alpha, "needs a lora_rank")
-    require(cfg, "val_n", cfg.val_n == 1 or cfg.val_temperature > 0, "needs a val_temperature above 0")
-    pairs = [name for name in cfg.loss if LOSSES[name].pairs]
-    require(cfg, "task", not (pairs and cfg.task), f"{'/'.join(pairs)} needs pairs: --task= --data_path=FILE")
-    require(cfg, "data_path", bool(cfg.task or cfg.data_path), "must name a file of rows if there is no task")
-    require(
-        cfg, "model", bool(cfg.task or cfg.model), "must name a directory to start from if there is no task"
-    )
+MOVED = {"side=left": "--side=later", "side=right": "--side=earlier"}  # knobs of earlier versions
+
+
+def check(cfg: Config, methods: dict[str, "Method"]) -> None:
+    """Refuse combinations that cannot work, naming the knob."""
+    require(cfg, "loss", bool(methods), f"must name one of {', '.join(LOSSES)}")
+    require(cfg, "loss", len(methods) == len(cfg.loss), "must name each method once")
+    alpha_used = cfg.lora_rank or cfg.lora_alpha == Config.lora_alpha
+    require(cfg, "lora_alpha", alpha_used, "needs a lora_rank")
+    sampled = cfg.val_n == 1 or cfg.val_temperature > 0
+    require(cfg, "val_n", sampled, "needs a val_temperature above 0")
+    matters = cfg.quantity != "logps" or cfg.norm in ("softmax", "log")
+    require(cfg, "quantity", matters, f"has the weights of loss with norm = {cfg.norm}, which divides by a sum")
+    if cfg.gamma == 0 and cfg.propagate and any(m.example_loss for m in methods.values()):
+        print("note: gamma = 0 weighs each token by its own loss; --propagate=false has weights of 1")
+    pairs = "/".join(name for name, method in methods.items() if method.pair_loss)
+    require(cfg, "task", not (pairs and cfg.task), f"{pairs} needs pairs: --task= --data_path=FILE")
+    without = "if there is no task"
+    require(cfg, "data_path", bool(cfg.task or cfg.data_path), f"must name a file of rows {without}")
+    require(cfg, "model", bool(cfg.task or cfg.model), f"must name a directory to start from {without}")
     if cfg.task:
         load_task(cfg.task)  # UserError if there is no such task
 
@@ -182,51 +152,79 @@ def check(cfg: Config) -> None:
 # ---- temporal residual (section 4.2) -----------------------------------------------------------------------
 
 
-def ift_states(
-    model: Transformer, ids: Tensor, mask: Tensor, lam: float, predict: Callable[[Tensor], Tensor],
-    train_embedding: bool = True,
-) -> Tensor:  # fmt: skip
-    """Hidden states (N, C) that predict the N targets, on embeddings mixed with the model's own predictions.
+class Rows(NamedTuple):
+    """B right-padded rows of T tokens; the N targets are those of the mask, in row-major order."""
 
-    ids, mask (B, T): tokens, and whether each is a target. predict: states (N, C) that predict the targets
-    -> embeddings (N, C) of the model's own predictions. fast/prefix.py runs the tokens before the answers
-    once for both passes.
-    """
-    embeddings = model.model.embed_tokens(ids)  # E[x], (B, T, C)
-    embeddings = embeddings if train_embedding else embeddings.detach()
-    row, column = mask.nonzero(as_tuple=True)  # of the targets; the state before each one predicts it
-    if lam == 0:
-        return model.hidden(inputs_embeds=embeddings)[row, column - 1]
-    # First pass, without gradient: what would the model have written in place of each target?
-    with torch.no_grad():
-        states = model.hidden(inputs_embeds=embeddings)[row, column - 1]
-    own = predict(states)  # E[y]
-    own = own if train_embedding else own.detach()
-    # Second pass, on (1 - lambda) E[x] + lambda E[y] at the targets.
-    spread = torch.zeros_like(embeddings).index_put((row, column), own.to(embeddings.dtype))
-    mixed = mix_embeddings(embeddings, spread, mask, lam)
-    return model.hidden(inputs_embeds=mixed)[row, column - 1]
+    ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool: whether a token is a target; the first of a row never is
+    number: Tensor  # (B,) of each row in the optimiser step
+
+
+class Residual(NamedTuple):
+    """How one step mixes the model's own predictions into the embeddings."""
+
+    lam: float  # lambda of this step
+    own: str  # the prediction: argmax, sampled, or soft
+    train_embedding: bool
+    seed: int  # of this step's sampled predictions
+    head: ModuleType  # model.py or fast/head.py
+
+    def embed(self, model: Transformer, ids: Tensor) -> Tensor:
+        """E[x] (B, T, C)."""
+        embeddings = model.model.embed_tokens(ids)
+        return embeddings if self.train_embedding else embeddings.detach()
+
+    def predict(self, model: Transformer, states: Tensor, rows: Rows) -> Tensor:
+        """E[y] (N, C): the embeddings of the model's predictions after N states (Algorithm 1, line 3).
+
+        Gradient to the embedding table only.
+        """
+        table, head = model.model.embed_tokens.weight, model.head_weight
+        if self.own == "soft":
+            own = self.head.expected_embeddings(states, head, table)
+        elif self.own == "sampled":
+            row, column = rows.mask.nonzero(as_tuple=True)
+            u = uniform(int64(self.seed), rows.number[row], column)
+            own = F.embedding(self.head.sample_tokens(states, head, u), table)
+        else:
+            own = F.embedding(self.head.argmax_tokens(states, head), table)
+        return own if self.train_embedding else own.detach()
+
+    def mix(self, embeddings: Tensor, own: Tensor, mask: Tensor) -> Tensor:
+        return mix_embeddings(embeddings, own.to(embeddings.dtype), mask, self.lam)
 
 
 def mix_embeddings(embeddings: Tensor, own: Tensor, mask: Tensor, lam: Tensor | float) -> Tensor:
-    """(1 - lambda) E[x] + lambda E[y] where mask, E[x] elsewhere. embeddings, own (B, T, C); mask (B, T)."""
+    """(1 - lambda) E[x] + lambda E[y] where mask, E[x] elsewhere.
+
+    embeddings, own (..., C); mask (...).
+    """
     return torch.where(mask[..., None].bool(), (1 - lam) * embeddings + lam * own, embeddings)
 
 
-def own_embeddings(
-    model: Transformer, kind: str, u: Tensor | None, head: ModuleType, states: Tensor
-) -> Tensor:
-    """E[y] (N, C): the embedding of the model's prediction after each state (N, C) (Algorithm 1, line 3).
+def target_states(model: Transformer, rows: Rows) -> Tensor:
+    """Hidden states (N, C) that predict the N targets."""
+    row, column = rows.mask.nonzero(as_tuple=True)
+    return model.hidden(rows.ids)[row, column - 1]
 
-    kind: argmax; sampled, by u (N,) in [0, 1); or soft, the expected embedding. Gradient to the embedding
-    table only. head: model.py or fast/head.py.
+
+def ift_states(model: Transformer, rows: Rows, residual: Residual) -> Tensor:
+    """target_states on embeddings mixed with the model's own predictions.
+
+    fast/prefix.py runs the tokens before the answers once for both passes.
     """
-    table = model.model.embed_tokens.weight
-    if kind == "soft":
-        return head.expected_embeddings(states, model.head_weight, table)
-    if kind == "sampled":
-        return F.embedding(head.sample_tokens(states, model.head_weight, u), table)
-    return F.embedding(head.argmax_tokens(states, model.head_weight), table)
+    embeddings = residual.embed(model, rows.ids)
+    row, column = rows.mask.nonzero(as_tuple=True)  # the state before each target predicts it
+    if residual.lam > 0:
+        # First pass, without gradient: what would the model have written in place of each target?
+        with torch.no_grad():
+            states = model.hidden(inputs_embeds=embeddings)[row, column - 1]
+        own = residual.predict(model, states, rows)
+        # (1 - lambda) E[x] + lambda E[y] at the targets.
+        spread = torch.zeros_like(embeddings).index_put((row, column), own.to(embeddings.dtype))
+        embeddings = residual.mix(embeddings, spread, rows.mask)
+    # Second pass.
+    return model.hidden(inputs_embeds=embeddings)[row, column - 1]
 
 
 def residual_lambda(
@@ -371,13 +369,13 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta: float)
     return -F.logsigmoid(beta * (chosen - rejected - gamma_beta))
 
 
-# ---- which loss is which -----------------------------------------------------------------------------------
+# ---- methods -----------------------------------------------------------------------------------------------
 
 
 class PairLogprobs(NamedTuple):
     """Log-probs of both answers of each pair, (B,) each, and of the reference if the loss needs it.
 
-    They are summed over tokens, or averaged if the loss sets mean_logprobs; the reference's log-probs and
+    They are summed over tokens, or averaged if the method sets mean_logprobs; the reference's log-probs and
     KL(ref || policy) are sums.
     """
 
@@ -389,218 +387,185 @@ class PairLogprobs(NamedTuple):
     kl_rejected: Tensor | None = None
 
 
-class Loss(NamedTuple):
-    """A loss: the inputs it needs, and token_weights for single answers or pair_loss for pairs of answers."""
+class Method(NamedTuple):
+    """What a method is: one of three losses, and what it needs. A file of variants/ replaces some of it:
 
+    LOSS = LOSSES["sft"]._replace(token_loss=...).
+    """
+
+    token_loss: Callable | None = None  # (nll (N,), cfg) -> (N,): a target's loss depends on no other
+    example_loss: Callable | None = None  # (nll (B, T), mask (B, T), cfg) -> (B,), 0 without a target
+    pair_loss: Callable | None = None  # (PairLogprobs, beta, cfg) -> (B,)
     residual: bool = False  # embeddings mixed with the model's own predictions
-    token_weights: Callable[[Tensor, Tensor, Config], Tensor] | None = None  # of (nll, mask, cfg): (B, T)
-    tokenwise: bool = False  # a token's weight depends on no other token
-    pairs: bool = False  # rows are (chosen, rejected)
-    reference: bool = False  # needs the starting model
-    mean_logprobs: bool = False  # log-probs averaged over tokens instead of summed
-    kl: bool = False  # needs the KL to the reference
-    beta: float = 0.0  # default of the knob beta for this loss
-    pair_loss: Callable[[PairLogprobs, float, Config], Tensor] | None = None  # -> losses (B,)
+    reference: bool = False  # pairs: needs the starting model
+    mean_logprobs: bool = False  # pairs: log-probs averaged over tokens instead of summed
+    kl: bool = False  # pairs: needs the KL to the reference
+    beta: float = 0.0  # pairs: default of the knob beta
 
 
-def sft_weights(nll: Tensor, mask: Tensor, cfg: Config) -> Tensor:
-    return mask.to(nll.dtype)
+def sft_token_loss(nll: Tensor, cfg: Config) -> Tensor:
+    return nll
 
 
-def ift_weights(nll: Tensor, mask: Tensor, cfg: Config) -> Tensor:
-    return propagation_weights(nll, mask, cfg.gamma, quantity=cfg.quantity, side=cfg.side, norm=cfg.norm)
+def ift_example_loss(nll: Tensor, mask: Tensor, cfg: Config) -> Tensor:
+    """ift_loss with the knobs. That function's gamma = 0, as published, means no propagation.
+
+    The limit of small gamma, weights by the token's own loss, is what the knob's 0 means.
+    """
+    gamma = max(cfg.gamma, 1e-12) if cfg.propagate else 0.0
+    side = {"later": "left", "earlier": "right"}[cfg.side]
+    return ift_loss(nll, mask, gamma, quantity=cfg.quantity, side=side, norm=cfg.norm)
+
+
+def pairs_method(loss: Callable, beta: float, **needs: bool) -> Method:
+    return Method(pair_loss=loss, beta=beta, **needs)
 
 
 LOSSES = {
-    "ift": Loss(residual=True, token_weights=ift_weights),
-    "sft": Loss(token_weights=sft_weights, tokenwise=True),
-    "dpo": Loss(pairs=True, reference=True, beta=0.1,
-                pair_loss=lambda p, beta, cfg: dpo_loss(*p[:4], beta, cfg.label_smoothing)[0]),
-    "ipo": Loss(pairs=True, reference=True, beta=0.1, pair_loss=lambda p, beta, cfg: ipo_loss(*p[:4], beta)),
-    "tdpo": Loss(pairs=True, reference=True, kl=True, beta=0.1,
-                 pair_loss=lambda p, beta, cfg: tdpo_loss(*p, beta, cfg.tdpo_alpha)),
-    "orpo": Loss(pairs=True, mean_logprobs=True, beta=0.25,
-                 pair_loss=lambda p, beta, cfg: orpo_loss(p.chosen, p.rejected, beta)),
-    "simpo": Loss(pairs=True, mean_logprobs=True, beta=2.0,
-                  pair_loss=lambda p, beta, cfg: simpo_loss(p.chosen, p.rejected, beta, cfg.gamma_beta)),
-}  # fmt: skip
+    "sft": Method(token_loss=sft_token_loss),
+    "ift": Method(example_loss=ift_example_loss, residual=True),
+    "dpo": pairs_method(
+        lambda p, beta, cfg: dpo_loss(*p[:4], beta, cfg.label_smoothing)[0], 0.1, reference=True
+    ),
+    "ipo": pairs_method(lambda p, beta, cfg: ipo_loss(*p[:4], beta), 0.1, reference=True),
+    "tdpo": pairs_method(
+        lambda p, beta, cfg: tdpo_loss(*p, beta, cfg.tdpo_alpha), 0.1, reference=True, kl=True
+    ),
+    "orpo": pairs_method(lambda p, beta, cfg: orpo_loss(*p[:2], beta), 0.25, mean_logprobs=True),
+    "simpo": pairs_method(
+        lambda p, beta, cfg: simpo_loss(*p[:2], beta, cfg.gamma_beta), 2.0, mean_logprobs=True
+    ),
+}
+
+
+def find_method(name: str) -> tuple[Method, type]:
+    """A row of LOSSES, or the LOSS of a file of variants/ (or of a path), and its Config."""
+    if name in LOSSES:
+        return LOSSES[name], Config
+    variants = first_lines(ROOT / "variants", "LOSS")
+    if not (name in variants or name.endswith(".py")):
+        raise UserError(f"loss: {name!r} is not one of {', '.join([*LOSSES, *variants])}, nor a FILE.py")
+    module = import_file(name, ROOT / "variants", "LOSS")
+    return module.LOSS, getattr(module, "Config", Config)
 
 
 # ---- a micro-batch -----------------------------------------------------------------------------------------
 
 
-def to_rows(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids (B, T) and target mask (B, T) bool; the first token of a row is never a target."""
+def to_rows(examples: Sequence[Example], number: Sequence[int], device: torch.device) -> Rows:
+    """Right-padded rows. number: that of each example in the optimiser step."""
     T = max(len(e.ids) for e in examples)
     ids, mask = np.zeros((len(examples), T), np.int64), np.zeros((len(examples), T), bool)
     for b, e in enumerate(examples):
         ids[b, : len(e.ids)], mask[b, 1 : len(e.ids)] = e.ids, e.mask[1:]
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-
-
-def target_states(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states (N, C) that predict the N targets, in row-major order."""
-    row, column = mask.nonzero(as_tuple=True)
-    return model.hidden(ids)[row, column - 1]
-
-
-def supervised_loss(
-    loss: Loss, model: Transformer, ids: Tensor, mask: Tensor, example_weights: Tensor, lam: float,
-    cfg: Config, u: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """sum of example_weights (B,) x the loss of each example, and the log-probs (N,) of the targets.
-
-    An example's loss is the mean over its targets of weight x nll. u (N,): uniform draws for own = sampled.
-    """
-    head, states_of = (fast_head, fast_prefix.ift_states) if cfg.fast else (plain_head, ift_states)
-    if loss.residual:
-        predict = partial(own_embeddings, model, cfg.own, u, head)
-        states = states_of(model, ids, mask, lam, predict, cfg.train_embedding)
-    else:
-        states = target_states(model, ids, mask)
-    row, column = mask.nonzero(as_tuple=True)
-    counts = mask.sum(1)
-    weight = (example_weights / counts.clamp(min=1))[row]  # (N,) of each target in the mean over its example
-    loss_fn = partial(examples_loss, shape=ids.shape, loss=loss, cfg=cfg)
-    columns, chunks = (row, column, weight), None
-    if cfg.fast and not loss.tokenwise:
-        chunks = example_chunks(counts.tolist(), model.config.vocab_size, ids.device)
-        if chunks is None:  # an example too long to hold the gradient of all its logits
-            logp = fast_head.token_logprobs(states, model.head_weight, ids[mask])[0]
-            return loss_fn(logp, None, *columns), logp.detach()
-    return head.token_loss(states, model.head_weight, ids[mask], loss_fn, columns, chunks=chunks)[:2]
+    return Rows(*(torch.from_numpy(np.asarray(x)).to(device) for x in (ids, mask, number)))
 
 
 def examples_loss(
-    logp: Tensor, _entropy: Tensor, row: Tensor, column: Tensor, weight: Tensor, shape: torch.Size,
-    loss: Loss, cfg: Config,
-) -> Tensor:  # fmt: skip
-    """sum of weight (N,) x token weight x nll over targets at (row, column) of a micro-batch.
+    model: Transformer, rows: Rows, weights: Tensor, method: Method, residual: Residual | None, cfg: Config
+) -> tuple[Tensor, Tensor]:
+    """sum of weights (B,) x the loss of each example, and the log-probs (N,) of the targets."""
+    head = fast_head if cfg.fast else plain_head
+    if residual is None:
+        states = target_states(model, rows)
+    else:
+        states = (fast_prefix.ift_states if cfg.fast else ift_states)(model, rows, residual)
+    row, column = rows.mask.nonzero(as_tuple=True)
+    counts = rows.mask.sum(1)
 
-    logp (N,): their log-probs. Unless the loss is tokenwise, they must be all the targets of some examples.
-    """
-    nll = torch.zeros(shape, device=logp.device).index_put((row, column), -logp)
-    mask = torch.zeros(shape, dtype=torch.bool, device=logp.device)
-    mask = mask.index_put((row, column), torch.ones((), dtype=torch.bool, device=logp.device))
-    return (weight * (loss.token_weights(nll, mask, cfg) * nll)[row, column]).sum()
+    def of_tokens(logp: Tensor, _entropy: Tensor, row: Tensor, _column: Tensor) -> Tensor:
+        """An example's loss is the mean over its targets."""
+        return ((weights / counts.clamp(min=1))[row] * method.token_loss(-logp, cfg)).sum()
 
+    def of_examples(logp: Tensor, _entropy: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """On the fast path, of some of the examples: the others have no target."""
+        nll = torch.zeros(rows.ids.shape, device=logp.device).index_put((row, column), -logp)
+        true = torch.ones((), dtype=torch.bool, device=logp.device)
+        mask = torch.zeros_like(rows.mask).index_put((row, column), true)
+        return (weights * method.example_loss(nll, mask, cfg)).sum()
 
-LONGEST = 1 << 26  # most logits of an example whose loss and gradient are computed at once: 256 MB
-
-
-def example_chunks(counts: Sequence[int], vocab: int, device: torch.device) -> list[slice] | None:
-    """Slices of whole examples, which have `counts` targets; None if an example exceeds LONGEST logits.
-
-    A slice holds as many examples as fit into fast.head.chunk_size(), but at least one.
-    """
-    if max(counts, default=0) * vocab > LONGEST:
-        return None
-    slices, begin, end = [], 0, 0
-    for n in counts:
-        if end > begin and (end + n - begin) * vocab > fast_head.chunk_size(device):
-            slices.append(slice(begin, end))
-            begin = end
-        end += n
-    return [*slices, slice(begin, end)] if end > begin else slices
+    targets = states, model.head_weight, rows.ids[rows.mask]
+    if method.token_loss:
+        return head.token_loss(*targets, of_tokens, (row, column))[:2]
+    return head.token_loss(*targets, of_examples, (row, column), together=counts.tolist())[:2]
 
 
-def target_nll(
-    model: Transformer, ids: Tensor, mask: Tensor, head: ModuleType = plain_head, states: Tensor | None = None
-) -> Tensor:
+def target_nll(model: Transformer, rows: Rows, cfg: Config, states: Tensor | None = None) -> Tensor:
     """Negative log-likelihood (B, T) of each target, 0 elsewhere. states: default target_states."""
-    states = target_states(model, ids, mask) if states is None else states
-    logp = head.token_logprobs(states, model.head_weight, ids[mask])[0]
-    return torch.zeros(ids.shape, device=ids.device).index_put(mask.nonzero(as_tuple=True), -logp)
+    head = fast_head if cfg.fast else plain_head
+    states = target_states(model, rows) if states is None else states
+    logp = head.token_logprobs(states, model.head_weight, rows.ids[rows.mask])[0]
+    zeros = torch.zeros(rows.ids.shape, device=rows.ids.device)
+    return zeros.index_put(rows.mask.nonzero(as_tuple=True), -logp)
 
 
 def pairs_loss(
-    loss: Loss, model: Transformer, reference: Transformer | None, ids: Tensor, mask: Tensor, cfg: Config
+    model: Transformer, reference: Transformer | None, rows: Rows, method: Method, cfg: Config
 ) -> tuple[Tensor, Tensor]:
     """Loss of each pair (B,) and the nll (2B, T) behind it. Rows: the B chosen, then the B rejected."""
     head = fast_head if cfg.fast else plain_head
-    states = target_states(model, ids, mask)
-    nll = target_nll(model, ids, mask, head, states)
+    states = target_states(model, rows)
+    nll = target_nll(model, rows, cfg, states)
     sums = -nll.sum(1)
-    if loss.mean_logprobs:
-        sums = sums / mask.sum(1)
+    if method.mean_logprobs:
+        sums = sums / rows.mask.sum(1)
     pair = PairLogprobs(*sums.chunk(2))
-    if loss.reference:
+    if method.reference:
         with torch.no_grad():
-            ref_states = target_states(reference, ids, mask)
-            ref_sums = -target_nll(reference, ids, mask, head, ref_states).sum(1)
+            ref_states = target_states(reference, rows)
+            ref_sums = -target_nll(reference, rows, cfg, ref_states).sum(1)
         ref_chosen, ref_rejected = ref_sums.chunk(2)
         pair = pair._replace(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
-    if loss.kl:
+    if method.kl:
         kl = head.token_kl(states, model.head_weight, ref_states, reference.head_weight)
-        divergence = torch.zeros(len(ids), device=ids.device).index_add(0, mask.nonzero(as_tuple=True)[0], kl)
-        kl_chosen, kl_rejected = divergence.chunk(2)
+        zeros = torch.zeros(len(rows.ids), device=kl.device)
+        kl_chosen, kl_rejected = zeros.index_add(0, rows.mask.nonzero(as_tuple=True)[0], kl).chunk(2)
         pair = pair._replace(kl_chosen=kl_chosen, kl_rejected=kl_rejected)
-    return loss.pair_loss(pair, cfg.beta or loss.beta, cfg), nll
+    return method.pair_loss(pair, cfg.beta or method.beta, cfg), nll
 
 
 # ---- one optimiser step ------------------------------------------------------------------------------------
 
 
 def update(
-    loss: Loss, model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer,
-    batch: list, lam: float, cfg: Config, seed: int = 0,
-) -> dict[str, float]:  # fmt: skip
+    run: Run, batch: list, method: Method, residual: Residual | None, cfg: Config
+) -> dict[str, float]:
     """One clipped optimiser step on examples, or pairs of them; returns means over the step as metrics."""
-    examples = [e for row in batch for e in (row if loss.pairs else (row,))]
+    sides = batch if method.pair_loss else [(e,) for e in batch]
+    examples = [e for row in sides for e in row]
     targets = sum(int(sum(e.mask[1:])) for e in examples)  # of the whole step
-    lengths = [2 * max(len(e.ids) for e in row) if loss.pairs else len(row.ids) for row in batch]
-    sums = {"loss": 0.0, "nll": 0.0}
-    optimizer.zero_grad(set_to_none=True)
+    lengths = [len(row) * max(len(e.ids) for e in row) for row in sides]
+    sums = torch.zeros(2, device=run.device)
+    run.optimizer.zero_grad(set_to_none=True)
     # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world() makes the average
     # a sum. `counted` is 1, or 0 for a batch that a process repeats to make as many passes as the others.
     for indices, counted in my_batches(lengths, cfg.token_budget):
-        with autocast(model.head_weight.device, cfg.dtype):
-            if loss.pairs:
-                value, nll = pairs_step_loss(loss, model, reference, batch, indices, cfg)
+        # Of pairs, first all chosen answers, then all rejected ones.
+        chosen = [sides[i][k] for k in range(len(sides[0])) for i in indices]
+        rows = to_rows(chosen, indices * len(sides[0]), run.device)
+        with autocast(run.device, cfg.dtype):
+            if method.pair_loss:
+                call = (pairs_loss, run.model, run.reference, rows, method, cfg)
+                if run.reference:  # FSDP gathers the weights of both
+                    call = (run.reference.run, *call)
+                losses, nll = run.model.run(*call)
+                loss = losses.sum() / len(batch)
             else:
-                value, nll = examples_step_loss(loss, model, batch, indices, targets, lam, cfg, seed)
-        (value * (counted * world())).backward()
-        sums["loss"] += counted * value.item()
-        sums["nll"] += counted * nll.item()
-    sums = add_up(sums)
-    grad_norm = optimizer_step(model, optimizer, cfg.grad_clip, sums["loss"])
+                mean = torch.full((len(rows.ids),), 1 / len(batch), device=run.device)
+                weights = mean if cfg.average == "example" else rows.mask.sum(1) / targets
+                call = (examples_loss, run.model, rows, weights, method, residual, cfg)
+                loss, logp = run.model.run(*call)
+                nll = -logp
+        (loss * (counted * world())).backward()
+        sums += counted * torch.stack((loss.detach(), nll.detach().sum()))
+    total = add_up(dict(zip(("loss", "nll"), sums.tolist(), strict=True)))
+    grad_norm = optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
     return {
-        "loss": sums["loss"],
-        "nll": sums["nll"] / max(1, targets),
+        "loss": total["loss"],
+        "nll": total["nll"] / max(1, targets),
         "grad_norm": grad_norm,
         "tokens": sum(len(e.ids) for e in examples),
     }
-
-
-def examples_step_loss(
-    loss: Loss, model: Transformer, batch: list[Example], indices: list[int], targets: int, lam: float,
-    cfg: Config, seed: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The part of the step's loss due to a micro-batch of examples, and the sum of its targets' nll."""
-    device = model.head_weight.device
-    ids, mask = to_rows([batch[i] for i in indices], device)
-    weights = torch.full((len(ids),), 1 / len(batch), device=device)
-    if cfg.average == "token":
-        weights = mask.sum(1) / targets
-    u = None
-    if loss.residual and cfg.own == "sampled":
-        row, column = mask.nonzero(as_tuple=True)
-        u = uniform(int64(seed), torch.tensor(indices, device=device)[row], column)
-    value, logp = model.run(supervised_loss, loss, model, ids, mask, weights, lam, cfg, u)
-    return value, -logp.sum()
-
-
-def pairs_step_loss(
-    loss: Loss, model: Transformer, reference: Transformer | None, batch: list, indices: list[int],
-    cfg: Config,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The part of the step's loss due to a micro-batch of pairs, and the sum of its targets' nll."""
-    rows = [batch[i][side] for side in (0, 1) for i in indices]  # all chosen answers, then all rejected ones
-    ids, mask = to_rows(rows, model.head_weight.device)
-    arguments = (pairs_loss, loss, model, reference, ids, mask, cfg)
-    # reference.run inside model.run: FSDP gathers the weights of both.
-    losses, nll = model.run(reference.run, *arguments) if reference else model.run(*arguments)
-    return losses.sum() / len(batch), nll.sum()
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -616,7 +581,7 @@ class Data:
     template: str  # chat template that conversations were written with; auto if there were none
 
 
-def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
+def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     """Rows of a task or of a file of conversations, as token ids and loss masks."""
     task, encoded, test_rows = judged_by(load_task(cfg.task), cfg.checker) if cfg.task else None, {}, []
     if note := split_note(cfg.data_path):
@@ -632,17 +597,17 @@ def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig
         # Their ids and masks, within the model's window and vocabulary.
         where, window = f"{cfg.data_path or cfg.task} {split}", config.max_position_embeddings
         encoded[split], counts = chat.encode_rows(
-            rows, tokenizer, cfg.max_length, cfg.template, pairs=loss.pairs, window=window
+            rows, tokenizer, cfg.max_length, cfg.template, pairs=pairs, window=window
         )
         print(f"{split}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count))
         if not encoded[split]:
             raise UserError(f"{where}: no row is left to use")
         for i, example in enumerate(encoded[split]):
-            for part in example if loss.pairs else (example,):
+            for part in example if pairs else (example,):
                 tokenizer.check_ids(part.ids, config.vocab_size, f"{where} row {i}")
     train = encoded["train"]
-    longest = max(2 * max(len(e.ids) for e in row) if loss.pairs else len(row.ids) for row in train)
-    longest = max(longest, max(len(e[0].ids if loss.pairs else e.ids) for e in encoded["test"]))
+    longest = max(2 * max(len(e.ids) for e in row) if pairs else len(row.ids) for row in train)
+    longest = max(longest, max(len(e[0].ids if pairs else e.ids) for e in encoded["test"]))
     require(cfg, "token_budget", cfg.token_budget >= longest, f"must be >= {longest}, the longest row")
     conversations = not task and any("first" in row for row in rows)  # rows of messages, not of texts
     template = tokenizer.template_name(cfg.template) if conversations else "auto"
@@ -652,17 +617,15 @@ def load_data(loss: Loss, cfg: Config, tokenizer: Tokenizer, config: ModelConfig
 # ---- validation --------------------------------------------------------------------------------------------
 
 
-def validate(
-    run: Run, data: Data, name: str, step: int, steps: int, show: int, cfg: Config
-) -> dict[str, float]:
+def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config) -> dict[str, float]:
     """Test nll and, on a task, greedy accuracy. Prints and logs them, and returns the record.
 
     Accuracy is also taken from another first step than the solution's, where the task has one.
     """
-    record = {"val/loss": validation_nll(run.model, data.test, cfg)}
+    step, record = run.state["step"], {"val/loss": validation_nll(run.model, data.test, cfg)}
     line, shown = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}", []
     if data.task:
-        fill_sampler(run)
+        fill_rollout_model(run)
         answers = answer(run, data.task, data.test_rows, cfg)
         accuracy, low, high = evaluate.accuracy_interval(answers)
         record |= {"val/accuracy": accuracy, "val/low": low, "val/high": high}
@@ -673,7 +636,7 @@ def validate(
             started = [r | {"start": s} for r, s in starts if s]
             record["val/other_start"] = evaluate.accuracy(answer(run, data.task, started, cfg))
             line += f" | from another first step {record['val/other_start']:.1%}"
-        release_sampler(run)
+        release_rollout_model(run)
     print(line)
     for row, (a, *_) in shown:
         print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
@@ -686,7 +649,7 @@ def answer(run: Run, task: ModuleType, rows: list[dict], cfg: Config) -> list[li
     """Answers of all rows, by default greedy; every process samples its share."""
     options = {"compile": False if cfg.compile == "false" else None} if cfg.fast else {}
     return gather(evaluate.answer(
-        run.sampler, run.tokenizer, task, share(rows), cfg.val_n, cfg.max_new_tokens, cfg.val_temperature,
+        run.rollout_model, run.tokenizer, task, share(rows), cfg.val_n, cfg.max_new_tokens, cfg.val_temperature,
         cfg.seed, keys=share(range(len(rows))), fast=cfg.fast, **options,
     ))  # fmt: skip
 
@@ -694,14 +657,13 @@ def answer(run: Run, task: ModuleType, rows: list[dict], cfg: Config) -> list[li
 @torch.no_grad()
 def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
     """Mean nll of the targets (of pairs: of the chosen answers), nats per token, computed as in training."""
-    head = fast_head if cfg.fast else plain_head
-    rows = [e if isinstance(e, Example) else e[0] for e in examples]
+    examples = [e if isinstance(e, Example) else e[0] for e in examples]
     sums, device = {"nll": 0.0, "tokens": 0.0}, model.head_weight.device
-    for chosen, counted in my_batches([len(e.ids) for e in rows], cfg.token_budget):
-        ids, mask = to_rows([rows[i] for i in chosen], device)
+    for chosen, counted in my_batches([len(e.ids) for e in examples], cfg.token_budget):
+        rows = to_rows([examples[i] for i in chosen], chosen, device)
         with autocast(device, cfg.dtype):
-            sums["nll"] += counted * model.run(target_nll, model, ids, mask, head).sum().item()
-        sums["tokens"] += counted * mask.sum().item()
+            sums["nll"] += counted * model.run(target_nll, model, rows, cfg).sum().item()
+        sums["tokens"] += counted * rows.mask.sum().item()
     sums = add_up(sums)
     return sums["nll"] / max(1, sums["tokens"])
 
@@ -716,69 +678,87 @@ COLUMNS = (  # of a console line: (name, metric, format)
 )  # fmt: skip
 
 
-def train(name: str, loss: Loss, out_dir: Path, cfg: Config, device: torch.device) -> dict[str, float]:
+def make_residual(step: int, warmup: int, cfg: Config) -> Residual:
+    """The residual of a step, with its own lambda and random draws."""
+    noise = float(np.random.default_rng((cfg.seed, NOISE_STREAM, step)).normal())
+    lam = residual_lambda(step, cfg.lam_low, cfg.lam, cfg.lam_schedule, warmup, cfg.lam_disturb, noise)
+    head = fast_head if cfg.fast else plain_head
+    return Residual(lam, cfg.own, cfg.train_embedding, cfg.seed * 1_000_003 + step, head)
+
+
+def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.device) -> dict[str, float]:
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
-    resume = cfg.resume and resume_folder(out_dir) is not None  # of several methods, some may not have begun
+    resume = cfg.resume != "false" and resume_folder(out_dir) is not None  # some may not have begun
     run = set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
-    data = load_data(loss, cfg, run.tokenizer, run.model.config)
-    reference = frozen_model(run.base, run, cfg) if loss.reference else None
+    data = load_data(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
+    run.reference = frozen_model(run.base, run, cfg) if method.reference else None
     if cfg.optimizer == "adamw":
         options = {"betas": (0.9, 0.99), "weight_decay": cfg.weight_decay, "fused": True}
         run.optimizer = torch.optim.AdamW(run.model.parameters(), **options)
     else:
         run.optimizer = torch.optim.RMSprop(run.model.parameters())
-    start_or_resume(
-        run, cfg, resume, {}, {"train": fingerprint(data.examples), "test": fingerprint(data.test)},
-        reads_base=bool(cfg.lora_rank or loss.reference),
-    )  # fmt: skip
-    steps = max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
+    fingerprints = {"train": fingerprint(data.examples), "test": fingerprint(data.test)}
+    start_or_resume(run, cfg, resume, {}, fingerprints, bool(cfg.lora_rank or method.reference))
+    steps = cfg.steps or max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
     warmup = round(cfg.warmup_ratio * steps)
     print(f"{name}: {steps} steps of {cfg.batch}, {model_size(run)}")
     if run.state["step"] == 0:
-        run.state["last"] = validate(run, data, name, 0, steps, 0, cfg)
+        run.state["last"] = validate(run, data, name, steps, 0, cfg)
 
     for step in range(run.state["step"], steps):
-        started = time.perf_counter()
+        step_start = time.perf_counter()
         # 1. Choose the batch, the learning rate and lambda.
         batch = [data.examples[i] for i in batch_rows(step, cfg.batch, len(data.examples), cfg.seed)]
         lr = cfg.lr * lr_factor(step, steps, warmup, cfg.lr_schedule)
         set_options(run.optimizer, lr=lr)
-        noise = float(np.random.default_rng((cfg.seed, NOISE_STREAM, step)).normal())
-        sampling_seed = cfg.seed * 1_000_003 + step
-        lam = residual_lambda(step, cfg.lam_low, cfg.lam, cfg.lam_schedule, warmup, cfg.lam_disturb, noise)
+        residual = make_residual(step, warmup, cfg) if method.residual else None
         # 2. Compute the loss and take an optimiser step.
         with explain_failure(run, cfg, step):
-            metrics = update(loss, run.model, reference, run.optimizer, batch, lam, cfg, sampling_seed)
+            metrics = update(run, batch, method, residual, cfg)
         # 3. Log, validate, save.
-        seconds, tokens = time.perf_counter() - started, metrics.pop("tokens")
-        metrics |= {"lr": lr, "lambda": lam, "timing_s/step": seconds}
-        log_step(run, step, metrics, started, seconds, tokens, len(batch))
+        seconds, tokens = time.perf_counter() - step_start, metrics.pop("tokens")
+        metrics |= {"lr": lr, "timing_s/step": seconds}
+        if residual:
+            metrics["lambda"] = residual.lam
+        log_step(run, step, metrics, step_start, seconds, tokens, len(batch))
         if (step + 1) % cfg.print_every == 0:
             print(console_line(f"{name} step {step + 1}/{steps}", metrics, COLUMNS))
         if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:
-            show = cfg.show if step + 1 == steps else 0
-            run.state["last"] = validate(run, data, name, step + 1, steps, show, cfg)
+            run.state["last"] = validate(run, data, name, steps, cfg.show if step + 1 == steps else 0, cfg)
         save_and_stop(run, cfg, steps, data.stop_ids, data.template)
     run.log.close()
     draw_run(run.out)
     return run.state["last"] | {"seconds": run.state["train_s"]}
 
 
-def main(argv: Sequence[str], token_weights: Callable | None = None) -> None:
-    """Train every method of the knob `loss`. token_weights replaces that of sft and ift: see variants/."""
-    cfg = parse_config(Config, argv, __doc__, table="train_ift")
-    check(cfg)
+def usage() -> str:
+    """The docstring and the losses of variants/, for --help."""
+    variants = first_lines(ROOT / "variants", "LOSS")
+    listed = "\n".join(f"  {name:12} {line}" for name, line in variants.items())
+    return f"{__doc__}\nLosses of variants/ (--loss=NAME):\n{listed}"
+
+
+def config_class(given: dict) -> type:
+    """The Config of the given losses. One with knobs of its own is run alone, or with built-in ones."""
+    names = given.get("loss", Config.loss)
+    names = names.split(",") if isinstance(names, str) else names
+    own = {find_method(str(name))[1] for name in names if name} - {Config}
+    if len(own) > 1:
+        raise UserError(f"loss = {','.join(names)}: run methods with knobs of their own one at a time")
+    return next(iter(own), Config)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train every method of the knob `loss`."""
+    cfg = parse_config(config_class, argv, usage(), "train_ift", MOVED)
+    methods = {name: find_method(name)[0] for name in cfg.loss}
+    check(cfg, methods)
     device = start(cfg)
     folders = {name: Path(cfg.out_dir) / (name if len(cfg.loss) > 1 else "") for name in cfg.loss}
     begun = any(resume_folder(folder) for folder in folders.values())
-    require(cfg, "resume", begun or not cfg.resume, f"{cfg.out_dir} has no checkpoint to resume from")
-    results = {}
-    for name, folder in folders.items():
-        loss = LOSSES[name]
-        if token_weights is not None and not loss.pairs:
-            loss = loss._replace(token_weights=token_weights, tokenwise=False)
-        results[name] = train(name, loss, folder, cfg, device)
+    require(cfg, "resume", begun or cfg.resume != "true", f"{cfg.out_dir} has no checkpoint to resume from")
+    results = {n: train(n, method, folders[n], cfg, device) for n, method in methods.items()}
     keys = list(dict.fromkeys(k for r in results.values() for k in r))
     print("\n" + "  ".join(f"{k:>15}" for k in ("method", *keys)))
     for name, r in results.items():
@@ -786,4 +766,6 @@ def main(argv: Sequence[str], token_weights: Callable | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from train_ift import main  # so that `import train_ift` in a variant is the running module
+
     run_script(main)

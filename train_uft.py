@@ -201,7 +201,8 @@ def flat(groups: Sequence[Group]) -> list[Trajectory]:
 
 # ---- hints (section 3.1 and Algorithm 1) -------------------------------------------------------------------
 # A rule gives the number of a problem's segments to show at `step` of reinforcement (from 0), or a list with
-# one number per trajectory. memory: a dict saved with the run; memory["problems"][i] is a dict for problem i.
+# one number per trajectory; problem.segments + 1 is the whole solution, after which nothing is sampled.
+# memory: a dict saved with the run; memory["problems"][i] is a dict for problem i.
 
 
 def cut_points(n_sentences: int, n_segments: int = 5) -> list[int]:
@@ -798,12 +799,19 @@ def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
     return pick._replace(draw=pick.draw + attempt * cfg.problems)
 
 
+def begin(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
+    """A trajectory before anything is sampled: k segments are given, or one more, the whole solution."""
+    problem = data.problems[pick.problem]
+    whole = k > problem.segments
+    text = problem.solution() if whole else problem.hint(k)
+    tokens = tokenizer.encode(text) + [tokenizer.eos_id] * whole
+    n, shown = len(tokens), min(k, problem.segments)
+    return Trajectory(pick, problem.prompt, tokens, n, np.zeros(n), shown, text, finished=whole)
+
+
 def demonstration(pick: Pick, data: Data, tokenizer: Tokenizer) -> Trajectory:
     """A trajectory that is given entirely: the solution and the end token."""
-    problem = data.problems[pick.problem]
-    tokens = [*tokenizer.encode(problem.solution()), tokenizer.eos_id]
-    zeros, shown = np.zeros(len(tokens)), problem.segments
-    return Trajectory(pick, problem.prompt, tokens, len(tokens), zeros, shown, problem.solution())
+    return begin(pick, data.problems[pick.problem].segments + 1, data, tokenizer)
 
 
 def hint_lengths(picks: list[Pick], step: int, method: Method, run: Run, data: Data, cfg: Config) -> list[list[int]]:
@@ -824,33 +832,32 @@ def rollout(run: Run, data: Data, picks: list[Pick], shown: list[list[int]], cfg
     # What is given.
     groups = []
     for pick, segments in zip(share(picks), share(shown), strict=True):
-        problem, group = data.problems[pick.problem], []
-        hints = {k: (problem.hint(k), run.tokenizer.encode(problem.hint(k))) for k in set(segments)}
-        for k in segments:
-            text, given = hints[k]
-            group.append(Trajectory(pick, problem.prompt, list(given), len(given), np.zeros(0), k, text))
-        groups.append(group)
-    # Sample. Equal prompts of a group are run once; then its n completions share a key.
-    n = cfg.rollouts if all(k == [k[0]] * cfg.rollouts for k in shown) else 1
-    keys = [key_of(g[0].pick, data) * (cfg.rollouts // n) + j for g in groups for j in range(len(g) // n)]
+        given = {k: begin(pick, k, data, run.tokenizer) for k in set(segments)}
+        groups.append([replace(given[k]) for k in segments])
+    # Sample the rest. Each trajectory has a number for its random draws; n equal prompts are run once.
+    R = cfg.rollouts
+    numbers = [key_of(t.pick, data) * R + j for group in groups for j, t in enumerate(group)]
+    to_sample = [(t, i) for t, i in zip(flat(groups), numbers, strict=True) if not t.finished]
+    n = R if all(len(k) == R and len({*k}) == 1 for k in shown) else 1
     completions = generate(
         run.rollout_model,
-        [t.prompt + t.tokens for t in flat(groups)[::n]],
+        [t.prompt + t.tokens for t, _ in to_sample[::n]],
         n,
         cfg.max_new_tokens,
         cfg.temperature,
         run.tokenizer.stop_ids,
         sampling_seed(cfg.seed, run.state["step"]),
         batch_size=cfg.rollout_batch,
-        keys=keys,
+        keys=[i // n for _, i in to_sample[::n]],
         fast=cfg.fast,
         **engine_options(run, data, cfg),
     )
-    # Score the given and the sampled text together.
-    for t, completion in zip(flat(groups), flat(completions), strict=True):
+    for (t, _), completion in zip(to_sample, flat(completions), strict=True):
         t.tokens, t.finished = t.tokens + completion.tokens, completion.finished
         t.old_logp = np.array([0.0] * t.n_given + completion.logprobs)
         t.response += run.tokenizer.decode(completion.tokens, skip_special=True)
+    # Score the given and the sampled text together.
+    for t in flat(groups):
         t.reward, t.verdict = data.task.score(t.response, data.problems[t.pick.problem].row["truth"])
     groups = gather(groups)
     run.state["sampled_tokens"] += sum(len(t.tokens) - t.n_given for t in flat(groups))
