@@ -187,7 +187,7 @@ class Trajectory:
     # Set by the method: advantages(), after_rollout(), token_weights().
     advantage: float | np.ndarray = 1.0  # a number, or one per token
     coef: float | None = None  # of the loss of its given tokens; None: the step's
-    weight: np.ndarray | None = None  # of each token in the loss of the optimiser step
+    weight: float | np.ndarray = 0.0  # of each token in the loss of the optimiser step
     # Set by share_given(): training begins at this token.
     start: int = 0
 
@@ -476,7 +476,8 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
         return torch.from_numpy(x).to(device, dtype)
 
     def column(values: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Tensor:
-        parts = [v[t.start :] for v, t in zip(values, trajectories, strict=True)]
+        whole = [np.broadcast_to(v, len(t.tokens)) for v, t in zip(values, trajectories, strict=True)]
+        parts = [v[t.start :] for v, t in zip(whole, trajectories, strict=True)]
         return tensor(np.concatenate(parts), dtype)
 
     # Where they stand. A trajectory's first `shared` tokens lie in a part of the row common to its group.
@@ -605,8 +606,10 @@ def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
 # ---- the sampler's mismatch --------------------------------------------------------------------------------
 
 
-def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config) -> None:
-    """Replace the sampler's log-probs of sampled tokens with the training model's.
+def recompute_old_logprobs(
+    model: Transformer, groups: list[Group], cfg: Config, given: bool = False
+) -> None:
+    """Replace the sampler's log-probs of sampled tokens, or also those of given ones, with the model's.
 
     It is called if either computes in bfloat16, or to correct the mismatch. They differ even if both use
     bfloat16: the sampler's weights are rounded to bfloat16 after each update (or once adapters are merged),
@@ -620,12 +623,12 @@ def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config)
             logp = logprobs(model, where, batch, cfg).double().cpu().numpy()
         ends = np.cumsum([len(t.tokens) - t.start for t in flat(rows)])
         for t, values in zip(flat(rows), np.split(logp, ends[:-1]), strict=True):
-            mine[number[id(t)]] = values[t.n_given - t.start :]
+            mine[number[id(t)]] = values if given else values[t.n_given - t.start :]
     trajectories = flat(groups)
     for part in collect(mine):
         for i, values in part.items():
             t = trajectories[i]
-            t.old_logp = np.concatenate((t.old_logp[: t.n_given], values))
+            t.old_logp = np.concatenate((t.old_logp[: len(t.tokens) - len(values)], values))
 
 
 def rollout_weights(logp: Tensor, rollout_logp: Tensor, kind: str, cap: float = 3.0) -> Tensor:
