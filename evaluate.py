@@ -43,7 +43,7 @@ from infra.config import UserError, one_of, parse_config, require, require_each,
 from infra.huggingface import weights_mark
 from infra.log import Counter, brief, wilson
 from infra.parallel import collect, gather, settle_dtype, share, start_process, world
-from infra.training import fingerprint, starting_model
+from infra.training import engine_options, fingerprint, starting_model
 from model import Transformer
 from sampler import Completion, generate, stream
 
@@ -139,6 +139,31 @@ def answer(
         [judge(task, tokenizer, row, c) for c in completions]
         for row, completions in zip(rows, outputs, strict=True)
     ]
+
+
+def answer_rows(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) -> list[list[dict]]:
+    """Answers of a trainer to all rows, by default greedy, as answer() gives them; every process samples its part.
+
+    longest: tokens of the longest prompt of the run.
+    """
+    mine = share(rows)
+    return gather(
+        answer(
+            run.rollout_model,
+            run.tokenizer,
+            task,
+            mine,
+            cfg.val_n,
+            cfg.max_new_tokens,
+            cfg.val_temperature,
+            cfg.seed,
+            keys=share(range(len(rows))),
+            fast=cfg.fast,
+            batch_size=cfg.rollout_batch,
+            progress=Counter(cfg.val_n * len(mine)),
+            **engine_options(run, cfg, longest),
+        )
+    )
 
 
 def judge(task: ModuleType, tokenizer: Tokenizer, row: dict, completion: Completion) -> dict:

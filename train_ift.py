@@ -22,7 +22,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -40,38 +39,35 @@ from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import prefix as fast_prefix
+from infra import parallel, training
 from infra.checkpoint import resume_folder
-from infra.config import Count, Fraction, Natural, NonNegative, Positive, Switch
-from infra.config import UserError, first_lines, import_file, parse_config, require, run_script
+from infra.config import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    UserError,
+    find_method,
+    parse_config,
+    require,
+    run_script,
+    usage,
+)
 from infra.curves import draw_run
-from infra.log import brief
-from infra.parallel import add_up, autocast, gather, my_batches, share, world
-from infra.training import ROOT, Run, batch_rows, console_line, explain_failure, fill_rollout_model
-from infra.training import fingerprint, frozen_model, log_step, lr_factor, model_size, optimizer_step
-from infra.training import release_rollout_model, save_and_stop, set_options, set_up, start, start_or_resume
+from infra.training import ROOT, Run, RunConfig
 from model import ModelConfig, Transformer
 from sampler import int64, uniform
 
 
 @dataclass
-class Config:
-    """Every knob. The defaults are the embedded example; config/ has the paper's runs."""
+class Config(RunConfig):
+    """The knobs of this trainer beside those of both. The defaults are the embedded example."""
 
     # What
-    loss: tuple[str, ...] = ("sft", "ift")  # sft, ift, dpo, ipo, tdpo, orpo, simpo, or a loss of variants/
-    model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
-    hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
-    task: str = "countdown"  # a file of data/ or your own; empty: data_path has conversations
-    style: str = "short"  # the task's prompt style: paper, or short for tiny models
-    checker: Literal["ours", "published"] = "ours"  # judge of the answers: ours, or the papers' code
-    data_path: str = ""  # file or folder of rows; empty: the task makes them
-    template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml or zephyr
-    train_rows: Natural = 0  # use the first N rows; 0: all
-    test_rows: Natural = 0  # the same for the test rows
-    sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
+    loss: tuple[str, ...] = ("sft", "ift")  # rows of LOSSES, or files of variants/; several run in turn
+    template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml, zephyr
     out_dir: str = "out/ift"  # where everything goes
-    resume: Literal["false", "true", "auto"] = "false"  # continue the run in out_dir; auto: if there is one
-    seed: Natural = 0  # random seed
     # Schedule
     epochs: Positive = 16.0  # passes over the training rows
     steps: Natural = 0  # optimiser steps; 0: as many as the epochs have
@@ -80,19 +76,19 @@ class Config:
     # Temporal residual (ift)
     lam: Fraction = 0.2  # lambda, the share of the model's own prediction in the embeddings
     lam_low: Fraction = 0.0  # lambda at the start of a linear schedule
-    lam_schedule: Literal["static", "linear"] = "static"  # linear: from lam_low to lam over the warm-up
-    lam_disturb: NonNegative = 0.0  # std of Gaussian noise, as a share of lambda; 0.5 in published options
-    own: Literal["argmax", "sampled", "soft"] = "argmax"  # the prediction; soft: the expected embedding
+    lam_schedule: Literal["static", "linear"] = "static"  # linear: from lam_low over the warm-up
+    lam_disturb: NonNegative = 0.0  # std of noise on lambda, as a share of it; 0.5 as published
+    own: Literal["argmax", "sampled", "soft"] = "argmax"  # prediction; soft: expected embedding
     train_embedding: bool = True  # gradient into the input embeddings; the published code has none
     # Relation propagation (ift)
     propagate: bool = True  # weigh each token by the losses of others; false: all weights are 1
     gamma: Fraction = 0.95  # discount of the other tokens' losses; 0: by its own loss alone
-    side: Literal["later", "earlier"] = "later"  # whose losses: those of later tokens, or of earlier ones
+    side: Literal["later", "earlier"] = "later"  # which other tokens
     quantity: Literal["loss", "logps", "mask"] = "loss"  # what is propagated; mask: ones
     norm: Literal["L1", "L2", "softmax", "log"] = "L1"  # of an example's weights
     # Other losses
-    average: Literal["example", "token"] = "example"  # sft, ift: mean of examples' means, or over all targets
-    beta: NonNegative = 0.0  # of losses of pairs; 0: the loss's own (dpo, ipo, tdpo 0.1, orpo 0.25, simpo 2)
+    average: Literal["example", "token"] = "example"  # sft, ift: of examples' means, or of targets
+    beta: NonNegative = 0.0  # of losses of pairs; 0: the loss's own, see LOSSES
     gamma_beta: float = 0.8  # simpo's target margin as a share of beta
     label_smoothing: Fraction = 0.0  # dpo: weight of the loss with the two answers swapped
     tdpo_alpha: NonNegative = 0.5  # tdpo: weight of the difference of divergences
@@ -103,53 +99,58 @@ class Config:
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     weight_decay: NonNegative = 0.0  # decoupled weight decay, adamw only
     grad_clip: Positive = 1.0  # largest gradient norm; 10 in the paper
-    # LoRA
-    lora_rank: Natural = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
-    lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
-    # Speed
-    fast: bool = True  # use fast/: same results, faster; false: plain path (train_ift, model, sampler.py)
+    # Speed and reports
     token_budget: Count = 16384  # most tokens of a micro-batch, padding included
-    gradient_checkpointing: bool = False  # less memory for activations, a third more time
-    compile: Switch = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
-    device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 for LoRA if possible
-    threads: Natural = 0  # CPU threads; 0: torch's choice
-    # Reports
-    max_new_tokens: Count = 64  # longest answer in validation
     eval_every: Count = 250  # steps between validations
-    val_n: Count = 1  # answers per test problem; accuracy is their mean (avg@n)
-    val_temperature: NonNegative = 0.0  # temperature of validation; 0: greedy
     save_every: Count = 250  # steps between checkpoints
     print_every: Count = 50  # steps between console lines
-    show: Natural = 3  # answers printed at the end
-    wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
 
 
-MOVED = {"side=left": "--side=later", "side=right": "--side=earlier"}  # knobs of earlier versions
+MOVED = {
+    "side=left": "--side=later",
+    "side=right": "--side=earlier",
+}  # knobs of earlier versions
 
 
 def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     """Refuse combinations that cannot work, naming the knob."""
     require(cfg, "loss", bool(methods), f"must name one of {', '.join(LOSSES)}")
     require(cfg, "loss", len(methods) == len(cfg.loss), "must name each method once")
-    alpha_used = cfg.lora_rank or cfg.lora_alpha == Config.lora_alpha
-    require(cfg, "lora_alpha", alpha_used, "needs a lora_rank")
-    sampled = cfg.val_n == 1 or cfg.val_temperature > 0
-    require(cfg, "val_n", sampled, "needs a val_temperature above 0")
+    training.check_shared(cfg)
     matters = cfg.quantity != "logps" or cfg.norm in ("softmax", "log")
-    require(cfg, "quantity", matters, f"has the weights of loss with norm = {cfg.norm}, which divides by a sum")
+    require(
+        cfg,
+        "quantity",
+        matters,
+        f"has the weights of loss with norm = {cfg.norm}, which divides by a sum",
+    )
     if cfg.gamma == 0 and cfg.propagate and any(m.example_loss for m in methods.values()):
-        print("note: gamma = 0 weighs each token by its own loss; --propagate=false has weights of 1")
+        print(
+            "note: gamma = 0 weighs each token by its own loss; --propagate=false has weights of 1"
+        )
     pairs = "/".join(name for name, method in methods.items() if method.pair_loss)
-    require(cfg, "task", not (pairs and cfg.task), f"{pairs} needs pairs: --task= --data_path=FILE")
+    require(
+        cfg,
+        "task",
+        not (pairs and cfg.task),
+        f"{pairs} needs pairs: --task= --data_path=FILE",
+    )
     without = "if there is no task"
-    require(cfg, "data_path", bool(cfg.task or cfg.data_path), f"must name a file of rows {without}")
-    require(cfg, "model", bool(cfg.task or cfg.model), f"must name a directory to start from {without}")
-    if cfg.task:
-        load_task(cfg.task)  # UserError if there is no such task
+    require(
+        cfg,
+        "data_path",
+        bool(cfg.task or cfg.data_path),
+        f"must name a file of rows {without}",
+    )
+    require(
+        cfg,
+        "model",
+        bool(cfg.task or cfg.model),
+        f"must name a directory to start from {without}",
+    )
 
 
-# ---- temporal residual (section 4.2) -----------------------------------------------------------------------
+# ---- temporal residual (section 4.2) -------------------------------------------------------------
 
 
 class Rows(NamedTuple):
@@ -228,7 +229,13 @@ def ift_states(model: Transformer, rows: Rows, residual: Residual) -> Tensor:
 
 
 def residual_lambda(
-    step: int, low: float, high: float, schedule: str, warmup: int, disturb: float = 0.0, noise: float = 0.0
+    step: int,
+    low: float,
+    high: float,
+    schedule: str,
+    warmup: int,
+    disturb: float = 0.0,
+    noise: float = 0.0,
 ) -> float:
     """lambda at `step` (from 0): static at high, or linear from low to high over the warm-up.
 
@@ -238,7 +245,7 @@ def residual_lambda(
     return min(1.0, max(0.0, lam + noise * disturb * lam))
 
 
-# ---- relation propagation (section 4.3 and Algorithm 1) ----------------------------------------------------
+# ---- relation propagation (section 4.3 and Algorithm 1) ------------------------------------------
 
 
 def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
@@ -306,7 +313,7 @@ def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
     return (weights * nll * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# ---- losses of pairs ---------------------------------------------------------------------------------------
+# ---- losses of pairs -----------------------------------------------------------------------------
 # Arguments and results are (B,). Log-probs are summed over an answer's tokens unless a docstring says "mean".
 
 
@@ -369,7 +376,7 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta: float)
     return -F.logsigmoid(beta * (chosen - rejected - gamma_beta))
 
 
-# ---- methods -----------------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------------------------------
 
 
 class PairLogprobs(NamedTuple):
@@ -393,8 +400,12 @@ class Method(NamedTuple):
     LOSS = LOSSES["sft"]._replace(token_loss=...).
     """
 
-    token_loss: Callable | None = None  # (nll (N,), cfg) -> (N,): a target's loss depends on no other
-    example_loss: Callable | None = None  # (nll (B, T), mask (B, T), cfg) -> (B,), 0 without a target
+    token_loss: Callable | None = (
+        None  # (nll (N,), cfg) -> (N,): a target's loss depends on no other
+    )
+    example_loss: Callable | None = (
+        None  # (nll (B, T), mask (B, T), cfg) -> (B,), 0 without a target
+    )
     pair_loss: Callable | None = None  # (PairLogprobs, beta, cfg) -> (B,)
     residual: bool = False  # embeddings mixed with the model's own predictions
     reference: bool = False  # pairs: needs the starting model
@@ -425,31 +436,34 @@ LOSSES = {
     "sft": Method(token_loss=sft_token_loss),
     "ift": Method(example_loss=ift_example_loss, residual=True),
     "dpo": pairs_method(
-        lambda p, beta, cfg: dpo_loss(*p[:4], beta, cfg.label_smoothing)[0], 0.1, reference=True
+        lambda p, beta, cfg: dpo_loss(*p[:4], beta, cfg.label_smoothing)[0],
+        0.1,
+        reference=True,
     ),
     "ipo": pairs_method(lambda p, beta, cfg: ipo_loss(*p[:4], beta), 0.1, reference=True),
     "tdpo": pairs_method(
-        lambda p, beta, cfg: tdpo_loss(*p, beta, cfg.tdpo_alpha), 0.1, reference=True, kl=True
+        lambda p, beta, cfg: tdpo_loss(*p, beta, cfg.tdpo_alpha),
+        0.1,
+        reference=True,
+        kl=True,
     ),
     "orpo": pairs_method(lambda p, beta, cfg: orpo_loss(*p[:2], beta), 0.25, mean_logprobs=True),
     "simpo": pairs_method(
-        lambda p, beta, cfg: simpo_loss(*p[:2], beta, cfg.gamma_beta), 2.0, mean_logprobs=True
+        lambda p, beta, cfg: simpo_loss(*p[:2], beta, cfg.gamma_beta),
+        2.0,
+        mean_logprobs=True,
     ),
 }
+VARIANTS = ROOT / "variants"  # each file a further loss
 
 
-def find_method(name: str) -> tuple[Method, type]:
-    """A row of LOSSES, or the LOSS of a file of variants/ (or of a path), and its Config."""
-    if name in LOSSES:
-        return LOSSES[name], Config
-    variants = first_lines(ROOT / "variants", "LOSS")
-    if not (name in variants or name.endswith(".py")):
-        raise UserError(f"loss: {name!r} is not one of {', '.join([*LOSSES, *variants])}, nor a FILE.py")
-    module = import_file(name, ROOT / "variants", "LOSS")
-    return module.LOSS, getattr(module, "Config", Config)
+def find_loss(name: str) -> tuple[Method, type]:
+    """A row of LOSSES or the LOSS of a file of variants/, and its Config."""
+    method, module = find_method("loss", name, LOSSES, VARIANTS, "LOSS")
+    return method, getattr(module, "Config", Config)
 
 
-# ---- a micro-batch -----------------------------------------------------------------------------------------
+# ---- a micro-batch -------------------------------------------------------------------------------
 
 
 def to_rows(examples: Sequence[Example], number: Sequence[int], device: torch.device) -> Rows:
@@ -462,7 +476,12 @@ def to_rows(examples: Sequence[Example], number: Sequence[int], device: torch.de
 
 
 def examples_loss(
-    model: Transformer, rows: Rows, weights: Tensor, method: Method, residual: Residual | None, cfg: Config
+    model: Transformer,
+    rows: Rows,
+    weights: Tensor,
+    method: Method,
+    residual: Residual | None,
+    cfg: Config,
 ) -> tuple[Tensor, Tensor]:
     """sum of weights (B,) x the loss of each example, and the log-probs (N,) of the targets."""
     head = fast_head if cfg.fast else plain_head
@@ -500,7 +519,11 @@ def target_nll(model: Transformer, rows: Rows, cfg: Config, states: Tensor | Non
 
 
 def pairs_loss(
-    model: Transformer, reference: Transformer | None, rows: Rows, method: Method, cfg: Config
+    model: Transformer,
+    reference: Transformer | None,
+    rows: Rows,
+    method: Method,
+    cfg: Config,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each pair (B,) and the nll (2B, T) behind it. Rows: the B chosen, then the B rejected."""
     head = fast_head if cfg.fast else plain_head
@@ -519,12 +542,14 @@ def pairs_loss(
     if method.kl:
         kl = head.token_kl(states, model.head_weight, ref_states, reference.head_weight)
         zeros = torch.zeros(len(rows.ids), device=kl.device)
-        kl_chosen, kl_rejected = zeros.index_add(0, rows.mask.nonzero(as_tuple=True)[0], kl).chunk(2)
+        kl_chosen, kl_rejected = zeros.index_add(0, rows.mask.nonzero(as_tuple=True)[0], kl).chunk(
+            2
+        )
         pair = pair._replace(kl_chosen=kl_chosen, kl_rejected=kl_rejected)
     return method.pair_loss(pair, cfg.beta or method.beta, cfg), nll
 
 
-# ---- one optimiser step ------------------------------------------------------------------------------------
+# ---- one optimiser step --------------------------------------------------------------------------
 
 
 def update(
@@ -537,13 +562,13 @@ def update(
     lengths = [len(row) * max(len(e.ids) for e in row) for row in sides]
     sums = torch.zeros(2, device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
-    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world() makes the average
+    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x parallel.world() makes the average
     # a sum. `counted` is 1, or 0 for a batch that a process repeats to make as many passes as the others.
-    for indices, counted in my_batches(lengths, cfg.token_budget):
+    for indices, counted in parallel.my_batches(lengths, cfg.token_budget):
         # Of pairs, first all chosen answers, then all rejected ones.
         chosen = [sides[i][k] for k in range(len(sides[0])) for i in indices]
         rows = to_rows(chosen, indices * len(sides[0]), run.device)
-        with autocast(run.device, cfg.dtype):
+        with parallel.autocast(run.device, cfg.dtype):
             if method.pair_loss:
                 call = (pairs_loss, run.model, run.reference, rows, method, cfg)
                 if run.reference:  # FSDP gathers the weights of both
@@ -556,10 +581,10 @@ def update(
                 call = (examples_loss, run.model, rows, weights, method, residual, cfg)
                 loss, logp = run.model.run(*call)
                 nll = -logp
-        (loss * (counted * world())).backward()
+        (loss * (counted * parallel.world())).backward()
         sums += counted * torch.stack((loss.detach(), nll.detach().sum()))
-    total = add_up(dict(zip(("loss", "nll"), sums.tolist(), strict=True)))
-    grad_norm = optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
+    total = parallel.add_up(dict(zip(("loss", "nll"), sums.tolist(), strict=True)))
+    grad_norm = training.optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
     return {
         "loss": total["loss"],
         "nll": total["nll"] / max(1, targets),
@@ -568,7 +593,7 @@ def update(
     }
 
 
-# ---- data --------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -583,23 +608,34 @@ class Data:
 
 def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     """Rows of a task or of a file of conversations, as token ids and loss masks."""
-    task, encoded, test_rows = judged_by(load_task(cfg.task), cfg.checker) if cfg.task else None, {}, []
+    task, encoded, test_rows = (
+        judged_by(load_task(cfg.task), cfg.checker) if cfg.task else None,
+        {},
+        [],
+    )
     if note := split_note(cfg.data_path):
         print(note)
     for split, n in (("train", cfg.train_rows), ("test", cfg.test_rows)):
         # The rows: problems with their solutions, or conversations.
         if task:
             options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
-            test_rows = load_rows(task, split, cfg.data_path, n, **options)  # the last split's, which is test
+            test_rows = load_rows(
+                task, split, cfg.data_path, n, **options
+            )  # the last split's, which is test
             rows = chat.rows_of_task(test_rows)
         else:
             rows = chat.load(split, cfg.data_path, one_file="split")[: n or None]
         # Their ids and masks, within the model's window and vocabulary.
-        where, window = f"{cfg.data_path or cfg.task} {split}", config.max_position_embeddings
+        where, window = (
+            f"{cfg.data_path or cfg.task} {split}",
+            config.max_position_embeddings,
+        )
         encoded[split], counts = chat.encode_rows(
             rows, tokenizer, cfg.max_length, cfg.template, pairs=pairs, window=window
         )
-        print(f"{split}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count))
+        print(
+            f"{split}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+        )
         if not encoded[split]:
             raise UserError(f"{where}: no row is left to use")
         for i, example in enumerate(encoded[split]):
@@ -608,50 +644,55 @@ def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, config: ModelConfi
     train = encoded["train"]
     longest = max(2 * max(len(e.ids) for e in row) if pairs else len(row.ids) for row in train)
     longest = max(longest, max(len(e[0].ids if pairs else e.ids) for e in encoded["test"]))
-    require(cfg, "token_budget", cfg.token_budget >= longest, f"must be >= {longest}, the longest row")
-    conversations = not task and any("first" in row for row in rows)  # rows of messages, not of texts
+    require(
+        cfg,
+        "token_budget",
+        cfg.token_budget >= longest,
+        f"must be >= {longest}, the longest row",
+    )
+    conversations = not task and any(
+        "first" in row for row in rows
+    )  # rows of messages, not of texts
     template = tokenizer.template_name(cfg.template) if conversations else "auto"
     return Data(task, train, encoded["test"], test_rows, chat.turn_ends(train), template)
 
 
-# ---- validation --------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------
 
 
-def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config) -> dict[str, float]:
+def validate(
+    run: Run, data: Data, name: str, steps: int, show: int, cfg: Config
+) -> dict[str, float]:
     """Test nll and, on a task, greedy accuracy. Prints and logs them, and returns the record.
 
     Accuracy is also taken from another first step than the solution's, where the task has one.
     """
-    step, record = run.state["step"], {"val/loss": validation_nll(run.model, data.test, cfg)}
-    line, shown = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}", []
+    step, record = (
+        run.state["step"],
+        {"val/loss": validation_nll(run.model, data.test, cfg)},
+    )
+    line, answers = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}", []
     if data.task:
-        fill_rollout_model(run)
-        answers = answer(run, data.task, data.test_rows, cfg)
+        training.fill_rollout_model(run)
+        answers = evaluate.answer_rows(run, data.task, data.test_rows, cfg)
         accuracy, low, high = evaluate.accuracy_interval(answers)
         record |= {"val/accuracy": accuracy, "val/low": low, "val/high": high}
         line += f" | accuracy {accuracy:.1%} ({low:.1%} .. {high:.1%})"
-        shown = list(zip(data.test_rows, answers, strict=True))[:show]
         if hasattr(data.task, "other_start"):
-            starts = [(r, data.task.other_start(r, random.Random(i))) for i, r in enumerate(data.test_rows)]
+            starts = [
+                (r, data.task.other_start(r, random.Random(i)))
+                for i, r in enumerate(data.test_rows)
+            ]
             started = [r | {"start": s} for r, s in starts if s]
-            record["val/other_start"] = evaluate.accuracy(answer(run, data.task, started, cfg))
+            record["val/other_start"] = evaluate.accuracy(
+                evaluate.answer_rows(run, data.task, started, cfg)
+            )
             line += f" | from another first step {record['val/other_start']:.1%}"
-        release_rollout_model(run)
+        training.release_rollout_model(run)
     print(line)
-    for row, (a, *_) in shown:
-        print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
-        run.log.write("samples", step, {"prompt": row["prompt"], **a})
+    training.show_answers(run, data.test_rows, answers, show)
     run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
     return record
-
-
-def answer(run: Run, task: ModuleType, rows: list[dict], cfg: Config) -> list[list[dict]]:
-    """Answers of all rows, by default greedy; every process samples its share."""
-    options = {"compile": False if cfg.compile == "false" else None} if cfg.fast else {}
-    return gather(evaluate.answer(
-        run.rollout_model, run.tokenizer, task, share(rows), cfg.val_n, cfg.max_new_tokens, cfg.val_temperature,
-        cfg.seed, keys=share(range(len(rows))), fast=cfg.fast, **options,
-    ))  # fmt: skip
 
 
 @torch.no_grad()
@@ -659,18 +700,20 @@ def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
     """Mean nll of the targets (of pairs: of the chosen answers), nats per token, computed as in training."""
     examples = [e if isinstance(e, Example) else e[0] for e in examples]
     sums, device = {"nll": 0.0, "tokens": 0.0}, model.head_weight.device
-    for chosen, counted in my_batches([len(e.ids) for e in examples], cfg.token_budget):
+    for chosen, counted in parallel.my_batches([len(e.ids) for e in examples], cfg.token_budget):
         rows = to_rows([examples[i] for i in chosen], chosen, device)
-        with autocast(device, cfg.dtype):
+        with parallel.autocast(device, cfg.dtype):
             sums["nll"] += counted * model.run(target_nll, model, rows, cfg).sum().item()
         sums["tokens"] += counted * rows.mask.sum().item()
-    sums = add_up(sums)
+    sums = parallel.add_up(sums)
     return sums["nll"] / max(1, sums["tokens"])
 
 
-NOISE_STREAM = 4  # key of the random stream of lambda's disturbance; infra/training.py's order of rows has 1
+NOISE_STREAM = (
+    4  # key of the random stream of lambda's disturbance; infra/training.py's order of rows has 1
+)
 
-# ---- the run -----------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 COLUMNS = (  # of a console line: (name, metric, format)
     ("loss", "loss", ".4f"), ("nll", "nll", ".4f"), ("gnorm", "grad_norm", ".2f"), ("lr", "lr", ".2e"),
@@ -681,91 +724,106 @@ COLUMNS = (  # of a console line: (name, metric, format)
 def make_residual(step: int, warmup: int, cfg: Config) -> Residual:
     """The residual of a step, with its own lambda and random draws."""
     noise = float(np.random.default_rng((cfg.seed, NOISE_STREAM, step)).normal())
-    lam = residual_lambda(step, cfg.lam_low, cfg.lam, cfg.lam_schedule, warmup, cfg.lam_disturb, noise)
+    lam = residual_lambda(
+        step, cfg.lam_low, cfg.lam, cfg.lam_schedule, warmup, cfg.lam_disturb, noise
+    )
     head = fast_head if cfg.fast else plain_head
     return Residual(lam, cfg.own, cfg.train_embedding, cfg.seed * 1_000_003 + step, head)
 
 
-def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.device) -> dict[str, float]:
+def train(
+    name: str, method: Method, out_dir: Path, cfg: Config, device: torch.device
+) -> dict[str, float]:
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
     resume = cfg.resume != "false" and resume_folder(out_dir) is not None  # some may not have begun
-    run = set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
+    run = training.set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
     data = load_data(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
-    run.reference = frozen_model(run.base, run, cfg) if method.reference else None
+    run.reference = training.frozen_model(run.base, run, cfg) if method.reference else None
     if cfg.optimizer == "adamw":
         options = {"betas": (0.9, 0.99), "weight_decay": cfg.weight_decay, "fused": True}
         run.optimizer = torch.optim.AdamW(run.model.parameters(), **options)
     else:
         run.optimizer = torch.optim.RMSprop(run.model.parameters())
-    fingerprints = {"train": fingerprint(data.examples), "test": fingerprint(data.test)}
-    start_or_resume(run, cfg, resume, {}, fingerprints, bool(cfg.lora_rank or method.reference))
+    splits = {"train": data.examples, "test": data.test}
+    reads_base = bool(cfg.lora_rank or method.reference)
+    training.start_or_resume(run, cfg, resume, {}, splits, reads_base)
     steps = cfg.steps or max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
     warmup = round(cfg.warmup_ratio * steps)
-    print(f"{name}: {steps} steps of {cfg.batch}, {model_size(run)}")
+    print(f"{name}: {steps} steps of {cfg.batch}, {training.model_size(run)}")
     if run.state["step"] == 0:
         run.state["last"] = validate(run, data, name, steps, 0, cfg)
 
     for step in range(run.state["step"], steps):
         step_start = time.perf_counter()
         # 1. Choose the batch, the learning rate and lambda.
-        batch = [data.examples[i] for i in batch_rows(step, cfg.batch, len(data.examples), cfg.seed)]
-        lr = cfg.lr * lr_factor(step, steps, warmup, cfg.lr_schedule)
-        set_options(run.optimizer, lr=lr)
+        batch = [
+            data.examples[i]
+            for i in training.batch_rows(step, cfg.batch, len(data.examples), cfg.seed)
+        ]
+        lr = cfg.lr * training.lr_factor(step, steps, warmup, cfg.lr_schedule)
+        training.set_options(run.optimizer, lr=lr)
         residual = make_residual(step, warmup, cfg) if method.residual else None
         # 2. Compute the loss and take an optimiser step.
-        with explain_failure(run, cfg, step):
-            metrics = update(run, batch, method, residual, cfg)
+        with training.explain_failure(run, cfg, step):
+            run.metrics = update(run, batch, method, residual, cfg)
         # 3. Log, validate, save.
-        seconds, tokens = time.perf_counter() - step_start, metrics.pop("tokens")
-        metrics |= {"lr": lr, "timing_s/step": seconds}
+        seconds, tokens = time.perf_counter() - step_start, run.metrics.pop("tokens")
+        run.metrics |= {"lr": lr, "timing_s/step": seconds}
         if residual:
-            metrics["lambda"] = residual.lam
-        log_step(run, step, metrics, step_start, seconds, tokens, len(batch))
+            run.metrics["lambda"] = residual.lam
+        training.log_step(run, step, step_start, seconds, tokens, len(batch))
         if (step + 1) % cfg.print_every == 0:
-            print(console_line(f"{name} step {step + 1}/{steps}", metrics, COLUMNS))
+            print(training.console_line(f"{name} step {step + 1}/{steps}", run.metrics, COLUMNS))
         if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:
-            run.state["last"] = validate(run, data, name, steps, cfg.show if step + 1 == steps else 0, cfg)
-        save_and_stop(run, cfg, steps, data.stop_ids, data.template)
+            run.state["last"] = validate(
+                run, data, name, steps, cfg.show if step + 1 == steps else 0, cfg
+            )
+        training.save_and_stop(run, cfg, steps, data.stop_ids, data.template)
     run.log.close()
     draw_run(run.out)
     return run.state["last"] | {"seconds": run.state["train_s"]}
-
-
-def usage() -> str:
-    """The docstring and the losses of variants/, for --help."""
-    variants = first_lines(ROOT / "variants", "LOSS")
-    listed = "\n".join(f"  {name:12} {line}" for name, line in variants.items())
-    return f"{__doc__}\nLosses of variants/ (--loss=NAME):\n{listed}"
 
 
 def config_class(given: dict) -> type:
     """The Config of the given losses. One with knobs of its own is run alone, or with built-in ones."""
     names = given.get("loss", Config.loss)
     names = names.split(",") if isinstance(names, str) else names
-    own = {find_method(str(name))[1] for name in names if name} - {Config}
+    own = {find_loss(name)[1] for name in names if name} - {Config}
     if len(own) > 1:
-        raise UserError(f"loss = {','.join(names)}: run methods with knobs of their own one at a time")
+        raise UserError(
+            f"loss = {','.join(names)}: run methods with knobs of their own one at a time"
+        )
     return next(iter(own), Config)
 
 
 def main(argv: Sequence[str]) -> None:
     """Train every method of the knob `loss`."""
-    cfg = parse_config(config_class, argv, usage(), "train_ift", MOVED)
-    methods = {name: find_method(name)[0] for name in cfg.loss}
+    help = usage(__doc__, "loss", VARIANTS, "LOSS")
+    cfg = parse_config(config_class, argv, help, "train_ift", MOVED)
+    methods = {name: find_loss(name)[0] for name in cfg.loss}
     check(cfg, methods)
-    device = start(cfg)
+    device = training.start(cfg)
     folders = {name: Path(cfg.out_dir) / (name if len(cfg.loss) > 1 else "") for name in cfg.loss}
     begun = any(resume_folder(folder) for folder in folders.values())
-    require(cfg, "resume", begun or cfg.resume != "true", f"{cfg.out_dir} has no checkpoint to resume from")
+    require(
+        cfg,
+        "resume",
+        begun or cfg.resume != "true",
+        f"{cfg.out_dir} has no checkpoint to resume from",
+    )
     results = {n: train(n, method, folders[n], cfg, device) for n, method in methods.items()}
     keys = list(dict.fromkeys(k for r in results.values() for k in r))
     print("\n" + "  ".join(f"{k:>15}" for k in ("method", *keys)))
     for name, r in results.items():
-        print("  ".join(f"{v:>15}" for v in (name, *(f"{r[k]:.4f}" if k in r else "-" for k in keys))))
+        print(
+            "  ".join(f"{v:>15}" for v in (name, *(f"{r[k]:.4f}" if k in r else "-" for k in keys)))
+        )
 
 
 if __name__ == "__main__":
-    from train_ift import main  # so that `import train_ift` in a variant is the running module
+    from train_ift import (
+        main,
+    )  # so that `import train_ift` in a variant is the running module
 
     run_script(main)

@@ -35,9 +35,8 @@ Departures from the paper and its published code:
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,42 +45,38 @@ from torch import Tensor
 
 import evaluate
 import model as plain_head
-from data.rows import judged_by, load_rows, load_task, split_note
+from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401 (cut_points: section 3.1)
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
-from fast import packing
+from fast import mismatch, packing
+from infra import parallel, training
 from infra.checkpoint import save_model
-from infra.config import Count, Decay, Fraction, Natural, NonNegative, Positive, Switch
-from infra.config import UserError, first_lines, import_file, parse_config, require, run_script
+from infra.config import (
+    Count,
+    Decay,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    find_method,
+    parse_config,
+    require,
+    run_script,
+    usage,
+)
 from infra.curves import draw_run
-from infra.log import Counter, brief
-from infra.parallel import add_up, autocast, collect, gather, my_batches, share, world
-from infra.training import ROOT, Run, batch_rows, console_line, explain_failure, fill_rollout_model
-from infra.training import fingerprint, frozen_model, log_step, lr_factor, model_size, optimizer_step
-from infra.training import release_rollout_model, resuming, save_and_stop, set_options, set_up, start
-from infra.training import start_or_resume
+from infra.training import ROOT, Run, RunConfig
 from model import ModelConfig, Transformer
 from sampler import COLDEST, generate
 
 
 @dataclass
-class Config:
-    """Every knob. The defaults are the embedded example; config/ has the paper's runs."""
+class Config(RunConfig):
+    """The knobs of this trainer beside those of both. The defaults are the embedded example."""
 
     # What
-    algo: str = "uft"  # sft, rft, sft-rft, r3, stage, rft-cosine, uft, or a method of variants/ by name or path
-    model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
-    hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
-    task: str = "countdown"  # a file of data/, or the path of your own
-    style: str = "short"  # prompt style: paper, or short for tiny models
-    checker: Literal["ours", "published"] = "ours"  # judge of the answers: ours, or the papers' code
-    data_path: str = ""  # folder or file of rows; empty: the task makes its problems
-    train_rows: Natural = 0  # use the first N rows; 0: all, or the task's default number
-    test_rows: Natural = 0  # the same for the test rows
-    sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
+    algo: str = "uft"  # a method: a row of METHODS, or a file of variants/ by name or path
     out_dir: str = "out/uft"  # where everything goes
-    resume: Literal["false", "true", "auto"] = "false"  # continue the run in out_dir; auto: if there is one
-    seed: Natural = 0  # random seed
     # Schedule
     steps: Count = 1000  # steps of reinforcement; one step = one batch of rollouts
     sft_steps: Count = 1000  # steps of the supervised phase of sft and sft-rft
@@ -90,80 +85,55 @@ class Config:
     mini_batch: Count = 16  # problems per optimiser step
     # Hints
     hint_steps: Count = 600  # T_hint: no hints from this step on (r3 ignores it)
-    segments: Count = 5  # L: the hint sentences of a solution are cut into at most this many segments
-    p_low: Fraction = 0.05  # cosine: expected share of the solution shown just before hint_steps
+    segments: Count = 5  # L: hint sentences are cut into at most this many segments
+    p_low: Fraction = 0.05  # cosine: expected share of the solution shown before hint_steps
     p_high: Fraction = 0.95  # cosine: the same at the start
-    hint_coef: NonNegative = 0.001  # beta of the hint's log-likelihood; try 0.1 if solutions are forgotten
+    hint_coef: NonNegative = 0.001  # beta of the hint's log-likelihood; 0.1 if it is forgotten
     # Loss
     clip_low: NonNegative = 0.2  # lower PPO clip: ratio >= 1 - clip_low
-    clip_high: NonNegative = 0.2  # upper PPO clip: ratio <= 1 + clip_high; 0.28 is DAPO's clip-higher
-    kl_coef: NonNegative = 0.0  # beta of the KL to the reference, the model that reinforcement starts from
+    clip_high: NonNegative = 0.2  # upper PPO clip: ratio <= 1 + clip_high
+    kl_coef: NonNegative = 0.0  # weight of the KL to the model that reinforcement starts from
     entropy_coef: NonNegative = 0.001  # weight of the entropy bonus
-    adv_norm: Literal["std", "none"] = "std"  # divisor of advantages: the group's std, or none (Dr. GRPO)
-    loss_norm: Literal["tokens", "constant"] = "tokens"  # denominator: tokens, or a constant (Dr. GRPO)
-    rollout_correction: Literal["none", "token", "sequence"] = "none"  # weight by pi_trainer / pi_sampler
+    adv_norm: Literal["std", "none"] = "std"  # divisor of advantages; none: Dr. GRPO
+    loss_norm: Literal["tokens", "constant"] = "tokens"  # denominator; constant: Dr. GRPO
+    rollout_correction: Literal["none", "token", "sequence"] = "none"  # by pi_trainer / pi_sampler
     rollout_cap: Positive = 3.0  # largest weight of rollout_correction
     drop_dead: bool = False  # leave out the completions of groups without an advantage
     # Optimiser (AdamW)
     lr: Positive = 2e-4  # learning rate of reinforcement
     warmup: Natural = 10  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    sft_lr: Positive = 5e-4  # peak learning rate of the supervised phase: cosine after a warm-up of a tenth
+    sft_lr: Positive = 5e-4  # peak of the supervised phase: cosine after a warm-up of a tenth
     beta1: Decay = 0.9  # decay of the first moment
     beta2: Decay = 0.99  # decay of the second moment in reinforcement
     sft_beta2: Decay = 0.99  # the same in the supervised phase; the paper has 0.95
     weight_decay: NonNegative = 0.0  # decoupled weight decay
     grad_clip: Positive = 1.0  # largest gradient norm
-    # Generation
+    # Rollouts
     max_prompt: Count = 256  # longest prompt without its hint, in tokens
-    max_new_tokens: Count = 64  # longest completion
-    temperature: Positive = 1.0  # temperature of rollouts, and of the log-probs of their tokens
-    rollout_batch: Natural = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
-    # LoRA
-    lora_rank: Natural = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
-    lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
-    # Speed
-    fast: bool = True  # use fast/: same results, faster; false: plain path (train_uft, model, sampler.py)
-    token_budget: Count = 32768  # most tokens of a micro-batch, padding included
-    pack: bool = True  # fast: a group's completions share their prompt in one row where that is cheaper
-    gradient_checkpointing: bool = False  # less memory for activations, a third more time
-    compile: Switch = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
-    device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 for LoRA if possible
-    rollout_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in rollouts and validation
-    threads: Natural = 0  # CPU threads; 0: torch's choice
-    # Reports
-    eval_every: Count = 100  # steps between validations (greedy, no hints)
-    val_n: Count = 1  # answers per test problem; accuracy is their mean (avg@n)
-    val_temperature: NonNegative = 0.0  # temperature of validation; 0: greedy
-    save_every: Count = 100  # steps between checkpoints
-    print_every: Count = 10  # steps between console lines
-    show: Natural = 3  # answers printed before and after training
-    wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
+    temperature: Positive = 1.0  # of rollouts, and of the log-probs of their tokens
+    rollout_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights to sample with
+    pack: bool = True  # fast: a group shares its prompt in one row where that is cheaper
 
 
 def check(cfg: Config, method: "Method") -> None:
     """Refuse combinations that cannot work, naming the knob."""
     require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
-    alpha_used = cfg.lora_rank or cfg.lora_alpha == Config.lora_alpha
-    require(cfg, "lora_alpha", alpha_used, "needs a lora_rank")
-    sampled = cfg.val_n == 1 or cfg.val_temperature > 0
-    require(cfg, "val_n", sampled, "needs a val_temperature above 0")
+    training.check_shared(cfg)
     whole = cfg.problems % cfg.mini_batch == 0
     require(cfg, "mini_batch", whole, f"must divide problems = {cfg.problems}")
     two_phases = method.supervised and method.reinforced
-    advice = "with LoRA the reference is the starting model, not that of the supervised phase; give 0, or run "
-    advice += "sft and then rft from its out_dir/model"
+    advice = "with LoRA the reference is the starting model, not that of the supervised phase: "
+    advice += "give 0, or run sft and then rft from its out_dir/model"
     require(cfg, "kl_coef", not (cfg.kl_coef and cfg.lora_rank and two_phases), advice)
     require(cfg, "task", cfg.task, "must name a task; conversations are for train_ift.py")
-    load_task(cfg.task)  # UserError if there is no such task
 
 
-# ---- trajectories ------------------------------------------------------------------------------------------
+# ---- trajectories --------------------------------------------------------------------------------
 
 
 class Pick(NamedTuple):
-    """A problem of a step. draw numbers its draws in this step, each of which has random numbers of its own."""
+    """A problem of a step. draw: 0, 1, ... each draw of it in the step has its own random numbers."""
 
     problem: int
     draw: int = 0
@@ -199,46 +169,46 @@ def flat(groups: Sequence[Group]) -> list[Trajectory]:
     return [t for group in groups for t in group]
 
 
-# ---- hints (section 3.1 and Algorithm 1) -------------------------------------------------------------------
+# ---- hints (section 3.1 and Algorithm 1) ---------------------------------------------------------
 # A rule gives the number of a problem's segments to show at `step` of reinforcement (from 0), or a list with
 # one number per trajectory; problem.segments + 1 is the whole solution, after which nothing is sampled.
 # memory: a dict saved with the run; memory["problems"][i] is a dict for problem i.
 
 
-def cut_points(n_sentences: int, n_segments: int = 5) -> list[int]:
-    """Where n sentences may be cut: round(k n / m), k = 0..m, m = min(n_segments, n); [0] for n = 0."""
-    m = min(n_segments, n_sentences)
-    return [round(k * n_sentences / m) for k in range(m + 1)] if m else [0]
-
-
-def hint_probability(step: int, hint_steps: int, p_low: float = 0.05, p_high: float = 0.95) -> float:
+def hint_probability(
+    step: int, hint_steps: int, p_low: float = 0.05, p_high: float = 0.95
+) -> float:
     """p(t) of eq. 3.1, the expected share of the solution shown at `step` (from 0); 0 from hint_steps on."""
     if step >= hint_steps:
         return 0.0
     return p_low + 0.5 * (p_high - p_low) * (1 + math.cos(math.pi * (step + 1) / hint_steps))
 
 
-def no_hint(step: int, problem: "Problem", cfg: Config, rng: np.random.Generator, memory: dict) -> int:
+def no_hint(step, problem, cfg, rng, memory):
     return 0
 
 
-def cosine_hint(step: int, problem: "Problem", cfg: Config, rng: np.random.Generator, memory: dict) -> int:
+def cosine_hint(step, problem, cfg, rng, memory):
     """Algorithm 1: l ~ Binomial(m, p(t))."""
-    return int(rng.binomial(problem.segments, hint_probability(step, cfg.hint_steps, cfg.p_low, cfg.p_high)))
+    return int(
+        rng.binomial(
+            problem.segments, hint_probability(step, cfg.hint_steps, cfg.p_low, cfg.p_high)
+        )
+    )
 
 
-def uniform_hint(step: int, problem: "Problem", cfg: Config, rng: np.random.Generator, memory: dict) -> int:
+def uniform_hint(step, problem, cfg, rng, memory):
     """R3: any length, at every step."""
     return int(rng.integers(problem.segments + 1))
 
 
-def stage_hint(step: int, problem: "Problem", cfg: Config, rng: np.random.Generator, memory: dict) -> int:
+def stage_hint(step, problem, cfg, rng, memory):
     """All segments, then one fewer at a time."""
     m = problem.segments
     return m - step * (m + 1) // cfg.hint_steps if step < cfg.hint_steps else 0
 
 
-# ---- advantages and losses (section 3.2) -------------------------------------------------------------------
+# ---- advantages and losses (section 3.2) ---------------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
@@ -254,14 +224,16 @@ def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if norm == "std" else centred
 
 
-def grpo_advantages(groups: list[Group], cfg: Config) -> None:
+def grpo_advantages(groups, cfg):
     for group in groups:
         rewards = torch.tensor([[t.reward for t in group]])
-        for t, advantage in zip(group, group_advantages(rewards, cfg.adv_norm)[0].tolist(), strict=True):
+        for t, advantage in zip(
+            group, group_advantages(rewards, cfg.adv_norm)[0].tolist(), strict=True
+        ):
             t.advantage = advantage
 
 
-def token_weights(trajectories: list[Trajectory], coef: float, cfg: Config) -> None:
+def token_weights(trajectories, coef, cfg):
     """Set the weight of every token in the loss of an optimiser step, which is a sum over tokens.
 
     A sampled token has 1 / sampled tokens of the step, a given one coef / given tokens of the step.
@@ -289,12 +261,12 @@ class Batch(NamedTuple):
     ref_logp: Tensor | None = None  # log-probs under the reference, for the KL
 
 
-def given_nll(logp: Tensor, entropy: Tensor, batch: Batch, cfg: Config) -> Tensor:
+def given_nll(logp, entropy, batch, cfg):
     """Loss of a given token: -log p, as in SFT."""
     return -logp
 
 
-def ppo_loss(logp: Tensor, entropy: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Tensor]:
+def ppo_loss(logp, entropy, batch, cfg):
     """PPO's clipped surrogate of each token (N,), to be minimised, and which tokens are clipped (N,).
 
     It is J_value of eq. 3.2, negated.
@@ -332,28 +304,34 @@ def uft_loss(method: "Method", logp: Tensor, entropy: Tensor, batch: Batch, cfg:
     return torch.where(batch.given, method.given_loss(logp, entropy, batch, cfg), sampled)
 
 
-# ---- methods -----------------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------------------------------
 
 
-def next_problems(step: int, n_problems: int, memory: dict, cfg: Config) -> list[int]:
+def next_problems(step, n_problems, memory, cfg):
     """The problems of a step: the next of an endless stream of shuffled epochs."""
-    return batch_rows(step, cfg.problems, n_problems, cfg.seed)
+    return training.batch_rows(step, cfg.problems, n_problems, cfg.seed)
 
 
-def keep_groups(groups: list[Group], run: Run, data: "Data", step: int, cfg: Config) -> list[Group]:
+def keep_groups(groups, run, data, step, cfg):
     return groups
 
 
-def hidden_states(model: Transformer, rows: "Rows", batch: Batch, cfg: Config) -> Tensor:
+def hidden_states(model, rows, batch, cfg):
     """The states (N, C) that predict the tokens to train on."""
-    return model.hidden(rows.ids, positions=rows.positions, mask=rows.mask).flatten(0, 1)[rows.index]
+    return model.hidden(rows.ids, positions=rows.positions, mask=rows.mask).flatten(0, 1)[
+        rows.index
+    ]
 
 
 class Method(NamedTuple):
-    """What a method is. A file of variants/ replaces some of it: METHOD = METHODS["rft"]._replace(...)."""
+    """What a method is. A file of variants/ replaces some of it: METHOD = METHODS["rft"]._replace(...)
+
+    run: the parts of the run; run.metrics, a dict whose numbers are logged with the step; run.tokenizer;
+    run.state["memory"]. data: task, problems (each with its row, and in it the truth), test_rows.
+    """
 
     pick_problems: Callable = next_problems  # (step, n_problems, memory, cfg) -> indices
-    hint_length: Callable = no_hint  # (step, problem, cfg, rng, memory) -> segments, or a list of them
+    hint_length: Callable = no_hint  # (step, problem, cfg, rng, memory) -> segments, or a list
     after_rollout: Callable = keep_groups  # (groups, run, data, step, cfg) -> groups
     advantages: Callable = grpo_advantages  # (groups, cfg): sets them
     token_weights: Callable = token_weights  # (trajectories, coef, cfg): sets them
@@ -361,10 +339,10 @@ class Method(NamedTuple):
     given_loss: Callable = given_nll  # (logp, entropy, batch, cfg) -> (N,)
     policy_loss: Callable = ppo_loss  # (logp, entropy, batch, cfg) -> (N,), clipped (N,)
     tokenwise: bool = True  # a token's loss depends on no other token
-    trains_hints: bool = False  # given tokens have weight hint_coef; otherwise 0, or their trajectory's coef
+    trains_hints: bool = False  # coef is hint_coef; otherwise 0, unless a trajectory has its own
     supervised: bool = False  # begin with a phase in which everything is given
     reinforced: bool = True  # then sample
-    needs: Literal["", "hint", "answer"] = ""  # of a row: a hint, or a whole solution
+    needs: Literal["", "hint", "answer"] = ""  # of every row: a hint, or a whole solution
 
 
 RFT = Method()
@@ -387,18 +365,7 @@ MOVED = {  # knobs of earlier versions
 }  # fmt: skip
 
 
-def find_method(name: str) -> tuple[Method, type]:
-    """A row of METHODS, or the METHOD of a file of variants/ (or of a path), and its Config."""
-    if name in METHODS:
-        return METHODS[name], Config
-    variants = first_lines(ROOT / "variants", "METHOD")
-    if not (name in variants or name.endswith(".py")):
-        raise UserError(f"algo = {name!r}: must be one of {', '.join([*METHODS, *variants])}, or FILE.py")
-    module = import_file(name, ROOT / "variants", "METHOD")
-    return module.METHOD, getattr(module, "Config", Config)
-
-
-# ---- from trajectories to rows of tokens -------------------------------------------------------------------
+# ---- from trajectories to rows of tokens ---------------------------------------------------------
 
 
 class Rows(NamedTuple):
@@ -473,11 +440,11 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
     token = np.arange(len(trajectory)) - np.repeat(counts.cumsum() - counts - starts, counts)
 
     def tensor(x: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.from_numpy(x).to(device, dtype)
+        return torch.from_numpy(x).to(dtype).to(device)
 
     def column(values: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Tensor:
-        whole = [np.broadcast_to(v, len(t.tokens)) for v, t in zip(values, trajectories, strict=True)]
-        parts = [v[t.start :] for v, t in zip(whole, trajectories, strict=True)]
+        pairs = zip(values, trajectories, strict=True)
+        parts = [np.broadcast_to(v, len(t.tokens))[t.start :] for v, t in pairs]
         return tensor(np.concatenate(parts), dtype)
 
     # Where they stand. A trajectory's first `shared` tokens lie in a part of the row common to its group.
@@ -507,39 +474,30 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
     return where, batch
 
 
-# ---- one optimiser step ------------------------------------------------------------------------------------
-
-SUMS = ("loss", "pg", "clipped", "entropy", "kl", "hint_nll", "tokens", "hint_tokens")
+# ---- one optimiser step --------------------------------------------------------------------------
 
 
 def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[str, float]:
     """Take one clipped AdamW step on the gradients of all micro-batches; returns means over the step."""
     sums = torch.zeros(len(SUMS), device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
-    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world() makes the average
+    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x parallel.world() makes the average
     # a sum. `counted` is 1, or 0 for a batch that a process repeats to make as many passes as the others.
     for rows, counted in micro_batches(groups, cfg, run.model.config):
         where, batch = make_batch(rows, run.device, cfg)
-        with autocast(run.device, cfg.dtype):
+        with parallel.autocast(run.device, cfg.dtype):
             if run.reference is not None:
                 batch = batch._replace(ref_logp=logprobs(run.reference, where, batch, cfg))
             loss, logp, entropy = run.model.run(batch_loss, run.model, where, batch, method, cfg)
-        (loss * (counted * world())).backward()
-        sums += counted * token_sums(logp, entropy, batch, method, cfg)
-        sums[0] += counted * loss.detach()
+        (loss * (counted * parallel.world())).backward()
+        sums += counted * token_sums(loss, logp, entropy, batch, method, cfg)
     # The optimiser step, and the metrics.
-    total = add_up(dict(zip(SUMS, sums.tolist(), strict=True)))
-    grad_norm = optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
-    tokens = max(1, total["tokens"])
-    return {
-        "actor/loss": total["loss"],
-        "actor/pg_loss": total["pg"] / tokens,
-        "actor/pg_clipfrac": total["clipped"] / tokens,
-        "actor/entropy": total["entropy"] / tokens,
-        "actor/kl_loss": total["kl"] / tokens,
-        "actor/hint_nll": total["hint_nll"] / max(1, total["hint_tokens"]),
-        "actor/grad_norm": grad_norm,
-    }
+    total = parallel.add_up(dict(zip(SUMS, sums.tolist(), strict=True)))
+    grad_norm = training.optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
+    n_sampled, n_given = max(1, total.pop("sampled")), max(1, total.pop("given"))
+    counts = {"loss": 1, "hint_nll": n_given}
+    means = {f"actor/{name}": value / counts.get(name, n_sampled) for name, value in total.items()}
+    return means | {"actor/grad_norm": grad_norm}
 
 
 def batch_loss(
@@ -578,15 +536,29 @@ def logprobs(model: Transformer, where: Rows, batch: Batch, cfg: Config) -> Tens
     return model.run(compute)
 
 
+SUMS = (
+    "loss",
+    "pg_loss",
+    "pg_clipfrac",
+    "entropy",
+    "kl_loss",
+    "hint_nll",
+    "sampled",
+    "given",
+)
+
+
 @torch.no_grad()
-def token_sums(logp: Tensor, entropy: Tensor, batch: Batch, method: Method, cfg: Config) -> Tensor:
-    """SUMS of a micro-batch but for the loss, which is 0; (8,), read from the device once a step."""
+def token_sums(
+    loss: Tensor, logp: Tensor, entropy: Tensor, batch: Batch, method: Method, cfg: Config
+) -> Tensor:
+    """SUMS over a micro-batch's tokens (8,), read from the device once a step."""
     pg, clipped = method.policy_loss(logp, entropy, batch, cfg)
-    kl = torch.zeros_like(logp) if batch.ref_logp is None else kl_k3(logp, batch.ref_logp)
-    ones, zero = torch.ones_like(logp), torch.zeros_like(logp)
-    sampled = (torch.where(batch.given, zero, x).sum() for x in (pg, clipped.float(), entropy, kl))
-    hint_nll, n_given = (torch.where(batch.given, x, zero).sum() for x in (-logp, ones))
-    return torch.stack([zero.sum(), *sampled, hint_nll, len(logp) - n_given, n_given])
+    one, zero = torch.ones_like(logp), torch.zeros_like(logp)
+    kl = zero if batch.ref_logp is None else kl_k3(logp, batch.ref_logp)
+    sampled = torch.stack((pg, clipped.float(), entropy, kl, zero, one, zero))
+    given = torch.stack((zero, zero, zero, zero, -logp, zero, one))
+    return torch.cat((loss.detach()[None], torch.where(batch.given, given, sampled).sum(1)))
 
 
 def micro_batches(
@@ -594,16 +566,11 @@ def micro_batches(
 ) -> list[tuple[list[Group], float]]:
     """This process's micro-batches of at most token_budget padded tokens, each with its factor, 1 or 0."""
     rows = training_rows(groups, cfg, config)
-    batches = my_batches([packing.row_length(row) for row in rows], cfg.token_budget)
+    batches = parallel.my_batches([packing.row_length(row) for row in rows], cfg.token_budget)
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
 
 
-def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Average the metrics of a step's optimiser steps."""
-    return {k: sum(u[k] for u in updates) / len(updates) for k in (updates[0] if updates else ())}
-
-
-# ---- the sampler's mismatch --------------------------------------------------------------------------------
+# ---- the sampler's mismatch ----------------------------------------------------------------------
 
 
 def recompute_old_logprobs(
@@ -619,172 +586,41 @@ def recompute_old_logprobs(
     mine = {}
     for rows, _ in micro_batches(groups, cfg, model.config):
         where, batch = make_batch(rows, model.head_weight.device, cfg)
-        with autocast(where.ids.device, cfg.dtype):
+        with parallel.autocast(where.ids.device, cfg.dtype):
             logp = logprobs(model, where, batch, cfg).double().cpu().numpy()
         ends = np.cumsum([len(t.tokens) - t.start for t in flat(rows)])
         for t, values in zip(flat(rows), np.split(logp, ends[:-1]), strict=True):
             mine[number[id(t)]] = values if given else values[t.n_given - t.start :]
     trajectories = flat(groups)
-    for part in collect(mine):
+    for part in parallel.collect(mine):
         for i, values in part.items():
             t = trajectories[i]
             t.old_logp = np.concatenate((t.old_logp[: len(t.tokens) - len(values)], values))
 
 
-def rollout_weights(logp: Tensor, rollout_logp: Tensor, kind: str, cap: float = 3.0) -> Tensor:
-    """Truncated importance weights (T,) of a completion's tokens: min(pi_train / pi_rollout, cap).
-
-    logp, rollout_logp (T,): the tokens' log-probs under the training model and under the sampler, which
-    differ if the sampler computes in another precision. token: each token has its own ratio; sequence: all
-    have the completion's, the product over its tokens; none: ones. They are TRL's token_truncate and
-    sequence_truncate.
-    """
-    if kind == "none":
-        return torch.ones_like(logp)
-    difference = logp - rollout_logp
-    if kind == "sequence":
-        difference = difference.sum().expand_as(difference)
-    return difference.clamp(max=20).exp().clamp(max=cap)
-
-
 def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str, float]:
-    """Make old log-probs those of the training model, where the sampler's arithmetic is another."""
+    """Make old log-probs those of the training model, where the sampler's arithmetic is another.
+
+    rollout_correction weighs the advantages of sampled tokens by pi_trainer / pi_sampler: to scale an
+    advantage by a positive factor scales its policy loss by the same. Returns metrics.
+    """
     one_precision = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
     if not groups or one_precision and cfg.rollout_correction == "none":
         return {}
-    started, rollout_logp = time.perf_counter(), [t.old_logp for t in flat(groups)]
+    started, trajectories = time.perf_counter(), flat(groups)
+    rollout_logp = [t.old_logp[t.n_given :] for t in trajectories]
     recompute_old_logprobs(run.model, groups, cfg)
-    metrics = correct_mismatch(flat(groups), rollout_logp, cfg)
+    logp = [t.old_logp[t.n_given :] for t in trajectories]
+    weights, metrics = mismatch.measure(logp, rollout_logp, cfg.rollout_correction, cfg.rollout_cap)
+    for t, weight in zip(trajectories, weights, strict=True):
+        t.advantage = t.advantage * np.concatenate((np.ones(t.n_given), weight))
     return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
 
 
-def correct_mismatch(
-    trajectories: list[Trajectory], rollout_logp: list[np.ndarray], cfg: Config
-) -> dict[str, float]:
-    """Measure the sampler's mismatch and, unless rollout_correction is none, weigh the advantages by it.
+# ---- rollouts ------------------------------------------------------------------------------------
 
-    rollout_logp: the sampler's log-probs of each trajectory's tokens. To scale a token's advantage by a
-    positive factor scales its policy loss by the same. sampling/kl_k3 estimates KL(sampler || trainer).
-    """
-    pairs, weights = [], []
-    for t, sampler_logp in zip(trajectories, rollout_logp, strict=True):
-        logp, old = (torch.from_numpy(x[t.n_given :]) for x in (t.old_logp, sampler_logp))
-        weights.append(rollout_weights(logp, old, cfg.rollout_correction, cfg.rollout_cap))
-        t.advantage = np.concatenate((t.advantage[: t.n_given], t.advantage[t.n_given :] * weights[-1].numpy()))
-        pairs.append(torch.stack((logp, old)))
-    (logp, old), weight = torch.cat(pairs, 1), torch.cat(weights)
-    if not len(weight):
-        return {}
-    capped = (weight >= cfg.rollout_cap) & (cfg.rollout_correction != "none")
-    return {
-        "sampling/logp_difference/mean": (logp - old).abs().mean().item(),
-        "sampling/logp_difference/max": (logp - old).abs().max().item(),
-        "sampling/kl_k3": kl_k3(old, logp).mean().item(),
-        "sampling/weight/mean": weight.mean().item(),
-        "sampling/weight/min": weight.min().item(),
-        "sampling/weight/capped": capped.float().mean().item(),
-    }
-
-
-# ---- data --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Problem:
-    """A training row and its token ids.
-
-    Prompt and hint are tokenised separately, because a rollout joins their ids.
-    """
-
-    index: int
-    row: dict
-    prompt: list[int]
-    cuts: list[int]  # number of sentences that 0, 1, 2, ... segments show
-
-    @property
-    def segments(self) -> int:
-        """How many segments the hint sentences are cut into."""
-        return len(self.cuts) - 1
-
-    def hint(self, segments: int) -> str:
-        return "".join(self.row["hint"][: self.cuts[segments]])
-
-    def solution(self) -> str:
-        """All hint sentences and the closing answer, which a hint never shows."""
-        return "".join(self.row["hint"]) + self.row["answer"]
-
-
-@dataclass
-class Data:
-    task: ModuleType
-    problems: list[Problem]
-    test_rows: list[dict]
-    longest: int = 0  # tokens of the longest prompt with its whole hint
-
-
-def load_data(cfg: Config, method: Method, tokenizer: Tokenizer, config: ModelConfig) -> Data:
-    """Training problems and test rows, checked against the method, the model's window and the knobs."""
-    task = judged_by(load_task(cfg.task), cfg.checker)
-    options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
-    rows = load_rows(task, "train", cfg.data_path, cfg.train_rows, **options)
-    test_rows = load_rows(task, "test", cfg.data_path, cfg.test_rows, **options)
-    if note := split_note(cfg.data_path):
-        print(note)
-    enough = f"there are only {len(rows)} training problems"
-    require(cfg, "problems", cfg.problems <= len(rows), enough)
-    # Prompts and solutions as ids.
-    path, problems = cfg.data_path or cfg.task, []
-    for i, row in enumerate(rows):
-        where = f"{path} train row {i}"
-        if method.needs and not row[method.needs]:
-            advice = f"{cfg.algo} needs it; --algo=rft needs no solutions"
-            raise UserError(f"{where}: field '{method.needs}' is missing or empty: {advice}")
-        prompt = encode_prompt(row, where, tokenizer, config, cfg)
-        problems.append(Problem(i, row, prompt, cut_points(len(row["hint"]), cfg.segments)))
-    prompts = [encode_prompt(r, f"{path} test row {i}", tokenizer, config, cfg) for i, r in enumerate(test_rows)]
-    data = Data(task, problems, test_rows)
-    data.longest = check_lengths(data, prompts, method, tokenizer, config, cfg)
-    return data
-
-
-def encode_prompt(row: dict, where: str, tokenizer: Tokenizer, config: ModelConfig, cfg: Config) -> list[int]:
-    """A row's prompt as ids, at most max_prompt of them."""
-    ids = evaluate.encode_prompt(tokenizer, row)
-    if len(ids) > cfg.max_prompt:
-        raise UserError(f"max_prompt = {cfg.max_prompt}: must be >= {len(ids)}, the tokens of the prompt of {where}")
-    tokenizer.check_ids(ids, config.vocab_size, where)
-    return ids
-
-
-def check_lengths(
-    data: Data, test_prompts: list, method: Method, tokenizer: Tokenizer, config: ModelConfig, cfg: Config
-) -> int:
-    """Tokens of the longest prompt with its hint. UserError if a completion or a solution may not fit."""
-    # The longest prompt with all of the hint that may be shown, and with a whole solution.
-    longest, longest_solution = max(map(len, test_prompts)), 0
-    for i, problem in enumerate(data.problems):
-        solution = tokenizer.encode(problem.solution())
-        tokenizer.check_ids(solution, config.vocab_size, f"{cfg.data_path or cfg.task} train row {i}")
-        shown = problem.segments if method.needs else 0
-        longest = max(longest, len(problem.prompt) + len(tokenizer.encode(problem.hint(shown))))
-        if method.needs == "answer":
-            longest_solution = max(longest_solution, len(problem.prompt) + len(solution) + 1)
-    # The model's window, in rollouts, validation and the supervised phase.
-    window = config.max_position_embeddings
-    too_long = f"with the longest prompt and hint ({longest} tokens) it exceeds the {window} positions"
-    require(cfg, "max_new_tokens", longest + cfg.max_new_tokens <= window, too_long)
-    if longest_solution > window:
-        size = f"a prompt and its solution have {longest_solution} tokens"
-        raise UserError(f"{cfg.data_path or cfg.task}: {size}, more than the model's {window} positions")
-    # A micro-batch holds at least one row.
-    row = max(longest + cfg.max_new_tokens if method.reinforced else 0, longest_solution)
-    require(cfg, "token_budget", cfg.token_budget >= row, f"must be >= {row}, the longest row that can occur")
-    return longest
-
-
-# ---- rollouts ----------------------------------------------------------------------------------------------
-
-SAMPLING_STREAM, HINT_STREAM = 2, 3  # keys of the random streams; infra/training.py's order of rows has 1
+# Keys of the random streams; infra/training.py's order of rows has 1.
+SAMPLING_STREAM, HINT_STREAM = 2, 3
 
 
 def make_picks(problems: list[int]) -> list[Pick]:
@@ -817,7 +653,9 @@ def demonstration(pick: Pick, data: Data, tokenizer: Tokenizer) -> Trajectory:
     return begin(pick, data.problems[pick.problem].segments + 1, data, tokenizer)
 
 
-def hint_lengths(picks: list[Pick], step: int, method: Method, run: Run, data: Data, cfg: Config) -> list[list[int]]:
+def choose_hints(
+    picks: list[Pick], step: int, method: Method, run: Run, data: Data, cfg: Config
+) -> list[list[int]]:
     """For each pick the segments to show in each of its trajectories, at `step` of reinforcement."""
     shown = []
     for pick in picks:
@@ -827,62 +665,49 @@ def hint_lengths(picks: list[Pick], step: int, method: Method, run: Run, data: D
     return shown
 
 
-def rollout(run: Run, data: Data, picks: list[Pick], shown: list[list[int]], cfg: Config) -> list[Group]:
+def rollout(
+    run: Run, data: Data, picks: list[Pick], shown: list[list[int]], cfg: Config
+) -> list[Group]:
     """Sample trajectories and score them, divided among all processes.
 
     shown: for each pick a list with the segments given in each of its trajectories.
     """
     # What is given.
     groups = []
-    for pick, segments in zip(share(picks), share(shown), strict=True):
+    for pick, segments in zip(parallel.share(picks), parallel.share(shown), strict=True):
         given = {k: begin(pick, k, data, run.tokenizer) for k in set(segments)}
         groups.append([replace(given[k]) for k in segments])
     # Sample the rest. Each trajectory has a number for its random draws; n equal prompts are run once.
-    R = cfg.rollouts
-    numbers = [key_of(t.pick, data) * R + j for group in groups for j, t in enumerate(group)]
-    to_sample = [(t, i) for t, i in zip(flat(groups), numbers, strict=True) if not t.finished]
+    R, numbers = cfg.rollouts, {}
+    for group in groups:
+        numbers |= {id(t): key_of(t.pick, data) * R + j for j, t in enumerate(group)}
+    to_sample = [t for t in flat(groups) if not t.finished]
     n = R if all(len(k) == R and len({*k}) == 1 for k in shown) else 1
+    stream = np.random.SeedSequence((cfg.seed, SAMPLING_STREAM, run.state["step"], 0))
     completions = generate(
         run.rollout_model,
-        [t.prompt + t.tokens for t, _ in to_sample[::n]],
+        [t.prompt + t.tokens for t in to_sample[::n]],
         n,
         cfg.max_new_tokens,
         cfg.temperature,
         run.tokenizer.stop_ids,
-        sampling_seed(cfg.seed, run.state["step"]),
+        seed=int(stream.generate_state(1, np.uint64)[0] >> 2),
+        keys=[numbers[id(t)] // n for t in to_sample[::n]],
         batch_size=cfg.rollout_batch,
-        keys=[i // n for _, i in to_sample[::n]],
         fast=cfg.fast,
-        **engine_options(run, data, cfg),
+        **training.engine_options(run, cfg, data.longest),
     )
-    for (t, _), completion in zip(to_sample, flat(completions), strict=True):
+    for t, completion in zip(to_sample, flat(completions), strict=True):
         t.tokens, t.finished = t.tokens + completion.tokens, completion.finished
         t.old_logp = np.array([0.0] * t.n_given + completion.logprobs)
         t.response += run.tokenizer.decode(completion.tokens, skip_special=True)
     # Score the given and the sampled text together.
     for t in flat(groups):
-        t.reward, t.verdict = data.task.score(t.response, data.problems[t.pick.problem].row["truth"])
-    groups = gather(groups)
+        truth = data.problems[t.pick.problem].row["truth"]
+        t.reward, t.verdict = data.task.score(t.response, truth)
+    groups = parallel.gather(groups)
     run.state["sampled_tokens"] += sum(len(t.tokens) - t.n_given for t in flat(groups))
     return groups
-
-
-def sampling_seed(seed: int, step: int) -> int:
-    """62 random bits for each step."""
-    stream = np.random.SeedSequence((seed, SAMPLING_STREAM, step, 0))
-    return int(stream.generate_state(1, np.uint64)[0] >> 2)
-
-
-def engine_options(run: Run, data: Data, cfg: Config) -> dict:
-    """Arguments of generate() that only the fast sampler uses."""
-    if not cfg.fast:
-        return {}
-    # Gradients and moments are allocated in the first update: leave room for them.
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    shares = 1 if cfg.lora_rank else world()  # every process has all adapters
-    reserve = 0 if run.optimizer.state else 12 * trained // shares
-    compiled = False if cfg.compile == "false" else None
-    return {"compile": compiled, "reserve": reserve, "longest_prompt": data.longest}
 
 
 def split_evenly(groups: list[Group], size: int) -> list[list[Group]]:
@@ -903,26 +728,29 @@ def is_dead(group: Group) -> bool:
 def without_completions(group: Group, coef: float) -> Group:
     """What is left of a dead group: its given tokens, if they are trained on."""
     kept = [t for t in group if t.n_given and (coef if t.coef is None else t.coef)]
-    return [replace(t, tokens=t.tokens[: t.n_given], old_logp=t.old_logp[: t.n_given]) for t in kept]
+    n = [t.n_given for t in kept]
+    return [replace(t, tokens=t.tokens[:k], old_logp=t.old_logp[:k]) for t, k in zip(kept, n, strict=True)]
 
 
 def rollout_metrics(groups: list[Group], data: Data) -> dict[str, float]:
     """Means over the trajectories of which something was sampled."""
     sampled = [t for t in flat(groups) if len(t.tokens) > t.n_given]
-    solved, lengths = {}, []
+    solved = {}
     for t in sampled:
         solved.setdefault(t.shown, []).append(t.reward == 1)
-        lengths.append(len(t.tokens) - t.n_given)
-    given = [t.shown / max(1, data.problems[t.pick.problem].segments) for t in sampled]
-    n = max(1, len(sampled))
+    segments = [max(1, data.problems[t.pick.problem].segments) for t in sampled]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / max(1, len(sampled))
+
     return {
-        "critic/rewards/mean": sum(t.reward for t in sampled) / n,
-        "solved": sum(map(sum, solved.values())) / n,
+        "critic/rewards/mean": mean(t.reward for t in sampled),
+        "solved": mean(t.reward == 1 for t in sampled),
         **{f"solved/hint_{k}": sum(v) / len(v) for k, v in sorted(solved.items())},
-        "hint/share": sum(given) / n,
-        "response_length/mean": sum(lengths) / n,
-        "response_length/clip_ratio": sum(not t.finished for t in sampled) / n,
-        "dead_groups": sum(map(is_dead, groups)) / max(1, len(groups)),
+        "hint/share": mean(t.shown / m for t, m in zip(sampled, segments, strict=True)),
+        "response_length/mean": mean(len(t.tokens) - t.n_given for t in sampled),
+        "response_length/clip_ratio": mean(not t.finished for t in sampled),
+        "dead_groups": sum(map(is_dead, groups)) / len(groups),
     }
 
 
@@ -933,31 +761,24 @@ def log_sample(run: Run, group: Group, data: Data) -> None:
     run.log.write("samples", run.state["step"] + 1, record | {"rewards": [t.reward for t in group]})
 
 
-# ---- validation --------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------
 
 
 def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
-    """Accuracy on the test rows, without hints, by default greedy; every process answers its share."""
-    validation_start, rows, step = time.perf_counter(), data.test_rows, run.state["step"]
-    fill_rollout_model(run)
-    answers = evaluate.answer(
-        run.rollout_model, run.tokenizer, data.task, share(rows), cfg.val_n, cfg.max_new_tokens,
-        cfg.val_temperature, cfg.seed, keys=share(range(len(rows))), fast=cfg.fast,
-        batch_size=cfg.rollout_batch, progress=Counter(cfg.val_n * len(share(rows))),
-        **engine_options(run, data, cfg),
-    )  # fmt: skip
-    answers = gather(answers)
-    release_rollout_model(run)
+    """Accuracy on the test rows, without hints, by default greedy."""
+    validation_start, step = time.perf_counter(), run.state["step"]
+    training.fill_rollout_model(run)
+    answers = evaluate.answer_rows(run, data.task, data.test_rows, cfg, data.longest)
+    training.release_rollout_model(run)
     accuracy, low, high = evaluate.accuracy_interval(answers)
+    rewards = [a["reward"] for group in answers for a in group]
     record = {"val/accuracy": accuracy, "val/low": low, "val/high": high}
-    record["val/reward"] = sum(a["reward"] for group in answers for a in group) / (len(rows) * cfg.val_n)
-    record |= {"timing_s/testing": time.perf_counter() - validation_start, "train_s": run.state["train_s"]}
+    record |= {"val/reward": sum(rewards) / len(rewards), "train_s": run.state["train_s"]}
+    record["timing_s/testing"] = time.perf_counter() - validation_start
     run.log.write("metrics", step, record)
     interval = f"95 % interval {low:.1%} .. {high:.1%}"
-    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}) on {len(rows)} problems")
-    for row, (a, *_) in list(zip(rows, answers, strict=True))[:show]:
-        print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
-        run.log.write("samples", step, {"prompt": row["prompt"], **a})
+    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}), {len(answers)} problems")
+    training.show_answers(run, data.test_rows, answers, show)
 
 
 COLUMNS = (  # of a console line: (name, metric, format)
@@ -969,35 +790,38 @@ COLUMNS = (  # of a console line: (name, metric, format)
 )  # fmt: skip
 
 
-# ---- the run -----------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
-def usage() -> str:
-    """The docstring and the methods of variants/, for --help."""
-    variants = first_lines(ROOT / "variants", "METHOD")
-    listed = "\n".join(f"  {name:12} {line}" for name, line in variants.items())
-    return f"{__doc__}\nMethods of variants/ (--algo=NAME):\n{listed}"
+def find(algo: str) -> tuple[Method, type]:
+    """The method of this name, and its Config."""
+    method, module = find_method("algo", algo, METHODS, ROOT / "variants", "METHOD")
+    return method, getattr(module, "Config", Config)
 
 
 def main(argv: Sequence[str]) -> None:
     # Configuration, model, data, optimiser; all of it from out_dir/resume if the run continues.
-    def config_class(given: dict) -> type:
-        return find_method(str(given.get("algo", Config.algo)))[1]
+    help = usage(__doc__, "algo", ROOT / "variants", "METHOD")
 
-    cfg = parse_config(config_class, argv, usage(), "train_uft", MOVED)
-    method = find_method(cfg.algo)[0]
+    def config_class(given: dict) -> type:
+        return find(given.get("algo", Config.algo))[1]
+
+    cfg = parse_config(config_class, argv, help, "train_uft", MOVED)
+    method = find(cfg.algo)[0]
     check(cfg, method)
     sft_steps = cfg.sft_steps if method.supervised else 0
     total = sft_steps + (cfg.steps if method.reinforced else 0)
-    resume = resuming(cfg)
-    run = set_up(cfg, cfg.out_dir, start(cfg), cfg.rollout_dtype, resume)
-    data = load_data(cfg, method, run.tokenizer, run.model.config)
-    run.optimizer = torch.optim.AdamW(run.model.parameters(), weight_decay=cfg.weight_decay, fused=True)
-    fingerprints = {"train": fingerprint([p.row for p in data.problems]), "test": fingerprint(data.test_rows)}
+    resume = training.resuming(cfg)
+    run = training.set_up(cfg, cfg.out_dir, training.start(cfg), cfg.rollout_dtype, resume)
+    data = load_problems(cfg, method, run.tokenizer, run.model.config)
+    parameters = run.model.parameters()
+    run.optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=True)
+    splits = {"train": [p.row for p in data.problems], "test": data.test_rows}
     state = {"memory": {"problems": [{} for _ in data.problems]}, "sampled_tokens": 0}
-    start_or_resume(run, cfg, resume, state, fingerprints, bool(cfg.lora_rank or cfg.kl_coef and not sft_steps))
+    reads_base = bool(cfg.lora_rank or cfg.kl_coef and not sft_steps)
+    training.start_or_resume(run, cfg, resume, state, splits, reads_base)
     counts = f"{len(data.problems)} train, {len(data.test_rows)} test problems"
-    print(f"{cfg.algo} on {cfg.task}: {counts}, {model_size(run)}")
+    print(f"{cfg.algo} on {cfg.task}: {counts}, {training.model_size(run)}")
     if run.state["step"] == 0:
         validate(run, data, total, cfg.show, cfg)
 
@@ -1008,61 +832,65 @@ def main(argv: Sequence[str]) -> None:
         picks = make_picks(problems)
         if step < sft_steps:
             # 2-4, supervised phase: everything is given.
-            groups, coef = [[demonstration(pick, data, run.tokenizer)] for pick in picks], 1.0
-            mini_batches = [groups]
-            lr = cfg.sft_lr * lr_factor(step, sft_steps, max(1, sft_steps // 10), "cosine")
-            set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.sft_beta2))
+            groups = [[demonstration(pick, data, run.tokenizer)] for pick in picks]
+            mini_batches, coef = [groups], 1.0
+            lr = cfg.sft_lr * training.lr_factor(step, sft_steps, max(1, sft_steps // 10), "cosine")
+            training.set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.sft_beta2))
         else:
-            t, coef = step - sft_steps, cfg.hint_coef if method.trains_hints else 0.0
+            t = step - sft_steps
             if t == 0:  # reinforcement starts afresh from the result of the supervised phase
                 run.optimizer.state.clear()
-            if cfg.kl_coef and run.reference is None:  # loaded here, since out_dir/sft exists only now
-                run.reference = frozen_model(run.out / "sft" if sft_steps else run.base, run, cfg)
-            # 2. Choose how much of each solution to give: uft draws l ~ Binomial(m, p(t)), eq. 3.1.
-            shown = hint_lengths(picks, t, method, run, data, cfg)
+            if cfg.kl_coef and run.reference is None:  # now, since out_dir/sft did not exist before
+                start = run.out / "sft" if sft_steps else run.base
+                run.reference = training.frozen_model(start, run, cfg)
+            # 2. Choose how much of each solution to give. UFT: l ~ Binomial(m, p(t)), eq. 3.1.
+            shown = choose_hints(picks, t, method, run, data, cfg)
             # 3. Sample the rest and score it.
-            fill_rollout_model(run)
+            training.fill_rollout_model(run)
             groups = rollout(run, data, picks, shown, cfg)
             groups = method.after_rollout(groups, run, data, t, cfg)
-            release_rollout_model(run)
+            training.release_rollout_model(run)
             # 4. Advantages: (r - mean) / std within each group.
             method.advantages(groups, cfg)
-            run.metrics |= rollout_metrics(groups, data) | {"timing_s/gen": time.perf_counter() - step_start}
+            run.metrics |= rollout_metrics(groups, data)
+            run.metrics["timing_s/gen"] = time.perf_counter() - step_start
             if step % cfg.eval_every == 0:
                 log_sample(run, groups[-1], data)
+            coef = cfg.hint_coef if method.trains_hints else 0.0
             if cfg.drop_dead:
                 groups = [without_completions(g, coef) if is_dead(g) else g for g in groups]
-            mini_batches = split_evenly([g for g in groups if g], cfg.mini_batch)
-            lr = cfg.lr * lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
-            set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
-        # 5. Weigh the tokens, and correct the log-probs if the sampler's arithmetic is another.
+                groups = [g for g in groups if g]
+            mini_batches = split_evenly(groups, cfg.mini_batch)
+            lr = cfg.lr * training.lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
+            training.set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
+        # 5. Weigh the tokens; correct their log-probs where the sampler's arithmetic is another.
         for mini_batch in mini_batches:
             weigh(mini_batch, method, coef, cfg)
-        with explain_failure(run, cfg, step):
+        with training.explain_failure(run, cfg, step):
             if step >= sft_steps:
-                run.metrics |= settle_old_logprobs(run, flat(mini_batches), cfg)
+                run.metrics |= settle_old_logprobs(run, groups, cfg)
             # 6. Loss (eq. 3.3) and one optimiser step per mini-batch.
             update_start = time.perf_counter()
             updates = [update(run, mini_batch, method, cfg) for mini_batch in mini_batches]
         # 7. Log, validate, save.
         update_s = time.perf_counter() - update_start
-        run.metrics |= mean_metrics(updates) | {"lr": lr, "timing_s/update": update_s}
+        run.metrics |= training.mean_metrics(updates) | {"lr": lr, "timing_s/update": update_s}
         run.metrics["sampled_tokens"] = run.state["sampled_tokens"]
         tokens = sum(map(packing.row_length, groups))
-        log_step(run, step, run.metrics, step_start, update_s, tokens, len(groups))
+        training.log_step(run, step, step_start, update_s, tokens, len(groups))
         if (step + 1) % cfg.print_every == 0:
-            print(console_line(f"step {step + 1}/{total}", run.metrics, COLUMNS))
+            print(training.console_line(f"step {step + 1}/{total}", run.metrics, COLUMNS))
         if step + 1 == sft_steps and method.reinforced:
             save_model(run.out, run.model, run.tokenizer, "sft")
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
             validate(run, data, total, cfg.show if step + 1 == total else 0, cfg)
-        save_and_stop(run, cfg, total)
+        training.save_and_stop(run, cfg, total)
     print(f"{run.state['train_s']:.0f} s of training; model in {run.out / 'model'}")
     run.log.close()
     draw_run(run.out)
 
 
 if __name__ == "__main__":
-    from train_uft import main  # so that `import train_uft` in a variant is the running module
+    from train_uft import main  # so that a variant's `import train_uft` is the running module
 
     run_script(main)

@@ -25,7 +25,9 @@ class Layout(NamedTuple):
 
     ids: np.ndarray  # (B, T)
     positions: np.ndarray  # (B, T)
-    owner: np.ndarray | None  # (B, T) 0: shared by the row's trajectories, else 1, 2, ...; None: no packing
+    owner: (
+        np.ndarray | None
+    )  # (B, T) 0: shared by the row's trajectories, else 1, 2, ...; None: no packing
     begin: np.ndarray  # (trajectories,)
     own: np.ndarray
     shared: np.ndarray
@@ -82,7 +84,9 @@ def packing_pays(row: Sequence, config: ModelConfig, most: int) -> bool:
         return True
     packed, c, d = row_length(row), config, config.head_dim
     per_token = c.hidden_size * (
-        2 * c.num_attention_heads * d + 2 * c.num_key_value_heads * d + 3 * c.intermediate_size
+        2 * c.num_attention_heads * d
+        + 2 * c.num_key_value_heads * d
+        + 3 * c.intermediate_size
     )
     per_pair = 2 * c.num_attention_heads * d
     together = packed * per_token + packed**2 * per_pair

@@ -252,16 +252,16 @@ def one_of(config: Any, key: str, choices: Sequence[str]) -> None:
 def describe_knobs(cls: type) -> str:
     """The fields of a dataclass with their defaults and comments, grouped as in its source.
 
-    Those that a subclass adds come last.
+    Its own come first, then those that it inherits.
     """
-    lines = []
-    for part in [c for c in reversed(cls.__mro__) if is_dataclass(c)]:
-        if lines:
-            lines.append(f"\n{part.__module__.rpartition('.')[2]}")
+    lines, seen = [], set()
+    for part in filter(is_dataclass, cls.__mro__):
         for line in inspect.getsource(part).split('"""')[-1].splitlines():
             if match := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)$", line):
                 name, default, comment = match.groups()
-                lines.append(f"  --{name}={default.strip(chr(34))}".ljust(34) + f" {comment}")
+                if name not in seen:
+                    lines.append(f"  --{name}={default.strip(chr(34))}".ljust(34) + f" {comment}")
+                seen.add(name)
             elif match := re.match(r"    # (.+)$", line):
                 lines.append(f"\n{match[1]}")
     return "\n".join(lines)
@@ -291,6 +291,17 @@ def import_file(name: str, folder: Path, wants: str) -> ModuleType:
     return module
 
 
+def find_method(knob: str, name: str, table: dict, folder: Path, wants: str) -> tuple[Any, ModuleType | None]:
+    """A row of the table, or what a file of the folder (or at a path) defines as `wants`, and that module."""
+    if name in table:
+        return table[name], None
+    variants = first_lines(folder, wants)
+    if not (name in variants or name.endswith(".py")):
+        raise UserError(f"{knob} = {name!r} is not one of {', '.join([*table, *variants])}, nor a FILE.py")
+    module = import_file(name, folder, wants)
+    return getattr(module, wants), module
+
+
 def first_lines(folder: Path, wants: str) -> dict[str, str]:
     """Name -> first line of the docstring of each file of a folder that defines `wants`."""
     found = {}
@@ -299,6 +310,12 @@ def first_lines(folder: Path, wants: str) -> dict[str, str]:
         if re.search(rf"^{wants}\b", text, re.M):
             found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
     return found
+
+
+def usage(docstring: str, knob: str, folder: Path, wants: str) -> str:
+    """A script's docstring and the files that add to it, for --help."""
+    lines = [f"  {name:12} {line}" for name, line in first_lines(folder, wants).items()]
+    return "\n".join([docstring, f"Files of {folder.name}/ (--{knob}=NAME):", *lines])
 
 
 # ---- written files -----------------------------------------------------------------------------------------

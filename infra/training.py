@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from data.rows import load_task
 from data.tokenizer import Tokenizer
 from fast.compiled import compile_blocks
 from fast.head import trim_heap, trim_heap_at_peaks
@@ -31,9 +32,9 @@ from infra.checkpoint import (
     save_resume,
     write_config,
 )
-from infra.config import UserError, memory_advice
+from infra.config import Count, Natural, NonNegative, Positive, Switch, UserError, memory_advice, require
 from infra.huggingface import load_model, rounded_tensors, weights_mark
-from infra.log import Log, import_wandb, mfu
+from infra.log import Log, brief, import_wandb, mfu
 from infra.parallel import (
     collect,
     full,
@@ -44,11 +45,52 @@ from infra.parallel import (
     sharding,
     start_process,
     whole_copy,
+    world,
 )
 from lora import StartingModel, adapted_layers, add_adapters, average_gradients
 from model import Transformer
 
 ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class RunConfig:
+    """The knobs of both trainers."""
+
+    # What
+    model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
+    hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
+    task: str = "countdown"  # a file of data/, or the path of your own
+    style: str = "short"  # prompt style of the task: paper, or short for tiny models
+    checker: Literal["ours", "published"] = "ours"  # judge of the answers: ours, or the papers' code
+    data_path: str = ""  # folder or file of rows; empty: the task makes them
+    train_rows: Natural = 0  # use the first N rows; 0: all, or the task's default number
+    test_rows: Natural = 0  # the same for the test rows
+    sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
+    out_dir: str = "out"  # where everything goes
+    resume: Literal["false", "true", "auto"] = "false"  # continue the run in out_dir; auto: if there is one
+    seed: Natural = 0  # random seed
+    # LoRA
+    lora_rank: Natural = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
+    lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    # Speed
+    fast: bool = True  # use fast/: same results, faster; false: the plain path
+    token_budget: Count = 32768  # most tokens of a micro-batch, padding included
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
+    compile: Switch = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
+    device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 for LoRA if possible
+    threads: Natural = 0  # CPU threads; 0: torch's choice
+    # Validation and reports
+    max_new_tokens: Count = 64  # longest completion
+    eval_every: Count = 100  # steps between validations
+    val_n: Count = 1  # answers per test problem; accuracy is their mean (avg@n)
+    val_temperature: NonNegative = 0.0  # temperature of validation; 0: greedy
+    rollout_batch: Natural = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
+    save_every: Count = 100  # steps between checkpoints
+    print_every: Count = 10  # steps between console lines
+    show: Natural = 3  # answers printed before and after training
+    wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
 
 
 @dataclass
@@ -66,6 +108,16 @@ class Run:
     state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, a method's memory
     metrics: dict | None = None  # of the step in progress
     log: Log | None = None
+
+
+def check_shared(cfg: Any) -> None:
+    """Combinations of the knobs of both trainers that cannot work."""
+    alpha_used = cfg.lora_rank or cfg.lora_alpha == RunConfig.lora_alpha
+    require(cfg, "lora_alpha", alpha_used, "needs a lora_rank")
+    sampled = cfg.val_n == 1 or cfg.val_temperature > 0
+    require(cfg, "val_n", sampled, "needs a val_temperature above 0")
+    if cfg.task:
+        load_task(cfg.task)  # UserError if there is no such task
 
 
 # ---- set-up ------------------------------------------------------------------------------------------------
@@ -176,6 +228,25 @@ def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:
     return model.requires_grad_(False)
 
 
+def engine_options(run: Run, cfg: Any, longest_prompt: int = 0) -> dict:
+    """Arguments of generate() that only the fast sampler uses."""
+    if not cfg.fast:
+        return {}
+    # Gradients and moments are allocated in the first update: leave room for them.
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    shares = 1 if cfg.lora_rank else world()  # every process has all adapters
+    reserve = 0 if run.optimizer.state else 12 * trained // shares
+    compiled = False if cfg.compile == "false" else None
+    return {"compile": compiled, "reserve": reserve, "longest_prompt": longest_prompt}
+
+
+def show_answers(run: Run, rows: list[dict], answers: list[list[dict]], n: int) -> None:
+    """Print the first n answers and log them."""
+    for row, (a, *_) in list(zip(rows, answers, strict=False))[:n]:
+        print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
+        run.log.write("samples", run.state["step"], {"prompt": row["prompt"], **a})
+
+
 def model_size(run: Run) -> str:
     """How many parameters there are and are trained, and where, for the console."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -184,15 +255,16 @@ def model_size(run: Run) -> str:
 
 
 def start_or_resume(
-    run: Run, cfg: Any, resume: bool, state: dict, data: dict[str, str], reads_base: bool
+    run: Run, cfg: Any, resume: bool, state: dict, splits: dict[str, Sequence], reads_base: bool
 ) -> None:
     """Fill the run's state from out_dir/resume, or begin with `state`.
 
-    data: a fingerprint of each split's rows, which a resumed run must share. reads_base: a resumed run needs
-    the starting model too, for LoRA or as the reference, and it must not have changed.
+    splits: the rows of each split, which a resumed run must share. reads_base: a resumed run needs the
+    starting model too, for LoRA or as the reference, and it must not have changed.
     """
+    data = {name: fingerprint(rows) for name, rows in splits.items()}
     if reads_base:
-        data = data | {"base": weights_mark(run.base)}
+        data["base"] = weights_mark(run.base)
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
         finish_replacing(run.out)
@@ -286,16 +358,21 @@ def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
 # ---- the end of a step -------------------------------------------------------------------------------------
 
 
+def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step's optimiser steps, averaged."""
+    return {k: sum(u[k] for u in updates) / len(updates) for k in (updates or [{}])[0]}
+
+
 def log_step(
-    run: Run, step: int, metrics: dict, started: float, update_s: float, tokens: int, rows: int
+    run: Run, step: int, started: float, update_s: float, tokens: int, rows: int
 ) -> None:
-    """Count the step done, add its times and speed to the metrics, and write them down."""
+    """Count the step done, add its times and speed to run.metrics, and write them down."""
     seconds = time.perf_counter() - started
     run.state["step"], run.state["train_s"] = step + 1, run.state["train_s"] + seconds
-    metrics["tokens_per_s"] = tokens / seconds
+    run.metrics["tokens_per_s"] = tokens / seconds
     if (utilisation := mfu(run.model, tokens, rows, update_s)) is not None:
-        metrics["mfu"] = utilisation
-    run.log.write("metrics", step + 1, metrics)
+        run.metrics["mfu"] = utilisation
+    run.log.write("metrics", step + 1, run.metrics)
 
 
 def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:

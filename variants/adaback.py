@@ -24,7 +24,9 @@ def interval(problem, memory):
 
 
 def hint_length(step, problem, cfg, rng, memory):
-    share = 0.0 if rng.random() < cfg.adaback_zero else rng.uniform(*interval(problem.index, memory))
+    share = (
+        0.0 if rng.random() < cfg.adaback_zero else rng.uniform(*interval(problem.index, memory))
+    )
     return round(share * problem.segments)
 
 
@@ -43,4 +45,6 @@ def narrow(groups, run, data, step, cfg):
     return groups
 
 
-METHOD = train_uft.METHODS["rft"]._replace(hint_length=hint_length, after_rollout=narrow, needs="hint")
+METHOD = train_uft.METHODS["rft"]._replace(
+    hint_length=hint_length, after_rollout=narrow, needs="hint"
+)

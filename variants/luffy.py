@@ -39,5 +39,8 @@ def equal_weights(trajectories, coef, cfg):
 
 
 METHOD = train_uft.METHODS["rft"]._replace(
-    hint_length=one_demonstration, given_loss=given_loss, token_weights=equal_weights, needs="answer"
+    hint_length=one_demonstration,
+    given_loss=given_loss,
+    token_weights=equal_weights,
+    needs="answer",
 )

@@ -25,7 +25,9 @@ class Config(train_uft.Config):
 def sequence_entropy(entropy, batch):
     """(N,): the mean entropy of each token's trajectory."""
     n = torch.bincount(batch.trajectory)
-    total = torch.zeros(len(n), device=entropy.device).index_add(0, batch.trajectory, entropy.detach())
+    total = torch.zeros(len(n), device=entropy.device).index_add(
+        0, batch.trajectory, entropy.detach()
+    )
     return (total / n.clamp(min=1))[batch.trajectory]
 
 

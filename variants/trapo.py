@@ -12,7 +12,10 @@ import train_uft
 from infra.config import NonNegative
 from variants.prob import given_loss
 
-LEVELS = ((0.5, 0.5), (1.0, 0.9))  # (share of the solution to show, if the mean reward is below this)
+LEVELS = (
+    (0.5, 0.5),
+    (1.0, 0.9),
+)  # (share of the solution to show, if the mean reward is below this)
 
 
 @dataclass
@@ -40,5 +43,8 @@ def add_prefixed(groups, run, data, step, cfg):
 
 
 METHOD = train_uft.METHODS["rft"]._replace(
-    hint_length=first_half, after_rollout=add_prefixed, given_loss=given_loss, needs="answer"
+    hint_length=first_half,
+    after_rollout=add_prefixed,
+    given_loss=given_loss,
+    needs="answer",
 )
