@@ -150,7 +150,7 @@ def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     )
 
 
-# ---- temporal residual (section 4.2) -------------------------------------------------------------
+# ---- temporal residual (section 4.2) -------------------------------------
 
 
 class Rows(NamedTuple):
@@ -176,7 +176,8 @@ class Residual(NamedTuple):
         return embeddings if self.train_embedding else embeddings.detach()
 
     def predict(self, model: Transformer, states: Tensor, rows: Rows) -> Tensor:
-        """E[y] (N, C): the embeddings of the model's predictions after N states (Algorithm 1, line 3).
+        """E[y] (N, C): the embeddings of the model's predictions after N states
+        (Algorithm 1, line 3).
 
         Gradient to the embedding table only.
         """
@@ -217,7 +218,8 @@ def ift_states(model: Transformer, rows: Rows, residual: Residual) -> Tensor:
     embeddings = residual.embed(model, rows.ids)
     row, column = rows.mask.nonzero(as_tuple=True)  # the state before each target predicts it
     if residual.lam > 0:
-        # First pass, without gradient: what would the model have written in place of each target?
+        # First pass, without gradient: what would the model have written in place of each
+        # target?
         with torch.no_grad():
             states = model.hidden(inputs_embeds=embeddings)[row, column - 1]
         own = residual.predict(model, states, rows)
@@ -245,7 +247,7 @@ def residual_lambda(
     return min(1.0, max(0.0, lam + noise * disturb * lam))
 
 
-# ---- relation propagation (section 4.3 and Algorithm 1) ------------------------------------------
+# ---- relation propagation (section 4.3 and Algorithm 1) ------------------
 
 
 def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
@@ -266,12 +268,13 @@ def propagation_weights(
 ) -> Tensor:  # fmt: skip
     """Weight (B, T) of each token's loss in relation propagation (Algorithm 1).
 
-    An example's weights average 1 over its targets. nll, mask (B, T): losses, and whether a position is a
-    target. The weight is the discounted sum of the quantity: loss (nll / targets of the example), logps (nll,
-    undivided) or mask (ones). side "left" sums over the later tokens. "right" sums over the earlier ones and
-    inverts: the larger their sum, the smaller the weight. norm: L1, L2, softmax or log (of 1 + sum).
-    Gradients flow through the weights. gamma = 0 is no propagation: weights of 1. floor: added by "right"
-    before inverting; default: the example's smallest non-zero sum.
+    An example's weights average 1 over its targets. nll, mask (B, T): losses, and whether
+    a position is a target. The weight is the discounted sum of the quantity: loss (nll /
+    targets of the example), logps (nll, undivided) or mask (ones). side "left" sums over
+    the later tokens. "right" sums over the earlier ones and inverts: the larger their
+    sum, the smaller the weight. norm: L1, L2, softmax or log (of 1 + sum). Gradients flow
+    through the weights. gamma = 0 is no propagation: weights of 1. floor: added by
+    "right" before inverting; default: the example's smallest non-zero sum.
     """
     mask = mask.to(nll.dtype)
     if gamma == 0:
@@ -288,7 +291,8 @@ def propagation_weights(
             floor = torch.where(floor.isinf(), 1.0, floor)
         s = torch.where(target, s + floor, 1.0).clamp(min=torch.finfo(s.dtype).tiny)
         s = 1 / (s.log1p() if norm == "log" else s)
-        # Divide by the largest, or squares and sums of inverses would overflow; the scale cancels below.
+        # Divide by the largest, or squares and sums of inverses would overflow; the scale
+        # cancels below.
         if norm != "softmax":
             s = s / (s * mask).detach().amax(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
     elif norm == "log":
@@ -313,8 +317,9 @@ def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
     return (weights * nll * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# ---- losses of pairs -----------------------------------------------------------------------------
-# Arguments and results are (B,). Log-probs are summed over an answer's tokens unless a docstring says "mean".
+# ---- losses of pairs -----------------------------------------------------
+# Arguments and results are (B,). Log-probs are summed over an answer's tokens unless a
+# docstring says "mean".
 
 
 def dpo_loss(
@@ -342,9 +347,11 @@ def tdpo_loss(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
     kl_chosen: Tensor, kl_rejected: Tensor, beta: float, alpha: float = 0.5,
 ) -> Tensor:  # fmt: skip
-    """TDPO2 (arXiv 2404.11999, eq. 17): DPO's margin less alpha x the difference in sequential KL.
+    """TDPO2 (arXiv 2404.11999, eq. 17): DPO's margin less alpha x the difference in
+    sequential KL.
 
-    kl_chosen, kl_rejected: KL(ref || policy) summed over an answer's tokens; no gradient through kl_chosen.
+    kl_chosen, kl_rejected: KL(ref || policy) summed over an answer's tokens; no gradient
+    through kl_chosen.
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margin - alpha * beta * (kl_rejected - kl_chosen.detach()))
@@ -376,14 +383,15 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta: float)
     return -F.logsigmoid(beta * (chosen - rejected - gamma_beta))
 
 
-# ---- methods -------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------
 
 
 class PairLogprobs(NamedTuple):
-    """Log-probs of both answers of each pair, (B,) each, and of the reference if the loss needs it.
+    """Log-probs of both answers of each pair, (B,) each, and of the reference if the loss
+    needs it.
 
-    They are summed over tokens, or averaged if the method sets mean_logprobs; the reference's log-probs and
-    KL(ref || policy) are sums.
+    They are summed over tokens, or averaged if the method sets mean_logprobs; the
+    reference's log-probs and KL(ref || policy) are sums.
     """
 
     chosen: Tensor
@@ -395,7 +403,8 @@ class PairLogprobs(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What a method is: one of three losses, and what it needs. A file of variants/ replaces some of it:
+    """What a method is: one of three losses, and what it needs. A file of variants/
+    replaces some of it:
 
     LOSS = LOSSES["sft"]._replace(token_loss=...).
     """
@@ -463,7 +472,7 @@ def find_loss(name: str) -> tuple[Method, type]:
     return method, getattr(module, "Config", Config)
 
 
-# ---- a micro-batch -------------------------------------------------------------------------------
+# ---- a micro-batch -------------------------------------------------------
 
 
 def to_rows(examples: Sequence[Example], number: Sequence[int], device: torch.device) -> Rows:
@@ -549,7 +558,7 @@ def pairs_loss(
     return method.pair_loss(pair, cfg.beta or method.beta, cfg), nll
 
 
-# ---- one optimiser step --------------------------------------------------------------------------
+# ---- one optimiser step --------------------------------------------------
 
 
 def update(
@@ -562,8 +571,9 @@ def update(
     lengths = [len(row) * max(len(e.ids) for e in row) for row in sides]
     sums = torch.zeros(2, device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
-    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x parallel.world() makes the average
-    # a sum. `counted` is 1, or 0 for a batch that a process repeats to make as many passes as the others.
+    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x
+    # parallel.world() makes the average a sum. `counted` is 1, or 0 for a batch that a
+    # process repeats to make as many passes as the others.
     for indices, counted in parallel.my_batches(lengths, cfg.token_budget):
         # Of pairs, first all chosen answers, then all rejected ones.
         chosen = [sides[i][k] for k in range(len(sides[0])) for i in indices]
@@ -593,7 +603,7 @@ def update(
     }
 
 
-# ---- data ----------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------
 
 
 @dataclass
@@ -657,7 +667,7 @@ def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, config: ModelConfi
     return Data(task, train, encoded["test"], test_rows, chat.turn_ends(train), template)
 
 
-# ---- validation ----------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------
 
 
 def validate(
@@ -713,12 +723,13 @@ NOISE_STREAM = (
     4  # key of the random stream of lambda's disturbance; infra/training.py's order of rows has 1
 )
 
-# ---- the run -------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------
 
-COLUMNS = (  # of a console line: (name, metric, format)
-    ("loss", "loss", ".4f"), ("nll", "nll", ".4f"), ("gnorm", "grad_norm", ".2f"), ("lr", "lr", ".2e"),
-    ("s", "timing_s/step", ".2f"), ("tok/s", "tokens_per_s", ".0f"), ("mfu", "mfu", ".0%"),
-)  # fmt: skip
+COLUMNS = {  # of a console line: name -> (metric, format)
+    "loss": ("loss", ".4f"), "nll": ("nll", ".4f"), "gnorm": ("grad_norm", ".2f"),
+    "lr": ("lr", ".2e"), "s": ("timing_s/step", ".2f"), "tok/s": ("tokens_per_s", ".0f"),
+    "mfu": ("mfu", ".0%"),
+}  # fmt: skip
 
 
 def make_residual(step: int, warmup: int, cfg: Config) -> Residual:

@@ -1,35 +1,38 @@
 """UFT, Unified Fine-Tuning (arXiv 2505.16984), and the methods between SFT and RL beside it.
 
-    python train_uft.py                                          the embedded example: Countdown, a tiny model
-    python train_uft.py --algo=sft --out_dir=out/sft             another method: a row of METHODS, or variants/
+    python train_uft.py                                          Countdown with a tiny model
+    python train_uft.py --algo=sft --out_dir=out/sft             another of METHODS or variants/
     python train_uft.py config/countdown.toml --model=DIR --data_path=DIR --out_dir=out/qwen
     python train_uft.py config/countdown.toml ... --resume=true  continue after an interruption
     torchrun --nproc-per-node=8 train_uft.py config/x.toml ...   on 8 GPUs, or 8 processes
     python train_uft.py --help                                   every knob and every method
 
-SFT, RL and everything between them differ in one thing: how many of an answer's first tokens the reference
-wrote. So there is one data structure, a Trajectory whose first tokens were given; one Batch of tokens; one
-objective, uft_loss; and one table of methods, METHODS.
+SFT, RL and everything between them differ in one thing: how many of an answer's first
+tokens the reference wrote. So there is one data structure, a Trajectory whose first
+tokens were given; one Batch of tokens; one objective, uft_loss; and one table of methods,
+METHODS.
 
-    method                 given by the reference          sampled        loss of a given token  of a sampled one
-    sft                    the whole solution              nothing        -log p                 -
-    rft (GRPO)             nothing                         everything     -                      PPO's
-    uft                    a prefix that shrinks           the rest       hint_coef x -log p     PPO's
-    rft-cosine, r3, stage  a prefix                        the rest       0                      PPO's
-    luffy                  all of one trajectory in n      the others     -A p / (p + 0.1)       PPO's
-    prefix_rft             a prefix of one trajectory      the rest       -A log p               PPO's
-    hpt                    all, where a group failed       all, elsewhere -log p                 PPO's
+    method                 given by the reference    sampled         loss of a given token
+    sft                    the whole solution        nothing         -log p
+    rft (GRPO)             nothing                   everything      -
+    uft                    a prefix that shrinks     the rest        hint_coef x -log p
+    rft-cosine, r3, stage  a prefix                  the rest        0
+    luffy                  all, in one of n          all, in others  -A p / (p + 0.1)
+    prefix_rft             a prefix, in one of n     the rest        -A log p
+    hpt                    all, if a group failed    all, otherwise  -log p
+
+The loss of a sampled token is PPO's in all of them.
 
 Departures from the paper and its published code:
-- Each loss term is a sum over tokens divided by the number of such tokens in the whole optimiser step, so
-  micro-batches do not change it. The paper sums a trajectory's hint log-probs; the code averages over tokens
-  per micro-batch (--algo=published does that).
+- Each loss term is a sum over tokens divided by the number of such tokens in the whole
+  optimiser step, so micro-batches do not change it. The paper sums a trajectory's hint
+  log-probs; the code averages over tokens per micro-batch (--algo=published does that).
 - stage and r3 never train on the hint's log-likelihood; the published stage does.
-- The logits of given tokens are not divided by the temperature of rollouts; in the published code they are.
+- The logits of given tokens are not divided by the temperature of rollouts.
 - The first step is not spent at learning rate 0.
 - Groups with equal rewards have advantages of exactly 0.
-- A begin-of-text token is put in front where the tokenizer has one (Llama); the published code has none.
-- A prompt too long for the window is refused; the published code cuts its end off, and with it the hint.
+- A begin-of-text token is put in front where the tokenizer has one (Llama).
+- A prompt too long for the window is refused; the published code cuts off its end, the hint.
 """
 
 import math
@@ -45,7 +48,7 @@ from torch import Tensor
 
 import evaluate
 import model as plain_head
-from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401 (cut_points: section 3.1)
+from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import mismatch, packing
@@ -129,11 +132,11 @@ def check(cfg: Config, method: "Method") -> None:
     require(cfg, "task", cfg.task, "must name a task; conversations are for train_ift.py")
 
 
-# ---- trajectories --------------------------------------------------------------------------------
+# ---- trajectories --------------------------------------------------------
 
 
 class Pick(NamedTuple):
-    """A problem of a step. draw: 0, 1, ... each draw of it in the step has its own random numbers."""
+    """A problem of a step. Each draw of it (0, 1, ...) has its own random numbers."""
 
     problem: int
     draw: int = 0
@@ -141,7 +144,7 @@ class Pick(NamedTuple):
 
 @dataclass
 class Trajectory:
-    """An answer to a problem: n_given tokens of the reference, then tokens that the model sampled."""
+    """An answer: n_given tokens of the reference, then tokens that the model sampled."""
 
     # Set where it is made, by rollout() or demonstration().
     pick: Pick
@@ -169,16 +172,15 @@ def flat(groups: Sequence[Group]) -> list[Trajectory]:
     return [t for group in groups for t in group]
 
 
-# ---- hints (section 3.1 and Algorithm 1) ---------------------------------------------------------
-# A rule gives the number of a problem's segments to show at `step` of reinforcement (from 0), or a list with
-# one number per trajectory; problem.segments + 1 is the whole solution, after which nothing is sampled.
-# memory: a dict saved with the run; memory["problems"][i] is a dict for problem i.
+# ---- hints (section 3.1 and Algorithm 1) ---------------------------------
+# A rule gives the number of a problem's segments to show at `step` of reinforcement (from
+# 0), or a list with one number per trajectory; problem.segments + 1 is the whole
+# solution, after which nothing is sampled. memory: a dict saved with the run;
+# memory["problems"][i] is a dict for problem i.
 
 
-def hint_probability(
-    step: int, hint_steps: int, p_low: float = 0.05, p_high: float = 0.95
-) -> float:
-    """p(t) of eq. 3.1, the expected share of the solution shown at `step` (from 0); 0 from hint_steps on."""
+def hint_probability(step: int, hint_steps: int, p_low=0.05, p_high=0.95) -> float:
+    """p(t) of eq. 3.1: expected share of the solution to show at `step` (from 0)."""
     if step >= hint_steps:
         return 0.0
     return p_low + 0.5 * (p_high - p_low) * (1 + math.cos(math.pi * (step + 1) / hint_steps))
@@ -190,11 +192,8 @@ def no_hint(step, problem, cfg, rng, memory):
 
 def cosine_hint(step, problem, cfg, rng, memory):
     """Algorithm 1: l ~ Binomial(m, p(t))."""
-    return int(
-        rng.binomial(
-            problem.segments, hint_probability(step, cfg.hint_steps, cfg.p_low, cfg.p_high)
-        )
-    )
+    p = hint_probability(step, cfg.hint_steps, cfg.p_low, cfg.p_high)
+    return int(rng.binomial(problem.segments, p))
 
 
 def uniform_hint(step, problem, cfg, rng, memory):
@@ -208,14 +207,14 @@ def stage_hint(step, problem, cfg, rng, memory):
     return m - step * (m + 1) // cfg.hint_steps if step < cfg.hint_steps else 0
 
 
-# ---- advantages and losses (section 3.2) ---------------------------------------------------------
+# ---- advantages and losses (section 3.2) ---------------------------------
 
 
 def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
-    """GRPO's advantages of (P, n) rewards: (r - mean) / (std + 1e-6) within a group, std unbiased.
+    """GRPO's advantages of (P, n) rewards: (r - mean) / (std + 1e-6) in each group.
 
-    norm "none" (Dr. GRPO) only subtracts the mean. Groups with equal rewards get exactly 0, except that a
-    group of one keeps its reward.
+    The std is unbiased; norm "none" (Dr. GRPO) leaves it out. Groups with equal rewards
+    get exactly 0, except that a group of one keeps its reward.
     """
     if rewards.shape[1] == 1:
         return rewards.clone()
@@ -227,17 +226,16 @@ def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
 def grpo_advantages(groups, cfg):
     for group in groups:
         rewards = torch.tensor([[t.reward for t in group]])
-        for t, advantage in zip(
-            group, group_advantages(rewards, cfg.adv_norm)[0].tolist(), strict=True
-        ):
+        (advantages,) = group_advantages(rewards, cfg.adv_norm).tolist()
+        for t, advantage in zip(group, advantages, strict=True):
             t.advantage = advantage
 
 
 def token_weights(trajectories, coef, cfg):
-    """Set the weight of every token in the loss of an optimiser step, which is a sum over tokens.
+    """Set the weight of every token in the loss of an optimiser step, a sum over tokens.
 
-    A sampled token has 1 / sampled tokens of the step, a given one coef / given tokens of the step.
-    loss_norm = constant (Dr. GRPO): a sampled token has 1 / (completions x max_new_tokens).
+    A sampled token has 1 / sampled tokens of the step, a given one coef / given tokens.
+    loss_norm = constant (Dr. GRPO): a sampled one has 1 / (completions x max_new_tokens).
     """
     n_given = sum(t.n_given for t in trajectories)
     n_sampled = sum(len(t.tokens) for t in trajectories) - n_given
@@ -267,9 +265,9 @@ def given_nll(logp, entropy, batch, cfg):
 
 
 def ppo_loss(logp, entropy, batch, cfg):
-    """PPO's clipped surrogate of each token (N,), to be minimised, and which tokens are clipped (N,).
+    """PPO's clipped surrogate (N,), which is J_value of eq. 3.2, negated.
 
-    It is J_value of eq. 3.2, negated.
+    Also returns which tokens are clipped (N,).
     """
     ratio = (logp - batch.old_logp).clamp(max=20).exp()  # finite, and so is its gradient
     plain = -batch.advantage * ratio
@@ -278,10 +276,10 @@ def ppo_loss(logp, entropy, batch, cfg):
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1 with d = ref_logp - logp.
+    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1, d = ref_logp - logp.
 
-    It is clamped to 10 as in the published code. The inner clamp changes no value; it keeps the gradient
-    finite where exp would overflow.
+    It is clamped to 10 as in the published code. The inner clamp changes no value; it
+    keeps the gradient finite where exp would overflow.
     """
     d = (ref_logp - logp).clamp(max=20)
     return (d.exp() - d - 1).clamp(-10, 10)
@@ -290,11 +288,12 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 def uft_loss(method: "Method", logp: Tensor, entropy: Tensor, batch: Batch, cfg: Config) -> Tensor:
     """The objective of UFT (eq. 3.3), negated, at each token (N,).
 
-        J_value + beta log pi(hint)  =  policy_loss, at sampled tokens, and beta given_loss, at given ones
+        -(J_value + beta log pi(hint))  =  policy_loss  +  beta given_loss
+                                           at sampled      at given tokens
 
-    The loss of an optimiser step is (batch.weight * uft_loss).sum(): the weights are means over the step's
-    sampled and given tokens, and hold beta (token_weights). With no given token it is GRPO's loss, with no
-    sampled one SFT's.
+    The loss of an optimiser step is (batch.weight * uft_loss).sum(): the weights are
+    means over the step's sampled and given tokens, and hold beta (token_weights). With no
+    given token it is GRPO's loss, with no sampled one SFT's.
     """
     sampled, _clipped = method.policy_loss(logp, entropy, batch, cfg)
     if cfg.entropy_coef:
@@ -304,7 +303,7 @@ def uft_loss(method: "Method", logp: Tensor, entropy: Tensor, batch: Batch, cfg:
     return torch.where(batch.given, method.given_loss(logp, entropy, batch, cfg), sampled)
 
 
-# ---- methods -------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------
 
 
 def next_problems(step, n_problems, memory, cfg):
@@ -318,16 +317,16 @@ def keep_groups(groups, run, data, step, cfg):
 
 def hidden_states(model, rows, batch, cfg):
     """The states (N, C) that predict the tokens to train on."""
-    return model.hidden(rows.ids, positions=rows.positions, mask=rows.mask).flatten(0, 1)[
-        rows.index
-    ]
+    hidden = model.hidden(rows.ids, positions=rows.positions, mask=rows.mask)
+    return hidden.flatten(0, 1)[rows.index]
 
 
 class Method(NamedTuple):
-    """What a method is. A file of variants/ replaces some of it: METHOD = METHODS["rft"]._replace(...)
+    """What a method is. A variant: METHOD = METHODS["rft"]._replace(hint_length=...).
 
-    run: the parts of the run; run.metrics, a dict whose numbers are logged with the step; run.tokenizer;
-    run.state["memory"]. data: task, problems (each with its row, and in it the truth), test_rows.
+    Its functions reach all they need through run (tokenizer; metrics, a dict whose
+    numbers are logged with the step; state["memory"]) and data (task; problems, each with
+    its row, and in it the truth).
     """
 
     pick_problems: Callable = next_problems  # (step, n_problems, memory, cfg) -> indices
@@ -356,16 +355,20 @@ METHODS = {
     "uft": RFT._replace(hint_length=cosine_hint, trains_hints=True, needs="hint"),
 }
 MOVED = {  # knobs of earlier versions
-    "hint=none": "--algo=rft", "hint=cosine": "--algo=rft-cosine", "hint=uniform": "--algo=r3",
-    "hint=stage": "--algo=stage", "hint=target": "--algo=target", "hint=on-failure": "--algo=on_failure",
-    "hint=auto": "the default: leave it out", "hint_weight": "--algo=prob, or one: leave it out",
-    "hint_loss": "--algo=residual, or sft: leave it out", "ift_lambda": "a knob of --algo=residual",
-    "target_eta": "a knob of --algo=target", "loss_norm=paper_code": "--algo=published",
-    "algo=grpo": "--algo=rft, which is GRPO", "algo=ppo": "--algo=rft, which is GRPO with PPO's clipping",
-}  # fmt: skip
+    "hint=none": "--algo=rft",
+    "hint=cosine": "--algo=rft-cosine",
+    "hint=uniform": "--algo=r3",
+    "hint=stage": "--algo=stage",
+    "hint=target": "--algo=target",
+    "hint=on-failure": "--algo=on_failure",
+    "hint_weight=prob": "--algo=prob",
+    "hint_loss=ift": "--algo=residual",
+    "loss_norm=paper_code": "--algo=published",
+    "algo=grpo": "--algo=rft, which is GRPO",
+}
 
 
-# ---- from trajectories to rows of tokens ---------------------------------------------------------
+# ---- from trajectories to rows of tokens ---------------------------------
 
 
 class Rows(NamedTuple):
@@ -390,7 +393,7 @@ def weigh(groups: list[Group], method: Method, coef: float, cfg: Config) -> None
 def share_given(group: Group) -> None:
     """Train on tokens that were given to the whole group once, in its first trajectory.
 
-    There they have the sum of their weights, and the mean of their advantages, weighted by the weights.
+    They have the sum of their weights there, and their advantages' mean by these weights.
     """
     given = [t.tokens[: t.n_given] for t in group]
     n = len(os.path.commonprefix(given)) if len(group) > 1 else 0
@@ -416,9 +419,9 @@ def training_rows(groups: list[Group], cfg: Config, config: ModelConfig) -> list
 
 
 def lay_out(rows: list[Group], device: torch.device) -> packing.Layout:
-    """A right-padded row for each trajectory: its prompt and its tokens.
+    """A right-padded row for each trajectory: its prompt and its tokens, less the last.
 
-    The last token is predicted but need not be fed. fast/packing.py lays out a row for each group.
+    fast/packing.py lays out a row for each group.
     """
     trajectories = flat(rows)
     T = max(packing.row_length(row) for row in rows)
@@ -447,7 +450,8 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
         parts = [np.broadcast_to(v, len(t.tokens))[t.start :] for v, t in pairs]
         return tensor(np.concatenate(parts), dtype)
 
-    # Where they stand. A trajectory's first `shared` tokens lie in a part of the row common to its group.
+    # Where they stand. A trajectory's first `shared` tokens lie in a part of the row
+    # common to its group.
     layout = (packing.lay_out if cfg.fast else lay_out)(rows, device)
 
     def place(i: np.ndarray) -> np.ndarray:
@@ -474,15 +478,16 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
     return where, batch
 
 
-# ---- one optimiser step --------------------------------------------------------------------------
+# ---- one optimiser step --------------------------------------------------
 
 
 def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[str, float]:
-    """Take one clipped AdamW step on the gradients of all micro-batches; returns means over the step."""
+    """One clipped AdamW step on the gradients of all micro-batches; returns means as metrics."""
     sums = torch.zeros(len(SUMS), device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
-    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x parallel.world() makes the average
-    # a sum. `counted` is 1, or 0 for a batch that a process repeats to make as many passes as the others.
+    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world()
+    # makes the average a sum. `counted` is 1, or 0 for a batch that a process repeats to
+    # make as many passes as the others.
     for rows, counted in micro_batches(groups, cfg, run.model.config):
         where, batch = make_batch(rows, run.device, cfg)
         with parallel.autocast(run.device, cfg.dtype):
@@ -503,7 +508,7 @@ def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[s
 def batch_loss(
     model: Transformer, where: Rows, batch: Batch, method: Method, cfg: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of the step's loss due to a micro-batch, and its tokens' log-probs and entropies (N,)."""
+    """The micro-batch's part of the step's loss; its tokens' log-probs and entropies (N,)."""
     head = fast_head if cfg.fast else plain_head
     states = method.states(model, where, batch, cfg)
     tokens = states, model.head_weight, batch.targets
@@ -536,16 +541,7 @@ def logprobs(model: Transformer, where: Rows, batch: Batch, cfg: Config) -> Tens
     return model.run(compute)
 
 
-SUMS = (
-    "loss",
-    "pg_loss",
-    "pg_clipfrac",
-    "entropy",
-    "kl_loss",
-    "hint_nll",
-    "sampled",
-    "given",
-)
+SUMS = "loss pg_loss pg_clipfrac entropy kl_loss hint_nll sampled given".split()
 
 
 @torch.no_grad()
@@ -561,26 +557,24 @@ def token_sums(
     return torch.cat((loss.detach()[None], torch.where(batch.given, given, sampled).sum(1)))
 
 
-def micro_batches(
-    groups: list[Group], cfg: Config, config: ModelConfig
-) -> list[tuple[list[Group], float]]:
-    """This process's micro-batches of at most token_budget padded tokens, each with its factor, 1 or 0."""
+def micro_batches(groups: list[Group], cfg: Config, config: ModelConfig) -> list:
+    """This process's micro-batches of at most token_budget padded tokens: (rows, 1 or 0)."""
     rows = training_rows(groups, cfg, config)
     batches = parallel.my_batches([packing.row_length(row) for row in rows], cfg.token_budget)
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
 
 
-# ---- the sampler's mismatch ----------------------------------------------------------------------
+# ---- the sampler's mismatch ----------------------------------------------
 
 
 def recompute_old_logprobs(
     model: Transformer, groups: list[Group], cfg: Config, given: bool = False
 ) -> None:
-    """Replace the sampler's log-probs of sampled tokens, or also those of given ones, with the model's.
+    """Replace the sampler's log-probs by the training model's.
 
-    It is called if either computes in bfloat16, or to correct the mismatch. They differ even if both use
-    bfloat16: the sampler's weights are rounded to bfloat16 after each update (or once adapters are merged),
-    the trainer's are not.
+    They differ if either computes in bfloat16, and even if both do: the sampler's weights
+    are rounded to bfloat16 after each update (or once adapters are merged), the trainer's
+    are not. Given tokens keep theirs, unless `given` asks for them too.
     """
     number = {id(t): i for i, t in enumerate(flat(groups))}
     mine = {}
@@ -599,9 +593,9 @@ def recompute_old_logprobs(
 
 
 def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str, float]:
-    """Make old log-probs those of the training model, where the sampler's arithmetic is another.
+    """Make old log-probs the trainer's, where the sampler's arithmetic is another.
 
-    rollout_correction weighs the advantages of sampled tokens by pi_trainer / pi_sampler: to scale an
+    rollout_correction weighs advantages by pi_trainer / pi_sampler, since to scale an
     advantage by a positive factor scales its policy loss by the same. Returns metrics.
     """
     one_precision = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
@@ -617,29 +611,29 @@ def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str,
     return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
 
 
-# ---- rollouts ------------------------------------------------------------------------------------
+# ---- rollouts ------------------------------------------------------------
 
 # Keys of the random streams; infra/training.py's order of rows has 1.
 SAMPLING_STREAM, HINT_STREAM = 2, 3
 
 
 def make_picks(problems: list[int]) -> list[Pick]:
-    """The picks of a step. A problem drawn twice gets two draws, as may happen where an epoch ends."""
+    """The picks of a step, which may hold a problem twice where an epoch ends."""
     return [Pick(i, problems[:k].count(i)) for k, i in enumerate(problems)]
 
 
 def key_of(pick: Pick, data: Data) -> int:
-    """The number that a pick's random draws depend on, beside the seed and the step."""
+    """The key of a pick's random numbers, beside the seed and the step."""
     return pick.problem + pick.draw * len(data.problems)
 
 
 def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
-    """The pick for another attempt (1, 2, ...) in the same step, with random numbers of its own."""
+    """The pick for another attempt (1, 2, ...) in the same step."""
     return pick._replace(draw=pick.draw + attempt * cfg.problems)
 
 
 def begin(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
-    """A trajectory before anything is sampled: k segments are given, or one more, the whole solution."""
+    """A trajectory with nothing sampled: k segments are given, or if more, the whole solution."""
     problem = data.problems[pick.problem]
     whole = k > problem.segments
     text = problem.solution() if whole else problem.hint(k)
@@ -656,7 +650,7 @@ def demonstration(pick: Pick, data: Data, tokenizer: Tokenizer) -> Trajectory:
 def choose_hints(
     picks: list[Pick], step: int, method: Method, run: Run, data: Data, cfg: Config
 ) -> list[list[int]]:
-    """For each pick the segments to show in each of its trajectories, at `step` of reinforcement."""
+    """For each pick, the segments to give in each of its trajectories."""
     shown = []
     for pick in picks:
         rng = np.random.default_rng((cfg.seed, HINT_STREAM, run.state["step"], key_of(pick, data)))
@@ -665,9 +659,7 @@ def choose_hints(
     return shown
 
 
-def rollout(
-    run: Run, data: Data, picks: list[Pick], shown: list[list[int]], cfg: Config
-) -> list[Group]:
+def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -> list[Group]:
     """Sample trajectories and score them, divided among all processes.
 
     shown: for each pick a list with the segments given in each of its trajectories.
@@ -677,7 +669,8 @@ def rollout(
     for pick, segments in zip(parallel.share(picks), parallel.share(shown), strict=True):
         given = {k: begin(pick, k, data, run.tokenizer) for k in set(segments)}
         groups.append([replace(given[k]) for k in segments])
-    # Sample the rest. Each trajectory has a number for its random draws; n equal prompts are run once.
+    # Sample the rest. Each trajectory has a number for its random draws; n equal prompts
+    # are run once.
     R, numbers = cfg.rollouts, {}
     for group in groups:
         numbers |= {id(t): key_of(t.pick, data) * R + j for j, t in enumerate(group)}
@@ -728,8 +721,7 @@ def is_dead(group: Group) -> bool:
 def without_completions(group: Group, coef: float) -> Group:
     """What is left of a dead group: its given tokens, if they are trained on."""
     kept = [t for t in group if t.n_given and (coef if t.coef is None else t.coef)]
-    n = [t.n_given for t in kept]
-    return [replace(t, tokens=t.tokens[:k], old_logp=t.old_logp[:k]) for t, k in zip(kept, n, strict=True)]
+    return [replace(t, tokens=t.tokens[: t.n_given], old_logp=np.zeros(t.n_given)) for t in kept]
 
 
 def rollout_metrics(groups: list[Group], data: Data) -> dict[str, float]:
@@ -761,7 +753,7 @@ def log_sample(run: Run, group: Group, data: Data) -> None:
     run.log.write("samples", run.state["step"] + 1, record | {"rewards": [t.reward for t in group]})
 
 
-# ---- validation ----------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------
 
 
 def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
@@ -776,21 +768,23 @@ def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
     record |= {"val/reward": sum(rewards) / len(rewards), "train_s": run.state["train_s"]}
     record["timing_s/testing"] = time.perf_counter() - validation_start
     run.log.write("metrics", step, record)
-    interval = f"95 % interval {low:.1%} .. {high:.1%}"
-    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}), {len(answers)} problems")
+    interval = f"95 % interval {low:.1%} .. {high:.1%}) on {len(answers)} problems"
+    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}")
     training.show_answers(run, data.test_rows, answers, show)
 
 
-COLUMNS = (  # of a console line: (name, metric, format)
-    ("reward", "critic/rewards/mean", ".2f"), ("solved", "solved", ".2f"), ("hint", "hint/share", ".2f"),
-    ("len", "response_length/mean", ".0f"), ("cut", "response_length/clip_ratio", ".2f"),
-    ("dead", "dead_groups", ".2f"), ("pg", "actor/pg_loss", ".3f"), ("hint_nll", "actor/hint_nll", ".2f"),
-    ("kl", "actor/kl_loss", ".3f"), ("gnorm", "actor/grad_norm", ".2f"), ("gen_s", "timing_s/gen", ".2f"),
-    ("upd_s", "timing_s/update", ".2f"), ("tok/s", "tokens_per_s", ".0f"), ("mfu", "mfu", ".0%"),
-)  # fmt: skip
+COLUMNS = {  # of a console line: name -> (metric, format)
+    "reward": ("critic/rewards/mean", ".2f"), "solved": ("solved", ".2f"),
+    "hint": ("hint/share", ".2f"), "len": ("response_length/mean", ".0f"),
+    "cut": ("response_length/clip_ratio", ".2f"), "dead": ("dead_groups", ".2f"),
+    "pg": ("actor/pg_loss", ".3f"), "hint_nll": ("actor/hint_nll", ".2f"),
+    "kl": ("actor/kl_loss", ".3f"), "gnorm": ("actor/grad_norm", ".2f"),
+    "gen_s": ("timing_s/gen", ".2f"), "upd_s": ("timing_s/update", ".2f"),
+    "tok/s": ("tokens_per_s", ".0f"), "mfu": ("mfu", ".0%"),
+}  # fmt: skip
 
 
-# ---- the run -------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------
 
 
 def find(algo: str) -> tuple[Method, type]:
@@ -863,7 +857,8 @@ def main(argv: Sequence[str]) -> None:
             mini_batches = split_evenly(groups, cfg.mini_batch)
             lr = cfg.lr * training.lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
             training.set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
-        # 5. Weigh the tokens; correct their log-probs where the sampler's arithmetic is another.
+        # 5. Weigh the tokens; correct their log-probs where the sampler's arithmetic is
+        # another.
         for mini_batch in mini_batches:
             weigh(mini_batch, method, coef, cfg)
         with training.explain_failure(run, cfg, step):

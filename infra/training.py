@@ -414,8 +414,7 @@ def stop_requested() -> int:
     return max(collect(_signals[0] if _signals else 0))
 
 
-def console_line(head: str, metrics: dict[str, float], columns: Sequence[tuple[str, str, str]]) -> str:
-    """`head | name value | ...` for the (name, key, format) columns that the metrics have."""
-    return " | ".join(
-        [head, *(f"{name} {format(metrics[key], f)}" for name, key, f in columns if key in metrics)]
-    )
+def console_line(head: str, metrics: dict[str, float], columns: dict[str, tuple[str, str]]) -> str:
+    """`head | name value | ...` for the columns, name -> (metric, format), that the metrics have."""
+    shown = [f"{n} {format(metrics[key], f)}" for n, (key, f) in columns.items() if key in metrics]
+    return " | ".join([head, *shown])
