@@ -39,21 +39,9 @@ from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import prefix as fast_prefix
-from infra import parallel, training
+from infra import config, parallel, training
 from infra.checkpoint import resume_folder
-from infra.config import (
-    Count,
-    Fraction,
-    Natural,
-    NonNegative,
-    Positive,
-    UserError,
-    find_method,
-    parse_config,
-    require,
-    run_script,
-    usage,
-)
+from infra.config import Count, Fraction, Natural, NonNegative, Positive
 from infra.curves import draw_run
 from infra.training import ROOT, Run, RunConfig
 from model import ModelConfig, Transformer
@@ -114,11 +102,11 @@ MOVED = {
 
 def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     """Refuse combinations that cannot work, naming the knob."""
-    require(cfg, "loss", bool(methods), f"must name one of {', '.join(LOSSES)}")
-    require(cfg, "loss", len(methods) == len(cfg.loss), "must name each method once")
+    config.require(cfg, "loss", bool(methods), f"must name one of {', '.join(LOSSES)}")
+    config.require(cfg, "loss", len(methods) == len(cfg.loss), "must name each method once")
     training.check_shared(cfg)
     matters = cfg.quantity != "logps" or cfg.norm in ("softmax", "log")
-    require(
+    config.require(
         cfg,
         "quantity",
         matters,
@@ -129,20 +117,20 @@ def check(cfg: Config, methods: dict[str, "Method"]) -> None:
             "note: gamma = 0 weighs each token by its own loss; --propagate=false has weights of 1"
         )
     pairs = "/".join(name for name, method in methods.items() if method.pair_loss)
-    require(
+    config.require(
         cfg,
         "task",
         not (pairs and cfg.task),
         f"{pairs} needs pairs: --task= --data_path=FILE",
     )
     without = "if there is no task"
-    require(
+    config.require(
         cfg,
         "data_path",
         bool(cfg.task or cfg.data_path),
         f"must name a file of rows {without}",
     )
-    require(
+    config.require(
         cfg,
         "model",
         bool(cfg.task or cfg.model),
@@ -468,7 +456,7 @@ VARIANTS = ROOT / "variants"  # each file a further loss
 
 def find_loss(name: str) -> tuple[Method, type]:
     """A row of LOSSES or the LOSS of a file of variants/, and its Config."""
-    method, module = find_method("loss", name, LOSSES, VARIANTS, "LOSS")
+    method, module = config.find_method("loss", name, LOSSES, VARIANTS, "LOSS")
     return method, getattr(module, "Config", Config)
 
 
@@ -616,7 +604,7 @@ class Data:
     template: str  # chat template that conversations were written with; auto if there were none
 
 
-def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
+def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, model_config: ModelConfig) -> Data:
     """Rows of a task or of a file of conversations, as token ids and loss masks."""
     task, encoded, test_rows = (
         judged_by(load_task(cfg.task), cfg.checker) if cfg.task else None,
@@ -638,7 +626,7 @@ def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, config: ModelConfi
         # Their ids and masks, within the model's window and vocabulary.
         where, window = (
             f"{cfg.data_path or cfg.task} {split}",
-            config.max_position_embeddings,
+            model_config.max_position_embeddings,
         )
         encoded[split], counts = chat.encode_rows(
             rows, tokenizer, cfg.max_length, cfg.template, pairs=pairs, window=window
@@ -647,14 +635,14 @@ def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, config: ModelConfi
             f"{split}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
         )
         if not encoded[split]:
-            raise UserError(f"{where}: no row is left to use")
+            raise config.UserError(f"{where}: no row is left to use")
         for i, example in enumerate(encoded[split]):
             for part in example if pairs else (example,):
-                tokenizer.check_ids(part.ids, config.vocab_size, f"{where} row {i}")
+                tokenizer.check_ids(part.ids, model_config.vocab_size, f"{where} row {i}")
     train = encoded["train"]
     longest = max(2 * max(len(e.ids) for e in row) if pairs else len(row.ids) for row in train)
     longest = max(longest, max(len(e[0].ids if pairs else e.ids) for e in encoded["test"]))
-    require(
+    config.require(
         cfg,
         "token_budget",
         cfg.token_budget >= longest,
@@ -802,7 +790,7 @@ def config_class(given: dict) -> type:
     names = names.split(",") if isinstance(names, str) else names
     own = {find_loss(name)[1] for name in names if name} - {Config}
     if len(own) > 1:
-        raise UserError(
+        raise config.UserError(
             f"loss = {','.join(names)}: run methods with knobs of their own one at a time"
         )
     return next(iter(own), Config)
@@ -810,14 +798,14 @@ def config_class(given: dict) -> type:
 
 def main(argv: Sequence[str]) -> None:
     """Train every method of the knob `loss`."""
-    help = usage(__doc__, "loss", VARIANTS, "LOSS")
-    cfg = parse_config(config_class, argv, help, "train_ift", MOVED)
+    help = config.usage(__doc__, "loss", VARIANTS, "LOSS")
+    cfg = config.parse_config(config_class, argv, help, "train_ift", MOVED)
     methods = {name: find_loss(name)[0] for name in cfg.loss}
     check(cfg, methods)
     device = training.start(cfg)
     folders = {name: Path(cfg.out_dir) / (name if len(cfg.loss) > 1 else "") for name in cfg.loss}
     begun = any(resume_folder(folder) for folder in folders.values())
-    require(
+    config.require(
         cfg,
         "resume",
         begun or cfg.resume != "true",
@@ -837,4 +825,4 @@ if __name__ == "__main__":
         main,
     )  # so that `import train_ift` in a variant is the running module
 
-    run_script(main)
+    config.run_script(main)

@@ -52,21 +52,9 @@ from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import mismatch, packing
-from infra import parallel, training
+from infra import config, parallel, training
 from infra.checkpoint import save_model
-from infra.config import (
-    Count,
-    Decay,
-    Fraction,
-    Natural,
-    NonNegative,
-    Positive,
-    find_method,
-    parse_config,
-    require,
-    run_script,
-    usage,
-)
+from infra.config import Count, Decay, Fraction, Natural, NonNegative, Positive
 from infra.curves import draw_run
 from infra.training import ROOT, Run, RunConfig
 from model import ModelConfig, Transformer
@@ -121,15 +109,15 @@ class Config(RunConfig):
 
 def check(cfg: Config, method: "Method") -> None:
     """Refuse combinations that cannot work, naming the knob."""
-    require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
+    config.require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
     training.check_shared(cfg)
     whole = cfg.problems % cfg.mini_batch == 0
-    require(cfg, "mini_batch", whole, f"must divide problems = {cfg.problems}")
+    config.require(cfg, "mini_batch", whole, f"must divide problems = {cfg.problems}")
     two_phases = method.supervised and method.reinforced
     advice = "with LoRA the reference is the starting model, not that of the supervised phase: "
     advice += "give 0, or run sft and then rft from its out_dir/model"
-    require(cfg, "kl_coef", not (cfg.kl_coef and cfg.lora_rank and two_phases), advice)
-    require(cfg, "task", cfg.task, "must name a task; conversations are for train_ift.py")
+    config.require(cfg, "kl_coef", not (cfg.kl_coef and cfg.lora_rank and two_phases), advice)
+    config.require(cfg, "task", cfg.task, "must name a task; conversations are for train_ift.py")
 
 
 # ---- trajectories --------------------------------------------------------
@@ -408,12 +396,12 @@ def share_given(group: Group) -> None:
         t.start = n
 
 
-def training_rows(groups: list[Group], cfg: Config, config: ModelConfig) -> list[Group]:
+def training_rows(groups: list[Group], cfg: Config, model_config: ModelConfig) -> list[Group]:
     """The trajectories of each row. Fast: a group has one row where that is cheaper and fits."""
     rows = []
     for group in groups:
         trained = [t for t in group if t.start < len(t.tokens)]
-        packed = cfg.fast and cfg.pack and packing.packing_pays(trained, config, cfg.token_budget)
+        packed = cfg.fast and cfg.pack and packing.packing_pays(trained, model_config, cfg.token_budget)
         rows += [trained] if packed else [[t] for t in trained]
     return rows
 
@@ -557,9 +545,9 @@ def token_sums(
     return torch.cat((loss.detach()[None], torch.where(batch.given, given, sampled).sum(1)))
 
 
-def micro_batches(groups: list[Group], cfg: Config, config: ModelConfig) -> list:
+def micro_batches(groups: list[Group], cfg: Config, model_config: ModelConfig) -> list:
     """This process's micro-batches of at most token_budget padded tokens: (rows, 1 or 0)."""
-    rows = training_rows(groups, cfg, config)
+    rows = training_rows(groups, cfg, model_config)
     batches = parallel.my_batches([packing.row_length(row) for row in rows], cfg.token_budget)
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
 
@@ -789,18 +777,18 @@ COLUMNS = {  # of a console line: name -> (metric, format)
 
 def find(algo: str) -> tuple[Method, type]:
     """The method of this name, and its Config."""
-    method, module = find_method("algo", algo, METHODS, ROOT / "variants", "METHOD")
+    method, module = config.find_method("algo", algo, METHODS, ROOT / "variants", "METHOD")
     return method, getattr(module, "Config", Config)
 
 
 def main(argv: Sequence[str]) -> None:
     # Configuration, model, data, optimiser; all of it from out_dir/resume if the run continues.
-    help = usage(__doc__, "algo", ROOT / "variants", "METHOD")
+    help = config.usage(__doc__, "algo", ROOT / "variants", "METHOD")
 
     def config_class(given: dict) -> type:
         return find(given.get("algo", Config.algo))[1]
 
-    cfg = parse_config(config_class, argv, help, "train_uft", MOVED)
+    cfg = config.parse_config(config_class, argv, help, "train_uft", MOVED)
     method = find(cfg.algo)[0]
     check(cfg, method)
     sft_steps = cfg.sft_steps if method.supervised else 0
@@ -888,4 +876,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     from train_uft import main  # so that a variant's `import train_uft` is the running module
 
-    run_script(main)
+    config.run_script(main)

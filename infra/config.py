@@ -102,33 +102,37 @@ def parse_config(
 
     cls may be a function from the given values to the dataclass, where one knob adds further knobs.
     table: the table of TOML files whose knobs are meant for this script alone, one of TABLES. They override
-    the knobs outside of tables; the other script's table is not read. moved: what "knob" or "knob=value" of
-    earlier versions is called now. UserError for unknown knobs and values that cannot work.
+    the knobs outside of tables; the other script's table is not read. moved: what "knob=value" of earlier
+    versions is called now. UserError for unknown knobs and values that cannot work.
     """
-    values = {}  # knob: (value, where it was found)
-    # The TOML file first, then the command line, which overrides it.
-    for arg in argv:
-        if not arg.startswith("-"):
-            for path, content in _own_knobs(_read_toml(Path(arg).expanduser()), table):
-                values |= {key: (value, f"{path}: ") for key, value in content.items()}
+    # The command line, which overrides the TOML file.
+    given = {}  # knob: (value, where it was found)
     for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
         if arg.startswith("--") and arg != "--help":
             key, equals, text = arg[2:].partition("=")
             if not equals and not following.startswith("-") and not following.endswith(".toml"):
                 raise UserError(f"--{key} {following}: write --{key}={following}")
-            values[key.replace("-", "_")] = (text if equals else None, "")
+            given[key.replace("-", "_")] = (text if equals else None, "")
+    in_files = {}
+    for arg in argv:
+        if not arg.startswith("-"):
+            for path, content in _own_knobs(_read_toml(Path(arg).expanduser()), table):
+                in_files |= {key: (value, f"{path}: ") for key, value in content.items()}
+    given = in_files | given
+    for key, (value, where) in given.items():
+        if now := moved.get(f"{key}={value}"):
+            raise UserError(f"{where}{key}={value} is now {now}")
     if not isinstance(cls, type):
-        cls = cls({key: value for key, (value, _) in values.items()})
+        cls = cls({key: value for key, (value, _) in given.items()})
     if {"--help", "-h"} & set(argv):
         print(f"{usage}\n\nEvery knob with its default (also as key = value in the TOML file):")
         print(describe_knobs(cls))
         sys.exit(0)
-    types_of, converted = get_type_hints(cls, include_extras=True), {}
-    for key, (value, where) in values.items():
-        if now := moved.get(f"{key}={value}") or (key not in types_of and moved.get(key)):
-            raise UserError(f"{where}--{key}={value} is now {now}")
-        converted[_known(key, types_of, where)] = _convert(key, value, types_of[key], where)
-    return cls(**converted)
+    types_of = get_type_hints(cls, include_extras=True)
+    return cls(**{
+        _known(key, types_of, where): _convert(key, value, types_of[key], where)
+        for key, (value, where) in given.items()
+    })  # fmt: skip
 
 
 def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:

@@ -201,7 +201,7 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
 
 def fill_rollout_model(run: Run) -> None:
     """Copy the current weights to the model to sample from, unless it is the trained model itself."""
-    if run.rollout_model.head_weight.is_meta:  # it is to be allocated: first give back what the last update freed
+    if run.rollout_model.head_weight.is_meta:  # allocated now: first give back what the last update freed
         trim_heap()
     refresh(run.rollout_model, run.model)
 

@@ -1,4 +1,4 @@
-"""AdaBack (arXiv 2506.18110): each problem's own search for the shortest hint that still succeeds; no loss on it.
+"""AdaBack (arXiv 2506.18110): each problem searches for the shortest hint that still succeeds.
 
 The share shown is drawn from U[lo, hi]. If the group's mean reward is below adaback_tau, lo becomes that
 share; otherwise hi does, and lo 0. A new problem starts from the moving averages over all problems. Now and

@@ -1,6 +1,7 @@
-"""CHORD-phi (arXiv 2508.11408; Trinity-RFT, chord_policy_loss.py): (1 - mu) GRPO + mu SFT, weighted by p (1 - p).
+"""CHORD-phi (arXiv 2508.11408): (1 - mu) GRPO + mu SFT, whose tokens are weighted by p (1 - p).
 
-The weight keeps SFT off tokens that are certain and off those that are impossible; it has no gradient.
+The weight, without gradient, keeps SFT off tokens that are certain and off those that are impossible
+(Trinity-RFT, chord_policy_loss.py).
 Departure: the demonstrations are those of the step's own problems, not of a batch of their own.
 """
 

@@ -1,4 +1,4 @@
-"""UFT with each hint token weighted by min(p / 0.1, 1): one that the model finds impossible teaches little."""
+"""UFT with each hint token weighted by min(p / 0.1, 1): an impossible one teaches little."""
 
 import train_uft
 

@@ -22,7 +22,7 @@ def hint_length(step, problem, cfg, rng, memory):
 
 
 def move_share(old, solved, eta):
-    """The new share of a solution to show, from 0 to 1, after a share `solved` of its completions was right."""
+    """The new share of a solution to show, 0 to 1; solved: share of right completions."""
     return min(1.0, max(0.0, old + eta * (0.5 - solved)))
 
 
