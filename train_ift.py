@@ -39,7 +39,7 @@ from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import prefix as fast_prefix
-from infra import config, parallel, training
+from infra import config, parallel, samples, training
 from infra.checkpoint import resume_folder
 from infra.config import Count, Fraction, Natural, NonNegative, Positive
 from infra.curves import draw_run
@@ -415,14 +415,18 @@ def sft_token_loss(nll: Tensor, cfg: Config) -> Tensor:
     return nll
 
 
-def ift_example_loss(nll: Tensor, mask: Tensor, cfg: Config) -> Tensor:
-    """ift_loss with the knobs. That function's gamma = 0, as published, means no propagation.
+def propagation_knobs(cfg: Config) -> dict:
+    """Arguments of propagation_weights, whose gamma = 0, as published, is no propagation.
 
-    The limit of small gamma, weights by the token's own loss, is what the knob's 0 means.
+    The knob's 0 is the limit of small gamma: weights by the token's own loss.
     """
     gamma = max(cfg.gamma, 1e-12) if cfg.propagate else 0.0
     side = {"later": "left", "earlier": "right"}[cfg.side]
-    return ift_loss(nll, mask, gamma, quantity=cfg.quantity, side=side, norm=cfg.norm)
+    return {"gamma": gamma, "quantity": cfg.quantity, "side": side, "norm": cfg.norm}
+
+
+def ift_example_loss(nll: Tensor, mask: Tensor, cfg: Config) -> Tensor:
+    return ift_loss(nll, mask, **propagation_knobs(cfg))
 
 
 def pairs_method(loss: Callable, beta: float, **needs: bool) -> Method:
@@ -655,21 +659,39 @@ def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, model_config: Mode
     return Data(task, train, encoded["test"], test_rows, chat.turn_ends(train), template)
 
 
+@torch.no_grad()
+def log_rows(run: Run, examples: list[Example], method: Method, residual, cfg: Config) -> None:
+    """Write rows to samples.jsonl: each target with the model's prediction, nll and weight."""
+    rows, head = to_rows(examples, range(len(examples)), run.device), fast_head if cfg.fast else plain_head
+
+    def compute() -> tuple[Tensor, Tensor]:
+        states = ift_states(run.model, rows, residual) if residual else target_states(run.model, rows)
+        own = head.argmax_tokens(target_states(run.model, rows), run.model.head_weight)
+        return own, target_nll(run.model, rows, cfg, states)
+
+    with parallel.autocast(run.device, cfg.dtype):
+        own, nll = run.model.run(compute)
+    own = torch.zeros_like(rows.ids).index_put(rows.mask.nonzero(as_tuple=True), own)
+    weights = rows.mask.float()
+    if method.example_loss:
+        weights = propagation_weights(nll, rows.mask, **propagation_knobs(cfg))
+    elif method.token_loss:
+        weights = method.token_loss(nll, cfg) / nll.clamp(min=1e-9)
+    for record in samples.row_records(run.tokenizer, (rows.ids, rows.mask, own, nll, weights)):
+        run.log.write("samples", run.state["step"] + 1, record)
+
+
 # ---- validation ----------------------------------------------------------
 
 
-def validate(
-    run: Run, data: Data, name: str, steps: int, show: int, cfg: Config
-) -> dict[str, float]:
-    """Test nll and, on a task, greedy accuracy. Prints and logs them, and returns the record.
+def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config) -> dict:
+    """Test nll and, on a task, accuracy, by default greedy. Prints and logs them; returns them.
 
     Accuracy is also taken from another first step than the solution's, where the task has one.
     """
-    step, record = (
-        run.state["step"],
-        {"val/loss": validation_nll(run.model, data.test, cfg)},
-    )
-    line, answers = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}", []
+    step, answers = run.state["step"], []
+    record = {"val/loss": validation_nll(run.model, data.test, cfg)}
+    line = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}"
     if data.task:
         training.fill_rollout_model(run)
         answers = evaluate.answer_rows(run, data.task, data.test_rows, cfg)
@@ -677,18 +699,14 @@ def validate(
         record |= {"val/accuracy": accuracy, "val/low": low, "val/high": high}
         line += f" | accuracy {accuracy:.1%} ({low:.1%} .. {high:.1%})"
         if hasattr(data.task, "other_start"):
-            starts = [
-                (r, data.task.other_start(r, random.Random(i)))
-                for i, r in enumerate(data.test_rows)
-            ]
-            started = [r | {"start": s} for r, s in starts if s]
-            record["val/other_start"] = evaluate.accuracy(
-                evaluate.answer_rows(run, data.task, started, cfg)
-            )
+            begun = enumerate(data.test_rows)
+            begun = [r | {"start": data.task.other_start(r, random.Random(i))} for i, r in begun]
+            begun = evaluate.answer_rows(run, data.task, [r for r in begun if r["start"]], cfg)
+            record["val/other_start"] = evaluate.accuracy(begun)
             line += f" | from another first step {record['val/other_start']:.1%}"
         training.release_rollout_model(run)
     print(line)
-    training.show_answers(run, data.test_rows, answers, show)
+    training.show_answers(run, data.test_rows, answers, show, step == steps)
     run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
     return record
 
@@ -764,6 +782,8 @@ def train(
         training.set_options(run.optimizer, lr=lr)
         residual = make_residual(step, warmup, cfg) if method.residual else None
         # 2. Compute the loss and take an optimiser step.
+        if step % cfg.sample_every == 0:
+            log_rows(run, [e if isinstance(e, Example) else e[0] for e in batch[:2]], method, residual, cfg)
         with training.explain_failure(run, cfg, step):
             run.metrics = update(run, batch, method, residual, cfg)
         # 3. Log, validate, save.

@@ -52,7 +52,7 @@ from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
 from fast import mismatch, packing
-from infra import config, parallel, training
+from infra import config, parallel, samples, training
 from infra.checkpoint import save_model
 from infra.config import Count, Decay, Fraction, Natural, NonNegative, Positive
 from infra.curves import draw_run
@@ -734,11 +734,15 @@ def rollout_metrics(groups: list[Group], data: Data) -> dict[str, float]:
     }
 
 
-def log_sample(run: Run, group: Group, data: Data) -> None:
-    """Write a rollout to samples.jsonl."""
-    row, t = data.problems[group[0].pick.problem].row, group[-1]
-    record = {"prompt": row["prompt"], "hint_segments": t.shown, "response": t.response}
-    run.log.write("samples", run.state["step"] + 1, record | {"rewards": [t.reward for t in group]})
+def log_groups(run: Run, groups: list[Group], data: Data, cfg: Config) -> None:
+    """Write two groups to samples.jsonl, with the trainer's log-probs of all tokens."""
+    chosen = samples.choose(groups, list(map(is_dead, groups)), run.state["step"])
+    chosen = [[replace(t) for t in group] for group in chosen]
+    recompute_old_logprobs(run.model, chosen, cfg, given=True)
+    for group in chosen:
+        prompt = data.problems[group[0].pick.problem].row["prompt"]
+        record = samples.group_record(run.tokenizer, prompt, group, is_dead(group))
+        run.log.write("samples", run.state["step"] + 1, record)
 
 
 # ---- validation ----------------------------------------------------------
@@ -758,7 +762,7 @@ def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
     run.log.write("metrics", step, record)
     interval = f"95 % interval {low:.1%} .. {high:.1%}) on {len(answers)} problems"
     print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}")
-    training.show_answers(run, data.test_rows, answers, show)
+    training.show_answers(run, data.test_rows, answers, show, step == total)
 
 
 COLUMNS = {  # of a console line: name -> (metric, format)
@@ -836,8 +840,8 @@ def main(argv: Sequence[str]) -> None:
             method.advantages(groups, cfg)
             run.metrics |= rollout_metrics(groups, data)
             run.metrics["timing_s/gen"] = time.perf_counter() - step_start
-            if step % cfg.eval_every == 0:
-                log_sample(run, groups[-1], data)
+            if step % cfg.sample_every == 0:
+                log_groups(run, groups, data, cfg)
             coef = cfg.hint_coef if method.trains_hints else 0.0
             if cfg.drop_dead:
                 groups = [without_completions(g, coef) if is_dead(g) else g for g in groups]

@@ -265,7 +265,7 @@ def _trained(model) -> dict[str, torch.nn.Parameter]:
 
 MAY_DIFFER = (  # knobs that a resumed run may change
     "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing",
-    "fast", "token_budget", "pack", "eval_every", "save_every", "print_every", "show",
+    "fast", "token_budget", "pack", "eval_every", "save_every", "print_every", "sample_every", "show",
     "wandb",
 )  # fmt: skip
 

@@ -89,6 +89,7 @@ class RunConfig:
     rollout_batch: Natural = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
     save_every: Count = 100  # steps between checkpoints
     print_every: Count = 10  # steps between console lines
+    sample_every: Count = 20  # steps between rollouts, or rows, written to samples.jsonl
     show: Natural = 3  # answers printed before and after training
     wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
 
@@ -240,11 +241,13 @@ def engine_options(run: Run, cfg: Any, longest_prompt: int = 0) -> dict:
     return {"compile": compiled, "reserve": reserve, "longest_prompt": longest_prompt}
 
 
-def show_answers(run: Run, rows: list[dict], answers: list[list[dict]], n: int) -> None:
-    """Print the first n answers and log them."""
-    for row, (a, *_) in list(zip(rows, answers, strict=False))[:n]:
+def show_answers(run: Run, rows: list[dict], answers: list[list[dict]], n: int, last: bool) -> None:
+    """Print the first n answers; write them to samples.jsonl, or all if it is the last validation."""
+    pairs = list(zip(rows, answers, strict=bool(answers)))
+    for row, (a, *_) in pairs[:n]:
         print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
-        run.log.write("samples", run.state["step"], {"prompt": row["prompt"], **a})
+    for row, (a, *_) in pairs if last else pairs[:n]:
+        run.log.write("samples", run.state["step"], {"kind": "answer", "prompt": row["prompt"], **a})
 
 
 def model_size(run: Run) -> str:
