@@ -109,7 +109,9 @@ class Config(RunConfig):
 
 def check(cfg: Config, method: "Method") -> None:
     """Refuse combinations that cannot work, naming the knob."""
-    config.require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
+    config.require(
+        cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}"
+    )
     training.check_shared(cfg)
     whole = cfg.problems % cfg.mini_batch == 0
     config.require(cfg, "mini_batch", whole, f"must divide problems = {cfg.problems}")
@@ -401,7 +403,9 @@ def training_rows(groups: list[Group], cfg: Config, model_config: ModelConfig) -
     rows = []
     for group in groups:
         trained = [t for t in group if t.start < len(t.tokens)]
-        packed = cfg.fast and cfg.pack and packing.packing_pays(trained, model_config, cfg.token_budget)
+        packed = (
+            cfg.fast and cfg.pack and packing.packing_pays(trained, model_config, cfg.token_budget)
+        )
         rows += [trained] if packed else [[t] for t in trained]
     return rows
 
