@@ -1,19 +1,18 @@
-"""IFT, Intuitive Fine-Tuning (arXiv 2405.11870), and the methods its paper compares it with.
+"""IFT, Intuitive Fine-Tuning (arXiv 2405.11870), and the methods beside it in its paper.
 
-    python train_ift.py                                          the tiny example: sft, then ift
-    python train_ift.py --loss=ift --out_dir=out/ift             or another of LOSSES or variants/
-    python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR --out_dir=out/llama
-    python train_ift.py ... --resume=true                        continue after an interruption
-    torchrun --nproc-per-node=8 train_ift.py config/x.toml ...   on 8 GPUs, or 8 processes
-    python train_ift.py --help                                   every knob
+    python train_ift.py                                  the tiny example: sft, then ift
+    python train_ift.py --loss=ift --out_dir=out/ift     or another of LOSSES or variants/
+    python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR
+    python train_ift.py ... --resume=auto                begin, or continue what there is
+    torchrun --nproc-per-node=8 train_ift.py ...         on 8 GPUs, or 8 processes
+    python train_ift.py --help                           every knob and every loss
 
 Departures from the paper and its published code:
 - The weights of relation propagation are Algorithm 1's as the published code reads it,
   gamma^(i - t); equation 21 and the paper's alpha^(N - t) differ from it and from each other.
 - side = earlier adds an example's own smallest non-zero sum before it inverts; the published
   code adds that of the whole batch, so that an example's loss depends on its neighbours.
-- An example whose losses are all 0 has weights of one, and one without a target has none;
-  there both are NaN.
+- An example with losses of 0 has weights of one, one without a target none; there: NaN.
 - The input embedding is trained (train_embedding = true); in the published code it never is.
 - Averages run over the whole optimiser step, whatever the micro-batches.
 """
@@ -51,7 +50,7 @@ from variants.pairs import dpo_loss, ipo_loss, orpo_loss, simpo_loss, tdpo_loss 
 
 @dataclass
 class Config(RunConfig):
-    """The knobs of this trainer beside those of both. The defaults are the embedded example."""
+    """The knobs of this trainer; infra.training.RunConfig has those of both trainers."""
 
     # What
     loss: tuple[str, ...] = (
@@ -70,18 +69,18 @@ class Config(RunConfig):
     # Temporal residual (ift)
     lam: Fraction = 0.2  # lambda, the share of the model's own prediction in the embeddings
     lam_low: Fraction = 0.0  # lambda at the start of a linear schedule
-    lam_schedule: Literal["static", "linear"] = "static"  # linear: from lam_low over the warm-up
-    lam_disturb: NonNegative = 0.0  # std of noise on lambda, as a share of it; 0.5 as published
-    own: Literal["argmax", "sampled", "soft"] = "argmax"  # prediction; soft: expected embedding
-    train_embedding: bool = True  # gradient into the input embeddings; the published code has none
+    lam_schedule: Literal["static", "linear"] = "static"  # linear: over the warm-up
+    lam_disturb: NonNegative = 0.0  # std of noise on lambda, as a share of it
+    own: Literal["argmax", "sampled", "soft"] = "argmax"  # soft: expected embedding
+    train_embedding: bool = True  # gradient into the input embeddings; not as published
     # Relation propagation (ift)
-    propagate: bool = True  # weigh each token by the losses of others; false: all weights are 1
+    propagate: bool = True  # weigh tokens by others' losses; false: weights of 1
     gamma: Fraction = 0.95  # discount of the other tokens' losses; 0: by its own loss alone
     side: Literal["later", "earlier"] = "later"  # which other tokens
     quantity: Literal["loss", "logps", "mask"] = "loss"  # what is propagated; mask: ones
     norm: Literal["L1", "L2", "softmax", "log"] = "L1"  # of an example's weights
     # Other losses
-    average: Literal["example", "token"] = "example"  # sft, ift: of examples' means, or of targets
+    average: Literal["example", "token"] = "example"  # of examples' means, or targets
     beta: NonNegative = 0.0  # of losses of pairs; 0: the loss's own, see LOSSES
     gamma_beta: float = 0.8  # simpo's target margin as a share of beta
     label_smoothing: Fraction = 0.0  # dpo: weight of the loss with the two answers swapped
@@ -100,7 +99,8 @@ class Config(RunConfig):
     print_every: Count = 50  # steps between console lines
 
 
-MOVED = {"side=left": "--side=later", "side=right": "--side=earlier"}  # knobs of earlier versions
+# Knobs of earlier versions.
+MOVED = {"side=left": "--side=later", "side=right": "--side=earlier"}
 
 
 def check(cfg: Config, methods: dict[str, "Method"]) -> None:
@@ -109,7 +109,7 @@ def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     config.require(cfg, "loss", len(methods) == len(cfg.loss), "must name each method once")
     training.check_shared(cfg)
     matters = cfg.quantity != "logps" or cfg.norm in ("softmax", "log")
-    config.require(cfg, "quantity", matters, f"has the weights of loss with norm = {cfg.norm}")
+    config.require(cfg, "quantity", matters, f"is the same as loss with norm = {cfg.norm}")
     if cfg.gamma == 0 and cfg.propagate and any(m.example_loss for m in methods.values()):
         print("note: gamma = 0 weighs each token by its own loss; see propagate")
     of_pairs = "/".join(name for name, method in methods.items() if method.pair_loss)
@@ -124,7 +124,7 @@ def check(cfg: Config, methods: dict[str, "Method"]) -> None:
 
 
 class Rows(NamedTuple):
-    """B right-padded rows of T tokens; the N targets are those of the mask, in row-major order."""
+    """B right-padded rows of T tokens. The mask's N targets are in row-major order."""
 
     ids: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool: whether a token is a target; the first of a row never is
@@ -166,12 +166,13 @@ class Residual(NamedTuple):
         return mix_embeddings(embeddings, own.to(embeddings.dtype), mask, self.lam)
 
 
-def mix_embeddings(embeddings: Tensor, own: Tensor, mask: Tensor, lam: Tensor | float) -> Tensor:
+def mix_embeddings(embeddings: Tensor, own: Tensor, mask: Tensor, lam) -> Tensor:
     """(1 - lambda) E[x] + lambda E[y] where mask, E[x] elsewhere.
 
     embeddings, own (..., C); mask (...).
     """
-    return torch.where(mask[..., None].bool(), (1 - lam) * embeddings + lam * own, embeddings)
+    mixed = (1 - lam) * embeddings + lam * own
+    return torch.where(mask[..., None].bool(), mixed, embeddings)
 
 
 def target_states(model: Transformer, rows: Rows) -> Tensor:
@@ -194,7 +195,8 @@ def ift_states(model: Transformer, rows: Rows, residual: Residual) -> Tensor:
             states = model.hidden(inputs_embeds=embeddings)[row, column - 1]
         own = residual.predict(model, states, rows)
         # (1 - lambda) E[x] + lambda E[y] at the targets.
-        spread = torch.zeros_like(embeddings).index_put((row, column), own.to(embeddings.dtype))
+        spread = torch.zeros_like(embeddings)
+        spread = spread.index_put((row, column), own.to(spread.dtype))
         embeddings = residual.mix(embeddings, spread, rows.mask)
     # Second pass.
     return model.hidden(inputs_embeds=embeddings)[row, column - 1]
@@ -215,7 +217,7 @@ def residual_lambda(
 
 
 def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
-    """y[t] = sum of gamma^|i - t| x[i] over i >= t ("left") or i <= t ("right"), for x (B, T).
+    """y[t] = sum of gamma^|i - t| x[i] over i >= t ("left") or i <= t ("right"); x (B, T).
 
     In log2(T) doublings: sums over windows of 2^k positions make those of 2^(k + 1).
     """
@@ -261,7 +263,7 @@ def propagation_weights(
 
 
 def inverted(s: Tensor, target: Tensor, norm: str) -> Tensor:
-    """1 / (s + floor) at the targets (B, T), up to a factor per example; norm log: of log(1 + s)."""
+    """1 / (s + smallest) at the targets (B, T), up to a factor; norm log: of log(1 + s)."""
     tiny = torch.finfo(s.dtype).tiny
     s = torch.where(target, s + smallest(s), 1.0).clamp(min=tiny)
     s = 1 / (s.log1p() if norm == "log" else s)
@@ -290,9 +292,9 @@ def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
 
 
 class Method(NamedTuple):
-    """One of three losses, and what it needs. A variant: LOSSES["sft"]._replace(token_loss=...)."""
+    """One of three losses. A variant: LOSS = LOSSES["sft"]._replace(token_loss=...)."""
 
-    token_loss: Callable | None = None  # (nll (N,), cfg) -> (N,): no target looks at another
+    token_loss: Callable | None = None  # (nll (N,), cfg) -> (N,)
     example_loss: Callable | None = None  # (nll (B, T), mask (B, T), cfg) -> (B,)
     pair_loss: Callable | None = None  # (PairLogprobs, beta, cfg) -> (B,)
     residual: bool = False  # embeddings mixed with the model's own predictions
@@ -352,7 +354,7 @@ def to_rows(examples: Sequence[Example], number: Sequence[int], device: torch.de
 def examples_loss(
     model: Transformer, rows: Rows, weights: Tensor, method: Method, residual, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """sum of weights (B,) x the loss of each example, and the log-probs (N,) of the targets."""
+    """sum of weights (B,) x the loss of each example, and the targets' log-probs (N,)."""
     head = fast_head if cfg.fast else plain_head
     if residual is None:
         states = target_states(model, rows)
@@ -367,7 +369,8 @@ def examples_loss(
 
     def of_examples(logp: Tensor, _entropy: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """On the fast path, of some of the examples: the others have no target."""
-        nll = torch.zeros(rows.ids.shape, device=logp.device).index_put((row, column), -logp)
+        zeros = torch.zeros(rows.ids.shape, device=logp.device)
+        nll = zeros.index_put((row, column), -logp)
         true = torch.ones((), dtype=torch.bool, device=logp.device)
         mask = torch.zeros_like(rows.mask).index_put((row, column), true)
         return (weights * method.example_loss(nll, mask, cfg)).sum()
@@ -375,7 +378,8 @@ def examples_loss(
     targets = states, model.head_weight, rows.ids[rows.mask]
     if method.token_loss:
         return head.token_loss(*targets, of_tokens, (row, column))[:2]
-    return head.token_loss(*targets, of_examples, (row, column), together=counts.tolist())[:2]
+    together = counts.tolist()  # an example's targets stay together
+    return head.token_loss(*targets, of_examples, (row, column), together=together)[:2]
 
 
 def target_nll(model: Transformer, rows: Rows, cfg: Config, states=None) -> Tensor:
@@ -390,7 +394,7 @@ def target_nll(model: Transformer, rows: Rows, cfg: Config, states=None) -> Tens
 def pairs_loss(
     model: Transformer, reference: Transformer | None, rows: Rows, method: Method, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each pair (B,), and the nll (2B, T). Rows: the B chosen, then the B rejected."""
+    """Loss of each pair (B,), and the nll (2B, T). Rows: B chosen, then B rejected answers."""
     head = fast_head if cfg.fast else plain_head
     states = target_states(model, rows)
     nll = target_nll(model, rows, cfg, states)
@@ -419,7 +423,7 @@ def pairs_loss(
 def update(
     run: Run, batch: list, method: Method, residual: Residual | None, cfg: Config
 ) -> dict[str, float]:
-    """One clipped optimiser step on examples, or pairs of them; returns means as metrics."""
+    """One clipped optimiser step on examples, or pairs; returns means as metrics."""
     sides = batch if method.pair_loss else [(e,) for e in batch]
     examples = [e for row in sides for e in row]
     targets = sum(int(sum(e.mask[1:])) for e in examples)  # of the whole step
@@ -450,12 +454,8 @@ def update(
         sums += counted * torch.stack((loss.detach(), nll.detach().sum()))
     total = parallel.add_up(dict(zip(("loss", "nll"), sums.tolist(), strict=True)))
     grad_norm = training.optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
-    return {
-        "loss": total["loss"],
-        "nll": total["nll"] / max(1, targets),
-        "grad_norm": grad_norm,
-        "tokens": sum(len(e.ids) for e in examples),
-    }
+    means = {"loss": total["loss"], "nll": total["nll"] / max(1, targets)}
+    return means | {"grad_norm": grad_norm, "tokens": sum(len(e.ids) for e in examples)}
 
 
 # ---- validation and samples -----------------------------------------------
@@ -549,7 +549,8 @@ def make_residual(step: int, warmup: int, cfg: Config) -> Residual:
 def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.device) -> dict:
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
-    resume = cfg.resume != "false" and resume_folder(out_dir) is not None  # some may not have begun
+    # Of several methods some may not have begun.
+    resume = cfg.resume != "false" and resume_folder(out_dir) is not None
     run = training.set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
     data = load_examples(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
     run.reference = training.frozen_model(run.base, run, cfg) if method.reference else None
@@ -628,6 +629,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from train_ift import main  # so that `import train_ift` in a variant is the running module
+    from train_ift import main  # `import train_ift` in a variant is then this module
 
     config.run_script(main)
