@@ -38,7 +38,6 @@ from infra.log import Log, brief, import_wandb, mfu
 from infra.parallel import (
     collect,
     full,
-    has_bfloat16,
     rank,
     refresh,
     settle_dtype,
@@ -79,7 +78,8 @@ class RunConfig:
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: Switch = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 for LoRA if possible
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 on CUDA and for LoRA
+    tf32: bool = True  # CUDA: float32 products in TF32
     threads: Natural = 0  # CPU threads; 0: torch's choice
     # Validation and reports
     max_new_tokens: Count = 64  # longest completion
@@ -129,8 +129,6 @@ def start(cfg: Any) -> torch.device:
     if cfg.wandb:
         import_wandb()  # UserError now rather than after the model is loaded
     device = start_process(cfg.device, cfg.threads)
-    if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if cfg.lora_rank and has_bfloat16(device) else "float32"
     settle_dtype(cfg, device)
     if device.type not in ("cpu", "cuda"):  # mps and xpu: the plain path in float32, untested so far
         cfg.fast, cfg.dtype, cfg.compile = False, "float32", "false"
