@@ -93,8 +93,7 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     answer = block[1]
     if len(answer) > MAX_ANSWER:
         return 0.1, "malformed"
-    asked = str(truth.get("question") or "").lower()
-    if equal(answer, str(truth["target"]), percent="percent" in asked or r"\%" in asked):
+    if equal(answer, str(truth["target"]), str(truth.get("question") or "")):
         return 1.0, "right"
     return 0.1, "wrong" if answer.strip() else "malformed"
 

@@ -1,103 +1,72 @@
-r"""Whether an answer in LaTeX or plain text equals another, judged exactly and in bounded time, without
-sympy.
+r"""Whether an answer in LaTeX or plain text equals another, by value and in bounded time, without sympy or eval.
 
-Both are read into normal forms (data/algebra.py), which are compared; what cannot be read is compared as
-text. Equal are
+Both are read into formulas, whose values data/algebra.py compares; what cannot be read is compared as text.
+Equal are spellings of a number (\dfrac12, 1/2, 0.5; 1,000, 1{,}000, 1\,000, 1e3; 2\frac{1}{2}, 2.5) and of a
+formula (\sqrt{12} and 2\sqrt{3}, x+1 and 1+x, y=2x+3 and 2x-y+3=0), whatever stands around it ($...$, \boxed{},
+**...**, a full stop, degrees, money, "x =", prose around one box, a unit that the other lacks), other scripts'
+digits, and solutions in any order ("1, -3", "-3 and 1", "\{1,-3\}", "-1 \pm 2"). "58,500" is a number or two.
 
-- spellings of a number: \dfrac12, 1/2, 0.5, 50/100, \frac{-1}{-2}; 1,000, 1{,}000, 1\,000, 1,\!000, 1e3,
-  10^3; 2\frac{1}{2}, 2.5;
-- exact rewritings: \sqrt{12} and 2\sqrt{3}, \frac{1}{\sqrt{2}} and \frac{\sqrt{2}}{2}, x+1 and 1+x, y=2x+3
-  and 2x-y+3=0;
-- anything inside $...$ or \boxed{}, with spacing commands, braces, a full stop, degrees, money, "x =" or
-  "f(x) =" in front;
-- a number with a unit and one without, but not with two known units that differ; 5 thousand is 5000;
-- solutions in any order ("1, -3", "-3 and 1", "\{1,-3\}", "-1 \pm 2"), while tuples, intervals and matrices
-  have an order.
-
-Different are [2,3] and (2,3), "3 or 4" and 3, x<3 and 3, 3x=6 and 6, 0.33 and 1/3, 4_5 and 4, and 5% and 5
-(unless the question asks for a percentage). A product with variables is not multiplied out: (x+1)(x-1) is not
-x^2-1. An answer whose like terms are not collected, such as 2+3 for 5, repeats the question rather than
-answers it, so it is not equal either.
-
-"58,500" can be a number or a list of two: it equals both.
+Different are [2,3] and (2,3), "3 or 4" and 3, x<3 and 3, 3x=6 and 6, 0.33 and 1/3, 4_5 and 4, 5 cm and 5 m, and
+5% and 5 (unless the question asks for a percentage). Like terms that are not collected repeat the question, so
+2+3 is not 5; and where it asks to factor or expand, the answer must have as many factors as the target.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import lru_cache
 from itertools import pairwise
-from math import comb, factorial
 
 from data.algebra import (
-    Form,
     TooLarge,
-    add,
-    atom,
-    divide,
-    multiply,
-    negate,
-    number,
-    power,
-    primitive,
+    count_factors,
+    fingerprint,
+    inverse,
+    is_collected,
+    negated,
     rational,
+    zeros,
 )
 
-MAX_READ = 300  # characters; longer answers are compared as text
-MAX_DEPTH = 20  # of nested brackets
-COUNTS = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-PARTS = set(
-    "half halves third thirds fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths k".split()
+MAX_READ, MAX_DEPTH, MAX_POWERS = 300, 20, 30  # characters, nested brackets, exponents; more is read as text
+COUNTS = {"dozen": 12, "hundred": 100} | {f"{n}illion": 10**e for n, e in (("m", 6), ("b", 9), ("tr", 12))}
+COUNTS["thousand"] = 1000
+PARTS = re.compile("k|hal(f|ves)|(third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth)s?")
+UNITS = (  # each with its spellings, without a plural s
+    "mm millimeter,cm centimeter,m meter metre,km kilometer,in inch inche,ft foot feet,yd yard,mi mile,mg,"
+    "g gm gram,kg kilogram,lb pound,oz ounce,ton,s sec second,min minute,h hr hour,day,week,month,year,cent,"
+    "dollar,ml milliliter,l liter,hz,khz,mhz,ev,kev,mev,nm,mph,degree deg,radian rad"
 )
-PARTS |= {"hundredth", "hundredths", "thousandth", "thousandths"}
-UNITS = {  # unit -> its spellings without a plural s
-    "mm": "mm millimeter", "cm": "cm centimeter", "m": "m meter metre", "km": "km kilometer",
-    "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "mg": "mg",
-    "g": "g gm gram", "kg": "kg kilogram", "lb": "lb pound", "oz": "oz ounce", "ton": "ton",
-    "s": "sec second", "min": "min minute", "h": "hr hour", "day": "day", "week": "week",
-    "month": "month", "year": "year", "cent": "cent", "dollar": "dollar", "ml": "ml milliliter",
-    "l": "l liter", "hz": "hz", "khz": "khz", "mhz": "mhz", "ev": "ev", "kev": "kev", "mev": "mev",
-    "nm": "nm", "mph": "mph", "degree": "degree deg", "radian": "radian rad",
-}  # fmt: skip
-UNIT_OF = {spelling: unit for unit, spellings in UNITS.items() for spelling in spellings.split()}
+UNIT_OF = {spelling: unit.split()[0] for unit in UNITS.split(",") for spelling in unit.split()}
 LETTER_UNITS = "m g s h l L N J W V A K C F T".split()  # in \text or \mathrm after a number
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp".split())
-FUNCTIONS |= set("max min gcd lcm det dim arg Re Im".split())
-RELATIONS = {
-    "=": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\in": "in",
-    r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=",
-    r"\ne": "!=", r"\neq": "!=",
-}  # fmt: skip
+FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det dim"
+FUNCTIONS = set(FUNCTIONS.split()) | {"arg", "Re", "Im"}
+RELATIONS = {"=": "=", r"\in": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\ne": "!=", r"\neq": "!="}
+RELATIONS |= {rf"\{name}{e}": sign for name, sign in (("le", "<="), ("ge", ">=")) for e in ("", "q", "qslant")}
+ACCENTS = {"\\" + name for name in "dot ddot hat bar vec tilde overline".split()}
+NO_FORMULAS = {"\\" + n for n in "text to ldots dots cdots mid approx begin end cap".split()}
 CHARACTERS = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
-    "π": r"\pi ", "√": r"\sqrt ", "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}",
-    "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "′": "'", "％": "%", "，": ",", "θ": r"\theta ",
-    "α": r"\alpha ", "\u2009": r"\,", "\u202f": r"\,", "\u200b": "", "\u2060": "", "\ufeff": "",
+    "√": r"\sqrt ", "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ",
+    "∈": r"\in ", "±": r"\pm ", "′": "'", "、": ",", "∅": r"\emptyset ", "\u2009": r"\,", "\u202f": r"\,",
 }  # fmt: skip
-TRANSLATION = str.maketrans(CHARACTERS)
-# Text that only changes the look: (pattern, replacement), in this order.
-LOOK = [
-    (re.compile(p), r)
-    for p, r in (
+LOOK = [  # text that only changes the look: (pattern, replacement), in this order
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
         (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),
         (r"\\%", "%"),
-        (r"(?<=[0-9])\s*\\text\{\s*percent\s*\}|(?<=[0-9])\s*percent\b", "%"),
+        (r"(?<=[0-9])\s*(?:\\text\{\s*percent\s*\}|percent\b)", "%"),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
         (r"\\(?:display|text|script)style(?![A-Za-z])|\\(?:no)?limits(?![A-Za-z])", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dtc]?frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (
-            r"\\(?:text(?:rm|bf|it|sf|up|normal)|mbox|math(?:rm|bf|it|sf)|bf|rm|operatorname)(?=\s*\{)",
-            r"\\text",
-        ),
+        (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|bf|rm|operatorname)(?=\s*\{)", r"\\text"),
+        (r"\\(?:varnothing|empty)(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+        (r"\\(begin|end)\s*\{array\}(?:\s*\{[lcr|\s]*\})?", r"\\\1{matrix}"),
+        (r"[(\[]\s*(\\begin\{)(matrix\})((?:(?!\\end).)*)(\\end\{)matrix\}\s*[)\]]", r"\1p\2\3\4pmatrix}"),
+        (r"(\\(?:begin|end))\s*\{b(?=matrix)", r"\1{p"),
         (r"\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])", ""),
         (r"\^\s*\{?\s*\\prime\s*\\prime\s*\}?", "''"),
         (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
@@ -106,10 +75,11 @@ LOOK = [
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\[lr]vert(?![A-Za-z])", "|"),
+        (r"(?<![\w)*])\*\*(?=[^\s*])([^*]*)(?<=[^\s*])\*\*(?![\w(*])", r"\1"),
     )
 ]
 TOKEN = re.compile(
-    r"""(?P<text>\\text\s*\{[^{}]*\})
+    r"""(?P<text>\\text\s*\{[^{}]*\}|[^\W\d_A-Za-z]+)
     |(?P<matrix>\\(?:begin|end)\s*\{[a-zA-Z]+\})
     |(?P<command>\\(?:[A-Za-z]+|.))
     |(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)
@@ -119,33 +89,35 @@ TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+BRACKETS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
+CLOSING = set(BRACKETS.values())
 
 
 class Unreadable(Exception):
     """Text that is no formula this file knows."""
 
 
-def equal(answer: str, target: str, percent: bool = False) -> bool:
-    """Whether the answer is the target. percent: the question asks for a percentage, so that 5 and 5% are the
-    same.
-    """
-    a, t = _clean(answer), _clean(target)
+def equal(answer: str, target: str, question: str = "") -> bool:
+    """Whether the answer is the target. question: may ask for a percentage, or to factor or expand."""
+    a, t, asked = _clean(answer), _clean(target), question.lower()
     if _as_text(a) == _as_text(t):
         return True
     if max(len(a), len(t)) > MAX_READ:
         return False
+    form = re.search(r"\b(factor|expand)", asked) is not None
     # "28%" for "28%", 28 or 0.28 for "28%", but "28%" for 28 only where the question asks for a percentage
-    if "%" in t and "%" in a or "%" in a and percent:
-        return _same(a.replace("%", ""), t.replace("%", ""))
-    return _same(a, t) or "%" in t and _same(a, t.replace("%", ""))
+    if "%" in a and ("%" in t or "percent" in asked or "%" in asked):
+        return _same(a.replace("%", ""), t.replace("%", ""), form)
+    return _same(a, t, form) or "%" in t and _same(a, t.replace("%", ""), form)
 
 
-def _same(a: str, t: str) -> bool:
-    forms, units, finished = _read(a)
-    target_forms, target_units, target_finished = _read(t)
-    if units and target_units and units != target_units or target_finished and not finished:
+def _same(a: str, t: str, form: bool) -> bool:
+    a, t = _read(a), _read(t)
+    if not a.readings & t.readings or a.units and t.units and a.units != t.units:
         return False
-    return bool(forms & target_forms)
+    if form and sum(map(count_factors, a.formulas)) != sum(map(count_factors, t.formulas)):
+        return False
+    return all(map(is_collected, a.formulas)) or not all(map(is_collected, t.formulas))
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -153,24 +125,48 @@ def _same(a: str, t: str) -> bool:
 
 def _clean(text: str) -> str:
     """The text without anything that only changes its look, and with one spelling of each command."""
-    text = text.translate(TRANSLATION)
+    text = text if text.isascii() else "".join(map(_ascii, text))
     if r"\begin" not in text:
         text = text.replace("\\\\", "\\")  # backslashes doubled by JSON; in a matrix \\ ends a row
     for pattern, replacement in LOOK:
         text = pattern.sub(replacement, text)
-    text = text.strip()
-    while True:
-        inside = re.match(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text)
-        text, before = re.sub(r"(?<!\.)\.$", "", text).strip(), text
-        if inside and (rest := text[inside.end() :]):
-            if rest[0] != "{":
-                text = rest
-            elif closing_brace(rest, 0) == len(rest) - 1:
-                text = rest[1:-1].strip()
-        if words := re.fullmatch(r"\\text\s*\{([^{}]*)\}", text):
-            text = words[1]
-        if text == before:
-            return text
+    before = None
+    while text != before:
+        before, text = text, re.sub(r"(?<!\.)\.$", "", text.strip()).strip()
+        text = _without_box(text)
+        if around := re.fullmatch(r"\\text\s*\{([^{}]*)\}|([*_`]+)([^*_`]+)\2", text):
+            text = around[1] if around[1] is not None else around[3]
+    return text
+
+
+def _ascii(c: str) -> str:
+    """A character as LaTeX has it; letters without one stay."""
+    if c.isascii() or c in CHARACTERS:
+        return CHARACTERS.get(c, c)
+    if c.isdecimal():
+        return str(unicodedata.decimal(c))
+    if "\uff01" <= c <= "\uff5e":  # the wide forms of ASCII
+        return chr(ord(c) - 0xFEE0)
+    if unicodedata.category(c) in ("Sc", "Cf"):  # currencies and invisible characters
+        return ""
+    greek = re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", unicodedata.name(c, ""))
+    name = greek[2].lower().replace("lamda", "lambda") if greek else ""
+    return f"\\{name if greek[1] == 'SMALL' else name.title()} " if greek else c
+
+
+def _without_box(text: str) -> str:
+    r"""What the only \boxed{} holds, alone if what is around it is prose, else in its place."""
+    box = re.search(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text)
+    if not box or not text[box.end() :]:
+        return text
+    end = closing_brace(text, box.end()) + 1 if text[box.end()] == "{" else len(text)
+    before, inside, after = text[: box.start()], text[box.end() : end], text[end:]
+    if not end or re.search(r"\\(?:boxed|fbox)", after):
+        return text
+    if inside[0] == "{":
+        inside = inside[1:-1]
+    prose = re.fullmatch(r"(?:[A-Za-z'(),.:;!\s*_]*[\s:=*_(])?", before)
+    return inside if prose and re.fullmatch(r"(?:[\s.,:;!*_)][A-Za-z'(),.:;!\s*_]*)?", after) else before + inside + after
 
 
 def closing_brace(text: str, opening: int) -> int:
@@ -188,70 +184,65 @@ def _as_text(text: str) -> str:
     text = re.sub(r"(?<=[0-9])\s+(?=[0-9])", "\0", text)
     text = "".join(text.split()).replace("\0", " ")
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    if re.fullmatch(r"\([A-Z]\)", bare):  # a choice
-        return bare[1]
+    if choice := re.fullmatch(r"(?:[Oo]ption|[Cc]hoice|[Aa]nswer:?)?\(?([A-Z])[):]?", bare):
+        return choice[1]
     if re.fullmatch(r"[A-Za-z,:.0-9]*[A-Za-z]{2}[A-Za-z,:.0-9]*", bare):
         return bare[0].lower() + bare[1:]  # Even is even
     return text
 
 
-# ---- reading: lists, relations, units ------------------------------------------------------------
+# ---- lists, relations, units ---------------------------------------------------------------------
 
 
 @lru_cache(2048)
-def _read(text: str) -> tuple[frozenset, tuple, bool]:
-    """(the forms the text can have, its known units, whether like terms are collected); no form if it cannot
-    be read.
-    """
-    spellings = {text, THOUSANDS.sub(lambda m: _without_commas(m, text), text)}
-    forms, units, finished = set(), (), True
-    for spelling in spellings:
+def _read(text: str) -> "Answer":
+    """What an answer can mean: with its commas as thousands and as a list."""
+    found = Answer()
+    for spelling in dict.fromkeys((text, THOUSANDS.sub(_without_commas, text))):
         try:
-            reader = Reader(spelling)
-            forms |= reader.answer()
-            units, finished = tuple(sorted(reader.units)), finished and reader.finished
+            answer = Answer()
+            answer.read(_tokens(spelling))
+            found.readings |= answer.readings
+            found.formulas, found.units = answer.formulas, answer.units
         except (Unreadable, TooLarge):
             pass
-    return frozenset(forms), units, finished
+    return found
 
 
-def _without_commas(match: re.Match, text: str) -> str:
+def _without_commas(match: re.Match) -> str:
     # (1,200) and {1,200} are pairs
-    around = text[: match.start()].rstrip()[-1:], text[match.end() :].lstrip()[:1]
-    pair = around[0] in ("(", "[", "{") and around[1] in (")", "]", "}", "\\")
+    before, after = match.string[: match.start()].rstrip()[-1:], match.string[match.end() :].lstrip()[:1]
+    pair = before in ("(", "[", "{") and after in (")", "]", "}", "\\")
     return match[0] if pair else match[0].replace(",", "")
 
 
-class Reader:
-    """Reads one answer. tokens: (kind, text, whether white space is in front)."""
+class Answer:
+    """What a text can mean, which formulas it shows (of a chain of equations the last) and its known units.
 
-    def __init__(self, text: str):
-        self.tokens = _tokens(text)
-        self.units: set = set()
-        self.finished = True
-        self.depth = self.bars = 0
+    tokens: (kind, text, whether white space is in front)."""
 
-    def answer(self) -> set:
-        """The forms of the whole answer: one, or for an equation such as y = 2x its right side and the
-        equation.
-        """
-        items = _split(self.tokens, _separates)
-        if len(items) == 1 and (sides := self.sides(items[0])):
-            return self.relation(*sides)
-        return {self.solutions(items)}
+    def __init__(self):
+        self.readings, self.formulas, self.units, self.depth = set(), [], set(), 0
 
-    def solutions(self, items: list[list]) -> object:
+    def read(self, tokens: list) -> None:
+        if sum(t[1] == "^" for t in tokens) > MAX_POWERS:
+            raise Unreadable
+        items = _split(tokens, _separates)
+        sides = _sides(items[0]) if len(items) == 1 else None
+        self.readings = self.relation(*sides) if sides else {self.solutions(items)}
+
+    def solutions(self, items: list[list]) -> tuple:
         """Solutions in any order; one that is alone is itself."""
         found = []
-        for item in items:
-            if item:
-                form = self.item(item)
-                found += form[1].elements() if isinstance(form, tuple) and form[0] == "list" else [form]
+        for item in filter(None, items):
+            reading = self.item(item)
+            found += Counter(dict(reading[1])).elements() if reading[0] == "list" else [reading]
         if not found:
             raise Unreadable
-        return found[0] if len(found) == 1 else ("list", Many(found))
+        return found[0] if len(found) == 1 else ("list", _in_any_order(found))
 
-    def item(self, tokens: list) -> object:
+    def item(self, tokens: list) -> tuple:
+        """One solution: a relation, set, union, interval, tuple or formula, which may have a unit."""
         self.depth += 1
         if self.depth > MAX_DEPTH or not tokens:
             raise Unreadable
@@ -260,84 +251,64 @@ class Reader:
         finally:
             self.depth -= 1
 
-    def one(self, tokens: list) -> object:
-        """A single solution: a relation, set, union, interval or tuple, or an expression with or
-        without a unit.
-        """
-        if sides := self.sides(tokens):
-            forms = self.relation(*sides)
-            values = [f for f in forms if not (isinstance(f, tuple) and f[0] == "equation")]
-            return [*values, *forms][0]
-        if _wraps(tokens) and tokens[0][1] == r"\{":
-            return self.solutions(_split(tokens[1:-1], _separates))
-        # both signs
+    def one(self, tokens: list) -> tuple:
+        if sides := _sides(tokens):
+            readings = self.relation(*sides)
+            return min(readings, key=lambda r: r[0] == "equation")
+        wrapped = tokens[0][1] if _wraps(tokens) else ""
+        inside = _split(tokens[1:-1], _separates)
+        if wrapped == r"\{" or wrapped == "{" and len(inside) > 1:
+            return self.solutions(inside)
         if any(t[1] in (r"\pm", r"\mp") for t in tokens):
             upper, lower = {r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"}
-            both = [
-                [("other", s[t], w) if t in s else (k, t, w) for k, t, w in tokens] for s in (upper, lower)
-            ]
+            both = [[("other", s[t], w) if t in s else (k, t, w) for k, t, w in tokens] for s in (upper, lower)]
             return self.solutions(both)
         parts = _split(tokens, lambda t: t[1] == r"\cup")
         if len(parts) > 1:
-            return ("union", Many(self.item(part) for part in parts))
-        if _wraps(tokens) and tokens[0][1] in ("(", "["):
-            items = _split(tokens[1:-1], lambda t: t[1] in (",", ";"))
-            if len(items) > 1:
-                return ("tuple", tokens[0][1], tokens[-1][1], *map(self.item, items))
+            return ("union", _in_any_order(map(self.item, parts)))
+        if wrapped in ("(", "[") and len(inside) > 1:
+            return ("tuple", wrapped, tokens[-1][1], *map(self.item, inside))
         return self.quantity(tokens)
 
-    def sides(self, tokens: list) -> tuple[list, list] | None:
-        """(sides, relations) of a chain such as 0 < x <= 1, or None."""
-        if not any(t[1] in RELATIONS for t in tokens):
-            return None
-        sides = _split(tokens, lambda t: t[1] in RELATIONS)
-        depth_0 = [t for t, _ in _at_depth_0(tokens) if t[1] in RELATIONS]
-        return (sides, [RELATIONS[t[1]] for t in depth_0]) if len(sides) > 1 else None
-
-    def relation(self, sides: list[list], relations: list[str]) -> set:
-        """The forms of a chain of relations: the value of a name, an equation, or inequalities."""
-        if not set(relations) <= {"=", "in"}:
-            forms = [self.item(side) for side in sides]
-            if all(r[0] == ">" for r in relations):
-                forms, relations = forms[::-1], [r.replace(">", "<") for r in relations[::-1]]
-            return {("relation", *relations, *forms)}
-        name = _is_name(sides[0])
-        forms = [self.item(side) for side in sides[name:-1]]
-        self.finished = True  # only the last side is the result
-        forms.append(self.item(sides[-1]))
-        found = set()
+    def relation(self, sides: list[list], signs: list[str]) -> set:
+        """The readings of a chain of relations: the value of a name, an equation, or inequalities."""
+        if set(signs) != {"="}:
+            readings = [self.item(side) for side in sides]
+            if all(sign[0] == ">" for sign in signs):
+                readings, signs = readings[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+            return {("relation", *signs, *readings)}
+        name, found = _is_name(sides[0]), set()
+        shown = [Answer() for _ in sides]
+        readings = [a.item(side) for a, side in zip(shown[name:], sides[name:], strict=True)]
+        self.formulas, self.units = self.formulas + shown[-1].formulas, self.units | shown[-1].units
         # x = 5 is the value 5, and so is 10/2 = 5
-        constant = all(isinstance(f, Form) and rational(f) is not None for f in forms)
-        if (name or constant) and len(set(forms)) == 1:
-            found.add(forms[-1])
+        if (name or all(r[0] == "value" and r[1] == r[2] for r in readings)) and len(set(readings)) == 1:
+            found.add(readings[-1])
         # y = 2x is an equation as well, since y is a variable
-        if len(sides) == 2 and relations == ["="] and (not name or len(sides[0]) == 1):
-            left, right = self.item(sides[0]), forms[-1]
-            if isinstance(left, Form) and isinstance(right, Form) and left != right:
-                found.add(("equation", primitive(add(left, negate(right)))))
+        if len(sides) == 2 and (not name or len(sides[0]) == 1 and sides[0][0][0] != "text"):
+            shown[0].formulas or shown[0].item(sides[0])
+            if len(shown[0].formulas) == len(shown[1].formulas) == 1:
+                if where := zeros(*shown[0].formulas, *shown[1].formulas):
+                    found.add(("equation", where))
         if not found:
             raise Unreadable
         return found
 
-    def quantity(self, tokens: list) -> object:
-        """An expression, and a unit after it, which is noted but not part of the form."""
+    def quantity(self, tokens: list) -> tuple:
+        """A formula, and a unit after it, which is noted but not part of the reading."""
         if all(kind == "text" for kind, _, _ in tokens):
-            return ("words", *(text[0].lower() + text[1:] for _, text, _ in tokens if text))
-        unit = _unit_start(tokens)
-        form = Expression(self, tokens[:unit]).whole()
-        times, known = _unit(tokens[unit:])
+            return ("words", *(text[:1].lower() + text[1:] for _, text, _ in tokens))
+        start = _unit_start(tokens)
+        formula = Formula(tokens[:start], self.depth).whole()
+        times, known = _unit(tokens[start:])
         self.units |= {known} if known else set()
-        return multiply(form, number(times)) if times != 1 else form
+        formula = ("*", formula, ("number", Fraction(times))) if times != 1 else formula
+        self.formulas.append(formula)
+        return ("value", *fingerprint(formula))
 
 
-class Many(frozenset):
-    """A multiset that can be hashed: a frozenset of (element, how many)."""
-
-    def __new__(cls, elements):
-        return super().__new__(cls, Counter(elements).items())
-
-    def elements(self):
-        return Counter(dict(self)).elements()
+def _in_any_order(readings) -> frozenset:
+    return frozenset(Counter(readings).items())
 
 
 def _tokens(text: str) -> list[tuple[str, str, bool]]:
@@ -345,11 +316,10 @@ def _tokens(text: str) -> list[tuple[str, str, bool]]:
     for m in TOKEN.finditer(text):
         kind, piece, spaced = m.lastgroup, m[0], m.start() > end
         end = m.end()
-        if kind == "text":
+        if kind == "text" and piece[0] == "\\":
             found.append((*_text_token(piece[piece.index("{") + 1 : -1].strip(), found), spaced))
         elif kind == "word":
-            pieces = _word_tokens(piece, found)
-            found += [(*token, spaced and i == 0) for i, token in enumerate(pieces)]
+            found += [(*token, spaced and not i) for i, token in enumerate(_word_tokens(piece, found))]
         else:
             found.append((kind, re.sub(r"\s", "", piece), spaced))
     return found
@@ -367,7 +337,7 @@ def _text_token(content: str, before: list) -> tuple[str, str]:
 def _word_tokens(word: str, before: list) -> list[tuple[str, str]]:
     """(kind, text) for letters outside commands: a name, a word, a unit, or else a product of variables."""
     if word in ("sqrt", "pi", "infinity", "inf"):
-        return [("command", {"inf": r"\infty", "infinity": r"\infty"}.get(word, "\\" + word))]
+        return [("command", r"\infty" if word[:3] == "inf" else "\\" + word)]
     if word in FUNCTIONS:
         return [("word", word)]
     is_unit = before and before[-1][0] == "number" and word.lower().removesuffix("s") in UNIT_OF
@@ -376,35 +346,39 @@ def _word_tokens(word: str, before: list) -> list[tuple[str, str]]:
     return [("word", letter) for letter in word]
 
 
-OPENING, CLOSING = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
-
-
-def _at_depth_0(tokens: list):
-    """(token, index) of the tokens outside all brackets."""
-    depth = 0
-    for i, token in enumerate(tokens):
-        opens = token[1] in OPENING or token[1].startswith(r"\begin")
-        closes = token[1] in CLOSING or token[1].startswith(r"\end")
-        depth -= closes and token[0] != "text"
-        if depth == 0 and not opens and not closes:
-            yield token, i
-        depth += opens and token[0] != "text"
-
-
 def _split(tokens: list, separates) -> list[list]:
-    cuts = [-1, *(i for token, i in _at_depth_0(tokens) if separates(token)), len(tokens)]
-    return [tokens[a + 1 : b] for a, b in pairwise(cuts)]
+    """The tokens cut where a token outside all brackets separates."""
+    depth, cuts = 0, [-1]
+    for i, (kind, text, spaced) in enumerate(tokens):
+        opens = kind != "text" and (text in BRACKETS or text.startswith(r"\begin"))
+        closes = kind != "text" and (text in CLOSING or text.startswith(r"\end"))
+        depth += opens - closes
+        if depth == 0 and not closes and separates((kind, text, spaced)):
+            cuts.append(i)
+    return [tokens[a + 1 : b] for a, b in pairwise([*cuts, len(tokens)])]
 
 
 def _separates(token: tuple) -> bool:
     return token[1] in (",", ";") or token[0] == "text" and token[1].strip(", ") in ("or", "and")
 
 
+def _sides(tokens: list) -> tuple[list, list] | None:
+    """(sides, relations) of a chain such as 0 < x <= 1, or None."""
+    signs = []
+
+    def relates(token: tuple) -> bool:
+        signs.extend([RELATIONS[token[1]]] if token[1] in RELATIONS else [])
+        return token[1] in RELATIONS
+
+    sides = _split(tokens, relates)
+    return (sides, signs) if signs else None
+
+
 def _wraps(tokens: list) -> bool:
     """Whether the first token is a bracket that the last one closes."""
     depth = 0
     for i, token in enumerate(tokens):
-        depth += (token[1] in OPENING) - (token[1] in CLOSING)
+        depth += (token[1] in BRACKETS) - (token[1] in CLOSING)
         if depth <= 0:
             return i > 0 and i == len(tokens) - 1
     return False
@@ -420,18 +394,12 @@ def _is_name(tokens: list) -> bool:
 
 def _unit_start(tokens: list) -> int:
     """Where the unit at the end begins: text after a number, then more text, powers, "/" and products."""
+    operators = ("^", "_", "+", "-", "*", "/", r"\cdot", r"\times", "=")
     for i, (kind, _, _) in enumerate(tokens):
-        if (
-            kind == "text"
-            and i
-            and tokens[i - 1][1] not in ("^", "_", "+", "-", "*", "/", r"\cdot", r"\times", "=")
-        ):
+        if kind == "text" and i and tokens[i - 1][1] not in operators:
             tail = "".join(" x" if k == "text" else t for k, t, _ in tokens[i:])
-            return (
-                i
-                if re.fullmatch(r"(?:(?:/|\\cdot)? x(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)+", tail)
-                else len(tokens)
-            )
+            is_unit = re.fullmatch(r"(?:(?:/|\\cdot)? x(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)+", tail)
+            return i if is_unit else len(tokens)
     return len(tokens)
 
 
@@ -439,40 +407,38 @@ def _unit(tokens: list) -> tuple[int, tuple | None]:
     """(the count a unit stands for, such as 1000 for thousand, and the unit itself if it is a known one)."""
     times, known, power_of_next = 1, [], 1
     for kind, text, _ in tokens:
-        words = re.findall(r"[a-z]+|\^|[0-9]", text.lower()) if kind == "text" else []
+        words = re.findall(r"[a-z]+|[0-9]", text.lower()) if kind in ("text", "number") else []
         for word in words:
             name = word.removesuffix("s")
-            if word in PARTS:
+            if PARTS.fullmatch(word):
                 raise Unreadable
             if name in COUNTS:
                 times *= COUNTS[name]
             elif name in ("square", "sq", "cubic"):
                 power_of_next = 3 if name == "cubic" else 2
-            elif word.isdigit() and known:
-                known[-1] = (known[-1][0], int(word))
-            elif word != "^":
+            elif word.isdigit():
+                known[-1:] = [(known[-1][0], int(word))] if known else []
+            else:
                 known.append((UNIT_OF.get(name) or UNIT_OF.get(word), power_of_next))
                 power_of_next = 1
-        if kind == "number" and known:
-            known[-1] = (known[-1][0], int(text) if len(text) == 1 else 0)
     certain = known and all(unit for unit, _ in known) and not any(t[1] in ("/", "-") for t in tokens)
     return times, tuple(known) if certain else None
 
 
-# ---- reading: expressions ------------------------------------------------------------------------
+# ---- formulas ------------------------------------------------------------------------------------
 
 
-class Expression:
-    """Reads sums, products, powers, fractions, roots and functions by recursive descent into a form."""
+class Formula:
+    """Reads sums, products, powers, fractions, roots and functions by recursive descent into a tree."""
 
-    def __init__(self, reader: Reader, tokens: list):
-        self.reader, self.tokens, self.at = reader, list(tokens), 0
+    def __init__(self, tokens: list, depth: int):
+        self.tokens, self.at, self.depth, self.bars = list(tokens), 0, depth, 0
 
-    def whole(self) -> Form:
-        form = self.sum()
+    def whole(self) -> tuple:
+        tree = self.sum()
         if self.at < len(self.tokens):
             raise Unreadable
-        return form
+        return tree
 
     def peek(self, ahead: int = 0) -> str:
         return self.tokens[self.at + ahead][1] if self.at + ahead < len(self.tokens) else ""
@@ -480,113 +446,89 @@ class Expression:
     def kind(self, ahead: int = 0) -> str:
         return self.tokens[self.at + ahead][0] if self.at + ahead < len(self.tokens) else ""
 
-    def take(self, expected: str = "") -> str:
+    def take(self, *expected: str) -> str:
         token = self.peek()
-        if not token or expected and token != expected:
+        if not token or expected and token not in expected:
             raise Unreadable
         self.at += 1
         return token
 
-    def sum(self) -> Form:
-        total, began = number(0), self.at
-        while not (self.at > began and self.peek() not in ("+", "-")):
+    def sum(self) -> tuple:
+        terms = []
+        while not terms or self.peek() in ("+", "-"):
             sign = self.take() if self.peek() in ("+", "-") else "+"
-            term = self.product()
-            if {product for product, _ in total} & {product for product, _ in term}:
-                self.reader.finished = False  # like terms
-            total = add(total, negate(term) if sign == "-" else term)
-        return total
+            terms.append(negated(self.product()) if sign == "-" else self.product())
+        return ("+", *terms) if len(terms) > 1 else terms[0]
 
-    def product(self) -> Form:
+    def product(self) -> tuple:
         factors = [self.mixed_number() or self.power()]
         while True:
-            token, kind = self.peek(), self.kind()
-            if token in ("*", r"\cdot", r"\times"):
+            if self.peek() in ("*", r"\cdot", r"\times"):
                 self.take()
                 factors.append(self.power())
-            elif token in ("/", r"\div"):
+            elif self.peek() in ("/", r"\div"):
                 self.take()
-                factors.append(power(self.power(), number(-1)))
-            elif kind == "number" and self.kind(-1) == "number":
+                factors.append(inverse(self.power()))
+            elif self.kind() == self.kind(-1) == "number":
                 raise Unreadable  # 1 0 0 is neither 100 nor 0
             elif self.starts_factor():
                 factors.append(self.power())
             else:
                 break
         # 0 times something is an unfinished answer, or I(0), a function's value
-        if len(factors) > 1 and number(0) in factors:
+        if len(factors) > 1 and ("number", 0) in factors:
             raise Unreadable
-        return reduce(multiply, factors)
+        return ("*", *factors) if len(factors) > 1 else factors[0]
 
     def starts_factor(self) -> bool:
         """Whether a factor can begin here without a sign for the product in front."""
         token, kind = self.peek(), self.kind()
         if token == "|":
-            return not self.reader.bars
-        ends = (r"\}", r"\{", r"\rfloor", r"\rceil", r"\rangle", r"\cdot", r"\times", r"\div")
+            return not self.bars
         if kind in ("command", "matrix"):
+            ends = (r"\}", r"\{", r"\rfloor", r"\rceil", r"\rangle", r"\cdot", r"\times", r"\div")
             return token not in ends and not token.startswith(r"\end")
         return kind in ("number", "word") or token in ("(", "[", "{")
 
-    def mixed_number(self) -> Form | None:
+    def mixed_number(self) -> tuple | None:
         r"""2\frac{1}{2} or 2 1/2, where the fraction is below 1."""
         if self.kind() != "number" or not self.peek().isdigit():
             return None
-        start, whole = self.at, self.take()
+        start, whole, parts = self.at, self.take(), None
         if self.peek() == r"\frac":
             self.take()
-            above, below = self.argument(digit=True), self.argument(digit=True)
-        elif (
-            self.kind() == "number"
-            and self.peek(1) == "/"
-            and self.kind(2) == "number"
-            and self.tokens[self.at][2]
-        ):
-            above, _, below = number(_decimal(self.take())), self.take(), number(_decimal(self.take()))
-        else:
-            above = below = frozenset()
-        above, below = rational(above), rational(below)
-        if (
-            above
-            and below
-            and 0 < above < below
-            and above.denominator == below.denominator == 1
-            and self.peek() not in ("^", "_")
-        ):
-            return number(_decimal(whole) + above / below)
+            parts = self.argument(digit=True), self.argument(digit=True)
+        elif self.kind() == self.kind(2) == "number" and self.peek(1) == "/" and self.tokens[self.at][2]:
+            parts = self.number(self.take()), self.take() and self.number(self.take())
+        if parts and all(p[0] == "number" and p[1].denominator == 1 for p in parts):
+            if 0 < parts[0][1] < parts[1][1] and self.peek() not in ("^", "_"):
+                return ("number", int(whole) + parts[0][1] / parts[1][1])
         self.at = start
         return None
 
-    def power(self) -> Form:
-        form = self.base()
-        while True:
-            token = self.peek()
-            if token == "^":
-                self.take()
-                form = power(form, self.argument(sign=True))
-            elif token == "!":
-                self.take()
-                form = _factorial(form)
-            elif token == "%" and self.peek(1) != "%":
-                self.take()
-                form = divide(form, number(100))
-            elif token == "'":
-                self.take()
-                form = atom("prime of", form)
-            elif token == "_":
-                form = atom("subscripted", form, self.below())
+    def power(self) -> tuple:
+        tree = self.base()
+        while self.peek() in ("^", "!", "'", "_") or self.peek() == "%" != self.peek(1):
+            sign = self.peek()
+            if sign == "_":
+                tree = ("subscripted", tree, ("symbol", self.below()))
+                continue
+            self.take()
+            if sign == "^":
+                tree = ("^", tree, self.argument(sign=True))
+            elif sign == "%":
+                tree = ("*", tree, ("number", Fraction(1, 100)))
             else:
-                return form
+                tree = ("factorial" if sign == "!" else "prime of", tree)
+        return tree
 
-    def argument(self, digit: bool = False, sign: bool = False) -> Form:
-        r"""What a command or ^ applies to: a group in braces or a single symbol. digit: one digit only, as in
-        \frac12.
-        """
+    def argument(self, digit: bool = False, sign: bool = False) -> tuple:
+        r"""What a command or ^ applies to: a group in braces or one symbol. digit: one digit, as in \frac12."""
         if self.peek() == "{":
-            return self.group("{", "}")
+            return self.group()
         if sign and self.peek() == "-":
             self.take()
-            return negate(self.argument())
+            return negated(self.argument())
         if self.kind() == "number":
             text, (kind, _, spaced) = self.take(), self.tokens[self.at - 1]
             if digit and not text.isdigit():
@@ -594,95 +536,79 @@ class Expression:
             if digit and len(text) > 1:
                 self.at -= 1
                 self.tokens[self.at] = (kind, text[1:], spaced)
-                text = text[0]
-            return number(_decimal(text))
-        if (
-            self.peek() == r"\frac"
-            or self.kind() == "word"
-            or self.kind() == "command"
-            and self.starts_factor()
-        ):
+            return self.number(text[0] if digit else text)
+        if self.kind() == "word" or self.kind() == "command" and self.starts_factor():
             return self.base()
         raise Unreadable
 
-    def group(self, opening: str, closing: str) -> Form:
-        self.take(opening)
-        form = self.sum()
+    def group(self) -> tuple:
+        closing = BRACKETS[self.take()]
+        tree = self.sum()
         self.take(closing)
-        return form
+        return tree
 
-    def base(self) -> Form:
-        self.reader.depth += 1
-        if self.reader.depth > MAX_DEPTH:
+    def number(self, text: str) -> tuple:
+        r"""12, 1.50, .5, 1e-3 or 0.1\overline{6}, exactly."""
+        digits, bar, repeated = text.partition(r"\overline")
+        value = Fraction(digits.removesuffix("."))
+        if bar:
+            period = re.sub("[^0-9]", "", repeated)
+            places = len(digits.partition(".")[2])
+            value += Fraction(int(period), (10 ** len(period) - 1) * 10**places)
+        return ("number", value)
+
+    def base(self) -> tuple:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
             raise Unreadable
-        form = self.number_or_symbol()
-        self.reader.depth -= 1
-        return form
+        tree = self.number_or_symbol()
+        self.depth -= 1
+        return tree
 
-    def number_or_symbol(self) -> Form:
+    def number_or_symbol(self) -> tuple:
         token, kind = self.peek(), self.kind()
-        if kind == "number":
-            self.take()
-            if self.peek() == "_":
-                return self.subscripted(token)
-            return number(_decimal(token))
         if token in ("(", "[", "{"):
-            return self.group(token, {"(": ")", "[": "]", "{": "}"}[token])
+            return self.group()
+        self.take()
+        if kind == "number":
+            return self.symbol(token) if self.peek() == "_" else self.number(token)
         if token == "|":
-            self.take()
-            self.reader.bars += 1
-            form = self.sum()
-            self.reader.bars -= 1
+            self.bars += 1
+            tree = self.sum()
+            self.bars -= 1
             self.take("|")
-            return atom("absolute", form)
-        name = self.take()
-        if name.removeprefix("\\") in FUNCTIONS:
-            return self.function(name.removeprefix("\\"))
+            return ("absolute", tree)
+        if token.removeprefix("\\") in FUNCTIONS:
+            return self.function(token.removeprefix("\\"))
         if kind == "matrix":
-            return self.matrix(name)
-        if kind == "word" or kind == "command" and re.fullmatch(r"\\[A-Za-z]+", name):
-            return self.command(name)
+            return self.matrix(token)
+        if kind == "word" or kind == "command" and re.fullmatch(r"\\[A-Za-z]+", token):
+            return self.command(token)
         raise Unreadable
 
-    def command(self, name: str) -> Form:
+    def command(self, name: str) -> tuple:
         """A symbol, or a command with its arguments."""
         if name == r"\frac":
-            above = self.argument(digit=True)
-            return divide(above, self.argument(digit=True))
+            return ("*", self.argument(digit=True), inverse(self.argument(digit=True)))
         if name == r"\sqrt":
-            degree = self.group("[", "]") if self.peek() == "[" else number(2)
-            radicand = self.group("(", ")") if self.peek() == "(" else self.argument()
-            return power(radicand, divide(number(1), degree))
+            degree = self.group() if self.peek() == "[" else ("number", Fraction(2))
+            radicand = self.group() if self.peek() == "(" else self.argument()
+            return ("^", radicand, inverse(degree))
         if name == r"\binom":
-            return _binomial(self.argument(digit=True), self.argument(digit=True))
+            return ("binomial", self.argument(digit=True), self.argument(digit=True))
         if name in (r"\lfloor", r"\lceil"):
-            form = self.group_after(name.replace("l", "r", 1))
-            return atom(name, form)
-        if name in (r"\dot", r"\ddot", r"\hat", r"\bar", r"\vec", r"\tilde", r"\overline"):
-            return atom(name, self.argument())
-        if name in (
-            r"\text",
-            r"\to",
-            r"\ldots",
-            r"\dots",
-            r"\cdots",
-            r"\mid",
-            r"\approx",
-            r"\begin",
-            r"\end",
-            r"\cap",
-        ):
+            tree = self.sum()
+            self.take(name.replace("l", "r", 1))
+            return (name, tree)
+        if name in ACCENTS:
+            return (name, self.argument())
+        if name in NO_FORMULAS:
             raise Unreadable
-        return self.subscripted(name)
+        return self.symbol(name)
 
-    def group_after(self, closing: str) -> Form:
-        form = self.sum()
-        self.take(closing)
-        return form
-
-    def subscripted(self, name: str) -> Form:
+    def symbol(self, name: str) -> tuple:
         """A symbol, whose subscript is part of its name."""
-        return atom("symbol", f"{name}_{self.below()}" if self.peek() == "_" else name)
+        return ("symbol", f"{name}_{self.below()}" if self.peek() == "_" else name)
 
     def below(self) -> str:
         """The text of a subscript, without braces."""
@@ -693,66 +619,32 @@ class Expression:
             depth += (found[-1] == "{") - (found[-1] == "}")
         return "".join(found).replace("{", "").replace("}", "")
 
-    def function(self, name: str) -> Form:
-        """sin x, sin^2 x, log_2 x: the argument is what is in brackets, or the product up to the next sign or
-        function.
-        """
-        below = self.subscripted(name) if self.peek() == "_" else None
-        exponent = number(1)
+    def function(self, name: str) -> tuple:
+        """sin x, sin^2 x, log_2 x: of what is in brackets, or the product up to the next sign or function."""
+        below, exponent = self.below() if self.peek() == "_" else "", None
         if self.peek() == "^":
             self.take()
             exponent = self.argument(sign=True)
         if self.peek() in ("(", "{"):
-            form = self.group(self.peek(), {"(": ")", "{": "}"}[self.peek()])
+            inside = self.group()
         else:
-            form = self.mixed_number() or self.power()
-            while (
-                self.kind() in ("number", "word", "command")
-                and self.starts_factor()
-                and not self.is_function()
-            ):
-                form = multiply(form, self.power())
-        return power(atom(name, form, *([below] if below else [])), exponent)
+            factors = [self.mixed_number() or self.power()]
+            while self.kind() in ("number", "word", "command") and self.starts_factor():
+                if self.peek().removeprefix("\\") in FUNCTIONS:
+                    break
+                factors.append(self.power())
+            inside = ("*", *factors)
+        number = re.fullmatch(r"[0-9]+", below)
+        base = ("number", Fraction(below)) if number else ("symbol", below)
+        tree = (name, inside, base) if below else (name, inside)
+        return ("^", tree, exponent) if exponent else tree
 
-    def is_function(self) -> bool:
-        return self.peek().removeprefix("\\") in FUNCTIONS
-
-    def matrix(self, begin: str) -> Form:
-        kind = re.fullmatch(r"\\begin\{([bp]?matrix)\}", begin)
+    def matrix(self, begin: str) -> tuple:
         end = next((i for i in range(self.at, len(self.tokens)) if self.tokens[i][0] == "matrix"), None)
-        if not kind or end is None or self.tokens[end][1] != begin.replace("begin", "end"):
+        if begin != r"\begin{pmatrix}" or end is None or self.tokens[end][1] != r"\end{pmatrix}":
             raise Unreadable
         rows = _split(self.tokens[self.at : end], lambda t: t[1] == "\\\\")
-        cells = [_split(row, lambda t: t[1] == "&") for row in rows if row]
+        rows = [_split(row, lambda t: t[1] == "&") for row in rows if row]
         self.at = end + 1
-        return atom(
-            "matrix", *(tuple(Expression(self.reader, cell).whole() for cell in row) for row in cells)
-        )
-
-
-def _decimal(text: str) -> Fraction:
-    r"""12, 1.50, .5, 1e-3 or 0.1\overline{6}, exactly."""
-    digits, bar, repeated = text.partition(r"\overline")
-    if not bar:
-        return Fraction(text.rstrip(".") if text.endswith(".") else text)
-    repeated = re.sub("[^0-9]", "", repeated)
-    places = len(digits.partition(".")[2])
-    return Fraction(digits.rstrip(".")) + Fraction(int(repeated), (10 ** len(repeated) - 1) * 10**places)
-
-
-def _factorial(form: Form) -> Form:
-    n = rational(form)
-    if n is None:
-        return atom("factorial", form)
-    if n.denominator != 1 or not 0 <= n <= 400:
-        raise Unreadable
-    return number(factorial(int(n)))
-
-
-def _binomial(above: Form, below: Form) -> Form:
-    n, k = rational(above), rational(below)
-    if n is None or k is None:
-        return atom("binomial", above, below)
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 1000:
-        raise Unreadable
-    return number(comb(int(n), int(k)))
+        cells = [Formula(cell, self.depth).whole() for row in rows for cell in row]
+        return (f"matrix {list(map(len, rows))}", *cells)
