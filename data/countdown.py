@@ -33,6 +33,7 @@ Kept although odd: an empty block earns 0.1; <think> is not checked; signs in fr
 after it ("19.") are accepted; "= target", leading zeros and characters that are not ASCII are not."""
 
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -41,9 +42,11 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+if __name__ == "__main__":  # python data/countdown.py
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.published import score_published as published
-from data.rows import PROMPT, answer_block, first, read_rows
-from infra.config import UserError
+from data.rows import PROMPT, SOURCES, answer_block, first, read_rows, show
+from infra.config import UserError, run_script
 
 INSTRUCTION = (
     "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
@@ -57,6 +60,8 @@ LUCKY = 0.075  # style short leaves out problems that a random chain solves with
 PATIENCE = 20_000  # give up after this many draws without a new problem
 MAX_EQUATION = 500  # characters; this bounds the nesting and the size of every integer too
 MAX_CHAIN = 1000  # characters of the lines of style short
+
+NEEDS = {"numbers": list, "target": (int, float, str)}
 
 Number = int | Fraction
 Step = tuple[Number, str, Number, Number]  # a, op, b, c: a op b = c
@@ -76,8 +81,7 @@ def load(
     A larger n only extends the list. The training and test problems of any two seeds are disjoint.
     """
     if path is not None:
-        needs = {"numbers": list, "target": (int, float, str)}
-        return first(read_rows(path, split, needs, read_numbers), n, path, split)
+        return first(read_rows(path, split, NEEDS, read_numbers, SOURCES["countdown"][1]), n, path, split)
     if style not in DEFAULTS:
         raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     if split not in ("train", "test"):
@@ -416,3 +420,7 @@ def _apply(op: str, values: list[Fraction]) -> None:
         return
     a = values.pop()
     values.append(a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b)
+
+
+if __name__ == "__main__":
+    run_script(lambda argv: show("countdown", *argv))

@@ -79,14 +79,17 @@ import hashlib
 import io
 import random
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, reduce
 from operator import and_
 from pathlib import Path
 
+if __name__ == "__main__":  # python data/logic.py
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.published import score_published as published
-from data.rows import PROMPT, answer_block, first, read_rows
-from infra.config import UserError
+from data.rows import PROMPT, SOURCES, answer_block, first, read_rows, show
+from infra.config import UserError, run_script
 
 INSTRUCTION = (
     "On an island everybody is either a knight, who only says what is true, or a knave, who only says what "
@@ -107,6 +110,7 @@ NAMES = (
     "Nina Nora Oscar Otto Paula Peter Petra Rosa Rudi Sara Simon Tara Theo Tina Uma Vera Viktor Wanda "
     "Xenia Yara Yuri Zara"
 ).split()
+NEEDS = {"names": list, "solution": list, "statements": str}
 LETTERS = "ABCDEFG"
 MIN_SIZE, MAX_SIZE = 2, len(LETTERS)
 DEFAULTS = {
@@ -145,8 +149,7 @@ def load(
     if n is not None and n < 1:
         raise UserError(f"n: {n}; must be >= 1")
     if path is not None:
-        needs = {"names": list, "solution": list, "statements": str}
-        return first(read_rows(path, split, needs, unusable), n, path, split)
+        return first(read_rows(path, split, NEEDS, unusable, SOURCES["logic"][1]), n, path, split)
     if style not in DEFAULTS:
         raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     default_n, default_sizes = DEFAULTS[style]
@@ -559,3 +562,7 @@ def unusable(truth: dict) -> str | None:
     if _contradicted(dict(enumerate(solution)), agree, range(len(names))) is not None:
         return "'solution' does not fit 'statements'"
     return None
+
+
+if __name__ == "__main__":
+    run_script(lambda argv: show("logic", *argv))
