@@ -1,0 +1,148 @@
+"""Calling a task's score(): its form is checked once before a run, and a response that breaks it or keeps it busy
+costs one answer rather than the run. Wherever answers are counted, only a reward of 1.0 counts as right."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from multiprocessing.connection import Connection, wait
+from types import ModuleType
+from typing import Any
+
+from infra.config import UserError
+
+FORM = "score(response, truth) must return (reward, verdict): a finite number, 1.0 if right, and a short string"
+
+
+class TimeUp(BaseException):
+    """Raised inside a score() that takes too long; no Exception, so that a checker does not catch it itself."""
+
+
+def check_task(task: ModuleType, rows: Sequence[dict]) -> None:
+    """UserError unless every truth can be written as JSON and score() returns what it must for the reference
+    answers of three rows; a note if it counts none of them as right."""
+    for i, row in enumerate(rows):
+        try:
+            json.dumps(row["truth"])
+        except (TypeError, ValueError) as e:
+            rule = "a truth must consist of dict, list, str, int, float, bool and None"
+            raise UserError(f"task {task.__name__}, row {i}: {rule} ({e})") from None
+    judged = judge(task, ["".join(r["hint"]) + r["answer"] for r in rows[:3]], [r["truth"] for r in rows[:3]])
+    rewards = [reward for (reward, _), row in zip(judged, rows, strict=False) if row["answer"]]
+    if rewards and 1.0 not in rewards:
+        seen = f"score() gives the reference answers of its first rows the rewards {rewards}"
+        print(f"note: task {task.__name__}: {seen}; only 1.0 counts as right", file=sys.stderr)
+
+
+def judge(
+    task: ModuleType, responses: Sequence[str], truths: Sequence[Any],
+    timeout: float = 10.0, workers: int = 0, on_error: str = "stop",
+) -> list[tuple[float, str]]:  # fmt: skip
+    """(reward, verdict) of each response: in this process, or in others, so many `workers` at a time.
+
+    timeout: seconds for an answer (0: no limit), which then gets (0.0, "timeout"). In this process that works
+    in the main thread alone and does not interrupt C code; another one is killed. on_error: a score() that
+    raises is a UserError ("stop") or gives (0.0, "error: ...") ("zero"). A result of another form is one too."""
+    jobs = [(task, *job, timeout) for job in zip(responses, truths, strict=True)]
+    results, failed = [], {}
+    for i, (reward, verdict, error) in enumerate(_in_processes(jobs, workers) if workers else map(_attempt, jobs)):
+        if error == "has another form" or error == "raised" and on_error == "stop":
+            raise UserError(f"task {task.__name__}, row {i} ({responses[i][-60:]!r}): {verdict}")
+        failed.setdefault(error, []).append(i)
+        results.append((reward, verdict))
+    for error in sorted(failed.keys() - {""}):
+        share = f"{len(failed[error])} of {len(jobs)} answers, the first of row {failed[error][0]}"
+        print(f"warning: score() of task {task.__name__} {error} for {share}: reward 0", file=sys.stderr)
+    return results
+
+
+def _attempt(job: tuple[ModuleType, str, Any, float]) -> tuple[float, str, str]:
+    """(reward, verdict, what went wrong) of a job, leaving the handler and the timer of the alarm as they were."""
+    task, response, truth, timeout = job
+    limited = timeout and threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGALRM, _stop) if limited else None
+    left, began = signal.setitimer(signal.ITIMER_REAL, timeout)[0] if limited else 0, time.monotonic()
+    try:
+        try:
+            reward, verdict = result = task.score(response, truth)
+        finally:
+            if limited:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        number = math.nan if isinstance(reward, str) else float(reward)  # of numpy, torch or bool too
+        if math.isfinite(number) and isinstance(verdict, str) and len(verdict) <= 200:
+            return number, str(verdict), ""
+        return 0.0, f"{FORM}; here they are {str(result)[:80]}", "has another form"
+    except TimeUp:
+        return 0.0, "timeout", f"took longer than {timeout:g} s"
+    except Exception as e:
+        ours = e.__traceback__.tb_next is None  # the result could not be unpacked or converted
+        what = f"{FORM};" if ours else "error: score() raised"
+        return 0.0, f"{what} {type(e).__name__}: {e}"[:300], "has another form" if ours else "raised"
+    finally:
+        if limited:
+            signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+            if left:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - began)))
+
+
+def _stop(*_: Any) -> None:
+    raise TimeUp
+
+
+@cache
+def reset_signals_in_children() -> None:
+    """Take our signal handlers from every process forked from now on, so that one that a score() starts and
+    terminates does end. A trainer with handlers calls this once."""
+    os.register_at_fork(after_in_child=_reset_signals)
+
+
+def _reset_signals() -> None:
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _in_processes(jobs: list[tuple], workers: int) -> list[tuple[float, str, str]]:
+    """_attempt() of each job in a forked process, which is killed with its children afterwards or when late."""
+    fork, outcomes, running, todo = multiprocessing.get_context("fork"), {}, {}, list(enumerate(jobs))
+    try:
+        while todo or running:
+            while todo and len(running) < workers:
+                (i, job), (ours, theirs) = todo.pop(0), fork.Pipe(duplex=False)
+                process = fork.Process(target=_send, args=(theirs, job))
+                process.start()
+                theirs.close()
+                running[ours] = i, process, time.monotonic() + (job[-1] or math.inf) + 1
+            done = set(wait(list(running), timeout=0.1))
+            for connection in [c for c, (*_, end) in running.items() if c in done or time.monotonic() > end]:
+                i, process, _ = running.pop(connection)
+                try:
+                    late = 0.0, "timeout", f"took longer than {jobs[i][-1]:g} s"
+                    outcomes[i] = connection.recv() if connection in done else late
+                except EOFError:
+                    outcomes[i] = 0.0, "error: score() ended its process", "raised"
+                _kill(process)
+    finally:
+        for _, process, _ in running.values():
+            _kill(process)
+    return [outcomes[i] for i in range(len(jobs))]
+
+
+def _send(connection: Connection, job: tuple) -> None:
+    os.setpgrp()
+    _reset_signals()
+    connection.send(_attempt(job))
+
+
+def _kill(process: Any) -> None:
+    process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
