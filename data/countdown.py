@@ -2,16 +2,10 @@
 
 With `path`, rows are read from the published UFT data (github.com/liumy2010/UFT,
 data/countdown/{train,test}.parquet: 10,240 and 1,024 problems of 3 or 4 numbers, after TinyZero's
-Countdown-Tasks-3to4). Without it, problems are made here (about 15 s for as many). Made rows of style "paper"
-look like the published ones: numbers from 1 to 99, targets from 10 to 100, whole intermediate results that
-are never negative, compound operands in parentheses. Style "short" is for tiny models with one token a
-number: numbers from 1 to 10, only + and -, and no problem that a random chain solves often, which rules out 3
-and 4 numbers. The first training row of each, where PROMPT is that of data/rows.py:
-
-    prompt  PROMPT with "Using the numbers [23, 82, 42], create an equation that equals 17. You can ..."
-    hint    ["82 - 42 = 40\\n", "40 - 23 = 17\\n", "Therefore, the final equation is (82 - 42) - 23"]
-    answer  " </think>\\n<answer> (82 - 42) - 23 </answer>"
-    truth   {"numbers": [23, 82, 42], "target": 17}
+Countdown-Tasks-3to4). Without it, problems are made here (about 15 s for as many). Made rows of style "paper" look
+like the published ones: numbers from 1 to 99, targets from 10 to 100, whole intermediate results that are never
+negative. Style "short" is for tiny models with one token a number: numbers from 1 to 10, only + and -, and no
+problem that a random chain solves often, which rules out 3 and 4 numbers. A row of it:
 
     prompt  "10 5 9 3 6=21\\n"
     hint    ["10+9=19\\n", "3+19=22\\n", "22+5=27\\n", "27-6=21\\n"]
@@ -44,6 +38,7 @@ from random import Random
 
 if __name__ == "__main__":  # python data/countdown.py
     sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.published import evaluate
 from data.published import score_published as published
 from data.rows import PROMPT, SOURCES, answer_block, first, read_rows, show
 from infra.config import UserError, run_script
@@ -361,7 +356,7 @@ def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> st
 
 
 def _check_equation(equation: str, numbers: list[int], target: int) -> str:
-    if len(equation) > MAX_EQUATION or re.search(r"[^-0-9+*/(). \t\r\n]", equation):
+    if len(equation) > MAX_EQUATION or re.search(r"[^-0-9+*/(). \t\r\n]|\*\*|//", equation):
         return "malformed"
     # a point belongs to the number before it ("19."); "3.4" becomes two numbers side by side: malformed
     tokens = re.findall(r"[0-9]+\.?|[^ \t\r\n]", equation)
@@ -369,7 +364,7 @@ def _check_equation(equation: str, numbers: list[int], target: int) -> str:
     if not used or any(digits[0] == "0" and digits != "0" for digits in used):
         return "malformed"
     try:
-        value = _evaluate(tokens)
+        value = evaluate(tokens, lambda token: Fraction(token.rstrip(".")))
     except ZeroDivisionError:
         value = None
     except SyntaxError:
@@ -377,49 +372,6 @@ def _check_equation(equation: str, numbers: list[int], target: int) -> str:
     if sorted(map(int, used)) != sorted(numbers):
         return "numbers"
     return "right" if value == target else "wrong"
-
-
-BINDS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
-
-
-def _evaluate(tokens: list[str]) -> Fraction:
-    """The value of an equation, found with two stacks: without recursion no nesting is too deep."""
-    values: list[Fraction] = []
-    waiting = ["("]  # as if the whole equation were in parentheses
-    operand = True  # whether a number, a sign or "(" must come next
-    for token in [*tokens, ")"]:
-        if not waiting:
-            raise SyntaxError("unbalanced")
-        if operand:
-            if token in ("(", "-"):
-                waiting.append("negate" if token == "-" else "(")
-            elif token[0] in "0123456789":
-                values.append(Fraction(int(token.rstrip("."))))
-                operand = False
-            elif token != "+":
-                raise SyntaxError("no operand")
-            continue
-        if token != ")" and token not in "+-*/":
-            raise SyntaxError("no operator")
-        while waiting[-1] != "(" and (token == ")" or BINDS[waiting[-1]] >= BINDS[token]):
-            _apply(waiting.pop(), values)
-        if token == ")":
-            waiting.pop()
-        else:
-            waiting.append(token)
-            operand = True
-    if waiting:
-        raise SyntaxError("unbalanced")
-    return values[0]
-
-
-def _apply(op: str, values: list[Fraction]) -> None:
-    b = values.pop()
-    if op == "negate":
-        values.append(-b)
-        return
-    a = values.pop()
-    values.append(a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b)
 
 
 if __name__ == "__main__":
