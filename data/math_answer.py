@@ -356,8 +356,8 @@ class Answer:
 
     def unit(self, tokens: list[str]) -> int:
         """The count that a unit stands for, such as 1000 for thousand. Notes a unit that is a known one."""
-        text = "".join(tokens).lower()
-        if not re.fullmatch(r'(?:(?:/|\\cdot)?"[^"]*(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)*', text) or PARTS.search(text):
+        text, shape = "".join(tokens).lower(), "".join("x" if t[0] == '"' else t for t in tokens)
+        if not re.fullmatch(r"(?:(?:/|\\cdot)?x(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)*", shape) or PARTS.search(text):
             raise Unreadable
         times, known = 1, set()
         for word in re.findall("[a-z]+|[-/0-9]", text):

@@ -104,8 +104,9 @@ def test_a_missing_field_is_named_with_file_and_row(change, wanted, tmp_path):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"reward_model": {}}, "'truth'"),
-        ({"reward_model": None}, "'truth'"),
+        ({"reward_model": {}}, "'reward_model.ground_truth' is missing"),
+        ({"reward_model": None}, "'reward_model.ground_truth' is missing"),
+        ({"reward_model": {"ground_truth": "6"}}, "'reward_model.ground_truth' is missing or not a dict"),
         ({"question": None, "prompt": []}, "'prompt'"),
         ({"question": None, "prompt": [{"role": "user"}]}, "'prompt'"),
         ({"hint": 3}, "'hint'"),
