@@ -410,7 +410,7 @@ def test_olympiad_bench_as_published(tmp_path):
 
 def test_columns_that_nothing_needs_do_not_matter(tmp_path, monkeypatch):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    beyond = pa.array([2**62] * 3, pa.timestamp("s"))  # a time that Python does not have
+    beyond = pa.array([2**62] * 3, pa.timestamp("us"))  # a time that Python does not have
     columns = {k: [v] * 3 for k, v in OWN.items()} | {"created": beyond}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     assert read_rows(tmp_path / "rows.parquet", "train", NEEDS) == [OWN] * 3
