@@ -9,16 +9,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
 from infra.config import UserError
 
 FORM = "score(response, truth) must return (reward, verdict): a finite number, 1.0 if right, and a short string"
+
+LATE = (0.0, "timeout", "took too long")  # reward, verdict, what went wrong
+FORK, FORKING = multiprocessing.get_context("fork"), threading.Lock()
 
 
 class TimeUp(BaseException):
@@ -32,8 +36,7 @@ def check_task(task: ModuleType, rows: Sequence[dict]) -> None:
         try:
             json.dumps(row["truth"])
         except (TypeError, ValueError) as e:
-            rule = "a truth must consist of dict, list, str, int, float, bool and None"
-            raise UserError(f"task {task.__name__}, row {i}: {rule} ({e})") from None
+            raise UserError(f"task {task.__name__}, row {i}: the truth must be plain JSON ({e})") from None
     judged = judge(task, ["".join(r["hint"]) + r["answer"] for r in rows[:3]], [r["truth"] for r in rows[:3]])
     rewards = [reward for (reward, _), row in zip(judged, rows, strict=False) if row["answer"]]
     if rewards and 1.0 not in rewards:
@@ -59,7 +62,8 @@ def judge(
         results.append((reward, verdict))
     for error in sorted(failed.keys() - {""}):
         share = f"{len(failed[error])} of {len(jobs)} answers, the first of row {failed[error][0]}"
-        print(f"warning: score() of task {task.__name__} {error} for {share}: reward 0", file=sys.stderr)
+        limit = f" (time limit: {timeout:g} s)" if error == LATE[2] else ""
+        print(f"warning: score() of task {task.__name__} {error} for {share}{limit}: reward 0", file=sys.stderr)
     return results
 
 
@@ -80,7 +84,7 @@ def _attempt(job: tuple[ModuleType, str, Any, float]) -> tuple[float, str, str]:
             return number, str(verdict), ""
         return 0.0, f"{FORM}; here they are {str(result)[:80]}", "has another form"
     except TimeUp:
-        return 0.0, "timeout", f"took longer than {timeout:g} s"
+        return LATE
     except Exception as e:
         ours = e.__traceback__.tb_next is None  # the result could not be unpacked or converted
         what = f"{FORM};" if ours else "error: score() raised"
@@ -109,40 +113,33 @@ def _reset_signals() -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def _in_processes(jobs: list[tuple], workers: int) -> list[tuple[float, str, str]]:
+def _in_processes(jobs: list[tuple], workers: int) -> Iterator[tuple[float, str, str]]:
     """_attempt() of each job in a forked process, which is killed with its children afterwards or when late."""
-    fork, outcomes, running, todo = multiprocessing.get_context("fork"), {}, {}, list(enumerate(jobs))
+    pool = ThreadPoolExecutor(workers)
     try:
-        while todo or running:
-            while todo and len(running) < workers:
-                (i, job), (ours, theirs) = todo.pop(0), fork.Pipe(duplex=False)
-                process = fork.Process(target=_send, args=(theirs, job))
-                process.start()
-                theirs.close()
-                running[ours] = i, process, time.monotonic() + (job[-1] or math.inf) + 1
-            done = set(wait(list(running), timeout=0.1))
-            for connection in [c for c, (*_, end) in running.items() if c in done or time.monotonic() > end]:
-                i, process, _ = running.pop(connection)
-                try:
-                    late = 0.0, "timeout", f"took longer than {jobs[i][-1]:g} s"
-                    outcomes[i] = connection.recv() if connection in done else late
-                except EOFError:
-                    outcomes[i] = 0.0, "error: score() ended its process", "raised"
-                _kill(process)
+        yield from pool.map(_in_process, jobs)
     finally:
-        for _, process, _ in running.values():
-            _kill(process)
-    return [outcomes[i] for i in range(len(jobs))]
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_process(job: tuple) -> tuple[float, str, str]:
+    with FORKING:  # so that no other process inherits, and keeps open, this end of the pipe
+        ours, theirs = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=_send, args=(theirs, job))
+        process.start()
+        theirs.close()
+    try:
+        return ours.recv() if ours.poll(job[-1] + 1 if job[-1] else None) else LATE
+    except EOFError:
+        return 0.0, "error: score() ended its process", "raised"
+    finally:
+        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def _send(connection: Connection, job: tuple) -> None:
     os.setpgrp()
     _reset_signals()
     connection.send(_attempt(job))
-
-
-def _kill(process: Any) -> None:
-    process.kill()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()

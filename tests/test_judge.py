@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_a_stuck_checker_costs_one_answer(workers, stuck, capsys):
     got = judge(task(odd), ["x", stuck, "x"], [1.0] * 3, timeout=0.3, workers=workers)
     assert got == [(1.0, "a verdict"), (0.0, "timeout"), (1.0, "a verdict")]
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "took longer than 0.3 s for 1 of 3 answers, the first of row 1" in warning
+    assert warning.count("\n") == 1 and "took too long for 1 of 3 answers, the first of row 1 (time limit: 0.3 s)" in warning
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -151,8 +152,12 @@ def test_a_late_process_dies_with_the_processes_it_started(tmp_path):
         time.sleep(60)
 
     assert judge(task(score), ["x"], [1], timeout=0.5, workers=1) == [(0.0, "timeout")]
-    state = f"/proc/{(tmp_path / 'pid').read_text()}/stat"
-    assert not os.path.exists(state) or re.search(r"\) [ZX] ", open(state).read())
+    stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    for _ in range(100):  # it was killed, but need not be gone at once
+        if not stat.exists() or re.search(r"\) [ZX] ", stat.read_text()):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a process that score() started goes on")
 
 
 def test_a_task_is_checked_once(capsys):
@@ -172,5 +177,5 @@ def test_a_task_is_checked_once(capsys):
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"task data.mine, row 0 .*must return \(reward, verdict\)"):
         check_task(task(lambda response, truth: 1.0), [row()])
-    with pytest.raises(UserError, match="task data.mine, row 4: a truth must consist of .*int64"):
+    with pytest.raises(UserError, match="task data.mine, row 4: the truth must be plain JSON .*int64"):
         check_task(task(right), [row()] * 4 + [row(truth={"seed": np.int64(7)})])
