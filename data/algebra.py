@@ -6,9 +6,9 @@ A formula is a tree of tuples, and anything else with arguments is a function:
 
 Rational numbers are exact. Roots, pi, e and logarithms have DIGITS digits, of which SURE are compared. Every
 other symbol gets a random number that depends on its name alone, and a function without a rule below (sin, or
-|x| of a variable) one that depends on its name and the values of its arguments: at such a point, formulas that
-differ have different values (Schwartz 1980, Zippel 1979). Two points are used, so that chance lets about one
-wrong answer in 1e12 pass. Everything is bounded: TooLarge is raised rather than a long computation begun."""
+|x| of a variable) one that depends on its name and the values of its arguments: at such a point formulas that
+differ have different values (Schwartz 1980, Zippel 1979), with two points but for a chance of about 1e-12.
+Everything is bounded: TooLarge is raised rather than a long computation begun."""
 
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, DecimalException, localcontext
 from fractions import Fraction
@@ -37,7 +37,7 @@ def fingerprint(tree: tuple) -> tuple[str, str]:
 
 
 def zeros(left: tuple, right: tuple) -> str | None:
-    """What says where left = right: the same for 2x = 4y and y - x/2 = 0. None if that depends on no symbol."""
+    """What says where left = right: the same for 2x = 4y and y - x/2 = 0. None if no symbol matters."""
     first, second = values(("+", left, negated(right)))
     return None if first == second or not second else _written(_multiply(first, 1 / second))
 
@@ -117,11 +117,10 @@ def _value(kind: str, arguments: list[Value], constant: bool, point: int) -> Val
         arguments = [abs(a)]  # |a - b| is |b - a|
     if kind in (r"\lfloor", r"\lceil") and constant:
         return Fraction(_floor(a) if kind == r"\lfloor" else -_floor(-a))
-    whole = [int(v) for v in map(_exact, arguments) if v is not None and v.denominator == 1 and 0 <= v <= 1000]
-    if constant and kind == "!" and whole and whole[0] <= 400:
-        return Fraction(factorial(whole[0]))
-    if constant and kind == r"\binom" and len(whole) == 2:
-        return Fraction(comb(*whole))
+    exact = [_exact(v) for v in arguments] if constant else [None]
+    if kind in ("!", r"\binom") and all(v in range(1001) for v in exact):
+        numbers = map(int, exact)
+        return _bounded(Fraction(comb(*numbers) if kind == r"\binom" else factorial(*numbers)))
     return _random(f"{kind} {[_written(v) for v in arguments]}", point)
 
 

@@ -2,10 +2,10 @@
 
 With `path`, rows are read from the published UFT data (github.com/liumy2010/UFT,
 data/countdown/{train,test}.parquet: 10,240 and 1,024 problems of 3 or 4 numbers, after TinyZero's
-Countdown-Tasks-3to4). Without it, problems are made here (about 20 s for as many). Made rows of style "paper" look
-like the published ones: numbers from 1 to 99, targets from 10 to 100, whole intermediate results that are never
-negative. Style "short" is for tiny models with one token a number: numbers from 1 to 10, only + and -, and no
-problem that a random chain solves often, which rules out 3 and 4 numbers. A row of it:
+Countdown-Tasks-3to4). Without it, problems are made here (about 20 s for as many). Made rows of style "paper"
+look like the published ones: numbers from 1 to 99, targets from 10 to 100, whole intermediate results that
+are never negative. Style "short" is for tiny models with one token a number: numbers from 1 to 10, only + and
+-, and no problem that a random chain solves often, which rules out 3 and 4 numbers. A row of it:
 
     prompt  "10 5 9 3 6=21\\n"
     hint    ["10+9=19\\n", "3+19=22\\n", "22+5=27\\n", "27-6=21\\n"]

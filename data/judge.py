@@ -1,5 +1,5 @@
-"""Calling a task's score(): its form is checked once before a run, and a response that breaks it or keeps it busy
-costs one answer rather than the run. Wherever answers are counted, only a reward of 1.0 counts as right."""
+"""Calling a task's score(): its form is checked once before a run, and a response that breaks it or keeps it
+busy costs one answer rather than the run. Wherever answers are counted, only a reward of 1.0 is right."""
 
 import json
 import math
@@ -19,14 +19,13 @@ from typing import Any
 
 from infra.config import UserError
 
-FORM = "score(response, truth) must return (reward, verdict): a finite number, 1.0 if right, and a short string"
-
+FORM = "score() must return (reward, verdict): a finite number, which is 1.0 if right, and a short string"
 LATE = (0.0, "timeout", "took too long")  # reward, verdict, what went wrong
 FORK, FORKING = multiprocessing.get_context("fork"), threading.Lock()
 
 
 class TimeUp(BaseException):
-    """Raised inside a score() that takes too long; no Exception, so that a checker does not catch it itself."""
+    """Raised inside a score() that takes too long; no Exception, so that the checker does not catch it."""
 
 
 def check_task(task: ModuleType, rows: Sequence[dict]) -> None:
@@ -52,10 +51,12 @@ def judge(
 
     timeout: seconds for an answer (0: no limit), which then gets (0.0, "timeout"). In this process that works
     in the main thread alone and does not interrupt C code; another one is killed. on_error: a score() that
-    raises is a UserError ("stop") or gives (0.0, "error: ...") ("zero"). A result of another form is one too."""
+    raises is a UserError ("stop") or gives (0.0, "error: ...") ("zero"). A result of another form is always a
+    UserError."""
     jobs = [(task, *job, timeout) for job in zip(responses, truths, strict=True)]
     results, failed = [], {}
-    for i, (reward, verdict, error) in enumerate(_in_processes(jobs, workers) if workers else map(_attempt, jobs)):
+    outcomes = _in_processes(jobs, workers) if workers else map(_attempt, jobs)
+    for i, (reward, verdict, error) in enumerate(outcomes):
         if error == "has another form" or error == "raised" and on_error == "stop":
             raise UserError(f"task {task.__name__}, row {i} ({responses[i][-60:]!r}): {verdict}")
         failed.setdefault(error, []).append(i)
@@ -63,12 +64,13 @@ def judge(
     for error in sorted(failed.keys() - {""}):
         share = f"{len(failed[error])} of {len(jobs)} answers, the first of row {failed[error][0]}"
         limit = f" (time limit: {timeout:g} s)" if error == LATE[2] else ""
-        print(f"warning: score() of task {task.__name__} {error} for {share}{limit}: reward 0", file=sys.stderr)
+        message = f"score() of task {task.__name__} {error} for {share}{limit}: reward 0"
+        print(f"warning: {message}", file=sys.stderr)
     return results
 
 
 def _attempt(job: tuple[ModuleType, str, Any, float]) -> tuple[float, str, str]:
-    """(reward, verdict, what went wrong) of a job, leaving the handler and the timer of the alarm as they were."""
+    """(reward, verdict, what went wrong) of a job. Handler and timer of the alarm stay as they were."""
     task, response, truth, timeout = job
     limited = timeout and threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGALRM, _stop) if limited else None
@@ -114,7 +116,7 @@ def _reset_signals() -> None:
 
 
 def _in_processes(jobs: list[tuple], workers: int) -> Iterator[tuple[float, str, str]]:
-    """_attempt() of each job in a forked process, which is killed with its children afterwards or when late."""
+    """_attempt() of each job in a forked process, which is killed with its children when late or done."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield from pool.map(_in_process, jobs)

@@ -7,9 +7,9 @@ cc-by-nc-sa-4.0), or rows as load() returns them. Without it, problems are made 
 that ignores names and numbering decides its split, so train and test share no problem whatever their seeds.
 Wordings and names are our own; the reasoning is worded as published.
 
-A row of style "paper" has the paper's prompt and sentences such as "Tina cannot be a knight, because this would
-contradict the claim of their own that Peter is not a knight." A row of style "short", one token per word for
-models of 100,000 parameters:
+A row of style "paper" has the paper's prompt and sentences such as "Tina cannot be a knight, because this
+would contradict the claim of their own that Peter is not a knight." A row of style "short", one token per
+word for models of 100,000 parameters:
 
     prompt   A: B knave or C knave | B: D knight and C knave | C: not A knight | D: C knight iff C knave
     hint     A knight ok | B knight ok | D knight no D | D knave no B | back B | B knave ok | D knight no D |
@@ -189,8 +189,8 @@ def trace(names: Sequence[str], statements: tuple) -> list[str]:
 
 
 class Walk:
-    """The roles assumed so far, in the order they were assumed, and what was refuted while d people had a role,
-    which is void once fewer have."""
+    """The roles assumed so far, in that order, and what was refuted while d people had a role, which is void
+    once fewer have."""
 
     def __init__(self, truth: dict):
         self.people = {name: p for p, name in enumerate(truth["names"])}

@@ -1,14 +1,17 @@
 r"""Whether an answer in LaTeX or plain text equals another, by value, in bounded time, without sympy or eval.
 
 Both are read into formulas, whose values data/algebra.py compares; what cannot be read is compared as text.
-Equal are spellings of a number (\dfrac12, 1/2, 0.5; 1,000, 1{,}000, 1\,000, 1e3; 2\frac{1}{2}, 2.5) and of a
-formula (\sqrt{12} and 2\sqrt{3}, x+1 and 1+x, y=2x+3 and 2x-y+3=0), with anything around them ($...$, \boxed{},
-**...**, a full stop, degrees, money, "x =", prose around one box, a unit that the other lacks), other scripts'
-digits, and solutions in any order ("1, -3", "-3 and 1", "\{1,-3\}", "-1 \pm 2"). "58,500" is a number or two.
+Equal are
 
-Different are [2,3] and (2,3), "3 or 4" and 3, x<3 and 3, 3x=6 and 6, 0.33 and 1/3, 4_5 and 4, 5 cm and 5 m, and
-5% and 5 (unless the question asks for a percentage). 2+3 is not 5: like terms that are not collected repeat the
-question. Where it asks to factor or expand, the answer needs as many factors as the target."""
+- spellings of a number: \dfrac12, 1/2, 0.5; 1,000, 1{,}000, 1\,000, 1e3; 2\frac{1}{2}, 2.5; other digits
+- spellings of a formula: \sqrt{12} and 2\sqrt{3}, x+1 and 1+x, y=2x+3 and 2x-y+3=0
+- anything inside $...$, \boxed{} (with prose around it) or **...**, with a full stop, degrees, money, "x ="
+  or a unit that the other lacks
+- solutions in any order: "1, -3", "-3 and 1", "\{1,-3\}", "-1 \pm 2"; "58,500" is a number or two
+
+Different are [2,3] and (2,3), "3 or 4" and 3, x<3 and 3, 3x=6 and 6, 0.33 and 1/3, 4_5 and 4, 5 cm and 5 m,
+and 5% and 5 (unless the question asks for a percentage). 2+3 is not 5: like terms that are not collected
+repeat the question. Where it asks to factor or expand, the answer needs as many factors as the target."""
 
 import re
 import unicodedata
@@ -21,7 +24,8 @@ from itertools import accumulate, pairwise
 from data.algebra import TooLarge, count_factors, fingerprint, inverse, is_collected, negated, zeros
 
 MAX_READ, MAX_DEPTH, MAX_POWERS = 300, 20, 30  # characters, nested brackets, exponents; more is read as text
-COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+COUNTS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+COUNTS["trillion"] = 10**12
 PARTS = re.compile(r"\b(k|hal(f|ves)|(third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth)s?)\b")
 UNITS = (  # each with its spellings, without a plural s
     "mm millimeter,cm centimeter,m meter metre,km kilometer,in inch inche,ft foot feet,yd yard,mi mile,mg,"
@@ -35,8 +39,10 @@ FUNCTIONS = set(
 )
 UNIT_LETTERS = set("mgshlLNJWVAKCFT")  # in \\text or \\mathrm after a number
 NO_SYMBOLS = {"\\" + name for name in "text to ldots dots cdots mid approx cap pm mp cup".split()}
-RELATIONS = {"=": "=", r"\in": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\ne": "!=", r"\neq": "!="}
-RELATIONS |= {rf"\{name}{e}": sign for name, sign in (("le", "<="), ("ge", ">=")) for e in ("", "q", "qslant")}
+RELATIONS = {
+    "=": "=", r"\in": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\ne": "!=", r"\neq": "!=",
+    r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=",
+}  # fmt: skip
 BRACKETS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 BRACKETS[r"\begin{pmatrix}"] = r"\end{pmatrix}"
 CLOSING = set(BRACKETS.values())
@@ -56,7 +62,8 @@ LOOK = [  # text that only changes the look: (pattern, replacement), in this ord
         (r"(?<=[0-9])\s*(?:\\text\{\s*percent\s*\}|percent\b)|\\%", "%"),
         (r"\\(?:varnothing|empty)END|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(begin|end)\s*\{array\}(?:\s*\{[lcr|\s]*\})?", r"\\\1{matrix}"),
-        (r"[(\[]\s*\\begin\{matrix\}((?:(?!\\end).)*)\\end\{matrix\}\s*[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+        (r"[(\[]\s*(\\begin\{)(?=matrix)", r"\1p"),
+        (r"(\\end\{)(matrix\})\s*[)\]]", r"\1p\2"),
         (r"\\(begin|end)\s*\{[bp]matrix\}", r"\\\1{pmatrix}"),
         (r"\^\s*\{?\s*\\circEND\s*\}?|\\degreeEND", ""),
         (r"\\primeEND", "'"),
@@ -70,7 +77,9 @@ LOOK = [  # text that only changes the look: (pattern, replacement), in this ord
     )
 ]
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-PROSE = r"[A-Za-z'(),.:;!\s*_]*"
+PROSE_BEFORE = re.compile(r"([A-Za-z'(),.:;!\s*_]*[\s:=*_(])?")
+PROSE_AFTER = re.compile(r"([\s.,:;!*_)][A-Za-z'(),.:;!\s*_]*)?")
+UNIT = re.compile(r"(?:(?:/|\\cdot)?x(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)*")  # where x is a word
 TOKEN = re.compile(
     r"""(?P<text>\\text\s*\{[^{}]*\}|[^\W\d_A-Za-z]+)
     |(?P<below>_\s*(?:\{[^{}]*\}|\\[A-Za-z]+|[0-9A-Za-z]))
@@ -159,8 +168,9 @@ def _without_box(text: str) -> str:
     if not end or BOX.search(after):
         return text
     inside = inside[1:-1] if inside[0] == "{" else inside
-    is_prose = re.fullmatch(rf"({PROSE}[\s:=*_(])?", before) and re.fullmatch(rf"([\s.,:;!*_)]{PROSE})?", after)
-    return inside if is_prose else before + inside + after
+    if PROSE_BEFORE.fullmatch(before) and PROSE_AFTER.fullmatch(after):
+        return inside
+    return before + inside + after
 
 
 def closing_brace(text: str, opening: int) -> int:
@@ -357,7 +367,7 @@ class Answer:
     def unit(self, tokens: list[str]) -> int:
         """The count that a unit stands for, such as 1000 for thousand. Notes a unit that is a known one."""
         text, shape = "".join(tokens).lower(), "".join("x" if t[0] == '"' else t for t in tokens)
-        if not re.fullmatch(r"(?:(?:/|\\cdot)?x(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)*", shape) or PARTS.search(text):
+        if not UNIT.fullmatch(shape) or PARTS.search(text):
             raise Unreadable
         times, known = 1, set()
         for word in re.findall("[a-z]+|[-/0-9]", text):

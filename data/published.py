@@ -85,7 +85,7 @@ def _countdown(equation: str, truth: dict) -> str:
 
 
 def evaluate(tokens: list[str], number: Callable[[str], Any]) -> Any:
-    """The value of an expression of numbers, + - * / // ** and parentheses, by two stacks: no nesting is too deep.
+    """The value of an expression of numbers, + - * / // ** and parentheses, by two stacks, so at any depth.
 
     number: turns a token into a value. SyntaxError if it is no expression, and OverflowError, not a long
     computation, for a whole number of more than MAX_BITS bits."""

@@ -1,4 +1,4 @@
-"""What the tasks share: the paper's prompt, rows read from files, the answer block, and finding a task by name.
+"""What the tasks share: the paper's prompt, rows of files, the answer block, and finding a task by its name.
 
 A row is a dict with
 
@@ -33,8 +33,10 @@ PROMPT = (
 )
 """The prompt of the UFT paper (TinyZero's), plain text without a chat template."""
 ENDINGS = (".parquet", ".jsonl", ".json")
+FUNCTIONS = ("load(split, path=None) -> rows", "score(response, truth) -> (reward, verdict)")  # of a task
 TEST_EVERY = 10  # one row in ten of a single file is a test row
-FIELDS = "prompt question problem hint answer final_answer solution truth reward_model data_source level".split()
+FIELDS = "prompt question problem hint answer final_answer solution truth reward_model data_source level"
+FIELDS = set(FIELDS.split())
 SOURCES = {  # the papers' sources -> the task that judges them and their name in the column data_source
     "math500": ("hendrycks_math", "math500"),
     "aime": ("hendrycks_math", "aime"),
@@ -52,24 +54,24 @@ SOURCES = {  # the papers' sources -> the task that judges them and their name i
 
 
 def load_task(name: str) -> ModuleType:
-    """The module data/`name`.py, or of the file `name` if that ends in .py. UserError unless it has load() and
-    score(), defined there or imported.
+    """The module data/`name`.py, or that of the file `name` if this ends in .py. UserError unless it has load()
+    and score(), defined there or imported.
     """
-    file = Path(name).expanduser() if name.endswith(".py") else Path(__file__).parent / f"{name}.py"
-    if not (name.endswith(".py") or name.isidentifier()) or not file.is_file():
-        missing = f"{name} does not exist" if name.endswith(".py") else "there is no such task in data/"
-        raise UserError(f"task = {name!r}: {missing}; a path ends in .py, and tasks are {', '.join(_task_names())}")
-    try:
-        task = _module_of(file.resolve()) if name.endswith(".py") else import_module(f"data.{name}")
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"task = {name!r}: {file} cannot be imported ({type(e).__name__}: {e})") from e
-    for function in ("load(split, path=None) -> rows", "score(response, truth) -> (reward, verdict)"):
-        if not callable(getattr(task, function.partition("(")[0], None)):
-            wanted = f"{file} has no `def {function}`, of its own or imported"
-            raise UserError(f"task = {name!r}: {wanted}; tasks are {', '.join(_task_names())}")
-    return task
+    is_path = name.endswith(".py")
+    file = Path(name).expanduser() if is_path else Path(__file__).with_name(f"{name}.py")
+    missing = [f"there is no such {'file' if is_path else 'task in data/'}"]
+    if file.is_file() and (is_path or name.isidentifier()):
+        try:
+            task = _module_of(file.resolve()) if is_path else import_module(f"data.{name}")
+        except UserError:
+            raise
+        except Exception as e:
+            raise UserError(f"task = {name!r}: cannot be imported ({type(e).__name__}: {e})") from e
+        missing = [f for f in FUNCTIONS if not callable(getattr(task, f.partition("(")[0], None))]
+        if not missing:
+            return task
+        missing = [f"{file} has no `def {missing[0]}`, of its own or imported"]
+    raise UserError(f"task = {name!r}: {missing[0]}; tasks are {', '.join(_task_names())}")
 
 
 @cache
@@ -82,10 +84,12 @@ def _module_of(file: Path) -> ModuleType:
 
 
 def _task_names() -> list[str]:
-    files = [p for p in sorted(Path(__file__).parent.glob("*.py")) if p.stem.isidentifier()]
-    texts = {p.stem: p.read_text(encoding="utf-8", errors="replace") for p in files}
-    found = rf"^(def {{0}}\(|from .*import .*\b{{0}}\b)"
-    return [n for n, text in texts.items() if all(re.search(found.format(f), text, re.M) for f in ("load", "score"))]
+    names = []
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        text = file.read_text(encoding="utf-8", errors="replace") if file.stem.isidentifier() else ""
+        defined = (rf"^(def {f}\(|from .*import .*\b{f}\b)" for f in ("load", "score"))
+        names += [file.stem] if all(re.search(pattern, text, re.M) for pattern in defined) else []
+    return names
 
 
 def judged_by(task: ModuleType, checker: str) -> ModuleType:
@@ -218,7 +222,7 @@ def read_records(
 
     In a folder these are `split`.* or, at any depth, files named after the split (test-00000-of-00001.*) or
     lying in a folder of that name; not hidden ones, as notebooks, downloads and macOS leave them. `where` names
-    the file and row for error messages. A .json file holds a list of objects, one object, or one object a line.
+    file and row for error messages. A .json file holds a list of objects, one object, or one object a line.
     Parquet needs pyarrow (the `data` extra); of its columns only those in `fields`, in any case, are read.
     UserError for anything that cannot be read."""
     found = []
@@ -356,8 +360,7 @@ def rows_of(
     - any other that read_raw(where, record) turns into (question, solution, target)
 
     needs: the fields the truth must have, and their types; a truth that is no dict is its target. check(truth)
-    says why a truth cannot be used, or None; it may replace values of the truth by equal ones of another type.
-    source: leave out the rows that belong to another one of SOURCES."""
+    says why a truth cannot be used, or None; it may replace its values by equal ones of another type. source: leave out the rows that belong to another one of SOURCES."""
     others = {name for _, name in SOURCES.values()} - {source} if source else ()
     own = [(where, record) for where, record in records if record.get("data_source") not in others]
     if not own:
@@ -378,7 +381,9 @@ def _row_of(where: str, record: dict, needs: dict, check: Callable[[dict], str |
     if published:
         prompt = record.get("question") or _prompt_of(where, prompt)
         truth = (record.get("reward_model") or {}).get("ground_truth")
-    row = _complete({k: record.get(k) for k in ("hint", "answer")} | {"prompt": prompt, "truth": truth}, where, name)
+    row = _complete(
+        {k: record.get(k) for k in ("hint", "answer")} | {"prompt": prompt, "truth": truth}, where, name
+    )
     if isinstance(truth, str | int | float) and list(needs) == ["target"]:
         row["truth"] = truth = {"question": prompt, "target": truth}
     if not isinstance(truth, dict):

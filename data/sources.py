@@ -1,9 +1,9 @@
 """The sources of the papers' tables: which task judges each, and which rows of a file are its own.
 
 The UFT paper evaluates on one file, data/others/test.parquet of github.com/liumy2010/UFT, whose column
-data_source tells its eight sources apart; Knights and Knaves has a file of its own. `load` gives the rows of one
-source, from such a file or from a file or folder that holds nothing else, such as `hf download` gives. A name
-that is no source is a task: a file of data/, or the path of one.
+data_source tells its eight sources apart; Knights and Knaves has a file of its own. `load` gives the rows of
+one source, from such a file or from a file or folder that holds nothing else, such as `hf download` gives. A
+name that is no source is a task: a file of data/, or the path of one.
 """
 
 from collections import Counter
@@ -67,7 +67,9 @@ def load(
     if found and data_source not in found:
         if name not in MADE:
             there = ", ".join(next((s for s, d in data_sources().items() if d == x), x) for x in found)
-            raise UserError(f"task = '{name}': {path} has no row of data_source '{data_source}', only of {there}")
+            raise UserError(
+                f"task = '{name}': {path} has no row of data_source '{data_source}', only of {there}"
+            )
         rows = load_rows(task, split, None, n, style=style or "paper", sizes=sizes)
         made = f"{len(rows)} problems were made (style {style or 'paper'})"
         print(f"note: {path} has no rows of '{name}', so {made}")
@@ -104,7 +106,11 @@ def _read_benchmark(where: str, record: dict) -> tuple[str, str, str]:
     question, target = record.get("problem") or record.get("question"), record.get("answer")
     target, solution = record.get("final_answer") if target is None else target, record.get("solution")
     targets = target if isinstance(target, list) else [target]
-    if not isinstance(question, str) or not targets or not all(isinstance(t, str | int | float) for t in targets):
+    if (
+        not isinstance(question, str)
+        or not targets
+        or not all(isinstance(t, str | int | float) for t in targets)
+    ):
         raise UserError(f"{where}: must have the fields problem (or question) and answer, text or numbers")
     solution = "\n".join(map(str, solution)) if isinstance(solution, list) else str(solution or "")
     return question, solution, ", ".join(map(str, targets))

@@ -156,7 +156,8 @@ RIGHT = {
     ],
     "marks around an answer": [
         ("**5**", "5"), ("*5*", "5"), ("__5__", "5"), ("_5_", "5"), ("`5`", "5"), ("**$5$**", "5"),
-        ("$**5**$", "5"), ("***5.***", "5"), ("**5** cm", "5"), (r"**\boxed{5}**", "5"), (r"\boxed{**5**}", "5"),
+        ("$**5**$", "5"), ("***5.***", "5"), ("**5** cm", "5"), (r"**\boxed{5}**", "5"),
+        (r"\boxed{**5**}", "5"),
     ],
     "one box in prose": [
         (r"The answer is \boxed{5}.", "5"), (r"So $x=\boxed{5}$, as asked.", "5"), (r"x=\boxed{5}", "5"),
@@ -164,7 +165,8 @@ RIGHT = {
         (r"The answer is \boxed{\text{(C)}}", "C"), (r"Both: \boxed{1,2}", "2,1"),
     ],
     "other scripts": [
-        ("２５", "25"), ("٢٥", "25"), ("२५", "25"), ("（１，２）", "(1,2)"), ("－５．５", "-5.5"), ("5元", "5"),
+        ("２５", "25"), ("٢٥", "25"), ("२५", "25"), ("（１，２）", "(1,2)"),
+        ("－５．５", "-5.5"), ("5元", "5"),
         ("5 個", "5"), ("5€", "5"), ("£5", "5"), ("α+1", r"1+\alpha"), ("Δ", r"\Delta"), ("λ", r"\lambda"),
     ],
     "empty set, sets, arrays": [
@@ -175,7 +177,8 @@ RIGHT = {
         (r"\begin{pmatrix} 1 & 2 \\ \end{pmatrix}", r"\left(\begin{matrix}1&2\end{matrix}\right)"),
     ],
     "choices": [
-        ("A)", "A"), ("A.", "A"), ("Option A", "A"), ("choice (A)", "A"), ("**(A)**", "A"), (r"\boxed{A}", "(A)"),
+        ("A)", "A"), ("A.", "A"), ("Option A", "A"), ("choice (A)", "A"), ("**(A)**", "A"),
+        (r"\boxed{A}", "(A)"),
         (r"\textbf{(A) }", "A"), ("Answer: A", "A"),
     ],
     "what stands around": [
@@ -221,8 +224,10 @@ RIGHT = {
 WRONG = {
     "marks, boxes, scripts, sets, choices": [
         ("**6**", "5"), ("2**3**4", "234"), ("**5** or **6**", "5"), (r"\boxed{4} or \boxed{5}", "5"),
-        (r"\boxed{6}, not \boxed{5}", "5"), (r"\boxed{5}+3", "5"), (r"2\boxed{5}", "5"), (r"\boxed{5}^2", "5"),
-        (r"\boxed{5} or 6", "5"), (r"-\boxed{5}", "5"), ("２６", "25"), ("5元", "6"), (r"\{1,3\}", r"\{1,2\}"),
+        (r"\boxed{6}, not \boxed{5}", "5"), (r"\boxed{5}+3", "5"), (r"2\boxed{5}", "5"),
+        (r"\boxed{5}^2", "5"),
+        (r"\boxed{5} or 6", "5"), (r"-\boxed{5}", "5"), ("２６", "25"), ("5元", "6"),
+        (r"\{1,3\}", r"\{1,2\}"),
         ("(1,2)", r"\{1,2\}"), ("{12}", "{1,2}"), ("0", r"\emptyset"), ("B)", "A"), ("AB", "A"),
         (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
         (r"\begin{pmatrix}1&2\\3&5\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
@@ -265,7 +270,8 @@ WRONG = {
         (r"\frac{-a+b}{2}", r"-\frac{a+b}{2}"),
     ],
     "unfinished": [
-        ("2+3", "5"), ("x+x", "2x"), (r"\frac{1}{2}+\frac{1}{3}", r"\frac56"), (r"2\sqrt5+\sqrt5", r"3\sqrt5"),
+        ("2+3", "5"), ("x+x", "2x"), (r"\frac{1}{2}+\frac{1}{3}", r"\frac56"),
+        (r"2\sqrt5+\sqrt5", r"3\sqrt5"),
         (r"\frac{2+3}{7}", r"\frac57"),
     ],
     "code": [("2**3", "8"), ("__import__('os')", "os"), ("9**9**9", "1"), ("7//2", "3")],

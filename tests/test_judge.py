@@ -50,7 +50,13 @@ def odd(response, truth):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_rewards_are_plain_numbers_in_the_order_of_the_responses(workers):
     got = judge(task(odd), ["numpy", "x", "tensor", "bool", "int"], [1, 0.25, 1, 1, 1], workers=workers)
-    assert got == [(1.0, "a verdict"), (0.25, "a verdict"), (0.5, "a verdict"), (1.0, "a verdict"), (0.0, "a verdict")]
+    assert got == [
+        (1.0, "a verdict"),
+        (0.25, "a verdict"),
+        (0.5, "a verdict"),
+        (1.0, "a verdict"),
+        (0.0, "a verdict"),
+    ]
     assert all(type(reward) is float and type(verdict) is str for reward, verdict in got)
 
 
@@ -60,12 +66,17 @@ def test_a_stuck_checker_costs_one_answer(workers, stuck, capsys):
     got = judge(task(odd), ["x", stuck, "x"], [1.0] * 3, timeout=0.3, workers=workers)
     assert got == [(1.0, "a verdict"), (0.0, "timeout"), (1.0, "a verdict")]
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "took too long for 1 of 3 answers, the first of row 1 (time limit: 0.3 s)" in warning
+    assert (
+        warning.count("\n") == 1
+        and "took too long for 1 of 3 answers, the first of row 1 (time limit: 0.3 s)" in warning
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_checker_that_raises(workers, capsys):
-    with pytest.raises(UserError, match=r"task data.mine, row 1 \('raises'\): .* ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        UserError, match=r"task data.mine, row 1 \('raises'\): .* ZeroDivisionError: division by zero"
+    ):
         judge(task(odd), ["x", "raises"], [1.0] * 2, workers=workers)
     got = judge(task(odd), ["x", "raises", "raises"], [1.0] * 3, workers=workers, on_error="zero")
     assert got[0][0] == 1.0 and got[1] == got[2] and got[1][0] == 0.0 and got[1][1].startswith("error: ")
@@ -98,7 +109,10 @@ def test_handler_and_timer_of_the_alarm_are_left_as_they_were():
     try:
         signal.setitimer(signal.ITIMER_REAL, 1000)
         judge(task(odd), ["x", "stuck", "raises"], [1.0] * 3, timeout=0.1, on_error="zero")
-        assert signal.getsignal(signal.SIGALRM) is handler and 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
+        assert (
+            signal.getsignal(signal.SIGALRM) is handler
+            and 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
+        )
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -171,7 +185,10 @@ def test_a_task_is_checked_once(capsys):
     assert len(calls) == 3 and capsys.readouterr().err == ""
     for reward in (100.0, -1, 0.1):
         check_task(task(lambda response, truth, reward=reward: (reward, "x")), [row()] * 2)
-        assert f"the rewards [{float(reward)}, {float(reward)}]; only 1.0 counts as right" in capsys.readouterr().err
+        assert (
+            f"the rewards [{float(reward)}, {float(reward)}]; only 1.0 counts as right"
+            in capsys.readouterr().err
+        )
     check_task(task(lambda response, truth: (0.0, "no answer")), [row(answer="")])  # no reference answer
     check_task(task(right), [])
     assert capsys.readouterr().err == ""

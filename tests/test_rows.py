@@ -353,17 +353,26 @@ def test_ground_truth_of_verl_and_dapo(tmp_path):
     rows = gsm8k.load("test", tmp_path)
     assert rows[3] == {"prompt": "What is 3 + 2?", "hint": [], "answer": "", "truth": rows[3]["truth"]}
     assert rows[3]["truth"] == {"question": "What is 3 + 2?", "target": "5"}
-    dapo = [verl(i, r"\frac12") | {"data_source": "math_dapo"} for i in range(2)]  # a source that is none of ours
-    assert hendrycks_math.load("test", write(tmp_path / "dapo.jsonl", dapo))[1]["truth"]["target"] == r"\frac12"
+    dapo = [
+        verl(i, r"\frac12") | {"data_source": "math_dapo"} for i in range(2)
+    ]  # a source that is none of ours
+    assert (
+        hendrycks_math.load("test", write(tmp_path / "dapo.jsonl", dapo))[1]["truth"]["target"] == r"\frac12"
+    )
     with pytest.raises(UserError, match="row 0: the target 'two' is not a number"):
         gsm8k.load("test", write(tmp_path / "bad.jsonl", [verl(0, "two")]))
-    with pytest.raises(UserError, match="row 0: field 'reward_model.ground_truth' .*dict with numbers, target"):
+    with pytest.raises(
+        UserError, match="row 0: field 'reward_model.ground_truth' .*dict with numbers, target"
+    ):
         countdown.load("test", write(tmp_path / "bad.jsonl", [verl(0, "5") | {"data_source": "countdown"}]))
 
 
 def test_a_prompt_of_messages_is_whole_or_refused(tmp_path):
     def prompt(*messages):
-        record = {"prompt": [{"role": r, "content": c} for r, c in messages], "reward_model": {"ground_truth": TRUTH}}
+        record = {
+            "prompt": [{"role": r, "content": c} for r, c in messages],
+            "reward_model": {"ground_truth": TRUTH},
+        }
         return read_rows(write(tmp_path / "rows.jsonl", [record]), "train", NEEDS)[0]["prompt"]
 
     assert prompt(("system", "Count."), ("user", "1 5=6")) == "Count.\n\n1 5=6"
@@ -378,7 +387,12 @@ def test_a_prompt_of_messages_is_whole_or_refused(tmp_path):
 
 def test_stray_files_are_no_rows(tmp_path):
     for split in ("train", "test"):
-        for name in ("part.jsonl", ".ipynb_checkpoints/part-checkpoint.jsonl", "._part.jsonl", ".part.jsonl.lock"):
+        for name in (
+            "part.jsonl",
+            ".ipynb_checkpoints/part-checkpoint.jsonl",
+            "._part.jsonl",
+            ".part.jsonl.lock",
+        ):
             path = tmp_path / split / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, [OWN]) if name[0] != "." or "/" in name else path.write_bytes(b"\0\5\26\7")
@@ -399,13 +413,20 @@ def test_shards_of_a_hub_folder_are_read_in_order(tmp_path):
 
 
 def test_olympiad_bench_as_published(tmp_path):
-    row = {"question": "Solve.", "solution": ["So.", "It is 2 or 3."], "final_answer": ["2", "$3$"], "unit": None}
+    row = {
+        "question": "Solve.",
+        "solution": ["So.", "It is 2 or 3."],
+        "final_answer": ["2", "$3$"],
+        "unit": None,
+    }
     (got,) = sources.load("olympiad_bench", str(write(tmp_path / "o.jsonl", [row])), "test")
     assert got["truth"]["target"] == "2, $3$" and "".join(got["hint"]) == "So.\nIt is 2 or 3."
     assert hendrycks_math.score("<answer>3, 2</answer>", got["truth"])[1] == "right"
     for missing in (None, [], [None]):
         with pytest.raises(UserError, match="row 0: must have the fields problem .or question. and answer"):
-            sources.load("olympiad_bench", str(write(tmp_path / "bad.jsonl", [row | {"final_answer": missing}])), "x")
+            sources.load(
+                "olympiad_bench", str(write(tmp_path / "bad.jsonl", [row | {"final_answer": missing}])), "x"
+            )
 
 
 def test_columns_that_nothing_needs_do_not_matter(tmp_path, monkeypatch):
@@ -414,7 +435,9 @@ def test_columns_that_nothing_needs_do_not_matter(tmp_path, monkeypatch):
     columns = {k: [v] * 3 for k, v in OWN.items()} | {"created": beyond}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     assert read_rows(tmp_path / "rows.parquet", "train", NEEDS) == [OWN] * 3
-    read = [record for _, record in read_records(tmp_path / "rows.parquet", "train")]  # all that Python can hold
+    read = [
+        record for _, record in read_records(tmp_path / "rows.parquet", "train")
+    ]  # all that Python can hold
     assert [r["prompt"] for r in read] == [OWN["prompt"]] * 3 and "created" not in read[0]
     monkeypatch.setattr(pq, "read_table", lambda path, columns: pytest.fail(f"reads {columns}"))
     with pytest.raises(pytest.fail.Exception, match=r"reads \['prompt', 'hint', 'answer', 'truth'\]"):
@@ -439,14 +462,14 @@ def test_a_task_may_be_a_path_and_import_its_functions(tmp_path):
     for i, (text, wanted) in enumerate((
         ("def load(split): ...\n", r"0.py has no `def score\(response, truth\) -> \(reward, verdict\)`"),
         ("score = 3\n", r"1.py has no `def load\(split, path=None\) -> rows`"),
-        ("import no_such_package\n", r"2.py cannot be imported \(ModuleNotFoundError: .*no_such_package"),
-        ("def load(:\n", r"3.py cannot be imported \(SyntaxError"),
+        ("import no_such_package\n", r"2.py': cannot be imported \(ModuleNotFoundError: .*no_such_package"),
+        ("def load(:\n", r"3.py': cannot be imported \(SyntaxError"),
     )):  # fmt: skip
         (tmp_path / f"{i}.py").write_text(text)
         with pytest.raises(UserError, match=wanted) as e:
             load_task(str(tmp_path / f"{i}.py"))
         assert "\n" not in str(e.value)
-    with pytest.raises(UserError, match="nothing.py does not exist; .*tasks are countdown"):
+    with pytest.raises(UserError, match="nothing.py': there is no such file; tasks are countdown"):
         load_task(str(tmp_path / "nothing.py"))
 
 
@@ -457,11 +480,18 @@ def test_a_task_file_runs_by_itself(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0 and done.stdout.count("score   (1.0, 'right')") == 2, done.stderr
     done = subprocess.run([sys.executable, ROOT / "data" / "gsm8k.py"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: data_path: GSM8K") and "\n" not in done.stderr[:-1]
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: data_path: GSM8K")
+        and "\n" not in done.stderr[:-1]
+    )
 
 
 def test_stray_files_are_no_tasks(monkeypatch, tmp_path):
-    for name, content in (("._countdown.py", b"\0\5\26\7\xb0\xff"), ("notes-old.py", b"def load(\ndef score(\n")):
+    for name, content in (
+        ("._countdown.py", b"\0\5\26\7\xb0\xff"),
+        ("notes-old.py", b"def load(\ndef score(\n"),
+    ):
         (tmp_path / name).write_bytes(content)
     shutil.copy(ROOT / "data" / "gsm8k.py", tmp_path)
     monkeypatch.setattr(rows_module, "__file__", str(tmp_path / "rows.py"))
