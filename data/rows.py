@@ -54,11 +54,11 @@ SOURCES = {  # the papers' sources -> the task that judges them and their name i
 
 
 def load_task(name: str) -> ModuleType:
-    """The module data/`name`.py, or that of the file `name` if this ends in .py. UserError unless it has load()
-    and score(), defined there or imported.
+    """The module data/`name`.py, or that of the file `name` if this ends in .py. UserError unless it has
+    load() and score(), defined there or imported.
     """
     is_path = name.endswith(".py")
-    file = Path(name).expanduser() if is_path else Path(__file__).with_name(f"{name}.py")
+    file = Path(name).expanduser() if is_path else Path(__file__).parent / f"{name}.py"
     missing = [f"there is no such {'file' if is_path else 'task in data/'}"]
     if file.is_file() and (is_path or name.isidentifier()):
         try:
@@ -221,7 +221,7 @@ def read_records(
     """(where, record) for every row of a .parquet, .jsonl or .json file, or of a folder's files of a split.
 
     In a folder these are `split`.* or, at any depth, files named after the split (test-00000-of-00001.*) or
-    lying in a folder of that name; not hidden ones, as notebooks, downloads and macOS leave them. `where` names
+    lying in a folder of that name; not hidden ones, as notebooks, downloads and macOS leave. `where` names the
     file and row for error messages. A .json file holds a list of objects, one object, or one object a line.
     Parquet needs pyarrow (the `data` extra); of its columns only those in `fields`, in any case, are read.
     UserError for anything that cannot be read."""
@@ -359,8 +359,9 @@ def rows_of(
     - our own: prompt, hint, answer, truth
     - any other that read_raw(where, record) turns into (question, solution, target)
 
-    needs: the fields the truth must have, and their types; a truth that is no dict is its target. check(truth)
-    says why a truth cannot be used, or None; it may replace its values by equal ones of another type. source: leave out the rows that belong to another one of SOURCES."""
+    needs: the fields the truth must have, and their types; a truth that is no dict is its target.
+    check(truth) says why a truth cannot be used, or None; it may replace its values by equal ones of another
+    type. source: leave out the rows that belong to another one of SOURCES."""
     others = {name for _, name in SOURCES.values()} - {source} if source else ()
     own = [(where, record) for where, record in records if record.get("data_source") not in others]
     if not own:
