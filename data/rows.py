@@ -221,7 +221,7 @@ def read_records(
     """(where, record) for every row of a .parquet, .jsonl or .json file, or of a folder's files of a split.
 
     In a folder these are `split`.* or, at any depth, files named after the split (test-00000-of-00001.*) or
-    lying in a folder of that name; not hidden ones, as notebooks, downloads and macOS leave. `where` names the
+    lying in a folder of that name; no hidden ones, as notebooks, downloads, macOS leave. `where` names the
     file and row for error messages. A .json file holds a list of objects, one object, or one object a line.
     Parquet needs pyarrow (the `data` extra); of its columns only those in `fields`, in any case, are read.
     UserError for anything that cannot be read."""

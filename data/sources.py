@@ -58,9 +58,9 @@ def load(
     default "short"; "paper" if they are made because the file has none. UserError for a source the file does
     not have.
     """
-    found, task = sources_in(path, split), judge(name)
-    task_name, data_source = SOURCES.get(name, (name, ""))
-    if name == task_name and (name not in SOURCES or not set(found) & set(data_sources().values())):
+    task, (task_name, data_source) = judge(name), SOURCES.get(name, (name, ""))
+    found = [d for d in sources_in(path, split) if d in data_sources().values()]  # others are anybody's
+    if name == task_name and (name not in SOURCES or not found):
         return load_rows(task, split, path, n, style=style or "short", sizes=sizes)
     if not path:
         raise UserError(f"task = '{name}': its problems can only be read; give --data_path, such as {FILE}")

@@ -359,6 +359,7 @@ def test_ground_truth_of_verl_and_dapo(tmp_path):
     assert (
         hendrycks_math.load("test", write(tmp_path / "dapo.jsonl", dapo))[1]["truth"]["target"] == r"\frac12"
     )
+    assert len(sources.load("aime", str(tmp_path / "dapo.jsonl"), "test")) == 2
     with pytest.raises(UserError, match="row 0: the target 'two' is not a number"):
         gsm8k.load("test", write(tmp_path / "bad.jsonl", [verl(0, "two")]))
     with pytest.raises(
