@@ -23,15 +23,17 @@ from fast.head import trim_heap, trim_heap_at_peaks
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
-    finish_replacing,
     load_resume,
-    save_adapter,
-    save_model,
-    save_resume,
+    lock,
+    save_checkpoint,
+    unlock,
+    write_adapter,
     write_config,
+    write_model,
+    write_resume,
 )
 from infra.config import UserError, memory_advice
-from infra.huggingface import load_model, rounded_tensors, weights_mark
+from infra.huggingface import check_folder, load_model, rounded_tensors, stored_dtype, weights_mark
 from infra.log import Log, import_wandb, mfu
 from infra.parallel import (
     collect,
@@ -87,6 +89,7 @@ def starting_model(cfg: Any) -> Path:
     """The directory to start from: the knob `model`, or the task's tiny base. UserError unless it exists."""
     base = Path(cfg.model) if cfg.model else ROOT / "data" / "tiny" / cfg.task
     if base.exists():
+        check_folder(base)
         return base
     if not cfg.model:
         raise UserError(
@@ -106,6 +109,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     """
     base = starting_model(cfg)
     out = check_out_dir(out_dir, base, resume)
+    lock(out)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(
@@ -124,7 +128,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
             f"out_dir = {out_dir!r} holds the adapter/ of an earlier run with LoRA; give another out_dir"
         )
     speed_up(model, cfg, device)
-    check_disk(out, model)
+    check_disk(out, model, saved_dtype(model, cfg))
     sampler = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
     return Run(out, base, device, tokenizer, model, sampler)
 
@@ -187,7 +191,6 @@ def start_or_resume(
         data = data | {"base": weights_mark(run.base)}
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
-        finish_replacing(run.out)
     else:
         write_config(run.out, cfg)
         run.state = {"step": 0, "train_s": 0.0} | state
@@ -291,17 +294,29 @@ def log_step(
 
 
 def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:
-    """Write out_dir/model and out_dir/resume when they are due; after a signal to stop, at once, and exit."""
+    """Write a checkpoint when it is due; after a signal to stop, at once, and exit."""
     done, stop = run.state["step"], stop_requested()
     if done % cfg.save_every == 0 or done == total or stop:
-        save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
+        dtype = saved_dtype(run.model, cfg)
+        parts = {
+            "model": lambda folder: write_model(folder, run.model, run.tokenizer, stop_ids, template, dtype),
+            "resume": lambda folder: write_resume(folder, run.model, run.optimizer, run.state, cfg),
+        }
         if adapted_layers(run.model):
-            save_adapter(run.out, run.model, run.base)
-        save_resume(run.out, run.model, run.optimizer, run.state, cfg)
+            parts["adapter"] = lambda folder: write_adapter(folder, run.model, run.base)
+        save_checkpoint(run.out, parts, done, getattr(cfg, "keep", 1))
+    if done == total or stop:
+        unlock(run.out)
     if stop and done < total:
         run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
         sys.exit(128 + stop)
+
+
+def saved_dtype(model: Transformer, cfg: Any) -> torch.dtype:
+    """The dtype of out_dir/model: the knob save_dtype, or else that of the starting model's files."""
+    name = getattr(cfg, "save_dtype", "")
+    return getattr(torch, name) if name else stored_dtype(model.config)
 
 
 _signals: list[int] = []  # signals received so far

@@ -133,13 +133,18 @@ def test_a_config_written_and_read_is_the_same(family):
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gemma",
+            "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gemma, olmo2, sm",
         ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling of type 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling of type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling of type 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor is missing or not a number"),
+        (
+            {"rope_scaling": {"type": "yarn"} | LLAMA3 | {"attention_factor": "1"}},
+            "rope_scaling: attention_factor must be numbers",
+        ),
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling of type ['llama3']"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear': must be an object"),
         ({"rope_parameters": [1]}, "rope_scaling = [1]: must be an object"),
@@ -402,7 +407,7 @@ UP, NORM, KEYS_PROJECTION = "layers.1.mlp.up_proj", "layers.1.self_attn.q_norm",
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
-            "model.norm.weight is of type torch.int8, not a floating-point one",
+            "model.safetensors: is quantised (tensor model.norm.weight, I8); give the model before that",
         ),
     ],
 )
