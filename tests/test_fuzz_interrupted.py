@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_uft
-from infra.checkpoint import finish_replacing, new_folder, resume_folder, write_config
+from infra.checkpoint import resume_folder, write_config
 from infra.log import Log
 
 ROOT = Path(__file__).parent.parent
@@ -146,8 +146,11 @@ def content(out: Path) -> dict:
         "samples": (out / "samples.jsonl").read_text(),
         "state": {k: v for k, v in state.items() if k != "last"},
         "model": load_file(out / "model/model.safetensors"),
-        "resume": load_file(out / "resume/tensors-00000.safetensors"),
-        "files": sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.name != "notes.txt"),
+        "resume": load_file(out / "resume/tensors.safetensors"),
+        "files": sorted(str(p.relative_to(out)) for p in out.iterdir() if not p.name.startswith("step-")),
+        "checkpoint": sorted(
+            str(p.relative_to(p.parents[1])) for p in (out / "model").resolve().parent.glob("*/*") if p.name != "notes.txt"
+        ),
     }
 
 
@@ -162,16 +165,16 @@ def same(a: dict, b: dict) -> bool:
     return True
 
 
-def leave_notes(out: Path, kept: set[str]) -> None:
-    """Put a file of the user's own into out_dir/model and out_dir/resume."""
+def leave_notes(out: Path, kept: set[Path]) -> None:
+    """Put a file of the user's own into out_dir/model and out_dir/resume, and so into a step folder."""
     for name in ("model", "resume"):
-        if name not in kept and (out / name).is_dir():
-            (out / name / "notes.txt").write_text(f"mine, {name}")
-            kept.add(name)
+        if name not in {p.parent.name for p in kept} and (out / name).is_dir():
+            (out / name / "notes.txt").write_text("mine")
+            kept.add((out / name).resolve() / "notes.txt")
 
 
-def notes_are_there(out: Path, kept: set[str]) -> bool:
-    return all((out / name / "notes.txt").read_text() == f"mine, {name}" for name in kept)
+def notes_are_there(kept: set[Path]) -> bool:
+    return all(path.read_text() == "mine" for path in kept)
 
 
 # ---- killed runs -------------------------------------------------------------------------------------------
@@ -188,13 +191,10 @@ def kill_some_time(rng: Random, runs: Runs, flags: str, out: Path) -> int:
         while not runs.ended(0.001) and time.monotonic() < began + wait:
             pass
     else:
-        folder, saves = (
-            out / rng.choice(("model.new", "resume.new", "model.old", "resume.old")),
-            rng.randrange(1, 4),
-        )
+        name, saves = rng.choice(("*.tmp/model", "*.tmp/resume", "*.old.tmp")), rng.randrange(1, 4)
         inside = rng.uniform(0, 0.004)
         while saves and not runs.ended():
-            if folder.exists():
+            if any(out.glob(f"step-{name}")):
                 saves -= 1
                 time.sleep(inside if saves == 0 else 0.02)
     if not runs.ended():
@@ -221,33 +221,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(flags, kills, runs, whole, tm
             assert code == -signal.SIGKILL, runs.err.read_text()
             killed += 1
             leave_notes(out, notes)
-        assert same(content(out), whole(flags)) and notes_are_there(out, notes)
-
-
-def test_a_folder_replaced_just_before_a_kill_is_tidied_up(tmp_path):
-    for name in ("model", "model.old", "resume", "resume.old", "sft.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / ("state.json" if "resume" in name else "config.json")).write_text(name)
-    (tmp_path / "resume.old/notes.txt").write_text("mine")
-    finish_replacing(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "model",
-        "resume",
-        "sft.old",
-    ]  # nothing replaced sft
-    assert (tmp_path / "resume/notes.txt").read_text() == "mine"
-    assert (tmp_path / "resume/state.json").read_text() == "resume"
-    (tmp_path / "resume").rename(tmp_path / "resume.old")
-    finish_replacing(tmp_path)
-    assert (tmp_path / "resume.old/state.json").exists()
-
-
-def test_what_a_kill_left_half_written_goes_and_the_users_files_stay(tmp_path):
-    for name in ("tensors-00000.safetensors", ".tmpgXsYOO", "notes.txt", ".tmp"):
-        (tmp_path / "resume.new").mkdir(exist_ok=True)
-        (tmp_path / "resume.new" / name).write_text(name)
-    new_folder(tmp_path / "resume.new")
-    assert sorted(p.name for p in (tmp_path / "resume.new").iterdir()) == [".tmp", "notes.txt"]
+        assert same(content(out), whole(flags)) and notes_are_there(notes)
 
 
 # ---- full disks --------------------------------------------------------------------------------------------
@@ -330,7 +304,7 @@ def test_no_config_is_left_half_written(tmp_path):
 @TRAINERS
 @pytest.mark.parametrize("room", [0, 8_192, 300_000, 800_000, 1_500_000])
 def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(flags, room, runs, whole, tmp_path):
-    notes: set[str] = set()
+    notes: set[Path] = set()
     with small_disk(tmp_path / "disk") as disk:
         # Fill the disk behind the back of a run that has a checkpoint.
         out = disk / "out"
@@ -344,14 +318,14 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(flags, room, runs,
         assert any(reason in ends_in_one_line(runs) for reason in ("No space left", "os error 28")), room
         # The checkpoint is whole, and stays so while there is no room.
         step = json.loads((resume_folder(out) / "state.json").read_text())["step"]
-        assert step >= 1 and load_file(resume_folder(out) / "tensors-00000.safetensors")
+        assert step >= 1 and load_file(resume_folder(out) / "tensors.safetensors")
         runs.run(flags, out)
         assert "free, checkpoints need" in ends_in_one_line(runs) or "No space left" in ends_in_one_line(runs)
         assert json.loads((resume_folder(out) / "state.json").read_text())["step"] == step
         # With room again the run goes on.
         filler.unlink()
         assert runs.run(flags, out) == 0, runs.err.read_text()
-        assert same(content(out), whole(flags)) and notes_are_there(out, notes)
+        assert same(content(out), whole(flags)) and notes_are_there(notes)
 
 
 @TRAINERS
@@ -367,4 +341,4 @@ def test_a_failed_write_ends_a_run_in_one_line_and_loses_nothing(flags, largest,
     runs.run(flags, out, largest_file=largest)
     assert "File too large" in ends_in_one_line(runs)
     assert runs.run(flags, out) == 0, runs.err.read_text()
-    assert same(content(out), whole(flags)) and notes_are_there(out, notes)
+    assert same(content(out), whole(flags)) and notes_are_there(notes)
