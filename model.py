@@ -181,7 +181,7 @@ def autocast_input(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         c, d, bias = config.hidden_size, config.head_dim, config.family.qkv_bias
         self.head_dim, self.has_positions = d, config.has_positions(layer)
@@ -226,7 +226,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         self.norm_after = config.family.norm_after
         if not self.norm_after:

@@ -284,7 +284,7 @@ def write_resume(folder: Path, model, optimizer: torch.optim.Optimizer, state: d
     for name, p in _trained(model).items():
         tensors[f"parameter/{name}"] = p
         tensors |= {f"{moment}/{name}": t for moment, t in sorted(optimizer.state.get(p, {}).items())}
-    write_safetensors(folder / "tensors.safetensors", tensors)
+    write_safetensors(folder / "tensors-00000.safetensors", tensors)
     if rank() == 0:
         content = state | {"config": asdict(config)}
         (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")

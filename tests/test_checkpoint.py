@@ -381,8 +381,8 @@ def test_a_checkpoint_of_an_earlier_version_in_parts_is_read(tmp_path):
     save_resume(tmp_path, model, optimizer, {"step": 2}, Config())
     (tmp_path / "resume").unlink()
     os.replace(tmp_path / "step-000002/resume", tmp_path / "resume")
-    whole = load_file(tmp_path / "resume/tensors.safetensors")
-    (tmp_path / "resume/tensors.safetensors").unlink()
+    whole = load_file(tmp_path / "resume/tensors-00000.safetensors")
+    (tmp_path / "resume/tensors-00000.safetensors").unlink()
     for i, key in enumerate(whole):
         save_file({key: whole[key]}, tmp_path / f"resume/tensors-{i:05}.safetensors")
     other, fresh = trained(0)
@@ -467,7 +467,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     )
     other = torch.nn.ModuleDict({"x": torch.nn.Linear(3, 4)})
     assert "is not a parameter of this model" in message(other, torch.optim.AdamW(other.parameters()))
-    tensors = tmp_path / "resume/tensors.safetensors"
+    tensors = tmp_path / "resume/tensors-00000.safetensors"
     whole = load_file(tensors)
     save_file({k: v for k, v in whole.items() if k != "parameter/1.bias"}, tensors)
     assert message().endswith("resume: 1.bias is missing")
@@ -486,7 +486,7 @@ def test_state_is_json_that_other_programs_read(tmp_path):
     save_resume(tmp_path, *trained(1), {"step": 1}, Config(sizes=(1, 2)))
     state = json.loads((tmp_path / "resume/state.json").read_text())
     assert state["step"] == 1 and state["config"]["sizes"] == [1, 2]
-    assert set(load_file(tmp_path / "resume/tensors.safetensors")) == {
+    assert set(load_file(tmp_path / "resume/tensors-00000.safetensors")) == {
         f"{kind}/{layer}.{name}"
         for kind in ("parameter", "exp_avg", "exp_avg_sq", "step")
         for layer in (0, 1)

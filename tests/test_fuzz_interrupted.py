@@ -146,7 +146,7 @@ def content(out: Path) -> dict:
         "samples": (out / "samples.jsonl").read_text(),
         "state": {k: v for k, v in state.items() if k != "last"},
         "model": load_file(out / "model/model.safetensors"),
-        "resume": load_file(out / "resume/tensors.safetensors"),
+        "resume": load_file(out / "resume/tensors-00000.safetensors"),
         "files": sorted(str(p.relative_to(out)) for p in out.iterdir() if not p.name.startswith("step-")),
         "checkpoint": sorted(
             str(p.relative_to(p.parents[1])) for p in (out / "model").resolve().parent.glob("*/*") if p.name != "notes.txt"
@@ -318,7 +318,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(flags, room, runs,
         assert any(reason in ends_in_one_line(runs) for reason in ("No space left", "os error 28")), room
         # The checkpoint is whole, and stays so while there is no room.
         step = json.loads((resume_folder(out) / "state.json").read_text())["step"]
-        assert step >= 1 and load_file(resume_folder(out) / "tensors.safetensors")
+        assert step >= 1 and load_file(resume_folder(out) / "tensors-00000.safetensors")
         runs.run(flags, out)
         assert "free, checkpoints need" in ends_in_one_line(runs) or "No space left" in ends_in_one_line(runs)
         assert json.loads((resume_folder(out) / "state.json").read_text())["step"] == step

@@ -52,7 +52,8 @@ def test_a_missing_model_says_how_to_download_it(tmp_path, monkeypatch):
     ):
         starting_model(SimpleNamespace(model="", hub="", task="math"))
     assert starting_model(SimpleNamespace(model="", task="countdown")) == ROOT / "data/tiny/countdown"
-    assert starting_model(SimpleNamespace(model=str(tmp_path), task="countdown")) == tmp_path
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        starting_model(SimpleNamespace(model=str(tmp_path), task="countdown"))
 
 
 def test_a_base_without_an_end_of_text_token_is_refused(tmp_path):
