@@ -165,16 +165,17 @@ def same(a: dict, b: dict) -> bool:
     return True
 
 
-def leave_notes(out: Path, kept: set[Path]) -> None:
+def leave_notes(out: Path, kept: set[str]) -> None:
     """Put a file of the user's own into out_dir/model and out_dir/resume, and so into a step folder."""
     for name in ("model", "resume"):
-        if name not in {p.parent.name for p in kept} and (out / name).is_dir():
-            (out / name / "notes.txt").write_text("mine")
-            kept.add((out / name).resolve() / "notes.txt")
+        if name not in kept and (out / name).is_dir():
+            (out / name / "notes.txt").write_text(f"mine, {name}")
+            kept.add(name)
 
 
-def notes_are_there(kept: set[Path]) -> bool:
-    return all(path.read_text() == "mine" for path in kept)
+def notes_are_there(out: Path, kept: set[str]) -> bool:
+    """A folder that a resumed run had to write again has another name now."""
+    return {p.read_text() for p in out.glob("step-*/*/notes.txt")} == {f"mine, {name}" for name in kept}
 
 
 # ---- killed runs -------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(flags, kills, runs, whole, tm
             assert code == -signal.SIGKILL, runs.err.read_text()
             killed += 1
             leave_notes(out, notes)
-        assert same(content(out), whole(flags)) and notes_are_there(notes)
+        assert same(content(out), whole(flags)) and notes_are_there(out, notes)
 
 
 # ---- full disks --------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def test_no_config_is_left_half_written(tmp_path):
 @TRAINERS
 @pytest.mark.parametrize("room", [0, 8_192, 300_000, 800_000, 1_500_000])
 def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(flags, room, runs, whole, tmp_path):
-    notes: set[Path] = set()
+    notes: set[str] = set()
     with small_disk(tmp_path / "disk") as disk:
         # Fill the disk behind the back of a run that has a checkpoint.
         out = disk / "out"
@@ -325,7 +326,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(flags, room, runs,
         # With room again the run goes on.
         filler.unlink()
         assert runs.run(flags, out) == 0, runs.err.read_text()
-        assert same(content(out), whole(flags)) and notes_are_there(notes)
+        assert same(content(out), whole(flags)) and notes_are_there(out, notes)
 
 
 @TRAINERS
@@ -341,4 +342,4 @@ def test_a_failed_write_ends_a_run_in_one_line_and_loses_nothing(flags, largest,
     runs.run(flags, out, largest_file=largest)
     assert "File too large" in ends_in_one_line(runs)
     assert runs.run(flags, out) == 0, runs.err.read_text()
-    assert same(content(out), whole(flags)) and notes_are_there(notes)
+    assert same(content(out), whole(flags)) and notes_are_there(out, notes)
