@@ -56,14 +56,15 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
 
 def _check_settings(given: dict, family: Family, where: str) -> None:
     """UserError for a field that changes the arithmetic in a way that the model does not follow."""
-    layers, types = given.get("max_window_layers"), given.get("layer_types")
-    full = isinstance(types, list) and all(t == "full_attention" for t in types)
-    no_window = full or layers is not None and layers == given.get("num_hidden_layers")
+    types = given.get("layer_types")
+    windowless = isinstance(types, list) and all(t == "full_attention" for t in types)
+    first, layers = given.get("max_window_layers"), given.get("num_hidden_layers")
+    windowless |= type(first) is int and type(layers) is int and first >= layers
     allowed = {
         "hidden_act": family.activations,
         "attention_bias": (family.qkv_bias,),
         "mlp_bias": (False,),
-        "use_sliding_window": (False, no_window),
+        "use_sliding_window": (False, windowless),
         "partial_rotary_factor": (1.0,),
     }
     if family.gemma:
@@ -227,9 +228,10 @@ def weights_mark(folder: Path) -> str:
 OTHERS = (  # (a file in the directory, what the directory holds, what to do)
     ("snapshots/*/config.json", "is a folder of the hub's cache", "give its {found.parent}"),
     ("*.gguf", "holds GGUF", "give the Hugging Face model that it was made from"),
-    ("**/*.distcp", "holds FSDP's shards", "merge them with accelerate merge-weights"),
+    ("*.distcp", "holds FSDP's shards", "merge them with accelerate merge-weights"),
+    ("pytorch_model_fsdp*", "holds FSDP's shards", "merge them with accelerate merge-weights"),
     ("model_world_size_*", "holds FSDP's shards", "merge them with python -m verl.model_merger"),
-    ("zero_to_fp32.py", "holds DeepSpeed's shards", "merge: python zero_to_fp32.py . NEW --safe_serialization"),
+    ("zero_to_fp32.py", "holds DeepSpeed's shards", "merge them: python zero_to_fp32.py . NEW_DIR"),
     ("consolidated*.safetensors", "holds Mistral's own format", "give one with model.safetensors"),
 )
 NO_WEIGHTS = r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pth?)"  # what trainers leave
