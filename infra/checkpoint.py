@@ -1,27 +1,25 @@
-"""Checkpoints of a run: out_dir/step-000300 and so on, folders that are never changed once they are whole.
+"""Checkpoints of a run: out_dir/step-000300 and so on, folders that never change once they are whole.
 
-    step-000300/model      a Hugging Face directory                     out_dir/model is a link to the newest
-    step-000300/adapter    with LoRA: A and B as peft reads them        out_dir/adapter
-    step-000300/resume     weights, optimiser, state                    out_dir/resume: what a run continues from
-    step-sft/sft           of sft-rft: the model after its SFT stage    out_dir/sft
+    step-000300/model      a Hugging Face directory                   out_dir/model links to the newest
+    step-000300/resume     weights, optimiser, state                  out_dir/resume: --resume=true reads it
+    step-000300/adapter    with LoRA, as peft reads it                out_dir/adapter
+    step-sft/sft           of sft-rft: the model after the SFT stage  out_dir/sft
 
-A folder is written as NAME.tmp and renamed when it is whole, and a link is replaced by renaming a new one. So
-a kill at any moment leaves whole checkpoints, and perhaps a NAME.tmp that nobody reads and the next save
-deletes. Links are relative, so that out_dir can be moved. They, and not a copy, since they need no room and
-change at once; on a disk without links the step folders are all there is, and the newest is continued.
-
-A run deletes only folders of its own in which files.json lists every file.
+A folder is written as NAME.tmp and then renamed, and a link is replaced by renaming a new one, so a kill at
+any moment leaves whole checkpoints, and perhaps a NAME.tmp that nobody reads and the next save deletes. Links
+take no room and change at once, which copies do not; they are relative, so out_dir can be moved. On a disk
+without links the newest step folder is continued. Only folders in which no one else put a file are deleted.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from functools import cache, partial
 from pathlib import Path
@@ -51,21 +49,18 @@ def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
     out = Path(out_dir)
     for folder in (*(out / name for name in LINKS), *out.glob("step-*/*")):
         if base.resolve() == folder.resolve():
-            name = folder.relative_to(out)
-            raise UserError(
-                f"out_dir = {out_dir!r}: its {name}/ is the model to start from and would be replaced"
-            )
+            what = f"its {folder.relative_to(out)}/ is the model to start from and would be replaced"
+            raise UserError(f"out_dir = {out_dir!r}: {what}")
     if resume and resume_folder(out) is None:
         raise UserError(f"{out / 'resume'}: no checkpoint to resume from; start without --resume=true")
     if not resume:
         if resume_folder(out) or (out / "resume").exists():
             advice = "--resume=true continues it, or give another out_dir"
             raise UserError(f"out_dir = {out_dir!r} holds a run already: {advice}")
-        foreign = [n for n in (*RUN_FILES, *(f.name for f in out.glob("step-*"))) if (out / n).exists()]
+        names = (*RUN_FILES, *(folder.name for folder in out.glob("step-*")))
+        foreign = next((name for name in names if (out / name).exists()), None)
         if foreign and not _is_run(out):
-            raise UserError(
-                f"out_dir = {out_dir!r} holds a {foreign[0]} that no run here wrote; give another"
-            )
+            raise UserError(f"out_dir = {out_dir!r} holds a {foreign} that no run here wrote; give another")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # has no name, so a kill leaves nothing
@@ -82,30 +77,29 @@ def _is_run(out: Path) -> bool:
         return False
 
 
-_locks: dict[Path, TextIO] = {}  # of this process, until it ends or calls unlock()
+_locks: dict[Path, TextIO] = {}  # held by this process
 
 
 def lock(out: Path) -> None:
     """UserError if another process runs in this folder. Rank 0 holds the lock; a collective.
 
-    The lock is one that the system drops when the process ends, and that its child processes do not share.
+    The system drops the lock when the process ends or calls unlock(); child processes do not share it.
     """
     taken = False
     if rank() == 0 and out.resolve() not in _locks:
-        file = open(out / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is held)
+        file = open(out / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the lock is held)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _locks[out.resolve()] = file
-        except (BlockingIOError, PermissionError):
-            taken = True
-        except OSError:
-            pass  # a disk without locks
+        except OSError as e:  # others: a disk without locks
+            taken = isinstance(e, BlockingIOError | PermissionError)
+        _locks[out.resolve()] = file
+        if taken:
+            unlock(out)
     if any(collect(taken)):
         raise UserError(f"{out}: another run is writing to this folder; wait for it or give another out_dir")
 
 
 def unlock(out: Path) -> None:
-    """Let other processes run in this folder."""
     if file := _locks.pop(out.resolve(), None):
         file.close()
 
@@ -122,9 +116,8 @@ def check_disk(out: Path, model, dtype: torch.dtype = torch.float32) -> None:
     needed = 2 * size - sum((folder / f).stat().st_size for folder in own for f in _files(folder))
     free = shutil.disk_usage(out).free
     if free < needed:
-        raise UserError(
-            f"{out}: the disk has {free / 1e9:.2f} GB free, checkpoints need {needed / 1e9:.2f} GB"
-        )
+        need = f"checkpoints need {needed / 1e9:.2f} GB"
+        raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, {need}")
 
 
 def write_config(out: Path, config: Any) -> None:
@@ -139,13 +132,23 @@ def write_config(out: Path, config: Any) -> None:
 # ---- folders that are whole or not there -------------------------------------------------------------------
 
 
+def save_checkpoint(out: Path, parts: dict[str, Callable[[Path], None]], step: int, keep: int = 1) -> None:
+    """Write the folder of this step, and delete all but the last `keep`."""
+    save_folder(out, f"step-{step:06}", parts)
+    if rank() == 0:
+        linked = [(out / name).resolve().parent for name in LINKS]
+        for folder in _steps(out)[:-keep]:
+            if folder.resolve() not in linked:
+                _delete(folder)
+
+
 def save_folder(out: Path, name: str, parts: dict[str, Callable[[Path], None]]) -> None:
     """Write out_dir/`name` with a folder for each part, and point out_dir/PART to it. A collective.
 
-    parts: functions that write into the folder they get; files on rank 0 alone.
+    parts: functions that write into the folder they get, on rank 0 alone.
     """
     folder, new = out / name, out / f"{name}.tmp"
-    with _disk_errors(folder):
+    try:
         if rank() == 0:
             for left in out.glob("step-*.tmp"):  # by a kill
                 shutil.rmtree(left)
@@ -160,7 +163,16 @@ def save_folder(out: Path, name: str, parts: dict[str, Callable[[Path], None]]) 
             os.replace(new, folder)
             for part in parts:
                 _point(out / part, f"{name}/{part}")
+    except OSError as e:
+        reason = f"cannot be written ({e.strerror or e}); the one written before is kept"
+        raise UserError(f"{folder}: {reason}") from None
     barrier()  # before any process reads it
+
+
+def _steps(out: Path) -> list[Path]:
+    """The whole step folders of a run, the newest last."""
+    found = (f for f in out.glob("step-*") if re.fullmatch(r"step-\d+", f.name))
+    return sorted(found, key=lambda f: int(f.name.removeprefix("step-")))
 
 
 def _files(folder: Path) -> list[str]:
@@ -190,14 +202,14 @@ def _delete(folder: Path) -> bool:
 
 def _set_aside(path: Path) -> None:
     """Give what stands in the way another name."""
-    names = (path.with_name(f"{path.name}.kept{i or ''}") for i in range(10**6))
+    names = (path.with_name(f"{path.name}.kept{i or ''}") for i in itertools.count())
     kept = next(p for p in names if not os.path.lexists(p))
     os.replace(path, kept)
     _say(f"{path} was there already and is {kept} now")
 
 
 def _point(link: Path, target: str) -> None:
-    """Make `link` a relative link to `target`, at once; on a disk without links, say where the target is."""
+    """Make `link` a relative link to `target`; on a disk without links, say where the target is."""
     ours = link.is_symlink() and re.fullmatch(rf"step-\w+/{link.name}", os.readlink(link))
     if os.path.lexists(link) and not ours:  # a directory, or a link of the user's to another disk
         _set_aside(link)
@@ -215,70 +227,38 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _steps(out: Path) -> list[Path]:
-    """The whole step folders of a run, the newest last."""
-    found = (f for f in out.glob("step-*") if re.fullmatch(r"step-\d+", f.name))
-    return sorted(found, key=lambda f: int(f.name[5:]))
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write into a UserError that says that the previous version is kept."""
-    try:
-        yield
-    except OSError as e:
-        reason = e.strerror or str(e)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); the one written before is kept"
-        ) from None
-
-
 # ---- the parts of a checkpoint -----------------------------------------------------------------------------
 
 
-def save_checkpoint(out: Path, parts: dict[str, Callable[[Path], None]], step: int, keep: int = 1) -> None:
-    """Write the folder of this step, and delete all but the last `keep`."""
-    save_folder(out, f"step-{step:06}", parts)
-    if rank() == 0:
-        linked = [(out / name).resolve().parent for name in LINKS]
-        for folder in _steps(out)[:-keep]:
-            if folder.resolve() not in linked:
-                _delete(folder)
-    barrier()
-
-
 def save_model(out: Path, model, tokenizer, name: str = "model", stop_ids=(), template: str = "auto") -> None:
-    """Write out_dir/`name`, a Hugging Face directory, outside of the checkpoints. Arguments as write_model's."""
-    part = partial(write_model, model=model, tokenizer=tokenizer, stop_ids=stop_ids, template=template)
-    save_folder(out, f"step-{name}", {name: part})
+    """Write out_dir/`name`, a Hugging Face directory, outside of the checkpoints."""
+    save_folder(out, f"step-{name}", {name: partial(write_model, model, tokenizer, stop_ids, template, None)})
 
 
 def write_model(
-    folder: Path, model, tokenizer, stop_ids: Iterable[int] = (), template: str = "auto",
-    dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
-    """A Hugging Face directory. stop_ids: further ids that end a completion. dtype None: the parameters' own."""
+    model, tokenizer, stop_ids: Iterable[int], template: str, dtype: torch.dtype | None, folder: Path
+) -> None:
+    """A Hugging Face directory. stop_ids: further ids that end a completion. dtype None: the parameters'."""
     model.save_pretrained(folder, dtype, stop_ids={*tokenizer.stop_ids, *stop_ids})
     if rank() == 0:
         tokenizer.save(folder, template)
-        pieces = tokenizer.source and tokenizer.source / "tokenizer.model"
-        if pieces and pieces.exists():  # other programs' converters read it
+        pieces = (tokenizer.source or folder) / "tokenizer.model"
+        if pieces.exists():  # other programs' converters read it
             shutil.copyfile(pieces, folder / pieces.name)
 
 
-def write_adapter(folder: Path, model, base: Path) -> None:
+def write_adapter(model, base: Path, folder: Path) -> None:
     """What peft reads on top of the starting model `base`."""
-    config, tensors = adapter_files(model, str(base.resolve()))
+    config, tensors = adapter_files(model, os.path.abspath(base))
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     if rank() == 0:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_resume(folder: Path, model, optimizer: torch.optim.Optimizer, state: dict, config: Any) -> None:
-    """Trained parameters, optimiser state and `state` (JSON).
+def write_resume(model, optimizer: torch.optim.Optimizer, state: dict, config: Any, folder: Path) -> None:
+    """Trained parameters, optimiser state and `state` (JSON), whatever the number of processes.
 
-    The content does not depend on the number of processes. Random numbers are functions of (seed, step, row),
-    so there is no generator to keep.
+    Random numbers are functions of (seed, step, row), so there is no generator to keep.
     """
     tensors = {}
     for name, p in _trained(model).items():

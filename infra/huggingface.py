@@ -320,18 +320,6 @@ def load_model(
     return model
 
 
-def rounded_tensors(dir: Path) -> int:
-    """How many tensors of a Hugging Face directory bfloat16 would round."""
-    count = 0
-    for path in weight_files(dir):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
-                if file.get_slice(name).get_dtype() != "BF16":
-                    tensor = file.get_tensor(name)
-                    count += not torch.equal(tensor.to(torch.bfloat16).to(tensor.dtype), tensor)
-    return count
-
-
 def weight_files(dir: Path) -> list[Path]:
     """model.safetensors, or else the shards that its index names."""
     if (dir / "model.safetensors").exists():

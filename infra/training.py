@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from infra.checkpoint import (
     write_resume,
 )
 from infra.config import UserError, memory_advice
-from infra.huggingface import check_folder, load_model, rounded_tensors, stored_dtype, weights_mark
+from infra.huggingface import check_folder, load_model, stored_dtype, weights_mark
 from infra.log import Log, import_wandb, mfu
 from infra.parallel import (
     collect,
@@ -119,8 +120,8 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     dtype = getattr(torch, cfg.dtype) if cfg.lora_rank else torch.float32
     model = load_model(base, dtype, device, sharding(cfg.dtype))
     if cfg.lora_rank:
-        if dtype == torch.bfloat16 and rank() == 0 and (rounded := rounded_tensors(base)):
-            print(f"warning: LoRA freezes the weights in bfloat16, which rounds {rounded} tensors of {base}; "
+        if dtype == torch.bfloat16 != stored_dtype(model.config) and rank() == 0:
+            print(f"warning: LoRA freezes the weights in bfloat16, which rounds those of {base}; "
                   "--dtype=float32 keeps them as they are", file=sys.stderr)  # fmt: skip
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     elif not resume and (out / "adapter").exists():
@@ -299,11 +300,11 @@ def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "
     if done % cfg.save_every == 0 or done == total or stop:
         dtype = saved_dtype(run.model, cfg)
         parts = {
-            "model": lambda folder: write_model(folder, run.model, run.tokenizer, stop_ids, template, dtype),
-            "resume": lambda folder: write_resume(folder, run.model, run.optimizer, run.state, cfg),
+            "model": partial(write_model, run.model, run.tokenizer, stop_ids, template, dtype),
+            "resume": partial(write_resume, run.model, run.optimizer, run.state, cfg),
         }
         if adapted_layers(run.model):
-            parts["adapter"] = lambda folder: write_adapter(folder, run.model, run.base)
+            parts["adapter"] = partial(write_adapter, run.model, run.base)
         save_checkpoint(run.out, parts, done, getattr(cfg, "keep", 1))
     if done == total or stop:
         unlock(run.out)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,6 @@ from infra.checkpoint import (
     save_checkpoint,
     unlock,
     write_config,
-    write_model,
     write_resume,
 )
 from infra.config import UserError, parse_config
@@ -362,7 +362,7 @@ def trained(steps, model=None, optimizer=None):
 
 
 def save_resume(out, *args):
-    save_checkpoint(out, {"resume": lambda folder: write_resume(folder, *args)}, args[2].get("step", 0))
+    save_checkpoint(out, {"resume": partial(write_resume, *args)}, args[2].get("step", 0))
 
 
 def test_parameters_optimiser_and_state_come_back_bit_for_bit(tmp_path):
