@@ -13,7 +13,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,36 +32,51 @@ NOT_WRITTEN = ("quantization_config", "auto_map", "dtype", "transformers_version
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
+# Fields that must be whole numbers, up to a limit.
+SIZES = {
+    "vocab_size": 1 << 30, "hidden_size": 1 << 20, "intermediate_size": 1 << 30, "num_hidden_layers": 1000,
+    "num_attention_heads": 10_000, "num_key_value_heads": 1 << 30, "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 30,
+}  # fmt: skip
+
 
 def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
     """ModelConfig from the content of a config.json, as transformers 4 or 5 writes it.
 
     UserError if a setting is not supported.
     """
+    check = partial(_check, where)
     kind = d.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{where}: model_type {kind!r} is not supported; supported are {known}")
+    known_kind = isinstance(kind, str) and kind in FAMILIES
+    check(known_kind, f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     d = family.defaults | d
     given = family.defaults | {k: v for k, v in d.items() if v is not None}  # null: as if it were not there
-    _check_settings(given, family, where)
-    given["rope_theta"], given["rope_scaling"] = _rope(given, where)
+    _check_arithmetic(given, family, check)
+    given["rope_theta"], given["rope_scaling"] = _rope(given, check)
     given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
     # The fields of ModelConfig; all others are kept in `extra`, but for private ones such as _name_or_path.
     names = {f.name for f in fields(ModelConfig)} - {"extra", "generation"}
     known = {k: v for k, v in given.items() if k in names}
-    _check_fields(known, d, where)
-    others = {k: v for k, v in d.items() if k not in (*names, *NOT_WRITTEN, "rope_parameters", "extra")}
-    return ModelConfig(**known, extra={k: v for k, v in others.items() if not k.startswith("_")})
+    _check_fields(known, d, check)
+    dropped = (*names, *NOT_WRITTEN, "rope_parameters")
+    return ModelConfig(**known, extra={k: v for k, v in d.items() if k not in dropped and k[:1] != "_"})
 
 
-def _check_settings(given: dict, family: Family, where: str) -> None:
-    """UserError for a field that changes the arithmetic in a way that the model does not follow."""
-    types = given.get("layer_types")
+def _check(where: str, ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(f"{where}: {message}")
+
+
+def _is_number(x: Any, least: float = 0.0) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and least <= x < 1e18
+
+
+def _check_arithmetic(given: dict, family: Family, check: Callable) -> None:
+    """UserError for a setting of the arithmetic that the model does not follow."""
+    types, first, layers = (given.get(k) for k in ("layer_types", "max_window_layers", "num_hidden_layers"))
     windowless = isinstance(types, list) and all(t == "full_attention" for t in types)
-    first, layers = given.get("max_window_layers"), given.get("num_hidden_layers")
-    windowless |= type(first) is int and type(layers) is int and first >= layers
+    windowless |= type(first) is type(layers) is int and first >= layers
     allowed = {
         "hidden_act": family.activations,
         "attention_bias": (family.qkv_bias,),
@@ -70,9 +87,8 @@ def _check_settings(given: dict, family: Family, where: str) -> None:
     if family.gemma:
         allowed["hidden_activation"] = ("gelu_pytorch_tanh",)
     for key, values in allowed.items():
-        if given.get(key, values[0]) not in values:
-            kind, must = given["model_type"], f"must be {values[0]!r}"
-            raise UserError(f"{where}: {key} = {given[key]!r} is not supported for {kind}, {must}")
+        value, rule = given.get(key, values[0]), f"is not supported for {given['model_type']}, must be"
+        check(value in values, f"{key} = {value!r} {rule} {values[0]!r}")
 
 
 ROPE_SCALINGS = {  # kind -> its fields, each a number above 0, with the default if it may be left out
@@ -82,117 +98,99 @@ ROPE_SCALINGS = {  # kind -> its fields, each a number above 0, with the default
 }
 
 
-def _rope(d: dict, where: str) -> tuple[float, dict | None]:
+def _rope(d: dict, check: Callable) -> tuple[float, dict | None]:
     """(rope_theta, rope_scaling or None) from transformers 4's or 5's spelling.
 
     rope_theta is read from inside rope_scaling or rope_parameters, or else from beside them.
     """
-    parameters = d.get("rope_scaling") or d.get("rope_parameters") or {}
-    if not isinstance(parameters, dict):
-        raise UserError(f"{where}: rope_scaling = {parameters!r}: must be an object")
+    spellings = [d[k] for k in ("rope_scaling", "rope_parameters") if d.get(k)]
     theta = d.get("rope_theta", 10000.0)
-    for spelling in (d.get("rope_scaling"), d.get("rope_parameters")):
-        if isinstance(spelling, dict) and spelling.get("rope_theta") is not None:
-            theta = spelling["rope_theta"]
-    if not _is_number(theta) or theta <= 0:
-        raise UserError(f"{where}: rope_theta = {theta!r}: must be a number above 0")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    for spelling in spellings:
+        check(isinstance(spelling, dict), f"rope_scaling = {spelling!r}: must be an object")
+        inside = spelling.get("rope_theta")
+        theta = theta if inside is None else inside
+    check(_is_number(theta) and theta > 0, f"rope_theta = {theta!r}: must be a number above 0")
+    given = {k: v for k, v in (spellings or [{}])[0].items() if v is not None}
+    kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return float(theta), None
-    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-        known = ", ".join(ROPE_SCALINGS)
-        raise UserError(f"{where}: rope_scaling of type {kind!r} is not supported, only default, {known}")
+    known = ", ".join(["default", *ROPE_SCALINGS])
+    supported = isinstance(kind, str) and kind in ROPE_SCALINGS
+    check(supported, f"rope_scaling of type {kind!r} is not supported, only {known}")
+    # The fields that the model reads, all of them.
     scaling = dict(ROPE_SCALINGS[kind])
     if kind != "linear":
         scaling["original_max_position_embeddings"] = d.get("max_position_embeddings")
-    scaling |= {k: parameters[k] for k in scaling if parameters.get(k) is not None}
+    scaling |= {k: given[k] for k in scaling if k in given}
     for key, value in scaling.items():
-        if not _is_number(value) or value < 1e-9:
-            raise UserError(f"{where}: rope_scaling: {key} is missing or not a number above 0")
-    if kind == "llama3" and scaling["high_freq_factor"] == scaling["low_freq_factor"]:
-        raise UserError(f"{where}: rope_scaling: high_freq_factor must differ from low_freq_factor")
+        check(_is_number(value, 1e-9), f"rope_scaling: {key} is missing or not a number above 0")
+    if kind == "llama3":
+        differ = scaling["high_freq_factor"] != scaling["low_freq_factor"]
+        check(differ, "rope_scaling: high_freq_factor must differ from low_freq_factor")
     if kind == "yarn":
-        scaling |= {"truncate": bool(parameters.get("truncate", True))}
-        scaling |= {"attention_factor": _yarn_attention(parameters, scaling["factor"], where)}
+        check(theta != 1, "rope_theta must not be 1 with YaRN")
+        scaling["truncate"] = bool(given.get("truncate", True))
+        scaling["attention_factor"] = _attention_factor(given, check)
     return float(theta), {"rope_type": kind, **scaling}
 
 
-def _yarn_attention(parameters: dict, factor: float, where: str) -> float:
-    """The factor of cosines and sines: 0.1 ln(factor) + 1, unless config.json has another."""
-    given = {k: v for k in ("attention_factor", "mscale", "mscale_all_dim") if (v := parameters.get(k))}
-    if not all(map(_is_number, given.values())):
-        raise UserError(f"{where}: rope_scaling: {', '.join(given)} must be numbers")
-    growth = 0.1 * math.log(max(1.0, factor))
-    if "attention_factor" in given:
-        return float(given["attention_factor"])
-    if len(given) == 2:
-        return (given["mscale"] * growth + 1) / (given["mscale_all_dim"] * growth + 1)
-    return growth + 1
+def _attention_factor(yarn: dict, check: Callable) -> float:
+    """YaRN's factor of cosines and sines: 0.1 ln(factor) + 1, unless config.json has another."""
+    scales = [yarn.get(key, 0) for key in ("attention_factor", "mscale", "mscale_all_dim")]
+    check(all(map(_is_number, scales)), "rope_scaling: attention_factor and mscale must be numbers")
+    own, mscale, mscale_all_dim = scales
+    growth = 0.1 * math.log(max(1.0, yarn["factor"]))
+    if not (mscale and mscale_all_dim):
+        mscale, mscale_all_dim = 1.0, 0.0
+    return float(own or (mscale * growth + 1) / (mscale_all_dim * growth + 1))
 
 
-def _is_number(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e18
-
-
-def _check_fields(known: dict, d: dict, where: str) -> None:
-    """UserError unless the fields of ModelConfig have usable values."""
-    whole = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads")  # fmt: skip
-    limits = {"num_hidden_layers": 1000, "num_attention_heads": 10_000, "hidden_size": 1 << 20,
-              "head_dim": 1 << 16}  # fmt: skip
-    for key in (*whole, *(k for k in ("head_dim", "max_position_embeddings") if k in known)):
-        value, most = known.get(key), limits.get(key, 1 << 30)
-        if type(value) is not int or not 1 <= value <= most:
-            raise UserError(f"{where}: {key} is missing or not a whole number from 1 to {most}")
+def _check_fields(known: dict, d: dict, check: Callable) -> None:
+    """UserError unless the fields have usable values."""
+    for key, most in SIZES.items():
+        optional = key in ("head_dim", "max_position_embeddings") and key not in known
+        whole = type(known.get(key)) is int and 1 <= known[key] <= most
+        check(optional or whole, f"{key} is missing or not a whole number from 1 to {most}")
     for key in ("rms_norm_eps", "initializer_range"):
-        if key in known and (not _is_number(known[key]) or known[key] < 0):
-            raise UserError(f"{where}: {key} = {known[key]!r}: must be a number >= 0")
-    if type(known.get("tie_word_embeddings", False)) is not bool:
-        raise UserError(
-            f"{where}: tie_word_embeddings = {known['tie_word_embeddings']!r}: must be true or false"
-        )
-    if known["rope_theta"] == 1 and (known["rope_scaling"] or {}).get("rope_type") == "yarn":
-        raise UserError(f"{where}: rope_theta must not be 1 with YaRN")
-    window = d.get("sliding_window")
-    if window is not None and (type(window) is not int or window < 0):
-        raise UserError(f"{where}: sliding_window = {window!r}: must be a whole number or null")
-    eos = d.get("eos_token_id")
-    if not all(type(i) is int for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
-        raise UserError(f"{where}: eos_token_id = {eos!r}: must be a whole number, a list of them, or null")
-    if known["num_attention_heads"] % known["num_key_value_heads"]:
-        raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads")
-    if known.get("head_dim", known["hidden_size"] // known["num_attention_heads"]) % 2:
-        raise UserError(f"{where}: head_dim must be even")
-    listed = d.get("no_rope_layers")
-    if listed is not None and (not isinstance(listed, list) or len(listed) < known["num_hidden_layers"]):
-        raise UserError(f"{where}: no_rope_layers = {listed!r}: must be a list with 0 or 1 for each layer")
+        check(_is_number(known.get(key, 0)), f"{key} = {known.get(key)!r}: must be a number >= 0")
+    tied = known.get("tie_word_embeddings", False)
+    check(type(tied) is bool, f"tie_word_embeddings = {tied!r}: must be true or false")
+    window, eos, listed = (d.get(k) for k in ("sliding_window", "eos_token_id", "no_rope_layers"))
+    whole = window is None or type(window) is int and window >= 0
+    check(whole, f"sliding_window = {window!r}: must be a whole number or null")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    rule = "must be a whole number, a list of them, or null"
+    check(all(type(i) is int for i in ids), f"eos_token_id = {eos!r}: {rule}")
+    layers, heads = known["num_hidden_layers"], known["num_attention_heads"]
+    listed_all = listed is None or isinstance(listed, list) and len(listed) >= layers
+    check(listed_all, f"no_rope_layers = {listed!r}: must be a list with 0 or 1 for each layer")
+    multiple = heads % known["num_key_value_heads"] == 0
+    check(multiple, "num_attention_heads must be a multiple of num_key_value_heads")
+    even = known.get("head_dim", known["hidden_size"] // heads) % 2 == 0
+    check(even, "head_dim must be even")
 
 
 def config_to_dict(config: ModelConfig) -> dict:
     """The content of config.json in transformers 4's spelling, which 5 reads too."""
     d = asdict(config)
-    extra = d.pop("extra")
+    extra = {"architectures": [config.family.architecture], "hidden_act": config.family.activations[-1]}
+    extra |= d.pop("extra")
     del d["generation"]
-    if not _is_token(extra.get("pad_token_id"), config):
-        extra |= {"pad_token_id": None} if "pad_token_id" in extra else {}
-    common = {"architectures": [config.family.architecture], "hidden_act": config.family.activations[-1]}
-    return common | extra | d
-
-
-def _is_token(i, config: ModelConfig) -> bool:
-    return type(i) is int and 0 <= i < config.vocab_size
+    if extra.get("pad_token_id", 0) not in range(config.vocab_size):
+        extra["pad_token_id"] = None
+    return extra | d
 
 
 def generation_config(config: ModelConfig, stop_ids: Iterable[int]) -> dict:
     """The content of generation_config.json: the base's, with all ids that end a completion."""
-    d = {k: config.extra[k] for k in ("bos_token_id", "pad_token_id") if config.extra.get(k) is not None}
-    d |= {k: v for k, v in config.generation.items() if not k.startswith("_") and k not in NOT_WRITTEN}
-    if not _is_token(d.get("pad_token_id"), config):
-        d.pop("pad_token_id", None)
+    d = {k: config.extra.get(k) for k in ("bos_token_id", "pad_token_id")} | config.generation
     eos = set(stop_ids)
     for ids in (config.extra.get("eos_token_id"), d.pop("eos_token_id", None)):
         eos |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
-    return d | ({"eos_token_id": sorted(eos) if len(eos) > 1 else eos.pop()} if eos else {})
+    if d["pad_token_id"] not in range(config.vocab_size):
+        d["pad_token_id"] = None
+    d |= {"eos_token_id": sorted(eos) if len(eos) > 1 else eos.pop()} if eos else {}
+    return {k: v for k, v in d.items() if v is not None and k not in NOT_WRITTEN and k[:1] != "_"}
 
 
 def read_json(path: Path) -> dict:
@@ -299,22 +297,20 @@ def load_model(
     embedding, head = "model.embed_tokens.weight", None  # head: lm_head.weight of a tied model's files
     for file in weight_files(dir):
         for name, tensor in _tensors(file, missing, config):
+            if tensor.dim() == 2:
+                config.extra["torch_dtype"] = str(tensor.dtype).removeprefix("torch.")
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 head = (file, tensor)
                 continue
-            if name == embedding:
-                config.extra["torch_dtype"] = str(tensor.dtype).removeprefix("torch.")
             _fill(model, name, missing.pop(name), tensor.to(device=device, dtype=dtype))
     # A tied head in the files may be the only copy of the embedding; otherwise the two must be equal.
     if head and embedding in missing:
         _fill(model, embedding, missing.pop(embedding), head[1].to(device=device, dtype=dtype))
-    elif head and not torch.equal(
-        full(model.head_weight.detach()).cpu(), head[1].to(dtype=model.head_weight.dtype)
-    ):
+    elif head:
+        tied = full(model.head_weight.detach()).cpu()
+        rule = "lm_head.weight differs from the embedding that config.json ties it to"
         fix = "set tie_word_embeddings to false in config.json if the head is meant"
-        raise UserError(
-            f"{head[0]}: lm_head.weight differs from the embedding that config.json ties it to; {fix}"
-        )
+        _check(str(head[0]), torch.equal(tied, head[1].to(tied.dtype)), f"{rule}; {fix}")
     if missing:
         raise UserError(f"{dir}: tensor {next(iter(missing))} is missing ({len(missing)} in all)")
     return model
@@ -342,6 +338,7 @@ def _tensors(
     path: Path, expected: dict[str, nn.Parameter], config: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a safetensors file, one at a time, each checked against the model."""
+    check = partial(_check, str(path))
     shapes = {name: tuple(p.shape) for name, p in expected.items()}
     if config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
@@ -350,26 +347,19 @@ def _tensors(
             for key in file.keys():  # noqa: SIM118 (safe_open is not a dict)
                 if key.endswith("rotary_emb.inv_freq"):
                     continue  # a buffer of old checkpoints, derived from the configuration
-                # AutoModel writes names without `model.`
-                name = next((n for n in (key, f"model.{key}", key.removeprefix("model.")) if n in shapes), "")
-                part = file.get_slice(key)
-                if part.get_dtype() not in KINDS.values() or not name and re.search(QUANTISED, key):
-                    raise UserError(
-                        f"{path}: is quantised (tensor {key}, {part.get_dtype()}); give the model before that"
-                    )
-                if "lora_" in key:
-                    raise UserError(f"{path}: holds a LoRA adapter (tensor {key}); give the merged model")
-                if not name:
-                    raise UserError(f"{path}: tensor {key} is not part of this {config.model_type} model")
-                shape = tuple(part.get_shape())
-                if shape != shapes[name]:
-                    raise UserError(
-                        f"{path}: tensor {key} has shape {shape}, by config.json it is {shapes[name]}"
-                    )
+                # AutoModel writes names without `model.`, wrappers with it twice.
+                names = (key, f"model.{key}", key.removeprefix("model."))
+                name = next((n for n in names if n in shapes), None)
+                dtype, shape = file.get_slice(key).get_dtype(), tuple(file.get_slice(key).get_shape())
+                quantised = dtype not in KINDS.values() or not name and re.search(QUANTISED, key)
+                check(not quantised, f"is quantised (tensor {key}, {dtype}); give the model before that")
+                check("lora_" not in key, f"holds a LoRA adapter (tensor {key}); give the merged model")
+                check(name is not None, f"tensor {key} is not part of this {config.model_type} model")
+                right = shapes.pop(name)
+                check(shape == right, f"tensor {key} has shape {shape}, by config.json it is {right}")
                 tensor = file.get_tensor(key)
-                if not tensor.isfinite().all():
-                    raise UserError(f"{path}: tensor {key} holds NaN or infinity; give an earlier checkpoint")
-                del shapes[name]
+                broken = f"tensor {key} holds NaN or infinity; give an earlier checkpoint"
+                check(bool(tensor.isfinite().all()), broken)
                 yield name, tensor
     except (SafetensorError, OSError, ValueError, AttributeError, KeyError) as e:
         if path.is_file():
@@ -396,44 +386,23 @@ def stored_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def save_model(
-    model: Transformer, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (),
-    shard_bytes: int = 5 * 10**9,
-) -> None:  # fmt: skip
-    """Write config.json, generation_config.json and weights for transformers 4 and 5, vLLM and others.
+    model: Transformer, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = ()
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors for transformers 4 and 5, vLLM, others.
 
     dtype None: the parameters' own; float32 if there are adapters, which are merged into them. Generation
-    stops at the base's eos ids and `stop_ids`. Weights go to model.safetensors, or to files of at most
-    shard_bytes (or one tensor) with an index; a tied head is not written. Every process must call this, and
+    stops at the base's eos ids and `stop_ids`. A tied head is not written. Every process must call this, and
     rank 0 writes.
     """
-    dir = Path(dir)
-    parameters = base_parameters(model)
+    dir, parameters = Path(dir), base_parameters(model)
     dtype = dtype or (torch.float32 if adapted_layers(model) else next(iter(parameters.values())).dtype)
-    # The tensors of each file.
-    shards, room = [{}], shard_bytes
-    for name, p in parameters.items():
-        size = p.numel() * dtype.itemsize
-        if size > room and shards[-1]:
-            shards, room = [*shards, {}], shard_bytes
-        shards[-1][name] = p
-        room -= size
-    files = {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
-    if len(shards) == 1:
-        files = {"model.safetensors": shards[0]}
-    # The JSON files.
     config = config_to_dict(model.config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     described = {"config.json": config, "generation_config.json": generation_config(model.config, stop_ids)}
-    if len(shards) > 1:
-        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-        weight_map = {name: file for file, shard in files.items() for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        described["model.safetensors.index.json"] = index
     if rank() == 0:
         dir.mkdir(parents=True, exist_ok=True)
         for file, content in described.items():
             (dir / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for file, shard in files.items():
-        write_safetensors(dir / file, shard, dtype, lambda name, whole: merged_weight(model, name, whole))
+    write_safetensors(dir / "model.safetensors", parameters, dtype, partial(merged_weight, model))
 
 
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}

@@ -146,7 +146,7 @@ def test_a_config_written_and_read_is_the_same(family):
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor is missing or not"),
         (
             {"rope_scaling": {"type": "yarn"} | LLAMA3 | {"attention_factor": "1"}},
-            "rope_scaling: attention_factor must be numbers",
+            "rope_scaling: attention_factor and mscale must be numbers",
         ),
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling of type ['llama3']"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear': must be an object"),
@@ -383,31 +383,14 @@ def test_shards_with_an_index(tmp_path):
 
 def test_an_index_left_beside_a_whole_file_is_stale(tmp_path):
     """As in transformers, model.safetensors goes first: a model saved over shards leaves their index."""
-    model = ours()
-    model.save_pretrained(tmp_path, shard_bytes=12_000)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "model-1.safetensors"}}))
     other = ours(seed=1)
     other.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert index.exists()
     assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, other.head_weight)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, other.head_weight)
-
-
-def test_writing_in_shards(tmp_path):
-    model = ours(model_type="qwen2")
-    model.save_pretrained(tmp_path, stop_ids=[7, 3], shard_bytes=12_000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
-    assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
-    sizes = {f: sum(t.nbytes for t in load_file(tmp_path / f).values()) for f in files}
-    assert all(size <= 12_000 or len(load_file(tmp_path / f)) == 1 for f, size in sizes.items())
-    assert index["metadata"]["total_size"] == sum(sizes.values())
-    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [3, 7]}
-    again = Transformer.from_pretrained(tmp_path)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    transformers = pytest.importorskip("transformers")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert (peer(some_ids(1, 9)).logits - model(some_ids(1, 9))).abs().max() < 1e-4
 
 
 # ---- tied heads --------------------------------------------------------------------------------------------
