@@ -29,7 +29,7 @@ class Family:
     qk_norm: str = ""  # RMSNorm of queries and keys: of each "head", or of the whole "projection"
     norm_after: bool = False  # norms are applied to what attention and MLP give, not to what they get
     window: bool = False  # honours sliding_window
-    nope: bool = False  # honours no_rope_layers: 0 for a layer without rotary positions
+    nope: bool = False  # honours no_rope_layers, which has a 0 for each layer without rotary positions
     gemma: bool = False  # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C)
     activations: tuple[str, ...] = ("silu",)  # values of hidden_act that mean this family's activation
     defaults: dict = field(default_factory=dict)  # of fields that config.json may leave out
@@ -40,16 +40,12 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", window=True, defaults={"sliding_window": 4096}),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", defaults={"head_dim": 128}),
-    "gemma": Family(
-        "GemmaForCausalLM", gemma=True, activations=("gelu", "gelu_pytorch_tanh"),
-        defaults={"head_dim": 256, "tie_word_embeddings": True},
-    ),
-    "olmo2": Family(
-        "Olmo2ForCausalLM", qk_norm="projection", norm_after=True, defaults={"rms_norm_eps": 1e-5}
-    ),
-    "smollm3": Family(
-        "SmolLM3ForCausalLM", nope=True, defaults={"rope_theta": 2e6, "tie_word_embeddings": True}
-    ),
+    "gemma": Family("GemmaForCausalLM", gemma=True, activations=("gelu", "gelu_pytorch_tanh"),
+                    defaults={"head_dim": 256, "tie_word_embeddings": True}),
+    "olmo2": Family("Olmo2ForCausalLM", qk_norm="projection", norm_after=True,
+                    defaults={"rms_norm_eps": 1e-5}),
+    "smollm3": Family("SmolLM3ForCausalLM", nope=True,
+                      defaults={"rope_theta": 2e6, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 
@@ -75,8 +71,7 @@ class ModelConfig:
     generation: dict = field(default_factory=dict)  # generation_config.json: the sampling defaults
 
     def __post_init__(self):
-        default = self.family.defaults.get("head_dim") or self.hidden_size // self.num_attention_heads
-        self.head_dim = self.head_dim or default
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def family(self) -> Family:
@@ -86,13 +81,6 @@ class ModelConfig:
     def window(self) -> int:
         """Positions that a token attends to, itself included; 0: all up to itself."""
         return (self.extra.get("sliding_window") or 0) if self.family.window else 0
-
-    def has_positions(self, layer: int) -> bool:
-        """Whether queries and keys of a layer are rotated by their positions."""
-        listed, every = (self.extra.get(k) for k in ("no_rope_layers", "no_rope_layer_interval"))
-        if not self.family.nope:
-            return True
-        return bool(listed[layer]) if listed is not None else (layer + 1) % (every or 4) != 0
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -139,17 +127,11 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     return (1 - kept) * f / scaling["factor"] + kept * f
 
 
-def rotary_angles(
-    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D) of positions (B, T), times `scale`. The first half of sin is negated, as
-    rotate() expects.
-    """
-    angles = positions[..., None].float() * frequencies  # (B, T, D/2)
+def rotary_angles(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, D) of positions (B, T), times YaRN's `scale`; rotate() wants half of sin negated."""
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
     cos, sin = scale * angles.cos(), scale * angles.sin()
-    cos = torch.cat((cos, cos), -1).unsqueeze(1).to(dtype)
-    sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(dtype)
-    return cos, sin
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -184,7 +166,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         c, d, bias = config.hidden_size, config.head_dim, config.family.qkv_bias
-        self.head_dim, self.has_positions = d, config.has_positions(layer)
+        self.head_dim = d
+        self.rotary = not config.family.nope or bool(config.extra["no_rope_layers"][layer])
         self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
@@ -203,7 +186,7 @@ class Attention(nn.Module):
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        if self.has_positions:
+        if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k = autocast_input(q), autocast_input(k)
         if cache is not None:
@@ -311,21 +294,16 @@ class Transformer(nn.Module):
         self.frequencies = rotary_frequencies(config)
 
     def init_weights(self, seed: int = 0) -> "Transformer":
-        """Fill in normal weights, zero biases and norms that scale by one; a function of the seed.
+        """Fill in normal weights of std initializer_range, zero biases, and norms that scale by one.
 
-        The weights' standard deviation is config.initializer_range.
+        A function of the seed.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, std = torch.Generator().manual_seed(seed), self.config.initializer_range
         for name, p in self.named_parameters():
-            with torch.no_grad():
-                if name.endswith("bias"):
-                    p.zero_()
-                elif p.dim() == 1:
-                    p.fill_(0.0 if self.config.family.gemma else 1.0)
-                else:
-                    p.copy_(
-                        torch.empty(p.shape).normal_(0, self.config.initializer_range, generator=generator)
-                    )
+            if p.dim() > 1:
+                p.data.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+            else:
+                p.data.fill_(0.0 if name.endswith("bias") or self.config.family.gemma else 1.0)
         return self
 
     @property
@@ -363,8 +341,8 @@ class Transformer(nn.Module):
         if self.frequencies.device != x.device:  # moved once, since a CUDA graph must not copy from the host
             self.frequencies = self.frequencies.to(x.device)
         # The blocks. Positions enter as rotary angles.
-        scale = (self.config.rope_scaling or {}).get("attention_factor", 1.0)  # YaRN's
-        cos, sin = rotary_angles(positions, self.frequencies, x.dtype, scale)
+        scale = (self.config.rope_scaling or {}).get("attention_factor", 1.0)
+        cos, sin = (part.to(x.dtype) for part in rotary_angles(positions, self.frequencies, scale))
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
             if recompute:

@@ -59,6 +59,9 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
     names = {f.name for f in fields(ModelConfig)} - {"extra", "generation"}
     known = {k: v for k, v in given.items() if k in names}
     _check_fields(known, d, check)
+    if family.nope and d.get("no_rope_layers") is None:
+        every = d.get("no_rope_layer_interval") or 4
+        d["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(known["num_hidden_layers"])]
     dropped = (*names, *NOT_WRITTEN, "rope_parameters")
     return ModelConfig(**known, extra={k: v for k, v in d.items() if k not in dropped and k[:1] != "_"})
 
@@ -162,6 +165,8 @@ def _check_fields(known: dict, d: dict, check: Callable) -> None:
     rule = "must be a whole number, a list of them, or null"
     check(all(type(i) is int for i in ids), f"eos_token_id = {eos!r}: {rule}")
     layers, heads = known["num_hidden_layers"], known["num_attention_heads"]
+    interval = d.get("no_rope_layer_interval") or 4
+    check(type(interval) is int and interval > 0, f"no_rope_layer_interval = {interval!r}: must be above 0")
     listed_all = listed is None or isinstance(listed, list) and len(listed) >= layers
     check(listed_all, f"no_rope_layers = {listed!r}: must be a list with 0 or 1 for each layer")
     multiple = heads % known["num_key_value_heads"] == 0
