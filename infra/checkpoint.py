@@ -136,10 +136,8 @@ def save_checkpoint(out: Path, parts: dict[str, Callable[[Path], None]], step: i
     """Write the folder of this step, and delete all but the last `keep`."""
     save_folder(out, f"step-{step:06}", parts)
     if rank() == 0:
-        linked = [(out / name).resolve().parent for name in LINKS]
         for folder in _steps(out)[:-keep]:
-            if folder.resolve() not in linked:
-                _delete(folder)
+            _delete(folder)
 
 
 def save_folder(out: Path, name: str, parts: dict[str, Callable[[Path], None]]) -> None:

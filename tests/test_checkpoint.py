@@ -260,6 +260,8 @@ def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch
             else:
                 ended = True
         assert set(seen(out)) <= {"3", "6"}, kill
+        for folder in checkpoint._steps(out):
+            assert checkpoint._files(folder) == sorted(json.loads((folder / "files.json").read_text())), kill
         step_6()
         assert seen(out) == ("6", "6") and names(out) == ["model", "resume", "step-000006"], kill
         if ended:
@@ -309,7 +311,7 @@ def test_a_link_that_leads_nowhere_is_no_obstacle(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
     assert resume_folder(tmp_path) == tmp_path / "step-000003/resume"
     save(tmp_path, "step-000006", "6")
-    assert seen(tmp_path) == ("6", "6")
+    assert seen(tmp_path) == ("6", "6") and os.readlink(tmp_path / "model.kept") == str(tmp_path / "disk/model")
 
 
 def test_a_disk_without_links(tmp_path, monkeypatch, capfd):
