@@ -179,12 +179,12 @@ def _files(folder: Path) -> list[str]:
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """The files of a folder that no run wrote."""
+    """The files of a folder that no run wrote; all of a folder that somebody has moved and linked."""
     try:
         own = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         own = []
-    return [file for file in _files(folder) if file not in own]
+    return [file for file in _files(folder) if file not in own or folder.is_symlink()]
 
 
 def _delete(folder: Path) -> bool:
@@ -194,7 +194,7 @@ def _delete(folder: Path) -> bool:
         return False
     left = folder.with_name(f"{folder.name}.old.tmp")
     os.replace(folder, left)  # so that a kill leaves no half folder of this name
-    shutil.rmtree(left)
+    shutil.rmtree(left, ignore_errors=True)
     return True
 
 

@@ -314,6 +314,15 @@ def test_a_link_that_leads_nowhere_is_no_obstacle(tmp_path):
     assert seen(tmp_path) == ("6", "6") and os.readlink(tmp_path / "model.kept") == str(tmp_path / "disk/model")
 
 
+def test_a_step_folder_that_was_moved_and_linked_is_kept(tmp_path):
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    save_checkpoint(out, {"resume": part("3")}, 3)
+    (out / "step-000003").rename(disk)
+    (out / "step-000003").symlink_to(disk)
+    save_checkpoint(out, {"resume": part("6")}, 6)
+    assert (disk / "resume/state.json").read_text() == "3" and (out / "step-000003").is_symlink()
+
+
 def test_a_disk_without_links(tmp_path, monkeypatch, capfd):
     def refuse(*_):
         raise OSError(1, "Operation not permitted")
