@@ -128,7 +128,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D) of positions (B, T), times YaRN's `scale`; rotate() wants half of sin negated."""
+    """cos and sin (B, 1, T, D) of positions (B, T), times `scale`; half of sin negated for rotate()."""
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
     cos, sin = scale * angles.cos(), scale * angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

@@ -173,7 +173,8 @@ def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, result
         return _replace(path, text.replace("{\n ", "{", 1) + "\n")  # WRITTEN_BY in the first line
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
-    _replace(path, "\n".join([f"<!-- {WRITTEN_BY} {_line(settings)[:-1]} -->", lines[0], rule, *lines[1:], ""]))
+    head = f"<!-- {WRITTEN_BY} {_line(settings).strip()} -->"
+    _replace(path, "\n".join([head, lines[0], rule, *lines[1:], ""]))
 
 
 # ---- exports: prompts -> the text of a file ----------------------------------------------------------------
@@ -245,7 +246,8 @@ def mt_bench(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) 
     ]
     # The conversations differ from now on, so each is asked by itself.
     for turn in range(1, max(len(q["turns"]) for q in questions)):
-        asked = [(i, talk) for i, talks in enumerate(choices) if turn < len(questions[i]["turns"]) for talk in talks]
+        waiting = [i for i, q in enumerate(questions) if turn < len(q["turns"])]
+        asked = [(i, talk) for i in waiting for talk in choices[i]]
         for i, talk in asked:
             talk += _user(questions[i]["turns"][turn], "")
         replies = ask([list(talk) for _, talk in asked], [temperatures[i] for i, _ in asked], 1)

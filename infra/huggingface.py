@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,6 @@ from model import FAMILIES, Family, ModelConfig, Transformer
 NOT_WRITTEN = ("quantization_config", "auto_map", "dtype", "transformers_version")
 
 # ---- config.json -------------------------------------------------------------------------------------------
-
-# Fields that must be whole numbers, up to a limit.
-SIZES = {
-    "vocab_size": 1 << 30, "hidden_size": 1 << 20, "intermediate_size": 1 << 30, "num_hidden_layers": 1000,
-    "num_attention_heads": 10_000, "num_key_value_heads": 1 << 30, "head_dim": 1 << 16,
-    "max_position_embeddings": 1 << 30,
-}  # fmt: skip
 
 
 def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
@@ -125,54 +118,50 @@ def _rope(d: dict, check: Callable) -> tuple[float, dict | None]:
     if kind != "linear":
         scaling["original_max_position_embeddings"] = d.get("max_position_embeddings")
     scaling |= {k: given[k] for k in scaling if k in given}
-    for key, value in scaling.items():
+    for key, value in (scaling | {"attention_factor": given.get("attention_factor", 1)}).items():
         check(_is_number(value, 1e-9), f"rope_scaling: {key} is missing or not a number above 0")
     if kind == "llama3":
         differ = scaling["high_freq_factor"] != scaling["low_freq_factor"]
         check(differ, "rope_scaling: high_freq_factor must differ from low_freq_factor")
     if kind == "yarn":
         check(theta != 1, "rope_theta must not be 1 with YaRN")
+        check("mscale" not in given, "rope_scaling: mscale is not supported, only attention_factor")
         scaling["truncate"] = bool(given.get("truncate", True))
-        scaling["attention_factor"] = _attention_factor(given, check)
+        growth = 0.1 * math.log(max(1.0, scaling["factor"]))
+        scaling["attention_factor"] = given.get("attention_factor", growth + 1)
     return float(theta), {"rope_type": kind, **scaling}
-
-
-def _attention_factor(yarn: dict, check: Callable) -> float:
-    """YaRN's factor of cosines and sines: 0.1 ln(factor) + 1, unless config.json has another."""
-    scales = [yarn.get(key, 0) for key in ("attention_factor", "mscale", "mscale_all_dim")]
-    check(all(map(_is_number, scales)), "rope_scaling: attention_factor and mscale must be numbers")
-    own, mscale, mscale_all_dim = scales
-    growth = 0.1 * math.log(max(1.0, yarn["factor"]))
-    if not (mscale and mscale_all_dim):
-        mscale, mscale_all_dim = 1.0, 0.0
-    return float(own or (mscale * growth + 1) / (mscale_all_dim * growth + 1))
 
 
 def _check_fields(known: dict, d: dict, check: Callable) -> None:
     """UserError unless the fields have usable values."""
-    for key, most in SIZES.items():
-        optional = key in ("head_dim", "max_position_embeddings") and key not in known
-        whole = type(known.get(key)) is int and 1 <= known[key] <= most
-        check(optional or whole, f"{key} is missing or not a whole number from 1 to {most}")
-    for key in ("rms_norm_eps", "initializer_range"):
-        check(_is_number(known.get(key, 0)), f"{key} = {known.get(key)!r}: must be a number >= 0")
-    tied = known.get("tie_word_embeddings", False)
-    check(type(tied) is bool, f"tie_word_embeddings = {tied!r}: must be true or false")
-    window, eos, listed = (d.get(k) for k in ("sliding_window", "eos_token_id", "no_rope_layers"))
+    for f in fields(ModelConfig):
+        if f.name not in known and f.default is not MISSING:
+            continue
+        value, most = known.get(f.name), 1000 if f.name == "num_hidden_layers" else 1 << 24
+        if f.type is int:
+            whole = type(value) is int and 1 <= value <= most
+            check(whole, f"{f.name} is missing or not a whole number from 1 to {most}")
+        elif f.type is float:
+            check(_is_number(value), f"{f.name} = {value!r}: must be a number >= 0")
+        elif f.type is bool:
+            check(type(value) is bool, f"{f.name} = {value!r}: must be true or false")
+    layers, heads = known["num_hidden_layers"], known["num_attention_heads"]
+    multiple = heads % known["num_key_value_heads"] == 0
+    check(multiple, "num_attention_heads must be a multiple of num_key_value_heads")
+    even = known.get("head_dim", known["hidden_size"] // heads) % 2 == 0
+    check(even, "head_dim must be even")
+    # Fields of `extra` that are read.
+    window, eos = d.get("sliding_window"), d.get("eos_token_id")
     whole = window is None or type(window) is int and window >= 0
     check(whole, f"sliding_window = {window!r}: must be a whole number or null")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     rule = "must be a whole number, a list of them, or null"
     check(all(type(i) is int for i in ids), f"eos_token_id = {eos!r}: {rule}")
-    layers, heads = known["num_hidden_layers"], known["num_attention_heads"]
-    interval = d.get("no_rope_layer_interval") or 4
-    check(type(interval) is int and interval > 0, f"no_rope_layer_interval = {interval!r}: must be above 0")
-    listed_all = listed is None or isinstance(listed, list) and len(listed) >= layers
-    check(listed_all, f"no_rope_layers = {listed!r}: must be a list with 0 or 1 for each layer")
-    multiple = heads % known["num_key_value_heads"] == 0
-    check(multiple, "num_attention_heads must be a multiple of num_key_value_heads")
-    even = known.get("head_dim", known["hidden_size"] // heads) % 2 == 0
-    check(even, "head_dim must be even")
+    listed, every = d.get("no_rope_layers"), d.get("no_rope_layer_interval") or 4
+    all_layers = listed is None or isinstance(listed, list) and len(listed) >= layers
+    check(all_layers, f"no_rope_layers = {listed!r}: must be a list with 0 or 1 for each layer")
+    whole = type(every) is int and every > 0
+    check(whole, f"no_rope_layer_interval = {every!r}: must be a whole number above 0")
 
 
 def config_to_dict(config: ModelConfig) -> dict:
@@ -247,7 +236,8 @@ def check_folder(dir: Path) -> None:
     config_from_dict(read_json(dir / "config.json"), str(dir / "config.json"))
     weight_files(dir)
     if not (dir / "tokenizer.json").exists() and (dir / "tokenizer.model").exists():
-        convert = f"from transformers import AutoTokenizer as A; A.from_pretrained('{dir}').save_pretrained('{dir}')"
+        convert = f"from transformers import AutoTokenizer as A; A.from_pretrained('{dir}')"
+        convert += f".save_pretrained('{dir}')"
         raise UserError(f'{dir}: has only tokenizer.model; write tokenizer.json with python -c "{convert}"')
     if (dir / "tokenizer.json").exists():
         _refuse_pointer(dir / "tokenizer.json")

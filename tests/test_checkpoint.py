@@ -136,7 +136,9 @@ def sized(n):
 
 def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 31_999_999))  # two of 16 bytes a parameter
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage(0, 0, 31_999_999)
+    )  # two of 16 bytes a parameter
     check_disk(tmp_path, sized(999_999))
     with pytest.raises(UserError, match=r"the disk has 0\.03 GB free, checkpoints need 0\.03 GB"):
         check_disk(tmp_path, sized(1_000_000))
@@ -161,7 +163,11 @@ def start_other(out, body):
     """Another process that locks the folder and does `body`."""
     code = f"from pathlib import Path; from infra.checkpoint import lock; lock(Path({str(out)!r})); {body}"
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -211,7 +217,9 @@ def names(out):
 def test_checkpoints_and_their_links(tmp_path, capfd):
     out = tmp_path / "out"
     for step in (3, 6, 9):
-        save_checkpoint(out, {"model": part(str(step), "config.json"), "resume": part(str(step))}, step, keep=2)
+        save_checkpoint(
+            out, {"model": part(str(step), "config.json"), "resume": part(str(step))}, step, keep=2
+        )
         assert seen(out) == (str(step),) * 2
     assert names(out) == ["model", "resume", "step-000006", "step-000009"]
     assert os.readlink(out / "model") == "step-000009/model"
@@ -227,46 +235,54 @@ def test_millions_of_steps_are_in_order(tmp_path):
     assert names(tmp_path) == ["step-1000000", "step-2000000"]
 
 
+def killed_at(operation, monkeypatch, act):
+    """Whether act() came to that call of those that change the disk, where it is killed."""
+    calls = []
+
+    def counted(real):
+        def call(*args, **kw):
+            calls.append(real)
+            if len(calls) == operation:
+                raise KeyboardInterrupt
+            return real(*args, **kw)
+
+        return call
+
+    with monkeypatch.context() as m:
+        for module, names in (
+            (os, ("replace", "symlink", "unlink", "rmdir")),
+            (Path, ("mkdir", "write_text", "unlink")),
+        ):
+            for name in names:
+                m.setattr(module, name, counted(getattr(module, name)))
+        try:
+            act()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
 def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    """Each call that changes the disk in turn, until a save is not interrupted."""
-    for kill in range(1, 100):
-        out = tmp_path / str(kill)
-        save_checkpoint(out, {"model": part("3", "config.json"), "resume": part("3")}, 3)
-        left = kill
+    """Each operation in turn, until a save is not interrupted."""
 
-        def counted(real):
-            def call(*args, **kw):
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    raise KeyboardInterrupt
-                return real(*args, **kw)
+    def at_step(out, step):
+        parts = {"model": part(str(step), "config.json"), "resume": part(str(step))}
+        return partial(save_checkpoint, out, parts, step)
 
-            return call
-
-        def step_6():
-            save_checkpoint(out, {"model": part("6", "config.json"), "resume": part("6")}, 6)
-
-        with monkeypatch.context() as m:
-            for module, call in (
-                (os, "replace"), (os, "symlink"), (os, "unlink"), (os, "rmdir"), (Path, "mkdir"),
-                (Path, "write_text"), (Path, "unlink"),
-            ):  # fmt: skip
-                m.setattr(module, call, counted(getattr(module, call)))
-            try:
-                step_6()
-            except KeyboardInterrupt:
-                ended = False
-            else:
-                ended = True
-        assert set(seen(out)) <= {"3", "6"}, kill
+    killed, operation = True, 0
+    while killed:
+        operation += 1
+        out = tmp_path / str(operation)
+        at_step(out, 3)()
+        killed = killed_at(operation, monkeypatch, at_step(out, 6))
+        assert set(seen(out)) <= {"3", "6"}, operation
         for folder in checkpoint._steps(out):
-            assert checkpoint._files(folder) == sorted(json.loads((folder / "files.json").read_text())), kill
-        step_6()
-        assert seen(out) == ("6", "6") and names(out) == ["model", "resume", "step-000006"], kill
-        if ended:
-            break
-    assert 15 < kill < 99
+            files = sorted(json.loads((folder / "files.json").read_text()))
+            assert checkpoint._files(folder) == files, operation
+        at_step(out, 6)()
+        assert seen(out) == ("6", "6"), operation
+        assert names(out) == ["model", "resume", "step-000006"], operation
+    assert operation > 15
 
 
 def test_a_folder_with_a_file_of_the_users_is_kept(tmp_path, capfd):
@@ -300,7 +316,9 @@ def test_what_stands_where_a_link_belongs_gets_another_name(tmp_path, capfd):
         save(out, f"step-{step:06}", str(step))
         assert seen(out) == (str(step),) * 2
     assert (out / "model.kept/config.json").read_text() == "old" and (out / "resume.kept").resolve() == disk
-    assert (disk / "state.json").read_text() == "old" and capfd.readouterr().err.count("was there already") == 2
+    assert (disk / "state.json").read_text() == "old" and capfd.readouterr().err.count(
+        "was there already"
+    ) == 2
 
 
 def test_a_link_that_leads_nowhere_is_no_obstacle(tmp_path):
@@ -311,7 +329,9 @@ def test_a_link_that_leads_nowhere_is_no_obstacle(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
     assert resume_folder(tmp_path) == tmp_path / "step-000003/resume"
     save(tmp_path, "step-000006", "6")
-    assert seen(tmp_path) == ("6", "6") and os.readlink(tmp_path / "model.kept") == str(tmp_path / "disk/model")
+    assert seen(tmp_path) == ("6", "6") and os.readlink(tmp_path / "model.kept") == str(
+        tmp_path / "disk/model"
+    )
 
 
 def test_a_step_folder_that_was_moved_and_linked_is_kept(tmp_path):

@@ -149,7 +149,9 @@ def content(out: Path) -> dict:
         "resume": load_file(out / "resume/tensors-00000.safetensors"),
         "files": sorted(str(p.relative_to(out)) for p in out.iterdir() if not p.name.startswith("step-")),
         "checkpoint": sorted(
-            str(p.relative_to(p.parents[1])) for p in (out / "model").resolve().parent.glob("*/*") if p.name != "notes.txt"
+            str(p.relative_to(p.parents[1]))
+            for p in (out / "model").resolve().parent.glob("*/*")
+            if p.name != "notes.txt"
         ),
     }
 

@@ -27,7 +27,6 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
 TURNS = {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
-MSCALE = {"mscale": 2.0, "mscale_all_dim": 0.5}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 IDS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 VARIANTS = {  # model_type, fields, rope_theta, scaling
@@ -42,11 +41,10 @@ VARIANTS = {  # model_type, fields, rope_theta, scaling
     "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 12} | TIED, 1e4, None),
     "olmo2": ("olmo2", {"num_key_value_heads": 2} | UNTIED, 5e5, None),
     "smollm3": ("smollm3", {"num_key_value_heads": 2, "no_rope_layers": [1, 0], **IDS} | TIED, 2e6, None),
-    "smollm3-interval": ("smollm3", {"num_key_value_heads": 2, "no_rope_layer_interval": 2, **IDS}, 1e4, None),
+    "smollm3-every": ("smollm3", {"num_key_value_heads": 2, "no_rope_layer_interval": 2, **IDS}, 1e4, None),
     "linear": ("llama", {"num_key_value_heads": 2} | UNTIED, 1e4, LINEAR),
     "yarn": ("qwen2", {"num_key_value_heads": 2} | TIED, 1e4, YARN),
     "yarn-turns": ("qwen3", {"num_key_value_heads": 2, "head_dim": 12} | TIED, 1e6, YARN | TURNS),
-    "yarn-mscale": ("llama", {"num_key_value_heads": 2}, 1e4, YARN | MSCALE),
     "yarn-attention": ("olmo2", {"num_key_value_heads": 4}, 1e4, YARN | {"attention_factor": 0.7}),
     "yarn-smollm3": ("smollm3", {"num_key_value_heads": 1, "no_rope_layers": [0, 1], **IDS}, 1e4, YARN),
 }
