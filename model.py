@@ -72,6 +72,9 @@ class ModelConfig:
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.family.nope and self.extra.get("no_rope_layers") is None:
+            every, layers = self.extra.get("no_rope_layer_interval") or 4, range(self.num_hidden_layers)
+            self.extra["no_rope_layers"] = [int((i + 1) % every != 0) for i in layers]
 
     @property
     def family(self) -> Family:

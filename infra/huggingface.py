@@ -52,9 +52,6 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
     names = {f.name for f in fields(ModelConfig)} - {"extra", "generation"}
     known = {k: v for k, v in given.items() if k in names}
     _check_fields(known, d, check)
-    if family.nope and d.get("no_rope_layers") is None:
-        every = d.get("no_rope_layer_interval") or 4
-        d["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(known["num_hidden_layers"])]
     dropped = (*names, *NOT_WRITTEN, "rope_parameters")
     return ModelConfig(**known, extra={k: v for k, v in d.items() if k not in dropped and k[:1] != "_"})
 
