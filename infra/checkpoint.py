@@ -133,10 +133,15 @@ def write_config(out: Path, config: Any) -> None:
 
 
 def save_checkpoint(out: Path, parts: dict[str, Callable[[Path], None]], step: int, keep: int = 1) -> None:
-    """Write the folder of this step, and delete all but the last `keep`."""
-    save_folder(out, f"step-{step:06}", parts)
+    """Write the folder of this step, and delete earlier ones, so that the last `keep` are left.
+
+    Later ones, of a run that was continued from an earlier step, stay until it comes to them.
+    """
+    name = f"step-{step:06}"
+    save_folder(out, name, parts)
     if rank() == 0:
-        for folder in _steps(out)[:-keep]:
+        steps = _steps(out)
+        for folder in steps[: max(0, steps.index(out / name) + 1 - keep)]:
             _delete(folder)
 
 

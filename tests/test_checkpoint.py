@@ -227,6 +227,18 @@ def test_checkpoints_and_their_links(tmp_path, capfd):
     assert seen(tmp_path / "moved") == ("9", "9") and capfd.readouterr().err == ""
 
 
+def test_going_back_to_an_earlier_step(tmp_path):
+    """By the link out_dir/resume: the later folder stays until the run comes to it."""
+    for step in (3, 9):
+        save_checkpoint(tmp_path, {"resume": part(str(step))}, step, keep=2)
+    (tmp_path / "resume").unlink()
+    (tmp_path / "resume").symlink_to("step-000003/resume")
+    for step, left in ((6, [6, 9]), (9, [9]), (12, [12])):
+        save_checkpoint(tmp_path, {"resume": part(f"again {step}")}, step)
+        assert (resume_folder(tmp_path) / "state.json").read_text() == f"again {step}"
+        assert names(tmp_path) == ["resume", *(f"step-{n:06}" for n in left)]
+
+
 def test_millions_of_steps_are_in_order(tmp_path):
     for step in (999_999, 1_000_000, 2_000_000):
         save_checkpoint(tmp_path, {"resume": part(str(step))}, step, keep=2)
