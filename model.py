@@ -26,12 +26,12 @@ class Family:
 
     architecture: str
     qkv_bias: bool = False
-    qk_norm: str = ""  # RMSNorm of queries and keys: of each "head", or of the whole "projection"
-    norm_after: bool = False  # norms are applied to what attention and MLP give, not to what they get
+    qk_norm: str = ""  # RMSNorm of queries and keys: of each "head" or the whole "projection"
+    norm_after: bool = False  # norms follow attention and MLP, and do not precede them
     window: bool = False  # honours sliding_window
-    nope: bool = False  # honours no_rope_layers, which has a 0 for each layer without rotary positions
-    gemma: bool = False  # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C)
-    activations: tuple[str, ...] = ("silu",)  # values of hidden_act that mean this family's activation
+    nope: bool = False  # honours no_rope_layers: 0 for a layer without rotary positions
+    gemma: bool = False  # tanh GELU, norms of factor 1 + weight, embeddings times sqrt(C)
+    activations: tuple[str, ...] = ("silu",)  # values of hidden_act
     defaults: dict = field(default_factory=dict)  # of fields that config.json may leave out
 
 
@@ -73,8 +73,9 @@ class ModelConfig:
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.family.nope and self.extra.get("no_rope_layers") is None:
-            every, layers = self.extra.get("no_rope_layer_interval") or 4, range(self.num_hidden_layers)
-            self.extra["no_rope_layers"] = [int((i + 1) % every != 0) for i in layers]
+            every = self.extra.get("no_rope_layer_interval") or 4
+            layers = range(1, self.num_hidden_layers + 1)
+            self.extra["no_rope_layers"] = [int(i % every != 0) for i in layers]
 
     @property
     def family(self) -> Family:
@@ -126,7 +127,8 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
         if scaling["truncate"]:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, D - 1)
-        kept = 1 - ((torch.arange(D // 2, device="cpu") - low) / ((high - low) or 0.001)).clamp(0, 1)
+        ramp = (torch.arange(D // 2, device="cpu") - low) / ((high - low) or 0.001)
+        kept = 1 - ramp.clamp(0, 1)
     return (1 - kept) * f / scaling["factor"] + kept * f
 
 
@@ -138,7 +140,7 @@ def rotary_angles(positions: Tensor, frequencies: Tensor, scale: float) -> tuple
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, heads, T, D): x cos + swap(x) sin, where a roll swaps the two halves of D."""
+    """x (B, heads, T, D) rotated: x cos + swap(x) sin, where a roll swaps the two halves of D."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 

@@ -1,14 +1,15 @@
-"""Checkpoints of a run: out_dir/step-000300 and so on, folders that never change once they are whole.
+"""Checkpoints of a run: folders of out_dir that never change once they are whole.
 
-    step-000300/model      a Hugging Face directory                   out_dir/model links to the newest
-    step-000300/resume     weights, optimiser, state                  out_dir/resume: --resume=true reads it
-    step-000300/adapter    with LoRA, as peft reads it                out_dir/adapter
-    step-sft/sft           of sft-rft: the model after the SFT stage  out_dir/sft
+    step-000300/model    a Hugging Face directory         out_dir/model links to the newest
+    step-000300/resume   weights, optimiser, state        out_dir/resume: what --resume reads
+    step-000300/adapter  with LoRA, as peft reads it      out_dir/adapter
+    step-sft/sft         sft-rft: the model after SFT     out_dir/sft
 
-A folder is written as NAME.tmp and then renamed, and a link is replaced by renaming a new one, so a kill at
-any moment leaves whole checkpoints, and perhaps a NAME.tmp that nobody reads and the next save deletes. Links
-take no room and change at once, which copies do not; they are relative, so out_dir can be moved. On a disk
-without links the newest step folder is continued. Only folders in which no one else put a file are deleted.
+A folder is written as NAME.tmp and then renamed, and a link is replaced by renaming a new one.
+So a kill leaves whole checkpoints, and perhaps a NAME.tmp that nobody reads and the next save
+deletes. Links take no room and change at once; they are relative, so out_dir can be moved. On a
+disk without links the newest step folder is continued. A folder in which somebody else put a
+file is never deleted.
 """
 
 import fcntl
@@ -36,7 +37,7 @@ from lora import adapter_files, base_parameters
 
 # The first line of a run's config.toml.
 MARK = "# written by nanoFT; a run in this folder continues with --resume=true"
-LINKS = ("model", "sft", "adapter", "resume")  # names in out_dir that lead into the newest folder
+LINKS = ("model", "sft", "adapter", "resume")  # in out_dir
 RUN_FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "curve.png", "model", "sft", "adapter")
 
 # ---- out_dir -----------------------------------------------------------------------------------------------
@@ -81,13 +82,13 @@ _locks: dict[Path, TextIO] = {}  # held by this process
 
 
 def lock(out: Path) -> None:
-    """UserError if another process runs in this folder. Rank 0 holds the lock; a collective.
+    """UserError if another process runs in this folder. A collective; rank 0 holds the lock.
 
-    The system drops the lock when the process ends or calls unlock(); child processes do not share it.
+    The lock goes with the process, and its children do not share it.
     """
     taken = False
     if rank() == 0 and out.resolve() not in _locks:
-        file = open(out / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the lock is held)
+        file = open(out / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (kept open)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:  # others: a disk without locks
@@ -96,7 +97,8 @@ def lock(out: Path) -> None:
         if taken:
             unlock(out)
     if any(collect(taken)):
-        raise UserError(f"{out}: another run is writing to this folder; wait for it or give another out_dir")
+        advice = "wait for it or give another out_dir"
+        raise UserError(f"{out}: another run is writing to this folder; {advice}")
 
 
 def unlock(out: Path) -> None:
@@ -105,15 +107,16 @@ def unlock(out: Path) -> None:
 
 
 def check_disk(out: Path, model, dtype: torch.dtype = torch.float32) -> None:
-    """UserError if the disk has no room for two checkpoints: a new one is whole before an old one goes.
+    """UserError if the disk has no room for two checkpoints: an old one goes after a new one.
 
-    dtype: of the weights in model/. Folders that are there already and may be deleted count as room.
+    dtype: of the weights in model/. Folders of the run that are there already count as room.
     """
     # Bytes: in resume/ 12 a trained parameter, for the weight and its two moments.
     size = dtype.itemsize * sum(p.numel() for p in base_parameters(model).values())
     size += 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own = [folder for folder in out.glob("step-*") if folder.suffix == ".tmp" or not _foreign_files(folder)]
-    needed = 2 * size - sum((folder / f).stat().st_size for folder in own for f in _files(folder))
+    own = [f for f in out.glob("step-*") if f.suffix == ".tmp" or not _foreign_files(f)]
+    in_place = sum((folder / file).stat().st_size for folder in own for file in _files(folder))
+    needed = 2 * size - in_place
     free = shutil.disk_usage(out).free
     if free < needed:
         need = f"checkpoints need {needed / 1e9:.2f} GB"
@@ -146,7 +149,7 @@ def save_checkpoint(out: Path, parts: dict[str, Callable[[Path], None]], step: i
 
 
 def save_folder(out: Path, name: str, parts: dict[str, Callable[[Path], None]]) -> None:
-    """Write out_dir/`name` with a folder for each part, and point out_dir/PART to it. A collective.
+    """Write out_dir/`name`, a folder for each part, and link out_dir/PART to it. A collective.
 
     parts: functions that write into the folder they get, on rank 0 alone.
     """
@@ -160,7 +163,8 @@ def save_folder(out: Path, name: str, parts: dict[str, Callable[[Path], None]]) 
                 (new / part).mkdir(parents=True)
             write(new / part)
         if rank() == 0:
-            (new / "files.json").write_text(json.dumps(["files.json", *_files(new)]), encoding="utf-8")
+            files = json.dumps(["files.json", *_files(new)])
+            (new / "files.json").write_text(files, encoding="utf-8")
             if folder.exists() and not _delete(folder):
                 _set_aside(folder)
             os.replace(new, folder)
@@ -184,7 +188,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """The files of a folder that no run wrote; all of a folder that somebody has moved and linked."""
+    """The files that no run wrote; all of a folder that was moved elsewhere and linked."""
     try:
         own = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -212,9 +216,9 @@ def _set_aside(path: Path) -> None:
 
 
 def _point(link: Path, target: str) -> None:
-    """Make `link` a relative link to `target`; on a disk without links, say where the target is."""
+    """Make `link` a relative link to `target`. On a disk without links, say where it is."""
     ours = link.is_symlink() and re.fullmatch(rf"step-\w+/{link.name}", os.readlink(link))
-    if os.path.lexists(link) and not ours:  # a directory, or a link of the user's to another disk
+    if os.path.lexists(link) and not ours:  # a directory, or the user's link elsewhere
         _set_aside(link)
     new = link.with_name(f"{link.name}.tmp")
     try:
@@ -222,7 +226,8 @@ def _point(link: Path, target: str) -> None:
         os.symlink(target, new)
         os.replace(new, link)
     except OSError as e:
-        _say(f"{link}: no link can be made here ({e.strerror}); look into {link.parent}/step-*/{link.name}")
+        where = f"{link.parent}/step-*/{link.name}"
+        _say(f"{link}: no link can be made here ({e.strerror}); look into {where}")
 
 
 @cache
@@ -235,13 +240,14 @@ def _say(line: str) -> None:
 
 def save_model(out: Path, model, tokenizer, name: str = "model", stop_ids=(), template: str = "auto") -> None:
     """Write out_dir/`name`, a Hugging Face directory, outside of the checkpoints."""
-    save_folder(out, f"step-{name}", {name: partial(write_model, model, tokenizer, stop_ids, template, None)})
+    write = partial(write_model, model, tokenizer, stop_ids, template, None)
+    save_folder(out, f"step-{name}", {name: write})
 
 
 def write_model(
     model, tokenizer, stop_ids: Iterable[int], template: str, dtype: torch.dtype | None, folder: Path
 ) -> None:
-    """A Hugging Face directory. stop_ids: further ids that end a completion. dtype None: the parameters'."""
+    """A Hugging Face directory. dtype None: the parameters' own. stop_ids: further stop ids."""
     model.save_pretrained(folder, dtype, stop_ids={*tokenizer.stop_ids, *stop_ids})
     if rank() == 0:
         tokenizer.save(folder, template)
@@ -289,7 +295,7 @@ MAY_DIFFER = (  # knobs that a resumed run may change
 
 
 def resume_folder(out: Path) -> Path | None:
-    """The checkpoint to continue from, or None: out_dir/resume, or else that of the newest step folder."""
+    """The checkpoint to continue from, or None: out_dir/resume, or else the newest step's."""
     steps = [folder / "resume" for folder in reversed(_steps(out))]
     return next((f for f in (out / "resume", *steps) if (f / "state.json").exists()), None)
 

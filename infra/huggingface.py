@@ -1,8 +1,8 @@
 """Hugging Face directories: config.json and safetensors read into a Transformer, and written back.
 
-A parameter's name is its name in the checkpoint, and a field of ModelConfig is a field of config.json, so
-nothing is translated here. A setting that the model cannot honour, and a directory that holds something else
-than plain weights, are refused by name.
+A parameter's name is its name in the checkpoint, and a field of ModelConfig is one of config.json,
+so nothing is translated here. A setting that the model cannot honour is refused by name, and so is
+a directory that holds something else than plain weights.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
     check(known_kind, f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     d = family.defaults | d
-    given = family.defaults | {k: v for k, v in d.items() if v is not None}  # null: as if it were not there
+    given = family.defaults | {k: v for k, v in d.items() if v is not None}  # null is not there
     _check_arithmetic(given, family, check)
     given["rope_theta"], given["rope_scaling"] = _rope(given, check)
     given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-    # The fields of ModelConfig; all others are kept in `extra`, but for private ones such as _name_or_path.
+    # The fields of ModelConfig; `extra` keeps others but for private ones such as _name_or_path.
     names = {f.name for f in fields(ModelConfig)} - {"extra", "generation"}
     known = {k: v for k, v in given.items() if k in names}
     _check_fields(known, d, check)
@@ -67,7 +67,8 @@ def _is_number(x: Any, least: float = 0.0) -> bool:
 
 def _check_arithmetic(given: dict, family: Family, check: Callable) -> None:
     """UserError for a setting of the arithmetic that the model does not follow."""
-    types, first, layers = (given.get(k) for k in ("layer_types", "max_window_layers", "num_hidden_layers"))
+    types, first = given.get("layer_types"), given.get("max_window_layers")
+    layers = given.get("num_hidden_layers")
     windowless = isinstance(types, list) and all(t == "full_attention" for t in types)
     windowless |= type(first) is type(layers) is int and first >= layers
     allowed = {
@@ -80,11 +81,12 @@ def _check_arithmetic(given: dict, family: Family, check: Callable) -> None:
     if family.gemma:
         allowed["hidden_activation"] = ("gelu_pytorch_tanh",)
     for key, values in allowed.items():
-        value, rule = given.get(key, values[0]), f"is not supported for {given['model_type']}, must be"
-        check(value in values, f"{key} = {value!r} {rule} {values[0]!r}")
+        value, kind = given.get(key, values[0]), given["model_type"]
+        rule = f"is not supported for {kind}, must be {values[0]!r}"
+        check(value in values, f"{key} = {value!r} {rule}")
 
 
-ROPE_SCALINGS = {  # kind -> its fields, each a number above 0, with the default if it may be left out
+ROPE_SCALINGS = {  # kind -> its fields, numbers above 0, and the defaults of some
     "linear": {"factor": None},
     "llama3": {"factor": None, "low_freq_factor": None, "high_freq_factor": None},
     "yarn": {"factor": None, "beta_fast": 32, "beta_slow": 1},
@@ -200,9 +202,7 @@ def read_json(path: Path) -> dict:
 
 
 def weights_mark(folder: Path) -> str:
-    """A short text that changes when a checkpoint does: a hash of its small files and of the end of each
-    weight file.
-    """
+    """A short text that changes with a checkpoint: a hash of its files, of large ones of the end."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
         with open(path, "rb") as f:
@@ -223,12 +223,13 @@ OTHERS = (  # (a file in the directory, what the directory holds, what to do)
     ("zero_to_fp32.py", "holds DeepSpeed's shards", "merge them: python zero_to_fp32.py . NEW_DIR"),
     ("consolidated*.safetensors", "holds Mistral's own format", "give one with model.safetensors"),
 )
-NO_WEIGHTS = r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pth?)"  # what trainers leave
-QUANTISED = r"scale|zero|quant|qweight|absmax|packed|g_idx|\.biases$"  # in names of quantised tensors
+# What trainers leave beside weights, and what is in the names of quantised tensors.
+NO_WEIGHTS = r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pth?)"
+QUANTISED = r"scale|zero|quant|qweight|absmax|packed|g_idx|\.biases$"
 
 
 def check_folder(dir: Path) -> None:
-    """UserError if a directory is no model to start from: the cause, before anything else is read."""
+    """UserError, before anything else is read, if a directory is no model to start from."""
     _refuse_others(dir)
     config_from_dict(read_json(dir / "config.json"), str(dir / "config.json"))
     weight_files(dir)
@@ -241,7 +242,7 @@ def check_folder(dir: Path) -> None:
 
 
 def _refuse_others(dir: Path) -> None:
-    """UserError if a directory holds an adapter, or another format's files and no weights in this one."""
+    """UserError if a directory holds an adapter, or weights of another format alone."""
     if dir.is_file():
         raise UserError(f"{dir}: is a file; give the directory of a Hugging Face model")
     if (dir / "adapter_config.json").exists():
@@ -342,7 +343,8 @@ def _tensors(
                 # AutoModel writes names without `model.`, wrappers with it twice.
                 names = (key, f"model.{key}", key.removeprefix("model."))
                 name = next((n for n in names if n in shapes), None)
-                dtype, shape = file.get_slice(key).get_dtype(), tuple(file.get_slice(key).get_shape())
+                part = file.get_slice(key)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
                 quantised = dtype not in KINDS.values() or not name and re.search(QUANTISED, key)
                 check(not quantised, f"is quantised (tensor {key}, {dtype}); give the model before that")
                 check("lora_" not in key, f"holds a LoRA adapter (tensor {key}); give the merged model")
@@ -380,11 +382,10 @@ def stored_dtype(config: ModelConfig) -> torch.dtype:
 def save_model(
     model: Transformer, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = ()
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors for transformers 4 and 5, vLLM, others.
+    """Write a directory that transformers 4 and 5, vLLM and others read. A collective; rank 0 writes.
 
-    dtype None: the parameters' own; float32 if there are adapters, which are merged into them. Generation
-    stops at the base's eos ids and `stop_ids`. A tied head is not written. Every process must call this, and
-    rank 0 writes.
+    dtype None: the parameters' own; float32 if there are adapters, which are merged into them.
+    Generation stops at the base's eos ids and `stop_ids`. A tied head is not written.
     """
     dir, parameters = Path(dir), base_parameters(model)
     dtype = dtype or (torch.float32 if adapted_layers(model) else next(iter(parameters.values())).dtype)
@@ -404,17 +405,18 @@ def write_safetensors(
     path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None,
     change: Callable[[str, Tensor], Tensor] = lambda name, whole: whole,
 ) -> None:  # fmt: skip
-    """Write change(name, tensor) of each tensor, gathered one at a time, in `dtype`; None: each in its own.
+    """Write change(name, tensor) of each tensor in `dtype`, or its own. A collective; rank 0 writes.
 
-    Every process must call this, and rank 0 writes. safetensors' own function holds all tensors twice, and
-    makes files that only their owner may read. The format: the header's length in 8 bytes, the header (JSON),
-    and the tensors' bytes one after another.
+    Tensors are gathered one at a time: safetensors' own function holds all of them twice, and makes
+    files that only their owner may read. The format: the header's length in 8 bytes, the header
+    (JSON), and the tensors' bytes one after another.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         kind = dtype or tensor.dtype
         end = offset + tensor.numel() * kind.itemsize
-        header[name] = {"dtype": KINDS[kind], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": KINDS[kind], "shape": list(tensor.shape)}
+        header[name]["data_offsets"] = offset, end
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
