@@ -380,12 +380,12 @@ class Transformer(nn.Module):
         return load_model(dir, dtype, device)
 
     def save_pretrained(
-        self, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (), **options
-    ) -> None:  # fmt: skip
+        self, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = ()
+    ) -> None:
         """Write a Hugging Face directory (infra/huggingface.py). dtype None: the parameters' own."""
         from infra.huggingface import save_model
 
-        save_model(self, dir, dtype, stop_ids, **options)
+        save_model(self, dir, dtype, stop_ids)
 
 
 # ---- log-probs of tokens -----------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from lora import adapted_layers, base_parameters, merged_weight
 from model import FAMILIES, Family, ModelConfig, Transformer
 
 # Not written on: the weights are plain, and the code that auto_map names is not copied.
-NOT_WRITTEN = ("quantization_config", "auto_map", "dtype", "transformers_version")
+NOT_WRITTEN = (
+    "quantization_config", "compression_config", "quantization", "auto_map", "dtype", "transformers_version",
+)  # fmt: skip
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
@@ -216,6 +218,7 @@ def weights_mark(folder: Path) -> str:
 
 OTHERS = (  # (a file in the directory, what the directory holds, what to do)
     ("snapshots/*/config.json", "is a folder of the hub's cache", "give its {found.parent}"),
+    ("[!.]*/config.json", "holds models in folders", "give one of them, such as {found.parent}"),
     ("*.gguf", "holds GGUF", "give the Hugging Face model that it was made from"),
     ("*.distcp", "holds FSDP's shards", "merge them with accelerate merge-weights"),
     ("pytorch_model_fsdp*", "holds FSDP's shards", "merge them with accelerate merge-weights"),
@@ -237,8 +240,8 @@ def check_folder(dir: Path) -> None:
         convert = f"from transformers import AutoTokenizer as A; A.from_pretrained('{dir}')"
         convert += f".save_pretrained('{dir}')"
         raise UserError(f'{dir}: has only tokenizer.model; write tokenizer.json with python -c "{convert}"')
-    if (dir / "tokenizer.json").exists():
-        _refuse_pointer(dir / "tokenizer.json")
+    for path in dir.glob("tokenizer*.json"):
+        _refuse_pointer(path)
 
 
 def _refuse_others(dir: Path) -> None:
@@ -250,7 +253,8 @@ def _refuse_others(dir: Path) -> None:
         raise UserError(f"{dir}: is a LoRA adapter; {advice}")
     if not any(dir.glob("model*.safetensors*")):
         for pattern, what, advice in OTHERS:
-            if found := min(dir.glob(pattern), default=None):
+            found = min(dir.glob(pattern), default=None)
+            if found and not (found.name == "config.json" and (dir / "config.json").exists()):
                 raise UserError(f"{dir}: {what}; {advice.format(found=found)}")
 
 

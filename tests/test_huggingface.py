@@ -539,7 +539,15 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 98
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "shard"]
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+        "shard",
+    ],
 )
 def test_pointers_of_git_lfs_are_said_to_be(name, tmp_path):
     shutil.copytree(ROOT / "data/tiny/countdown", tmp_path, dirs_exist_ok=True)
@@ -564,6 +572,9 @@ def test_pointers_of_git_lfs_are_said_to_be(name, tmp_path):
         ("config.json adapter_config.json training_args.bin optimizer.pt", "is a LoRA adapter; give"),
         ("config.json adapter_config.json model.safetensors", "is a LoRA adapter; give the merged model"),
         ("snapshots/ab12/config.json refs/main", "is a folder of the hub's cache; give its "),
+        ("model/config.json config.toml", "holds models in folders; give one of them, such as "),
+        ("checkpoint-500/config.json", "holds models in folders; give one of them, such as "),
+        ("config.json original/config.json pytorch_model.bin", "only safetensors files are read; convert"),
         ("model-q4.gguf", "holds GGUF; give the Hugging Face model"),
         ("config.json pytorch_model_fsdp_0/__0_0.distcp", "holds FSDP's shards; merge them with accelerate"),
         ("__0_0.distcp .metadata", "holds FSDP's shards; merge them with accelerate"),
