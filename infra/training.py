@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,16 +25,18 @@ from fast.head import trim_heap, trim_heap_at_peaks
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
-    finish_replacing,
     load_resume,
+    lock,
     resume_folder,
-    save_adapter,
-    save_model,
-    save_resume,
+    save_checkpoint,
+    unlock,
+    write_adapter,
     write_config,
+    write_model,
+    write_resume,
 )
 from infra.config import Count, Natural, NonNegative, Positive, Switch, UserError, memory_advice, require
-from infra.huggingface import load_model, rounded_tensors, weights_mark
+from infra.huggingface import check_folder, load_model, stored_dtype, weights_mark
 from infra.log import Log, brief, import_wandb, mfu
 from infra.parallel import (
     collect,
@@ -88,6 +91,8 @@ class RunConfig:
     val_temperature: NonNegative = 0.0  # temperature of validation; 0: greedy
     rollout_batch: Natural = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
     save_every: Count = 100  # steps between checkpoints
+    keep: Count = 1  # checkpoints to keep
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of out_dir/model; auto: the base's
     print_every: Count = 10  # steps between console lines
     sample_every: Count = 20  # steps between rollouts, or rows, written to samples.jsonl
     show: Natural = 3  # answers printed before and after training
@@ -141,6 +146,7 @@ def starting_model(cfg: Any) -> Path:
     """The directory to start from: the knob `model`, or the task's tiny base. UserError unless it exists."""
     base = Path(cfg.model) if cfg.model else ROOT / "data" / "tiny" / cfg.task
     if base.exists():
+        check_folder(base)
         return base
     if not cfg.model:
         raise UserError(
@@ -160,6 +166,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     """
     base = starting_model(cfg)
     out = check_out_dir(out_dir, base, resume)
+    lock(out)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(
@@ -169,8 +176,8 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     dtype = getattr(torch, cfg.dtype) if cfg.lora_rank else torch.float32
     model = load_model(base, dtype, device, sharding(cfg.dtype))
     if cfg.lora_rank:
-        if dtype == torch.bfloat16 and rank() == 0 and (rounded := rounded_tensors(base)):
-            print(f"warning: LoRA freezes the weights in bfloat16, which rounds {rounded} tensors of {base}; "
+        if dtype == torch.bfloat16 != stored_dtype(model.config) and rank() == 0:
+            print(f"warning: LoRA freezes the weights in bfloat16, which rounds those of {base}; "
                   "--dtype=float32 keeps them as they are", file=sys.stderr)  # fmt: skip
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     elif not resume and (out / "adapter").exists():
@@ -178,7 +185,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
             f"out_dir = {out_dir!r} holds the adapter/ of an earlier run with LoRA; give another out_dir"
         )
     speed_up(model, cfg, device)
-    check_disk(out, model)
+    check_disk(out, model, saved_dtype(model, cfg))
     rollout_model = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
     return Run(out, base, device, tokenizer, model, rollout_model)
 
@@ -268,7 +275,6 @@ def start_or_resume(
         data["base"] = weights_mark(run.base)
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
-        finish_replacing(run.out)
     else:
         write_config(run.out, cfg)
         run.state = {"step": 0, "train_s": 0.0} | state
@@ -377,17 +383,28 @@ def log_step(
 
 
 def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:
-    """Write out_dir/model and out_dir/resume when they are due; after a signal to stop, at once, and exit."""
+    """Write a checkpoint when it is due; after a signal to stop, at once, and exit."""
     done, stop = run.state["step"], stop_requested()
     if done % cfg.save_every == 0 or done == total or stop:
-        save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
+        dtype = saved_dtype(run.model, cfg)
+        parts = {
+            "model": partial(write_model, run.model, run.tokenizer, stop_ids, template, dtype),
+            "resume": partial(write_resume, run.model, run.optimizer, run.state, cfg),
+        }
         if adapted_layers(run.model):
-            save_adapter(run.out, run.model, run.base)
-        save_resume(run.out, run.model, run.optimizer, run.state, cfg)
+            parts["adapter"] = partial(write_adapter, run.model, run.base)
+        save_checkpoint(run.out, parts, done, cfg.keep)
+    if done == total or stop:
+        unlock(run.out)
     if stop and done < total:
         run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
         sys.exit(128 + stop)
+
+
+def saved_dtype(model: Transformer, cfg: Any) -> torch.dtype:
+    """The dtype of out_dir/model: the knob save_dtype, or else that of the starting model's files."""
+    return stored_dtype(model.config) if cfg.save_dtype == "auto" else getattr(torch, cfg.save_dtype)
 
 
 _signals: list[int] = []  # signals received so far
