@@ -1,4 +1,4 @@
-"""toys/frozen_lake.py: the lake by hand, probabilities against a simulated walk, batched runs against one."""
+"""experiments/frozen_lake.py: the lake by hand, probabilities against a simulated walk, batched runs against one."""
 
 import builtins
 import json
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import train_ift
 from infra.config import UserError
-from toys import frozen_lake
-from toys.frozen_lake import (
+from experiments import frozen_lake
+from experiments.frozen_lake import (
     GOAL,
     GYMNASIUM,
     Config,
