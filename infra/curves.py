@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluate import mean_interval
+from infra.stats import mean_interval
 from infra.config import UserError
 from infra.parallel import rank
 
