@@ -102,13 +102,12 @@ def check(cfg: Config) -> None:
         require_each(cfg, ("compare", "against"), bool, "name both sides: --compare A.jsonl B.jsonl")
         return
     if cfg.temperature == 0 and cfg.export != "mt_bench":  # which has temperatures of its own
-        sampled = ("n", "top_k", "top_p")
         rule = "greedy answers are all the same; give a --temperature"
-        require_each(cfg, sampled, lambda v: v in (0, 1), rule)
+        require_each(cfg, ("n", "top_k", "top_p"), lambda v: v in (0, 1), rule)
     if cfg.export:
         require_each(cfg, ("save", "data_path"), bool, f"--export={cfg.export} needs both files")
-        single = cfg.export in ("alpaca_eval", "tldr")
-        require(cfg, "n", cfg.n == 1 or not single, f"{cfg.export} takes one answer")
+        several = cfg.export not in ("alpaca_eval", "tldr")
+        require(cfg, "n", cfg.n == 1 or several, f"{cfg.export} takes one answer")
         ending = ".json" if cfg.export in ("alpaca_eval", "uft") else ".jsonl"
         require(cfg, "save", cfg.save.endswith(ending), f"must end in {ending}, which its reader expects")
     if cfg.save:
@@ -314,20 +313,10 @@ def sampling_of(cfg: Config) -> dict:
     return {k: getattr(cfg, k) for k in ("temperature", "seed", "top_k", "top_p", "batch_size", "fast")}
 
 
-def load_problems(cfg: Config) -> dict[tuple[str, int], dict]:
-    """(task, index) -> row, of all tasks."""
-    problems = {}
-    for name in sources.names(cfg.task, cfg.data_path, cfg.split):
-        rows = sources.load(name, cfg.data_path, cfg.split, cfg.rows, cfg.style, cfg.sizes)
-        problems |= {(name, i): row for i, row in enumerate(rows)}
-    return problems
-
-
 def two_sides(argv: Sequence[str]) -> list[str]:
     """argv with "--compare A B" written as --compare=A --against=B."""
-    argv = list(argv)
     if "--compare" not in argv:
-        return argv
+        return list(argv)
     at = argv.index("--compare")
     sides = argv[at + 1 : at + 3]
     if len(sides) < 2 or any(s.startswith("--") for s in sides):
@@ -363,11 +352,13 @@ def main(argv: Sequence[str]) -> None:
         return exports.write_export(cfg.save, text)
 
     # 2. Problems, and the answers that an earlier, interrupted evaluation saved.
-    problems, prompts = load_problems(cfg), {}
-    for (name, i), row in problems.items():
-        prompts[name, i] = encode_prompt(tokenizer, row)
-        where = f"{cfg.data_path or name} row {i} of {name}"
-        tokenizer.check_ids(prompts[name, i], model.config.vocab_size, where)
+    problems, prompts = {}, {}  # (task, index) -> row, ids
+    for name in sources.names(cfg.task, cfg.data_path, cfg.split):
+        rows = sources.load(name, cfg.data_path, cfg.split, cfg.rows, cfg.style, cfg.sizes)
+        for i, row in enumerate(rows):
+            problems[name, i], prompts[name, i] = row, encode_prompt(tokenizer, row)
+            where = f"{cfg.data_path or name} row {i} of {name}"
+            tokenizer.check_ids(prompts[name, i], model.config.vocab_size, where)
     note_too_long(prompts.values(), model, "counted as wrong")
     names = list(dict.fromkeys(name for name, _ in problems))
     settings = {k: getattr(cfg, k) for k in ("model", "data_path", *DECISIVE[:-2])} | {"task": names}
@@ -401,7 +392,9 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(130)
     everyone = {key: record for part in collect(records) for key, record in part.items()}
     records = {key: everyone[key] for key in problems}
-    seconds = time.perf_counter() - sampling_start
+    if waiting:
+        seconds = time.perf_counter() - sampling_start
+        print(f"{seconds:.0f} s for the answers to {len(waiting) * world():,} problems")
     if file:
         file.close()
         exports.merge_answers(cfg.save, settings, records)
@@ -420,8 +413,6 @@ def main(argv: Sequence[str]) -> None:
             print(f"--- {prompt}\n{response}\n    -> {scored(first, cfg.checker)[1]}")
         results.append(summarise(name, [r["answers"] for r in own], cfg.checker))
     table = table_rows(results, cfg.checker)
-    if waiting:
-        print(f"{seconds:.0f} s for the answers to {len(waiting) * world():,} problems")
     print(exports.text_table(table))
     if cfg.table:
         exports.write_table(cfg.table, table, settings | {"checker": cfg.checker}, results)
