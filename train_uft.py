@@ -49,12 +49,12 @@ import evaluate
 import model as plain_head
 from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
+from experiments.plot import draw_run
 from fast import head as fast_head
 from fast import mismatch, packing
 from infra import config, parallel, samples, training
 from infra.checkpoint import save_model
 from infra.config import Count, Decay, Fraction, Natural, NonNegative, Positive
-from infra.curves import draw_run
 from infra.training import ROOT, Run, RunConfig
 from model import Transformer
 from sampler import COLDEST, generate

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from infra.checkpoint import MAY_DIFFER
 from infra.config import UserError, parse_config, require, run_script
 from infra.parallel import rank
+from infra.stats import mean_interval
 
 
 @dataclass
@@ -99,8 +100,6 @@ def curve(runs: Sequence[LoggedRun], panel: Panel) -> list[Point]:
     wilson = {}
     if len(runs) == 1 and panel.key == "val/accuracy":
         wilson = {r["step"]: (r["val/low"], r["val/high"]) for r in runs[0].records if "val/low" in r}
-    from evaluate import mean_interval  # here, so that a trainer needs it only to draw
-
     points = []
     for x in sorted(set().union(*seeds)):
         mean, low, high = mean_interval([seed[x] for seed in seeds if x in seed])

@@ -114,13 +114,6 @@ def brief(text: str, most: int = 200) -> str:
     return repr(text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}")
 
 
-def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion."""
-    p, d = successes / n, 1 + z * z / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / d), min(1.0, (centre + half) / d)
-
-
 def flops_per_token(model, length: int | float) -> float:
     """FLOPs of a forward and backward pass per token, in rows of `length` tokens.
 
