@@ -149,6 +149,7 @@ RIGHT = {
         ("n!", "n!"), ("6+9i", "9i+6"),
     ],
     "values of formulas": [
+        (r"(1+\sqrt2)(1-\sqrt2)+1", "0"),
         ("(x+1)(x-1)", "x^2-1"), ("n(n+1)/2", r"\frac{n^2+n}{2}"), (r"\ln 4", r"2\ln 2"), (r"\log_2 8", "3"),
         ("(-1)^{n+1}", "-(-1)^n"), (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2"), ("|x-y|", "|y-x|"),
         (r"\frac{-1+\sqrt{-3}}{2}", r"-\frac12+\frac{\sqrt3}{2}i"), ("2^{100000}-1", "2^{100000}-1"),
@@ -224,6 +225,7 @@ RIGHT = {
 WRONG = {
     "marks, boxes, scripts, sets, choices": [
         ("**6**", "5"), ("2**3**4", "234"), ("**5** or **6**", "5"), (r"\boxed{4} or \boxed{5}", "5"),
+        (r"\boxed{x} or \boxed{5}", "5"),
         (r"\boxed{6}, not \boxed{5}", "5"), (r"\boxed{5}+3", "5"), (r"2\boxed{5}", "5"),
         (r"\boxed{5}^2", "5"),
         (r"\boxed{5} or 6", "5"), (r"-\boxed{5}", "5"), ("２６", "25"), ("5元", "6"),
