@@ -47,6 +47,7 @@ from torch import Tensor
 
 import evaluate
 import model as plain_head
+from data.judge import judge
 from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
 from experiments.plot import draw_run
@@ -682,9 +683,11 @@ def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -
         t.old_logp = np.array([0.0] * t.n_given + completion.logprobs)
         t.response += run.tokenizer.decode(completion.tokens, skip_special=True)
     # Score the given and the sampled text together.
-    for t in flat(groups):
-        truth = data.problems[t.pick.problem].row["truth"]
-        t.reward, t.verdict = data.task.score(t.response, truth)
+    truths = [data.problems[t.pick.problem].row["truth"] for t in flat(groups)]
+    responses, limits = [t.response for t in flat(groups)], training.scoring_limits(cfg)
+    scores = judge(data.task, responses, truths, **limits)
+    for t, score in zip(flat(groups), scores, strict=True):
+        t.reward, t.verdict = score
     groups = parallel.gather(groups)
     run.state["sampled_tokens"] += sum(len(t.tokens) - t.n_given for t in flat(groups))
     return groups

@@ -290,7 +290,7 @@ def _trained(model) -> dict[str, torch.nn.Parameter]:
 MAY_DIFFER = (  # knobs that a resumed run may change
     "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing",
     "fast", "token_budget", "pack", "eval_every", "save_every", "keep", "save_dtype", "print_every",
-    "sample_every", "show", "tf32",
+    "sample_every", "show", "tf32", "score_timeout", "score_workers", "score_errors",
     "wandb",
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from data.judge import reset_signals_in_children
 from data.rows import load_task
 from data.tokenizer import Tokenizer
 from fast.compiled import compile_blocks
@@ -72,6 +73,10 @@ class RunConfig:
     out_dir: str = "out"  # where everything goes
     resume: Literal["false", "true", "auto"] = "false"  # continue the run in out_dir; auto: if there is one
     seed: Natural = 0  # random seed
+    # Scoring
+    score_timeout: NonNegative = 10.0  # seconds for a task's score() of one answer; 0: no limit
+    score_workers: Natural = 0  # processes for a slow score(); 0: none
+    score_errors: Literal["stop", "zero"] = "stop"  # a score() that raises ends the run, or is reward 0
     # LoRA
     lora_rank: Natural = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
     lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
@@ -232,6 +237,11 @@ def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:
     model = load_model(dir, torch.float32, run.device, sharding(cfg.dtype))
     speed_up(model, cfg, run.device)
     return model.requires_grad_(False)
+
+
+def scoring_limits(cfg: Any) -> dict:
+    """Arguments of data.judge.judge."""
+    return {"timeout": cfg.score_timeout, "workers": cfg.score_workers, "on_error": cfg.score_errors}
 
 
 def engine_options(run: Run, cfg: Any, longest_prompt: int = 0) -> dict:
@@ -419,6 +429,7 @@ def catch_signals() -> None:
         _signals.append(number)
         print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
+    reset_signals_in_children()
     _signals.clear()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         try:
