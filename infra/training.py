@@ -456,7 +456,7 @@ def leave_as_found(main: Callable) -> Callable:
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
             if threading.current_thread() is threading.main_thread():
                 for number, handler in zip(numbers, handlers, strict=True):
-                    signal.signal(number, handler)
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     return wrapped
 
