@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ each_path = pytest.mark.parametrize("path", PATHS)
 either = pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 
 
+@cache
 def variant(name):
     """The method of a file of variants/, its module, and its knobs with their defaults."""
     method, module = train_uft.config.find_method("algo", name, {}, ROOT / "variants", "METHOD")
