@@ -1,18 +1,18 @@
-"""IFT, Intuitive Fine-Tuning (arXiv 2405.11870), and the methods its paper compares it with.
+"""IFT, Intuitive Fine-Tuning (arXiv 2405.11870), and the methods beside it in its paper.
 
-    python train_ift.py                                          the embedded example: sft, then ift
-    python train_ift.py --loss=ift --out_dir=out/ift             ift, sft, dpo, ipo, tdpo, orpo or simpo
-    python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR --out_dir=out/llama
-    python train_ift.py ... --resume=true                        continue after an interruption
-    torchrun --nproc-per-node=8 train_ift.py config/x.toml ...   on 8 GPUs, or 8 processes
-    python train_ift.py --help                                   every knob
+    python train_ift.py                                  the tiny example: sft, then ift
+    python train_ift.py --loss=ift --out_dir=out/ift     or another of LOSSES or variants/
+    python train_ift.py config/ift-llama-3-8b.toml --model=DIR --data_path=DIR
+    python train_ift.py ... --resume=auto                begin, or continue what there is
+    torchrun --nproc-per-node=8 train_ift.py ...         on 8 GPUs, or 8 processes
+    python train_ift.py --help                           every knob and every loss
 
 Departures from the paper and its published code:
-- The weights of relation propagation are Algorithm 1's as the published code reads it, gamma^(i - t);
-  equation 21 and the paper's alpha^(N - t) differ from it and from each other.
-- side = "right" adds an example's own smallest non-zero sum before it inverts; the published code adds the
-  smallest of the whole batch, so that an example's loss depends on its neighbours.
-- An example whose losses are all 0 has weights of one, and one without a target has none; there both are NaN.
+- The weights of relation propagation are Algorithm 1's as the published code reads it,
+  gamma^(i - t); equation 21 and the paper's alpha^(N - t) differ from it and from each other.
+- side = earlier adds an example's own smallest non-zero sum before it inverts; the published
+  code adds that of the whole batch, so that an example's loss depends on its neighbours.
+- An example with losses of 0 has weights of one, one without a target none; there: NaN.
 - The input embedding is trained (train_embedding = true); in the published code it never is.
 - Averages run over the whole optimiser step, whatever the micro-batches.
 """
@@ -33,28 +33,33 @@ from torch import Tensor
 
 import evaluate
 import model as plain_head
-from data import chat
 from data.chat import Example
-from data.rows import judged_by, load_rows, load_task, split_note
-from data.tokenizer import Tokenizer
+from data.examples import Data, load_examples
+from experiments.plot import draw_run
 from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra import config, parallel, samples, training
 from infra.checkpoint import resume_folder
 from infra.config import Count, Fraction, Natural, NonNegative, Positive
-from infra.curves import draw_run
 from infra.training import ROOT, Run, RunConfig
-from model import ModelConfig, Transformer
+from model import Transformer
 from sampler import int64, uniform
+from variants import pairs
+from variants.pairs import dpo_loss, ipo_loss, orpo_loss, simpo_loss, tdpo_loss  # noqa: F401
 
 
 @dataclass
 class Config(RunConfig):
-    """The knobs of this trainer beside those of both. The defaults are the embedded example."""
+    """The knobs of this trainer; infra.training.RunConfig has those of both trainers."""
 
     # What
-    loss: tuple[str, ...] = ("sft", "ift")  # rows of LOSSES, or files of variants/; several run in turn
-    template: str = "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml, zephyr
+    loss: tuple[str, ...] = (
+        "sft",
+        "ift",
+    )  # rows of LOSSES, or files of variants/; several run in turn
+    template: str = (
+        "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml, zephyr
+    )
     out_dir: str = "out/ift"  # where everything goes
     # Schedule
     epochs: Positive = 16.0  # passes over the training rows
@@ -64,18 +69,18 @@ class Config(RunConfig):
     # Temporal residual (ift)
     lam: Fraction = 0.2  # lambda, the share of the model's own prediction in the embeddings
     lam_low: Fraction = 0.0  # lambda at the start of a linear schedule
-    lam_schedule: Literal["static", "linear"] = "static"  # linear: from lam_low over the warm-up
-    lam_disturb: NonNegative = 0.0  # std of noise on lambda, as a share of it; 0.5 as published
-    own: Literal["argmax", "sampled", "soft"] = "argmax"  # prediction; soft: expected embedding
-    train_embedding: bool = True  # gradient into the input embeddings; the published code has none
+    lam_schedule: Literal["static", "linear"] = "static"  # linear: over the warm-up
+    lam_disturb: NonNegative = 0.0  # std of noise on lambda, as a share of it
+    own: Literal["argmax", "sampled", "soft"] = "argmax"  # soft: expected embedding
+    train_embedding: bool = True  # gradient into the input embeddings; not as published
     # Relation propagation (ift)
-    propagate: bool = True  # weigh each token by the losses of others; false: all weights are 1
+    propagate: bool = True  # weigh tokens by others' losses; false: weights of 1
     gamma: Fraction = 0.95  # discount of the other tokens' losses; 0: by its own loss alone
     side: Literal["later", "earlier"] = "later"  # which other tokens
     quantity: Literal["loss", "logps", "mask"] = "loss"  # what is propagated; mask: ones
     norm: Literal["L1", "L2", "softmax", "log"] = "L1"  # of an example's weights
     # Other losses
-    average: Literal["example", "token"] = "example"  # sft, ift: of examples' means, or of targets
+    average: Literal["example", "token"] = "example"  # of examples' means, or targets
     beta: NonNegative = 0.0  # of losses of pairs; 0: the loss's own, see LOSSES
     gamma_beta: float = 0.8  # simpo's target margin as a share of beta
     label_smoothing: Fraction = 0.0  # dpo: weight of the loss with the two answers swapped
@@ -94,10 +99,8 @@ class Config(RunConfig):
     print_every: Count = 50  # steps between console lines
 
 
-MOVED = {
-    "side=left": "--side=later",
-    "side=right": "--side=earlier",
-}  # knobs of earlier versions
+# Knobs of earlier versions.
+MOVED = {"side=left": "--side=later", "side=right": "--side=earlier"}
 
 
 def check(cfg: Config, methods: dict[str, "Method"]) -> None:
@@ -106,43 +109,22 @@ def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     config.require(cfg, "loss", len(methods) == len(cfg.loss), "must name each method once")
     training.check_shared(cfg)
     matters = cfg.quantity != "logps" or cfg.norm in ("softmax", "log")
-    config.require(
-        cfg,
-        "quantity",
-        matters,
-        f"has the weights of loss with norm = {cfg.norm}, which divides by a sum",
-    )
+    config.require(cfg, "quantity", matters, f"is the same as loss with norm = {cfg.norm}")
     if cfg.gamma == 0 and cfg.propagate and any(m.example_loss for m in methods.values()):
-        print(
-            "note: gamma = 0 weighs each token by its own loss; --propagate=false has weights of 1"
-        )
-    pairs = "/".join(name for name, method in methods.items() if method.pair_loss)
-    config.require(
-        cfg,
-        "task",
-        not (pairs and cfg.task),
-        f"{pairs} needs pairs: --task= --data_path=FILE",
-    )
-    without = "if there is no task"
-    config.require(
-        cfg,
-        "data_path",
-        bool(cfg.task or cfg.data_path),
-        f"must name a file of rows {without}",
-    )
-    config.require(
-        cfg,
-        "model",
-        bool(cfg.task or cfg.model),
-        f"must name a directory to start from {without}",
-    )
+        print("note: gamma = 0 weighs each token by its own loss; see propagate")
+    of_pairs = "/".join(name for name, method in methods.items() if method.pair_loss)
+    advice = f"{of_pairs} needs pairs: --task= --data_path=FILE"
+    config.require(cfg, "task", not (of_pairs and cfg.task), advice)
+    for key in ("data_path", "model"):
+        named = bool(cfg.task or getattr(cfg, key))
+        config.require(cfg, key, named, "must be given if there is no task")
 
 
 # ---- temporal residual (section 4.2) -------------------------------------
 
 
 class Rows(NamedTuple):
-    """B right-padded rows of T tokens; the N targets are those of the mask, in row-major order."""
+    """B right-padded rows of T tokens. The mask's N targets are in row-major order."""
 
     ids: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool: whether a token is a target; the first of a row never is
@@ -184,12 +166,13 @@ class Residual(NamedTuple):
         return mix_embeddings(embeddings, own.to(embeddings.dtype), mask, self.lam)
 
 
-def mix_embeddings(embeddings: Tensor, own: Tensor, mask: Tensor, lam: Tensor | float) -> Tensor:
+def mix_embeddings(embeddings: Tensor, own: Tensor, mask: Tensor, lam) -> Tensor:
     """(1 - lambda) E[x] + lambda E[y] where mask, E[x] elsewhere.
 
     embeddings, own (..., C); mask (...).
     """
-    return torch.where(mask[..., None].bool(), (1 - lam) * embeddings + lam * own, embeddings)
+    mixed = (1 - lam) * embeddings + lam * own
+    return torch.where(mask[..., None].bool(), mixed, embeddings)
 
 
 def target_states(model: Transformer, rows: Rows) -> Tensor:
@@ -212,26 +195,21 @@ def ift_states(model: Transformer, rows: Rows, residual: Residual) -> Tensor:
             states = model.hidden(inputs_embeds=embeddings)[row, column - 1]
         own = residual.predict(model, states, rows)
         # (1 - lambda) E[x] + lambda E[y] at the targets.
-        spread = torch.zeros_like(embeddings).index_put((row, column), own.to(embeddings.dtype))
+        spread = torch.zeros_like(embeddings)
+        spread = spread.index_put((row, column), own.to(spread.dtype))
         embeddings = residual.mix(embeddings, spread, rows.mask)
     # Second pass.
     return model.hidden(inputs_embeds=embeddings)[row, column - 1]
 
 
 def residual_lambda(
-    step: int,
-    low: float,
-    high: float,
-    schedule: str,
-    warmup: int,
-    disturb: float = 0.0,
-    noise: float = 0.0,
+    step: int, low: float, high: float, warmup: int, disturb=0.0, noise=0.0
 ) -> float:
-    """lambda at `step` (from 0): static at high, or linear from low to high over the warm-up.
+    """lambda at `step` (from 0): linear from low to high over the warm-up, then high.
 
     Plus noise (a standard normal draw) x disturb x lambda; clamped to 0..1.
     """
-    lam = high if schedule == "static" or step >= warmup else low + (high - low) * step / warmup
+    lam = high if step >= warmup else low + (high - low) * step / warmup
     return min(1.0, max(0.0, lam + noise * disturb * lam))
 
 
@@ -239,7 +217,7 @@ def residual_lambda(
 
 
 def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
-    """y[t] = sum of gamma^|i - t| x[i] over i >= t ("left") or i <= t ("right"), for x (B, T).
+    """y[t] = sum of gamma^|i - t| x[i] over i >= t ("left") or i <= t ("right"); x (B, T).
 
     In log2(T) doublings: sums over windows of 2^k positions make those of 2^(k + 1).
     """
@@ -251,9 +229,8 @@ def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
 
 
 def propagation_weights(
-    nll: Tensor, mask: Tensor, gamma: float, quantity: str = "loss", side: str = "left", norm: str = "L1",
-    floor: Tensor | float | None = None,
-) -> Tensor:  # fmt: skip
+    nll: Tensor, mask: Tensor, gamma: float, quantity="loss", side="left", norm="L1"
+) -> Tensor:
     """Weight (B, T) of each token's loss in relation propagation (Algorithm 1).
 
     An example's weights average 1 over its targets. nll, mask (B, T): losses, and whether
@@ -261,28 +238,17 @@ def propagation_weights(
     targets of the example), logps (nll, undivided) or mask (ones). side "left" sums over
     the later tokens. "right" sums over the earlier ones and inverts: the larger their
     sum, the smaller the weight. norm: L1, L2, softmax or log (of 1 + sum). Gradients flow
-    through the weights. gamma = 0 is no propagation: weights of 1. floor: added by
-    "right" before inverting; default: the example's smallest non-zero sum.
+    through the weights. gamma = 0 is no propagation: weights of 1.
     """
     mask = mask.to(nll.dtype)
     if gamma == 0:
         return mask
     # The discounted sums.
-    count = mask.sum(1, keepdim=True)
+    count, target = mask.sum(1, keepdim=True), mask > 0
     x = {"loss": nll * mask / count.clamp(min=1), "logps": nll * mask, "mask": mask}[quantity]
     s = discounted_sum(x, gamma, side) * mask
-    target = mask > 0
-    # Right: inverted.
     if side == "right":
-        if floor is None:
-            floor = s.detach().masked_fill(s <= 0, math.inf).amin(1, keepdim=True)
-            floor = torch.where(floor.isinf(), 1.0, floor)
-        s = torch.where(target, s + floor, 1.0).clamp(min=torch.finfo(s.dtype).tiny)
-        s = 1 / (s.log1p() if norm == "log" else s)
-        # Divide by the largest, or squares and sums of inverses would overflow; the scale
-        # cancels below.
-        if norm != "softmax":
-            s = s / (s * mask).detach().amax(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+        s = inverted(s, target, norm)
     elif norm == "log":
         s = s.log1p()
     # The norm, and a mean of 1 over the targets.
@@ -296,6 +262,23 @@ def propagation_weights(
     return torch.where(total > 0, w * count / torch.where(total > 0, total, 1.0), mask)
 
 
+def inverted(s: Tensor, target: Tensor, norm: str) -> Tensor:
+    """1 / (s + smallest) at the targets (B, T), up to a factor; norm log: of log(1 + s)."""
+    tiny = torch.finfo(s.dtype).tiny
+    s = torch.where(target, s + smallest(s), 1.0).clamp(min=tiny)
+    s = 1 / (s.log1p() if norm == "log" else s)
+    if norm == "softmax":
+        return s
+    # Divide by the largest, or squares and sums of inverses would overflow.
+    return s / (s * target).detach().amax(1, keepdim=True).clamp(min=tiny)
+
+
+def smallest(s: Tensor) -> Tensor:
+    """The floor of inverted(): each example's smallest sum above 0 (B, 1), or 1."""
+    floor = s.detach().masked_fill(s <= 0, math.inf).amin(1, keepdim=True)
+    return torch.where(floor.isinf(), 1.0, floor)
+
+
 def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
     """Loss of each example (B,): the mean over its targets of weight x nll (Algorithm 1).
 
@@ -305,104 +288,14 @@ def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
     return (weights * nll * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# ---- losses of pairs -----------------------------------------------------
-# Arguments and results are (B,). Log-probs are summed over an answer's tokens unless a
-# docstring says "mean".
-
-
-def dpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """DPO (arXiv 2305.18290, eq. 7); with label smoothing, conservative DPO (arXiv 2306.02858).
-
-    Returns losses and the implicit rewards of chosen and rejected.
-    """
-    rewards, others = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    margin = rewards - others
-    losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return losses, rewards.detach(), others.detach()
-
-
-def ipo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
-) -> Tensor:
-    """IPO (arXiv 2310.12036, eq. 17): (margin of log-ratios - 1 / (2 beta))^2."""
-    return ((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 * beta)) ** 2
-
-
-def tdpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-    kl_chosen: Tensor, kl_rejected: Tensor, beta: float, alpha: float = 0.5,
-) -> Tensor:  # fmt: skip
-    """TDPO2 (arXiv 2404.11999, eq. 17): DPO's margin less alpha x the difference in
-    sequential KL.
-
-    kl_chosen, kl_rejected: KL(ref || policy) summed over an answer's tokens; no gradient
-    through kl_chosen.
-    """
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -F.logsigmoid(margin - alpha * beta * (kl_rejected - kl_chosen.detach()))
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, without cancellation near 0 or underflow far from it."""
-    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    near = x > -math.log(2)
-    by_expm1 = (-torch.expm1(torch.where(near, x, -1.0))).log()
-    by_log1p = torch.log1p(-torch.where(near, -1.0, x).exp())
-    return torch.where(near, by_expm1, by_log1p)
-
-
-def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """ORPO (arXiv 2403.07691, eq. 6): SFT's loss - beta x log sigmoid(log odds ratio).
-
-    chosen, rejected: mean log-probs per token.
-    """
-    odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-    return -chosen - beta * F.logsigmoid(odds)
-
-
-def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma_beta: float) -> Tensor:
-    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta x (margin of log-probs - gamma_beta)).
-
-    chosen, rejected: mean log-probs per token. gamma_beta: target margin as a share of beta.
-    """
-    return -F.logsigmoid(beta * (chosen - rejected - gamma_beta))
-
-
 # ---- methods -------------------------------------------------------------
 
 
-class PairLogprobs(NamedTuple):
-    """Log-probs of both answers of each pair, (B,) each, and of the reference if the loss
-    needs it.
-
-    They are summed over tokens, or averaged if the method sets mean_logprobs; the
-    reference's log-probs and KL(ref || policy) are sums.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor | None = None
-    ref_rejected: Tensor | None = None
-    kl_chosen: Tensor | None = None
-    kl_rejected: Tensor | None = None
-
-
 class Method(NamedTuple):
-    """What a method is: one of three losses, and what it needs. A file of variants/
-    replaces some of it:
+    """One of three losses. A variant: LOSS = LOSSES["sft"]._replace(token_loss=...)."""
 
-    LOSS = LOSSES["sft"]._replace(token_loss=...).
-    """
-
-    token_loss: Callable | None = (
-        None  # (nll (N,), cfg) -> (N,): a target's loss depends on no other
-    )
-    example_loss: Callable | None = (
-        None  # (nll (B, T), mask (B, T), cfg) -> (B,), 0 without a target
-    )
+    token_loss: Callable | None = None  # (nll (N,), cfg) -> (N,)
+    example_loss: Callable | None = None  # (nll (B, T), mask (B, T), cfg) -> (B,)
     pair_loss: Callable | None = None  # (PairLogprobs, beta, cfg) -> (B,)
     residual: bool = False  # embeddings mixed with the model's own predictions
     reference: bool = False  # pairs: needs the starting model
@@ -429,38 +322,20 @@ def ift_example_loss(nll: Tensor, mask: Tensor, cfg: Config) -> Tensor:
     return ift_loss(nll, mask, **propagation_knobs(cfg))
 
 
-def pairs_method(loss: Callable, beta: float, **needs: bool) -> Method:
-    return Method(pair_loss=loss, beta=beta, **needs)
-
-
 LOSSES = {
     "sft": Method(token_loss=sft_token_loss),
     "ift": Method(example_loss=ift_example_loss, residual=True),
-    "dpo": pairs_method(
-        lambda p, beta, cfg: dpo_loss(*p[:4], beta, cfg.label_smoothing)[0],
-        0.1,
-        reference=True,
-    ),
-    "ipo": pairs_method(lambda p, beta, cfg: ipo_loss(*p[:4], beta), 0.1, reference=True),
-    "tdpo": pairs_method(
-        lambda p, beta, cfg: tdpo_loss(*p, beta, cfg.tdpo_alpha),
-        0.1,
-        reference=True,
-        kl=True,
-    ),
-    "orpo": pairs_method(lambda p, beta, cfg: orpo_loss(*p[:2], beta), 0.25, mean_logprobs=True),
-    "simpo": pairs_method(
-        lambda p, beta, cfg: simpo_loss(*p[:2], beta, cfg.gamma_beta),
-        2.0,
-        mean_logprobs=True,
-    ),
+    "dpo": Method(pair_loss=pairs.dpo, beta=0.1, reference=True),
+    "ipo": Method(pair_loss=pairs.ipo, beta=0.1, reference=True),
+    "tdpo": Method(pair_loss=pairs.tdpo, beta=0.1, reference=True, kl=True),
+    "orpo": Method(pair_loss=pairs.orpo, beta=0.25, mean_logprobs=True),
+    "simpo": Method(pair_loss=pairs.simpo, beta=2.0, mean_logprobs=True),
 }
-VARIANTS = ROOT / "variants"  # each file a further loss
 
 
 def find_loss(name: str) -> tuple[Method, type]:
     """A row of LOSSES or the LOSS of a file of variants/, and its Config."""
-    method, module = config.find_method("loss", name, LOSSES, VARIANTS, "LOSS")
+    method, module = config.find_method("loss", name, LOSSES, ROOT / "variants", "LOSS")
     return method, getattr(module, "Config", Config)
 
 
@@ -477,14 +352,9 @@ def to_rows(examples: Sequence[Example], number: Sequence[int], device: torch.de
 
 
 def examples_loss(
-    model: Transformer,
-    rows: Rows,
-    weights: Tensor,
-    method: Method,
-    residual: Residual | None,
-    cfg: Config,
+    model: Transformer, rows: Rows, weights: Tensor, method: Method, residual, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """sum of weights (B,) x the loss of each example, and the log-probs (N,) of the targets."""
+    """sum of weights (B,) x the loss of each example, and the targets' log-probs (N,)."""
     head = fast_head if cfg.fast else plain_head
     if residual is None:
         states = target_states(model, rows)
@@ -499,7 +369,8 @@ def examples_loss(
 
     def of_examples(logp: Tensor, _entropy: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """On the fast path, of some of the examples: the others have no target."""
-        nll = torch.zeros(rows.ids.shape, device=logp.device).index_put((row, column), -logp)
+        zeros = torch.zeros(rows.ids.shape, device=logp.device)
+        nll = zeros.index_put((row, column), -logp)
         true = torch.ones((), dtype=torch.bool, device=logp.device)
         mask = torch.zeros_like(rows.mask).index_put((row, column), true)
         return (weights * method.example_loss(nll, mask, cfg)).sum()
@@ -507,11 +378,12 @@ def examples_loss(
     targets = states, model.head_weight, rows.ids[rows.mask]
     if method.token_loss:
         return head.token_loss(*targets, of_tokens, (row, column))[:2]
-    return head.token_loss(*targets, of_examples, (row, column), together=counts.tolist())[:2]
+    together = counts.tolist()  # an example's targets stay together
+    return head.token_loss(*targets, of_examples, (row, column), together=together)[:2]
 
 
-def target_nll(model: Transformer, rows: Rows, cfg: Config, states: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood (B, T) of each target, 0 elsewhere. states: default target_states."""
+def target_nll(model: Transformer, rows: Rows, cfg: Config, states=None) -> Tensor:
+    """Negative log-likelihood (B, T) of each target, 0 elsewhere. states: or target_states."""
     head = fast_head if cfg.fast else plain_head
     states = target_states(model, rows) if states is None else states
     logp = head.token_logprobs(states, model.head_weight, rows.ids[rows.mask])[0]
@@ -520,20 +392,16 @@ def target_nll(model: Transformer, rows: Rows, cfg: Config, states: Tensor | Non
 
 
 def pairs_loss(
-    model: Transformer,
-    reference: Transformer | None,
-    rows: Rows,
-    method: Method,
-    cfg: Config,
+    model: Transformer, reference: Transformer | None, rows: Rows, method: Method, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each pair (B,) and the nll (2B, T) behind it. Rows: the B chosen, then the B rejected."""
+    """Loss of each pair (B,), and the nll (2B, T). Rows: B chosen, then B rejected answers."""
     head = fast_head if cfg.fast else plain_head
     states = target_states(model, rows)
     nll = target_nll(model, rows, cfg, states)
     sums = -nll.sum(1)
     if method.mean_logprobs:
         sums = sums / rows.mask.sum(1)
-    pair = PairLogprobs(*sums.chunk(2))
+    pair = pairs.PairLogprobs(*sums.chunk(2))
     if method.reference:
         with torch.no_grad():
             ref_states = target_states(reference, rows)
@@ -543,9 +411,8 @@ def pairs_loss(
     if method.kl:
         kl = head.token_kl(states, model.head_weight, ref_states, reference.head_weight)
         zeros = torch.zeros(len(rows.ids), device=kl.device)
-        kl_chosen, kl_rejected = zeros.index_add(0, rows.mask.nonzero(as_tuple=True)[0], kl).chunk(
-            2
-        )
+        sums = zeros.index_add(0, rows.mask.nonzero(as_tuple=True)[0], kl)
+        kl_chosen, kl_rejected = sums.chunk(2)
         pair = pair._replace(kl_chosen=kl_chosen, kl_rejected=kl_rejected)
     return method.pair_loss(pair, cfg.beta or method.beta, cfg), nll
 
@@ -556,16 +423,16 @@ def pairs_loss(
 def update(
     run: Run, batch: list, method: Method, residual: Residual | None, cfg: Config
 ) -> dict[str, float]:
-    """One clipped optimiser step on examples, or pairs of them; returns means over the step as metrics."""
+    """One clipped optimiser step on examples, or pairs; returns means as metrics."""
     sides = batch if method.pair_loss else [(e,) for e in batch]
     examples = [e for row in sides for e in row]
     targets = sum(int(sum(e.mask[1:])) for e in examples)  # of the whole step
     lengths = [len(row) * max(len(e.ids) for e in row) for row in sides]
     sums = torch.zeros(2, device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
-    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x
-    # parallel.world() makes the average a sum. `counted` is 1, or 0 for a batch that a
-    # process repeats to make as many passes as the others.
+    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world()
+    # makes the average a sum. `counted` is 1, or 0 for a batch that a process repeats to
+    # make as many passes as the others.
     for indices, counted in parallel.my_batches(lengths, cfg.token_budget):
         # Of pairs, first all chosen answers, then all rejected ones.
         chosen = [sides[i][k] for k in range(len(sides[0])) for i in indices]
@@ -587,86 +454,24 @@ def update(
         sums += counted * torch.stack((loss.detach(), nll.detach().sum()))
     total = parallel.add_up(dict(zip(("loss", "nll"), sums.tolist(), strict=True)))
     grad_norm = training.optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
-    return {
-        "loss": total["loss"],
-        "nll": total["nll"] / max(1, targets),
-        "grad_norm": grad_norm,
-        "tokens": sum(len(e.ids) for e in examples),
-    }
+    means = {"loss": total["loss"], "nll": total["nll"] / max(1, targets)}
+    return means | {"grad_norm": grad_norm, "tokens": sum(len(e.ids) for e in examples)}
 
 
-# ---- data ----------------------------------------------------------------
-
-
-@dataclass
-class Data:
-    task: ModuleType | None
-    examples: Sequence  # Examples to train on, or pairs of them
-    test: Sequence
-    test_rows: list[dict]  # of the task; empty without one
-    stop_ids: set[int]  # tokens that end a trained turn
-    template: str  # chat template that conversations were written with; auto if there were none
-
-
-def load_data(pairs: bool, cfg: Config, tokenizer: Tokenizer, model_config: ModelConfig) -> Data:
-    """Rows of a task or of a file of conversations, as token ids and loss masks."""
-    task, encoded, test_rows = (
-        judged_by(load_task(cfg.task), cfg.checker) if cfg.task else None,
-        {},
-        [],
-    )
-    if note := split_note(cfg.data_path):
-        print(note)
-    for split, n in (("train", cfg.train_rows), ("test", cfg.test_rows)):
-        # The rows: problems with their solutions, or conversations.
-        if task:
-            options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
-            test_rows = load_rows(
-                task, split, cfg.data_path, n, **options
-            )  # the last split's, which is test
-            rows = chat.rows_of_task(test_rows)
-        else:
-            rows = chat.load(split, cfg.data_path, one_file="split")[: n or None]
-        # Their ids and masks, within the model's window and vocabulary.
-        where, window = (
-            f"{cfg.data_path or cfg.task} {split}",
-            model_config.max_position_embeddings,
-        )
-        encoded[split], counts = chat.encode_rows(
-            rows, tokenizer, cfg.max_length, cfg.template, pairs=pairs, window=window
-        )
-        print(
-            f"{split}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
-        )
-        if not encoded[split]:
-            raise config.UserError(f"{where}: no row is left to use")
-        for i, example in enumerate(encoded[split]):
-            for part in example if pairs else (example,):
-                tokenizer.check_ids(part.ids, model_config.vocab_size, f"{where} row {i}")
-    train = encoded["train"]
-    longest = max(2 * max(len(e.ids) for e in row) if pairs else len(row.ids) for row in train)
-    longest = max(longest, max(len(e[0].ids if pairs else e.ids) for e in encoded["test"]))
-    config.require(
-        cfg,
-        "token_budget",
-        cfg.token_budget >= longest,
-        f"must be >= {longest}, the longest row",
-    )
-    conversations = not task and any(
-        "first" in row for row in rows
-    )  # rows of messages, not of texts
-    template = tokenizer.template_name(cfg.template) if conversations else "auto"
-    return Data(task, train, encoded["test"], test_rows, chat.turn_ends(train), template)
+# ---- validation and samples -----------------------------------------------
 
 
 @torch.no_grad()
-def log_rows(run: Run, examples: list[Example], method: Method, residual, cfg: Config) -> None:
+def log_rows(run: Run, batch: list, method: Method, residual: Residual | None, cfg: Config) -> None:
     """Write rows to samples.jsonl: each target with the model's prediction, nll and weight."""
-    rows, head = to_rows(examples, range(len(examples)), run.device), fast_head if cfg.fast else plain_head
+    examples = [e[0] if method.pair_loss else e for e in batch]
+    rows = to_rows(examples, range(len(examples)), run.device)
+    head = fast_head if cfg.fast else plain_head
 
     def compute() -> tuple[Tensor, Tensor]:
-        states = ift_states(run.model, rows, residual) if residual else target_states(run.model, rows)
-        own = head.argmax_tokens(target_states(run.model, rows), run.model.head_weight)
+        states = target_states(run.model, rows)
+        own = head.argmax_tokens(states, run.model.head_weight)
+        states = ift_states(run.model, rows, residual) if residual else states
         return own, target_nll(run.model, rows, cfg, states)
 
     with parallel.autocast(run.device, cfg.dtype):
@@ -679,9 +484,6 @@ def log_rows(run: Run, examples: list[Example], method: Method, residual, cfg: C
         weights = method.token_loss(nll, cfg) / nll.clamp(min=1e-9)
     for record in samples.row_records(run.tokenizer, (rows.ids, rows.mask, own, nll, weights)):
         run.log.write("samples", run.state["step"] + 1, record)
-
-
-# ---- validation ----------------------------------------------------------
 
 
 def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config) -> dict:
@@ -713,7 +515,7 @@ def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config
 
 @torch.no_grad()
 def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
-    """Mean nll of the targets (of pairs: of the chosen answers), nats per token, computed as in training."""
+    """Mean nll of the targets (of pairs: of the chosen answers), nats per token."""
     examples = [e if isinstance(e, Example) else e[0] for e in examples]
     sums, device = {"nll": 0.0, "tokens": 0.0}, model.head_weight.device
     for chosen, counted in parallel.my_batches([len(e.ids) for e in examples], cfg.token_budget):
@@ -725,12 +527,9 @@ def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
     return sums["nll"] / max(1, sums["tokens"])
 
 
-NOISE_STREAM = (
-    4  # key of the random stream of lambda's disturbance; infra/training.py's order of rows has 1
-)
-
 # ---- the run -------------------------------------------------------------
 
+NOISE_STREAM = 4  # key of lambda's random stream; infra/training.py's order of rows has 1
 COLUMNS = {  # of a console line: name -> (metric, format)
     "loss": ("loss", ".4f"), "nll": ("nll", ".4f"), "gnorm": ("grad_norm", ".2f"),
     "lr": ("lr", ".2e"), "s": ("timing_s/step", ".2f"), "tok/s": ("tokens_per_s", ".0f"),
@@ -741,21 +540,19 @@ COLUMNS = {  # of a console line: name -> (metric, format)
 def make_residual(step: int, warmup: int, cfg: Config) -> Residual:
     """The residual of a step, with its own lambda and random draws."""
     noise = float(np.random.default_rng((cfg.seed, NOISE_STREAM, step)).normal())
-    lam = residual_lambda(
-        step, cfg.lam_low, cfg.lam, cfg.lam_schedule, warmup, cfg.lam_disturb, noise
-    )
+    low = cfg.lam if cfg.lam_schedule == "static" else cfg.lam_low
+    lam = residual_lambda(step, low, cfg.lam, warmup, cfg.lam_disturb, noise)
     head = fast_head if cfg.fast else plain_head
     return Residual(lam, cfg.own, cfg.train_embedding, cfg.seed * 1_000_003 + step, head)
 
 
-def train(
-    name: str, method: Method, out_dir: Path, cfg: Config, device: torch.device
-) -> dict[str, float]:
+def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.device) -> dict:
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
-    resume = cfg.resume != "false" and resume_folder(out_dir) is not None  # some may not have begun
+    # Of several methods some may not have begun.
+    resume = cfg.resume != "false" and resume_folder(out_dir) is not None
     run = training.set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
-    data = load_data(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
+    data = load_examples(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
     run.reference = training.frozen_model(run.base, run, cfg) if method.reference else None
     if cfg.optimizer == "adamw":
         options = {"betas": (0.9, 0.99), "weight_decay": cfg.weight_decay, "fused": True}
@@ -774,16 +571,14 @@ def train(
     for step in range(run.state["step"], steps):
         step_start = time.perf_counter()
         # 1. Choose the batch, the learning rate and lambda.
-        batch = [
-            data.examples[i]
-            for i in training.batch_rows(step, cfg.batch, len(data.examples), cfg.seed)
-        ]
+        picks = training.batch_rows(step, cfg.batch, len(data.examples), cfg.seed)
+        batch = [data.examples[i] for i in picks]
         lr = cfg.lr * training.lr_factor(step, steps, warmup, cfg.lr_schedule)
         training.set_options(run.optimizer, lr=lr)
         residual = make_residual(step, warmup, cfg) if method.residual else None
         # 2. Compute the loss and take an optimiser step.
         if step % cfg.sample_every == 0:
-            log_rows(run, [e if isinstance(e, Example) else e[0] for e in batch[:2]], method, residual, cfg)
+            log_rows(run, batch[:2], method, residual, cfg)
         with training.explain_failure(run, cfg, step):
             run.metrics = update(run, batch, method, residual, cfg)
         # 3. Log, validate, save.
@@ -795,9 +590,8 @@ def train(
         if (step + 1) % cfg.print_every == 0:
             print(training.console_line(f"{name} step {step + 1}/{steps}", run.metrics, COLUMNS))
         if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:
-            run.state["last"] = validate(
-                run, data, name, steps, cfg.show if step + 1 == steps else 0, cfg
-            )
+            show = cfg.show if step + 1 == steps else 0
+            run.state["last"] = validate(run, data, name, steps, show, cfg)
         training.save_and_stop(run, cfg, steps, data.stop_ids, data.template)
     run.log.close()
     draw_run(run.out)
@@ -805,44 +599,36 @@ def train(
 
 
 def config_class(given: dict) -> type:
-    """The Config of the given losses. One with knobs of its own is run alone, or with built-in ones."""
+    """The Config of the given losses."""
     names = given.get("loss", Config.loss)
     names = names.split(",") if isinstance(names, str) else names
     own = {find_loss(name)[1] for name in names if name} - {Config}
     if len(own) > 1:
-        raise config.UserError(
-            f"loss = {','.join(names)}: run methods with knobs of their own one at a time"
-        )
+        rule = "run methods with knobs of their own one at a time"
+        raise config.UserError(f"loss = {','.join(names)}: {rule}")
     return next(iter(own), Config)
 
 
 def main(argv: Sequence[str]) -> None:
     """Train every method of the knob `loss`."""
-    help = config.usage(__doc__, "loss", VARIANTS, "LOSS")
+    help = config.usage(__doc__, "loss", ROOT / "variants", "LOSS")
     cfg = config.parse_config(config_class, argv, help, "train_ift", MOVED)
     methods = {name: find_loss(name)[0] for name in cfg.loss}
     check(cfg, methods)
     device = training.start(cfg)
     folders = {name: Path(cfg.out_dir) / (name if len(cfg.loss) > 1 else "") for name in cfg.loss}
     begun = any(resume_folder(folder) for folder in folders.values())
-    config.require(
-        cfg,
-        "resume",
-        begun or cfg.resume != "true",
-        f"{cfg.out_dir} has no checkpoint to resume from",
-    )
+    missing = f"{cfg.out_dir} has no checkpoint to resume from"
+    config.require(cfg, "resume", begun or cfg.resume != "true", missing)
     results = {n: train(n, method, folders[n], cfg, device) for n, method in methods.items()}
     keys = list(dict.fromkeys(k for r in results.values() for k in r))
     print("\n" + "  ".join(f"{k:>15}" for k in ("method", *keys)))
     for name, r in results.items():
-        print(
-            "  ".join(f"{v:>15}" for v in (name, *(f"{r[k]:.4f}" if k in r else "-" for k in keys)))
-        )
+        values = [f"{r[k]:.4f}" if k in r else "-" for k in keys]
+        print("  ".join(f"{v:>15}" for v in (name, *values)))
 
 
 if __name__ == "__main__":
-    from train_ift import (
-        main,
-    )  # so that `import train_ift` in a variant is the running module
+    from train_ift import main  # `import train_ift` in a variant is then this module
 
     config.run_script(main)

@@ -1,11 +1,11 @@
-"""UFT, Unified Fine-Tuning (arXiv 2505.16984), and the methods between SFT and RL beside it.
+"""UFT, Unified Fine-Tuning (arXiv 2505.16984), and the methods between SFT and RL.
 
-    python train_uft.py                                          Countdown with a tiny model
-    python train_uft.py --algo=sft --out_dir=out/sft             another of METHODS or variants/
+    python train_uft.py                                     Countdown with a tiny model
+    python train_uft.py --algo=sft --out_dir=out/sft        another of METHODS or variants/
     python train_uft.py config/countdown.toml --model=DIR --data_path=DIR --out_dir=out/qwen
-    python train_uft.py config/countdown.toml ... --resume=true  continue after an interruption
-    torchrun --nproc-per-node=8 train_uft.py config/x.toml ...   on 8 GPUs, or 8 processes
-    python train_uft.py --help                                   every knob and every method
+    python train_uft.py ... --resume=auto                   begin, or continue what there is
+    torchrun --nproc-per-node=8 train_uft.py ...            on 8 GPUs, or 8 processes
+    python train_uft.py --help                              every knob and every method
 
 SFT, RL and everything between them differ in one thing: how many of an answer's first
 tokens the reference wrote. So there is one data structure, a Trajectory whose first
@@ -29,16 +29,15 @@ Departures from the paper and its published code:
   log-probs; the code averages over tokens per micro-batch (--algo=published does that).
 - stage and r3 never train on the hint's log-likelihood; the published stage does.
 - The logits of given tokens are not divided by the temperature of rollouts.
-- The first step is not spent at learning rate 0.
-- Groups with equal rewards have advantages of exactly 0.
+- The first step is not spent at learning rate 0. Equal rewards have advantages of exactly 0.
 - A begin-of-text token is put in front where the tokenizer has one (Llama).
-- A prompt too long for the window is refused; the published code cuts off its end, the hint.
+- A prompt too long for the window is refused; the published code cuts off the hint.
 """
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -48,22 +47,23 @@ from torch import Tensor
 
 import evaluate
 import model as plain_head
+from data.judge import judge
 from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
+from experiments.plot import draw_run
 from fast import head as fast_head
 from fast import mismatch, packing
 from infra import config, parallel, samples, training
 from infra.checkpoint import save_model
 from infra.config import Count, Decay, Fraction, Natural, NonNegative, Positive
-from infra.curves import draw_run
 from infra.training import ROOT, Run, RunConfig
-from model import ModelConfig, Transformer
+from model import Transformer
 from sampler import COLDEST, generate
 
 
 @dataclass
 class Config(RunConfig):
-    """The knobs of this trainer beside those of both. The defaults are the embedded example."""
+    """The knobs of this trainer; infra.training.RunConfig has those of both trainers."""
 
     # What
     algo: str = "uft"  # a method: a row of METHODS, or a file of variants/ by name or path
@@ -79,11 +79,11 @@ class Config(RunConfig):
     segments: Count = 5  # L: hint sentences are cut into at most this many segments
     p_low: Fraction = 0.05  # cosine: expected share of the solution shown before hint_steps
     p_high: Fraction = 0.95  # cosine: the same at the start
-    hint_coef: NonNegative = 0.001  # beta of the hint's log-likelihood; 0.1 if it is forgotten
+    hint_coef: NonNegative = 0.001  # beta of the hint's log-likelihood; up to 1 if it is forgotten
     # Loss
     clip_low: NonNegative = 0.2  # lower PPO clip: ratio >= 1 - clip_low
     clip_high: NonNegative = 0.2  # upper PPO clip: ratio <= 1 + clip_high
-    kl_coef: NonNegative = 0.0  # weight of the KL to the model that reinforcement starts from
+    kl_coef: NonNegative = 0.0  # weight of the KL to the model that RL starts from
     entropy_coef: NonNegative = 0.001  # weight of the entropy bonus
     adv_norm: Literal["std", "none"] = "std"  # divisor of advantages; none: Dr. GRPO
     loss_norm: Literal["tokens", "constant"] = "tokens"  # denominator; constant: Dr. GRPO
@@ -94,7 +94,7 @@ class Config(RunConfig):
     lr: Positive = 2e-4  # learning rate of reinforcement
     warmup: Natural = 10  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    sft_lr: Positive = 5e-4  # peak of the supervised phase: cosine after a warm-up of a tenth
+    sft_lr: Positive = 5e-4  # peak in the supervised phase: cosine after a tenth of warm-up
     beta1: Decay = 0.9  # decay of the first moment
     beta2: Decay = 0.99  # decay of the second moment in reinforcement
     sft_beta2: Decay = 0.99  # the same in the supervised phase; the paper has 0.95
@@ -103,21 +103,22 @@ class Config(RunConfig):
     # Rollouts
     max_prompt: Count = 256  # longest prompt without its hint, in tokens
     temperature: Positive = 1.0  # of rollouts, and of the log-probs of their tokens
-    rollout_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights to sample with
+    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights to sample with
     pack: bool = True  # fast: a group shares its prompt in one row where that is cheaper
 
 
 def check(cfg: Config, method: "Method") -> None:
     """Refuse combinations that cannot work, naming the knob."""
-    config.require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
+    config.require(
+        cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}"
+    )
     training.check_shared(cfg)
     whole = cfg.problems % cfg.mini_batch == 0
     config.require(cfg, "mini_batch", whole, f"must divide problems = {cfg.problems}")
-    two_phases = method.supervised and method.reinforced
-    advice = "with LoRA the reference is the starting model, not that of the supervised phase: "
-    advice += "give 0, or run sft and then rft from its out_dir/model"
-    config.require(cfg, "kl_coef", not (cfg.kl_coef and cfg.lora_rank and two_phases), advice)
-    config.require(cfg, "task", cfg.task, "must name a task; conversations are for train_ift.py")
+    both = method.supervised and method.reinforced
+    rule = "with LoRA must be 0 here: run sft, and then rft from its out_dir/model"
+    config.require(cfg, "kl_coef", not (both and cfg.kl_coef and cfg.lora_rank), rule)
+    config.require(cfg, "task", cfg.task, "must be given; conversations are for train_ift.py")
 
 
 # ---- trajectories --------------------------------------------------------
@@ -236,7 +237,7 @@ def token_weights(trajectories, coef, cfg):
 
 
 class Batch(NamedTuple):
-    """The N tokens to train on of a micro-batch, trajectory by trajectory. Each field is (N,)."""
+    """The N tokens of a micro-batch to train on, (N,) each, trajectory by trajectory."""
 
     targets: Tensor
     given: Tensor  # bool: by the reference, not sampled
@@ -343,24 +344,18 @@ METHODS = {
     "uft": RFT._replace(hint_length=cosine_hint, trains_hints=True, needs="hint"),
 }
 MOVED = {  # knobs of earlier versions
-    "hint=none": "--algo=rft",
-    "hint=cosine": "--algo=rft-cosine",
-    "hint=uniform": "--algo=r3",
-    "hint=stage": "--algo=stage",
-    "hint=target": "--algo=target",
-    "hint=on-failure": "--algo=on_failure",
-    "hint_weight=prob": "--algo=prob",
-    "hint_loss=ift": "--algo=residual",
-    "loss_norm=paper_code": "--algo=published",
-    "algo=grpo": "--algo=rft, which is GRPO",
-}
+    "hint=none": "--algo=rft", "hint=cosine": "--algo=rft-cosine", "hint=uniform": "--algo=r3",
+    "hint=stage": "--algo=stage", "hint=target": "--algo=target", "hint_weight=prob": "--algo=prob",
+    "hint=on-failure": "--algo=on_failure", "hint_loss=ift": "--algo=residual",
+    "loss_norm=paper_code": "--algo=published", "algo=grpo": "--algo=rft, which is GRPO",
+}  # fmt: skip
 
 
 # ---- from trajectories to rows of tokens ---------------------------------
 
 
 class Rows(NamedTuple):
-    """B rows of T tokens to run the model on, and where the N tokens to train on stand in them."""
+    """B rows of T tokens, and where the N tokens to train on stand in them."""
 
     ids: Tensor  # (B, T)
     positions: Tensor  # (B, T)
@@ -370,7 +365,7 @@ class Rows(NamedTuple):
 
 
 def weigh(groups: list[Group], method: Method, coef: float, cfg: Config) -> None:
-    """Give every token of an optimiser step its weight and its advantage, as arrays (tokens,)."""
+    """Give the tokens of an optimiser step their weights and advantages, as arrays."""
     method.token_weights(flat(groups), coef, cfg)
     for group in groups:
         for t in group:
@@ -396,13 +391,13 @@ def share_given(group: Group) -> None:
         t.start = n
 
 
-def training_rows(groups: list[Group], cfg: Config, model_config: ModelConfig) -> list[Group]:
-    """The trajectories of each row. Fast: a group has one row where that is cheaper and fits."""
+def training_rows(groups: list[Group], cfg: Config, model: Transformer) -> list[Group]:
+    """The trajectories of each row. Fast: a group has one row where that is cheaper."""
     rows = []
     for group in groups:
         trained = [t for t in group if t.start < len(t.tokens)]
-        packed = cfg.fast and cfg.pack and packing.packing_pays(trained, model_config, cfg.token_budget)
-        rows += [trained] if packed else [[t] for t in trained]
+        pays = packing.packing_pays(trained, model, cfg.token_budget)
+        rows += [trained] if pays and cfg.pack and cfg.fast else [[t] for t in trained]
     return rows
 
 
@@ -448,16 +443,18 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
         return np.where(i < shared, begin + i, own + i - shared)
 
     last = token + 1 == (starts + counts)[trajectory]
+    owner = None if layout.owner is None else tensor(layout.owner, torch.long)
+    given = token < np.array([t.n_given for t in trajectories])[trajectory]
     where = Rows(
         ids=tensor(layout.ids, torch.long),
         positions=tensor(layout.positions, torch.long),
-        mask=None if layout.owner is None else packing.block_mask(tensor(layout.owner, torch.long)),
+        mask=None if owner is None else packing.block_mask(owner),
         index=tensor(place(token - 1), torch.long),
         fed=tensor(np.where(last, -1, place(token)), torch.long),
     )
     batch = Batch(
         targets=column([np.array(t.tokens) for t in trajectories], torch.long),
-        given=tensor(token < np.array([t.n_given for t in trajectories])[trajectory], torch.bool),
+        given=tensor(given, torch.bool),
         trajectory=tensor(trajectory, torch.long),
         old_logp=column([t.old_logp for t in trajectories]),
         advantage=column([t.advantage for t in trajectories]),
@@ -470,13 +467,13 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
 
 
 def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[str, float]:
-    """One clipped AdamW step on the gradients of all micro-batches; returns means as metrics."""
+    """One clipped AdamW step on all micro-batches; returns means as metrics."""
     sums = torch.zeros(len(SUMS), device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
     # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world()
     # makes the average a sum. `counted` is 1, or 0 for a batch that a process repeats to
     # make as many passes as the others.
-    for rows, counted in micro_batches(groups, cfg, run.model.config):
+    for rows, counted in micro_batches(groups, cfg, run.model):
         where, batch = make_batch(rows, run.device, cfg)
         with parallel.autocast(run.device, cfg.dtype):
             if run.reference is not None:
@@ -489,25 +486,26 @@ def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[s
     grad_norm = training.optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
     n_sampled, n_given = max(1, total.pop("sampled")), max(1, total.pop("given"))
     counts = {"loss": 1, "hint_nll": n_given}
-    means = {f"actor/{name}": value / counts.get(name, n_sampled) for name, value in total.items()}
+    means = {f"actor/{k}": v / counts.get(k, n_sampled) for k, v in total.items()}
     return means | {"actor/grad_norm": grad_norm}
 
 
 def batch_loss(
     model: Transformer, where: Rows, batch: Batch, method: Method, cfg: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The micro-batch's part of the step's loss; its tokens' log-probs and entropies (N,)."""
+    """Its part of the step's loss, and its tokens' log-probs and entropies (N,)."""
     head = fast_head if cfg.fast else plain_head
     states = method.states(model, where, batch, cfg)
     tokens = states, model.head_weight, batch.targets
+    temperature = temperatures(batch, cfg)
 
     def loss_of(logp: Tensor, entropy: Tensor, *columns: Tensor) -> Tensor:
         part = Batch(*columns)  # on the fast path, a chunk of the tokens
         return (part.weight * uft_loss(method, logp, entropy, part, cfg)).sum()
 
     if method.tokenwise:
-        return head.token_loss(*tokens, loss_of, batch, temperatures(batch, cfg), entropy=True)
-    logp, entropy = head.token_logprobs(*tokens, temperatures(batch, cfg), entropy=True)
+        return head.token_loss(*tokens, loss_of, batch, temperature, entropy=True)
+    logp, entropy = head.token_logprobs(*tokens, temperature, entropy=True)
     return loss_of(logp, entropy, *batch), logp.detach(), entropy.detach()
 
 
@@ -545,9 +543,9 @@ def token_sums(
     return torch.cat((loss.detach()[None], torch.where(batch.given, given, sampled).sum(1)))
 
 
-def micro_batches(groups: list[Group], cfg: Config, model_config: ModelConfig) -> list:
-    """This process's micro-batches of at most token_budget padded tokens: (rows, 1 or 0)."""
-    rows = training_rows(groups, cfg, model_config)
+def micro_batches(groups: list[Group], cfg: Config, model: Transformer) -> list:
+    """This process's micro-batches: (rows, 1 or 0), of at most token_budget padded tokens."""
+    rows = training_rows(groups, cfg, model)
     batches = parallel.my_batches([packing.row_length(row) for row in rows], cfg.token_budget)
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
 
@@ -566,7 +564,7 @@ def recompute_old_logprobs(
     """
     number = {id(t): i for i, t in enumerate(flat(groups))}
     mine = {}
-    for rows, _ in micro_batches(groups, cfg, model.config):
+    for rows, _ in micro_batches(groups, cfg, model):
         where, batch = make_batch(rows, model.head_weight.device, cfg)
         with parallel.autocast(where.ids.device, cfg.dtype):
             logp = logprobs(model, where, batch, cfg).double().cpu().numpy()
@@ -593,7 +591,8 @@ def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str,
     rollout_logp = [t.old_logp[t.n_given :] for t in trajectories]
     recompute_old_logprobs(run.model, groups, cfg)
     logp = [t.old_logp[t.n_given :] for t in trajectories]
-    weights, metrics = mismatch.measure(logp, rollout_logp, cfg.rollout_correction, cfg.rollout_cap)
+    kind, cap = cfg.rollout_correction, cfg.rollout_cap
+    weights, metrics = mismatch.measure(logp, rollout_logp, kind, cap)
     for t, weight in zip(trajectories, weights, strict=True):
         t.advantage = t.advantage * np.concatenate((np.ones(t.n_given), weight))
     return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
@@ -621,7 +620,7 @@ def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
 
 
 def begin(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
-    """A trajectory with nothing sampled: k segments are given, or if more, the whole solution."""
+    """A trajectory with nothing sampled yet. k above its segments: the whole solution."""
     problem = data.problems[pick.problem]
     whole = k > problem.segments
     text = problem.solution() if whole else problem.hint(k)
@@ -641,8 +640,9 @@ def choose_hints(
     """For each pick, the segments to give in each of its trajectories."""
     shown = []
     for pick in picks:
-        rng = np.random.default_rng((cfg.seed, HINT_STREAM, run.state["step"], key_of(pick, data)))
-        k = method.hint_length(step, data.problems[pick.problem], cfg, rng, run.state["memory"])
+        key = (cfg.seed, HINT_STREAM, run.state["step"], key_of(pick, data))
+        rng, problem = np.random.default_rng(key), data.problems[pick.problem]
+        k = method.hint_length(step, problem, cfg, rng, run.state["memory"])
         shown.append(list(k) if isinstance(k, list) else [k] * cfg.rollouts)
     return shown
 
@@ -683,9 +683,11 @@ def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -
         t.old_logp = np.array([0.0] * t.n_given + completion.logprobs)
         t.response += run.tokenizer.decode(completion.tokens, skip_special=True)
     # Score the given and the sampled text together.
-    for t in flat(groups):
-        truth = data.problems[t.pick.problem].row["truth"]
-        t.reward, t.verdict = data.task.score(t.response, truth)
+    truths = [data.problems[t.pick.problem].row["truth"] for t in flat(groups)]
+    responses, limits = [t.response for t in flat(groups)], training.scoring_limits(cfg)
+    scores = judge(data.task, responses, truths, **limits)
+    for t, score in zip(flat(groups), scores, strict=True):
+        t.reward, t.verdict = score
     groups = parallel.gather(groups)
     run.state["sampled_tokens"] += sum(len(t.tokens) - t.n_given for t in flat(groups))
     return groups
@@ -720,9 +722,7 @@ def rollout_metrics(groups: list[Group], data: Data) -> dict[str, float]:
         solved.setdefault(t.shown, []).append(t.reward == 1)
     segments = [max(1, data.problems[t.pick.problem].segments) for t in sampled]
 
-    def mean(values: Iterable[float]) -> float:
-        return sum(values) / max(1, len(sampled))
-
+    mean = lambda values: sum(values) / max(1, len(sampled))  # noqa: E731
     return {
         "critic/rewards/mean": mean(t.reward for t in sampled),
         "solved": mean(t.reward == 1 for t in sampled),
@@ -786,7 +786,7 @@ def find(algo: str) -> tuple[Method, type]:
 
 
 def main(argv: Sequence[str]) -> None:
-    # Configuration, model, data, optimiser; all of it from out_dir/resume if the run continues.
+    # Configuration, model, data, optimiser; from out_dir/resume if the run continues.
     help = config.usage(__doc__, "algo", ROOT / "variants", "METHOD")
 
     def config_class(given: dict) -> type:
@@ -820,13 +820,14 @@ def main(argv: Sequence[str]) -> None:
             # 2-4, supervised phase: everything is given.
             groups = [[demonstration(pick, data, run.tokenizer)] for pick in picks]
             mini_batches, coef = [groups], 1.0
-            lr = cfg.sft_lr * training.lr_factor(step, sft_steps, max(1, sft_steps // 10), "cosine")
+            warmup = max(1, sft_steps // 10)
+            lr = cfg.sft_lr * training.lr_factor(step, sft_steps, warmup, "cosine")
             training.set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.sft_beta2))
         else:
             t = step - sft_steps
-            if t == 0:  # reinforcement starts afresh from the result of the supervised phase
+            if t == 0:  # RL starts afresh from the result of the supervised phase
                 run.optimizer.state.clear()
-            if cfg.kl_coef and run.reference is None:  # now, since out_dir/sft did not exist before
+            if cfg.kl_coef and run.reference is None:  # out_dir/sft did not exist before
                 start = run.out / "sft" if sft_steps else run.base
                 run.reference = training.frozen_model(start, run, cfg)
             # 2. Choose how much of each solution to give. UFT: l ~ Binomial(m, p(t)), eq. 3.1.
@@ -861,7 +862,8 @@ def main(argv: Sequence[str]) -> None:
             updates = [update(run, mini_batch, method, cfg) for mini_batch in mini_batches]
         # 7. Log, validate, save.
         update_s = time.perf_counter() - update_start
-        run.metrics |= training.mean_metrics(updates) | {"lr": lr, "timing_s/update": update_s}
+        run.metrics |= training.mean_metrics(updates)
+        run.metrics |= {"lr": lr, "timing_s/update": update_s}
         run.metrics["sampled_tokens"] = run.state["sampled_tokens"]
         tokens = sum(map(packing.row_length, groups))
         training.log_step(run, step, step_start, update_s, tokens, len(groups))
@@ -878,6 +880,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from train_uft import main  # so that a variant's `import train_uft` is the running module
+    from train_uft import main  # `import train_uft` in a variant is then this module
 
     config.run_script(main)

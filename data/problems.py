@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from data.judge import check_task
 from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from infra.config import UserError, require
@@ -60,6 +61,7 @@ def load_problems(cfg: Any, method: Any, tokenizer: Tokenizer, config: Any) -> D
     test_rows = load_rows(task, "test", cfg.data_path, cfg.test_rows, **options)
     if note := split_note(cfg.data_path):
         print(note)
+    check_task(task, rows)
     enough = cfg.problems <= len(rows)
     require(cfg, "problems", enough, f"there are only {len(rows)} training problems")
     data, path = Data(task, [], test_rows), cfg.data_path or cfg.task
@@ -69,9 +71,7 @@ def load_problems(cfg: Any, method: Any, tokenizer: Tokenizer, config: Any) -> D
         where = f"{path} train row {i}"
         if method.needs and not row[method.needs]:
             advice = f"{cfg.algo} needs it; --algo=rft needs no solutions"
-            raise UserError(
-                f"{where}: field '{method.needs}' is missing or empty: {advice}"
-            )
+            raise UserError(f"{where}: field '{method.needs}' is missing or empty: {advice}")
         prompt = checked_prompt(row, where, tokenizer, config.vocab_size, cfg.max_prompt)
         problem = Problem(i, row, prompt, cut_points(len(row["hint"]), cfg.segments))
         solution = tokenizer.encode(problem.solution())
@@ -100,12 +100,12 @@ def checked_prompt(
     return ids
 
 
-def check_lengths(
-    data: Data, longest_solution: int, method: Any, window: int, cfg: Any
-) -> None:
+def check_lengths(data: Data, longest_solution: int, method: Any, window: int, cfg: Any) -> None:
     """UserError if a completion or a solution may not fit the window, or a row the micro-batch."""
     longest = data.longest
-    too_long = f"with the longest prompt and hint ({longest} tokens) it exceeds the {window} positions"
+    too_long = (
+        f"with the longest prompt and hint ({longest} tokens) it exceeds the {window} positions"
+    )
     require(cfg, "max_new_tokens", longest + cfg.max_new_tokens <= window, too_long)
     if longest_solution > window:
         size = f"a prompt and its solution have {longest_solution} tokens"

@@ -45,7 +45,13 @@ def group_record(tokenizer: Tokenizer, prompt: str, group: list, dead: bool) -> 
             "cut": not t.finished,
         })  # fmt: skip
     problem = group[0].pick.problem
-    return {"kind": "group", "problem": problem, "prompt": prompt, "dead": dead, "trajectories": trajectories}
+    return {
+        "kind": "group",
+        "problem": problem,
+        "prompt": prompt,
+        "dead": dead,
+        "trajectories": trajectories,
+    }
 
 
 def row_records(tokenizer: Tokenizer, tensors: Sequence) -> list[dict]:

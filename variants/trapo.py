@@ -43,8 +43,5 @@ def add_prefixed(groups, run, data, step, cfg):
 
 
 METHOD = train_uft.METHODS["rft"]._replace(
-    hint_length=first_half,
-    after_rollout=add_prefixed,
-    given_loss=given_loss,
-    needs="answer",
+    hint_length=first_half, after_rollout=add_prefixed, given_loss=given_loss, needs="answer"
 )
