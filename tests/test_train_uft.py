@@ -36,6 +36,7 @@ from trajectories import (
     KINDS,
     PATHS,
     SMALL,
+    VARIANTS,
     a_batch,
     answer,
     assert_same,
@@ -126,18 +127,18 @@ def test_packing_and_micro_batches_change_nothing_but_the_published_means(kind):
 
 
 def test_the_budget_is_kept_and_no_trajectory_is_lost():
-    config = tiny().config
+    model = tiny()
     groups = [[answer([1] * k, [2, 3], [4] * 5) for _ in range(2)] for k in (3, 9, 1, 20, 4, 7)]
     groups = weighed(groups)
     rows_in_a_batch = {40: 6, 29: 7}  # the longest has 20 + 2 + 4 + 4 tokens, or two rows of 26
     for budget, n in rows_in_a_batch.items():
-        batches = [b for b, _ in train_uft.micro_batches(groups, Config(token_budget=budget), config)]
+        batches = [b for b, _ in train_uft.micro_batches(groups, Config(token_budget=budget), model)]
         rows = [row for batch in batches for row in batch]
         assert len(rows) == n
         assert {id(t) for t in train_uft.flat(rows)} == {id(t) for t in train_uft.flat(groups)}
         assert all(len(b) * max(map(train_uft.packing.row_length, b)) <= budget for b in batches)
     with pytest.raises(UserError, match="token_budget = 25: must be >= 26"):
-        train_uft.micro_batches(groups, Config(token_budget=25), config)
+        train_uft.micro_batches(groups, Config(token_budget=25), model)
 
 
 def test_without_given_tokens_uft_is_grpo_and_without_sampled_ones_sft():
@@ -174,7 +175,7 @@ def test_a_completion_never_sees_another_of_its_row():
         advantages = 1.0 - first, float(first)
         texts = [3, 4, 5], [60, 61, 62]
         group = [answer([10, 11], [12], x, [-4.0] * 3, a) for x, a in zip(texts, advantages, strict=True)]
-        assert len(train_uft.training_rows(weighed([group]), Config(), model.config)) == 1
+        assert len(train_uft.training_rows(weighed([group]), Config(), model)) == 1
         _, grads = step(model, [group], UFT, 0.0, entropy_coef=0.0)
         embedding = grads["model.embed_tokens.weight"]
         trained, silent = ((3, 4), (60, 61)) if first == 0 else ((60, 61), (3, 4))
@@ -590,7 +591,7 @@ def test_every_method_trains_on_what_its_row_says(algo, tmp_path, trained):
     phases = ["--steps=2", "--sft_steps=1", "--hint_steps=1", "--p_low=1", "--p_high=1"]
     go(tmp_path, f"--algo={algo}", *phases)
     given = [any(t.n_given for t in train_uft.flat(groups)) for groups in trained]
-    weights = [sum(t.weight[: t.n_given].sum() for t in train_uft.flat(groups)) for groups in trained]
+    weights = [sum(t.weight[t.start : t.n_given].sum() for t in train_uft.flat(gs)) for gs in trained]
     sampled = [any(len(t.tokens) > t.n_given for t in train_uft.flat(groups)) for groups in trained]
     supervised, steps_of = [True], [True, True, False, False]
     match algo:
@@ -610,7 +611,7 @@ def test_every_method_trains_on_what_its_row_says(algo, tmp_path, trained):
     lines = steps(tmp_path)
     assert [m["step"] for m in lines] == list(range(1, 1 + {"sft": 1, "sft-rft": 3}.get(algo, 2)))
     assert all(math.isfinite(m["actor/loss"]) and m["lr"] > 0 for m in lines)
-    assert any(m.get("hint/share", 0) > 0 for m in lines) == ("rft" not in algo or algo == "rft-cosine")
+    assert any(m.get("hint/share", 0) > 0 for m in lines) == (algo in ("uft", "r3", "stage", "rft-cosine"))
     Transformer.from_pretrained(tmp_path / "model")
 
 
@@ -641,7 +642,7 @@ RESUMED = [  # knobs, optimiser step at which the run is interrupted
     # Methods with a memory; of 4 rows every one comes at every step.
     ("--algo=target --train_rows=4 --hint_steps=20", 10),
     ("--algo=adaback --train_rows=4", 9),
-    ("--algo=relift --relift_buffer=3 --save_every=2", 8),
+    ("--algo=relift --relift_buffer=5 --save_every=1", 12),
 ]
 
 
@@ -711,7 +712,7 @@ def test_every_trajectory_of_a_step_is_sampled_with_random_numbers_of_its_own(al
         return completions
 
     monkeypatch.setattr(train_uft, "generate", watching)
-    go(tmp_path, f"--algo={algo}", "--train_rows=5", "--steps=5", "--dapo_attempts=2"[: 99 * (algo == "dapo")])
+    go(tmp_path, f"--algo={algo}", "--train_rows=5", "--steps=5")
     assert len(seen) == 5 and any(twice)
     assert all(len(set(rows)) == len(rows) for rows in seen.values())
 
@@ -808,10 +809,12 @@ def test_an_advantage_per_token(fast, tmp_path, monkeypatch, varied_rewards):
     for name, method in {"one": RFT, "all": per_token(False), "last": per_token(True)}.items():
         monkeypatch.setitem(METHODS, name, method)
         go(tmp_path / name, f"--algo={name}", "--steps=3", f"--fast={fast}", "--drop_dead=true")
-    one, equal, last = ([m["actor/grad_norm"] for m in steps(tmp_path / n)] for n in ("one", "all", "last"))
-    assert equal == one and last[0] < one[0]
-    dead = [[m["dead_groups"] for m in steps(tmp_path / n)] for n in ("one", "last")]
-    assert dead[0] == dead[1] and min(dead[0]) < 1
+    one, equal, last = (
+        [m.get("actor/grad_norm", 0) for m in steps(tmp_path / n)] for n in ("one", "all", "last")
+    )
+    assert equal == one and 0 < sum(last) < sum(one)
+    dead = [steps(tmp_path / name)[0]["dead_groups"] for name in ("one", "all", "last")]
+    assert len(set(dead)) == 1 and 0 < dead[0] < 1
 
 
 # ---- one line for a user's mistake, and what has moved -----------------------------------------------------
@@ -896,9 +899,8 @@ def test_help_has_every_method_and_the_knobs_of_the_one_that_is_named(tmp_path, 
             train_uft.main(["--help", f"--algo={algo}"])
         assert e.value.code == 0
         texts[algo] = capsys.readouterr().out
-    files = {path.stem for path in (ROOT / "variants").glob("*.py")} - {"__init__", "dft"}
-    for name in files:
-        first = (ROOT / f"variants/{name}.py").read_text().removeprefix('"""').partition("\n")[0].removesuffix('"""')
+    for name in VARIANTS:
+        first = (ROOT / f"variants/{name}.py").read_text().partition("\n")[0].strip('"')
         assert all(re.search(rf"^  {name} +{re.escape(first)}$", text, re.M) for text in texts.values())
     assert not any(" dft " in text for text in texts.values()) and all(name in texts["uft"] for name in METHODS)
     assert "--luffy_gamma=0.1" in texts["luffy"] and "--clip_low=1.0" in texts["luffy"]

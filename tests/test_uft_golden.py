@@ -361,7 +361,7 @@ def test_update_is_the_published_optimiser_step(kind, name, path, known_referenc
         run = SimpleNamespace(model=model, reference=model, optimizer=optimizer, device=torch.device("cpu"))
         rows = copies(groups)
         train_uft.weigh(rows, method, config["sft_loss_coef"], cfg)
-        assert len(train_uft.training_rows(rows, cfg, model.config)) == (2 if path == "packed" else 8)
+        assert len(train_uft.training_rows(rows, cfg, model)) == (2 if path == "packed" else 8)
         metrics = train_uft.update(run, rows, method, cfg)
         if clip > 1:
             assert_gradients(model, f"{kind}/{name}/grad")

@@ -23,6 +23,10 @@ each_path = pytest.mark.parametrize("path", PATHS)
 either = pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 
 
+VARIANTS = """adaback chord cispo dapo gspo hpt luffy on_failure prefix_rft prob psft published relift residual
+srft target trapo""".split()
+
+
 @cache
 def variant(name):
     """The method of a file of variants/, its module, and its knobs with their defaults."""
