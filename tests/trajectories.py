@@ -23,8 +23,7 @@ each_path = pytest.mark.parametrize("path", PATHS)
 either = pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 
 
-VARIANTS = """adaback chord cispo dapo gspo hpt luffy on_failure prefix_rft prob psft published relift residual
-srft target trapo""".split()
+VARIANTS = list(train_uft.config.first_lines(ROOT / "variants", "METHOD"))
 
 
 @cache
@@ -140,6 +139,9 @@ def go(out, *args):
 
 
 def read(path):
+    """The lines of a JSONL file, none if there is no such file."""
+    if not Path(path).exists():
+        return []
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
@@ -151,3 +153,14 @@ def metrics(out):
 def steps(out):
     """The metrics of each step, without the validations."""
     return [m for m in metrics(out) if "lr" in m]
+
+
+def assert_close(a, b, tolerance):
+    """Nested lists and dicts with the same texts, and with numbers within the tolerance."""
+    if isinstance(a, dict | list):
+        items = a.items() if isinstance(a, dict) else enumerate(a)
+        assert len(a) == len(b)
+        for key, value in items:
+            assert_close(value, b[key], tolerance)
+    else:
+        assert a == (pytest.approx(b, abs=tolerance) if isinstance(a, float) else b)
