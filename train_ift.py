@@ -35,12 +35,12 @@ import evaluate
 import model as plain_head
 from data.chat import Example
 from data.examples import Data, load_examples
+from experiments.plot import draw_run
 from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra import config, parallel, samples, training
 from infra.checkpoint import resume_folder
 from infra.config import Count, Fraction, Natural, NonNegative, Positive
-from infra.curves import draw_run
 from infra.training import ROOT, Run, RunConfig
 from model import Transformer
 from sampler import int64, uniform

@@ -47,16 +47,17 @@ from torch import Tensor
 
 import evaluate
 import model as plain_head
+from data.judge import judge
 from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
+from experiments.plot import draw_run
 from fast import head as fast_head
 from fast import mismatch, packing
 from infra import config, parallel, samples, training
 from infra.checkpoint import save_model
 from infra.config import Count, Decay, Fraction, Natural, NonNegative, Positive
-from infra.curves import draw_run
 from infra.training import ROOT, Run, RunConfig
-from model import ModelConfig, Transformer
+from model import Transformer
 from sampler import COLDEST, generate
 
 
@@ -102,7 +103,7 @@ class Config(RunConfig):
     # Rollouts
     max_prompt: Count = 256  # longest prompt without its hint, in tokens
     temperature: Positive = 1.0  # of rollouts, and of the log-probs of their tokens
-    rollout_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights to sample with
+    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights to sample with
     pack: bool = True  # fast: a group shares its prompt in one row where that is cheaper
 
 
@@ -390,12 +391,12 @@ def share_given(group: Group) -> None:
         t.start = n
 
 
-def training_rows(groups: list[Group], cfg: Config, model_config: ModelConfig) -> list[Group]:
+def training_rows(groups: list[Group], cfg: Config, model: Transformer) -> list[Group]:
     """The trajectories of each row. Fast: a group has one row where that is cheaper."""
     rows = []
     for group in groups:
         trained = [t for t in group if t.start < len(t.tokens)]
-        pays = packing.packing_pays(trained, model_config, cfg.token_budget)
+        pays = packing.packing_pays(trained, model, cfg.token_budget)
         rows += [trained] if pays and cfg.pack and cfg.fast else [[t] for t in trained]
     return rows
 
@@ -472,7 +473,7 @@ def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[s
     # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world()
     # makes the average a sum. `counted` is 1, or 0 for a batch that a process repeats to
     # make as many passes as the others.
-    for rows, counted in micro_batches(groups, cfg, run.model.config):
+    for rows, counted in micro_batches(groups, cfg, run.model):
         where, batch = make_batch(rows, run.device, cfg)
         with parallel.autocast(run.device, cfg.dtype):
             if run.reference is not None:
@@ -542,9 +543,9 @@ def token_sums(
     return torch.cat((loss.detach()[None], torch.where(batch.given, given, sampled).sum(1)))
 
 
-def micro_batches(groups: list[Group], cfg: Config, model_config: ModelConfig) -> list:
+def micro_batches(groups: list[Group], cfg: Config, model: Transformer) -> list:
     """This process's micro-batches: (rows, 1 or 0), of at most token_budget padded tokens."""
-    rows = training_rows(groups, cfg, model_config)
+    rows = training_rows(groups, cfg, model)
     batches = parallel.my_batches([packing.row_length(row) for row in rows], cfg.token_budget)
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
 
@@ -563,7 +564,7 @@ def recompute_old_logprobs(
     """
     number = {id(t): i for i, t in enumerate(flat(groups))}
     mine = {}
-    for rows, _ in micro_batches(groups, cfg, model.config):
+    for rows, _ in micro_batches(groups, cfg, model):
         where, batch = make_batch(rows, model.head_weight.device, cfg)
         with parallel.autocast(where.ids.device, cfg.dtype):
             logp = logprobs(model, where, batch, cfg).double().cpu().numpy()
@@ -682,9 +683,11 @@ def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -
         t.old_logp = np.array([0.0] * t.n_given + completion.logprobs)
         t.response += run.tokenizer.decode(completion.tokens, skip_special=True)
     # Score the given and the sampled text together.
-    for t in flat(groups):
-        truth = data.problems[t.pick.problem].row["truth"]
-        t.reward, t.verdict = data.task.score(t.response, truth)
+    truths = [data.problems[t.pick.problem].row["truth"] for t in flat(groups)]
+    responses, limits = [t.response for t in flat(groups)], training.scoring_limits(cfg)
+    scores = judge(data.task, responses, truths, **limits)
+    for t, score in zip(flat(groups), scores, strict=True):
+        t.reward, t.verdict = score
     groups = parallel.gather(groups)
     run.state["sampled_tokens"] += sum(len(t.tokens) - t.n_given for t in flat(groups))
     return groups

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from data.chat import encode_rows, load, rows_of_task, turn_ends
+from data.judge import check_task
 from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from infra.config import UserError, require
@@ -32,6 +33,7 @@ def load_examples(pairs: bool, cfg: Any, tokenizer: Tokenizer, model_config: Any
         if task:
             options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
             test_rows = load_rows(task, split, cfg.data_path, n, **options)  # test comes last
+            check_task(task, test_rows)
             rows = rows_of_task(test_rows)
         else:
             rows = load(split, cfg.data_path, one_file="split")[: n or None]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from data.judge import check_task
 from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from infra.config import UserError, require
@@ -60,6 +61,7 @@ def load_problems(cfg: Any, method: Any, tokenizer: Tokenizer, config: Any) -> D
     test_rows = load_rows(task, "test", cfg.data_path, cfg.test_rows, **options)
     if note := split_note(cfg.data_path):
         print(note)
+    check_task(task, rows)
     enough = cfg.problems <= len(rows)
     require(cfg, "problems", enough, f"there are only {len(rows)} training problems")
     data, path = Data(task, [], test_rows), cfg.data_path or cfg.task

@@ -1,33 +1,40 @@
-"""Run every method of a paper from the same base with several seeds: a table, and for UFT the curves.
+"""Compare methods: make the runs of a sweep, then a table with 95 % intervals and a figure.
 
     python experiments/compare.py                             Countdown: 8 methods x 5 seeds, 2 runs at a time
+    python experiments/compare.py --methods=uft,rft --grid="lr=2e-4,1e-3 hint_coef=.001,.1" --seeds=3
     python experiments/compare.py --methods=uft,sft,sft-long --sft_long=1800 --args=config/logic-tiny.toml
     python experiments/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
     python experiments/compare.py --paper=ift --out_dir=out/compare-ift    SFT, IFT, its parts, other lambdas
+    python experiments/compare.py --table out/compare         the table and figure of the runs in a folder
 
-Each run is `python train_uft.py --algo=... --seed=...` or `python train_ift.py --loss=... --seed=...` in a
-folder of its own. Finished runs are not repeated and interrupted ones are resumed, so the command can be
-stopped and given again at any time. Another comparison needs another --out_dir.
+A run is `python train_uft.py --algo=METHOD --seed=...` or `python train_ift.py --loss=METHOD --seed=...` in a
+folder of its own. A method is any value of that knob, so also a file of variants/ or a path, and `sft-long`:
+sft with as many steps as cost what uft costs. Finished runs are not repeated and interrupted ones are
+resumed, so the command can be stopped and given again at any time.
 
-`sft-long` is sft with as many steps as cost what uft costs. Intervals are 95 % t-intervals of the mean over
-seeds after the last step: the best step is never picked. Seconds are those of the fastest seed, the one that
-other programs disturbed least. The figure shows intervals and cost if there are three seeds or more.
+Intervals are 95 % t-intervals of the mean over seeds after the last step: the best step is never picked.
+Seconds are those of the fastest seed, the one that other programs disturbed least. The columns "to 50 %" are
+means over the seeds whose test accuracy reached the goal, up to the first validation that did.
 """
 
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from infra.checkpoint import resume_folder
-from infra.config import UserError, one_of, parse_config, require_each, run_script
+from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.stats import mean_interval
 from infra.training import ROOT
 
 UFT = ("uft", "sft", "sft-long", "rft-cosine", "r3", "stage", "sft-rft", "rft")
@@ -35,20 +42,15 @@ IFT = {
     "sft": "--loss=sft",
     "ift": "--loss=ift",
     "propagation": "--loss=ift --lam=0",
-    "residual": "--loss=ift --gamma=0",
+    "residual": "--loss=ift --propagate=false",
     "frozen": "--loss=ift --train_embedding=false",
     **{f"lambda-{lam}": f"--loss=ift --lam={lam}" for lam in (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
 }
-COLUMNS = {  # of the table: title, key in metrics.jsonl, factor, digits
-    "uft": (("test accuracy", "val/accuracy", 100, 1),),
-    "ift": (
-        ("test accuracy", "val/accuracy", 100, 1),
-        ("from another first step", "val/other_start", 100, 1),
-        ("test nll", "val/loss", 1, 3),
-    ),
-}
-# Two-sided 95 % quantiles of t for 1, 2, ... values; more values than listed use the last.
-T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MEASURED = (  # columns of the table where a run has them: title, key in metrics.jsonl, factor, digits
+    ("test accuracy", "val/accuracy", 100, 1),
+    ("from another first step", "val/other_start", 100, 1),
+    ("test nll", "val/loss", 1, 3),
+)
 
 
 @dataclass
@@ -56,158 +58,193 @@ class Config:
     """Every knob."""
 
     # What
-    paper: str = "uft"  # uft or ift
+    paper: str = "uft"  # uft: train_uft.py, or ift: train_ift.py
     methods: tuple[str, ...] = ()  # methods in this order; empty: all of the paper's
+    grid: str = ""  # knobs with values to try, each with each: "lr=2e-4,1e-3 hint_coef=.001,.1"
     seeds: int = 5  # number of seeds: 0, 1, ...
     sft_short: int = 313  # supervised steps of sft-rft: 5 epochs, as in the paper
     sft_long: int = 5000  # steps of sft-long, which cost as much as uft
-    args: str = ""  # further arguments of train_uft.py or train_ift.py
+    args: str = ""  # further arguments of the trainer
     # How
     jobs: int = 2  # runs at a time, one thread each
     out_dir: str = "out/compare"  # where everything goes
+    # Report
+    table: str = ""  # make no runs, only the table of those in this folder
+    goal: float = 50.0  # test accuracy, in %, whose cost is reported
 
 
-def flags(method: str, cfg: Config) -> list[str]:
-    """The trainer's arguments for a method. UserError for an unknown one."""
-    known = IFT if cfg.paper == "ift" else UFT
-    if method not in known:
-        raise UserError(f"methods: '{method}' is not one of {', '.join(known)}")
+# ---- the runs ----------------------------------------------------------------------------------------------
+
+
+def method_flags(method: str, cfg: Config) -> list[str]:
+    """The trainer's arguments for a method."""
     if cfg.paper == "ift":
-        return [*IFT[method].split(), *shlex.split(cfg.args)]
-    algo, steps = method, []
+        return IFT.get(method, f"--loss={method}").split()
     if method == "sft-long":
-        algo, steps = "sft", [f"--sft_steps={cfg.sft_long}"]
-    elif method == "sft-rft":
-        steps = [f"--sft_steps={cfg.sft_short}"]
-    return [f"--algo={algo}", *steps, *shlex.split(cfg.args)]
+        return ["--algo=sft", f"--sft_steps={cfg.sft_long}"]
+    return [f"--algo={method}", *([f"--sft_steps={cfg.sft_short}"] if method == "sft-rft" else [])]
 
 
-def train(method: str, seed: int, cfg: Config) -> str | None:
+def settings(cfg: Config) -> dict[str, list[str]]:
+    """Name -> the trainer's arguments, of each method at each point of the grid."""
+    knobs = []
+    for text in shlex.split(cfg.grid):
+        name, _, values = text.partition("=")
+        require(cfg, "grid", name and values, 'write it as "knob=value,value knob=value,value"')
+        knobs.append([f"{name}={value}" for value in values.split(",")])
+    found = {}
+    for method, point in product(cfg.methods, list(product(*knobs))):
+        name = Path(method).stem if method.endswith(".py") else method
+        name = ",".join([name, *point]).replace("/", "_")
+        if name in found:
+            raise UserError(f"methods: two are called '{name}'; rename one of their files")
+        found[name] = [*method_flags(method, cfg), *shlex.split(cfg.args), *(f"--{knob}" for knob in point)]
+    return found
+
+
+def train(name: str, flags: list[str], seed: int, cfg: Config) -> str | None:
     """Make one run, or finish it; nothing if it is done. Returns the error in one line, or None."""
-    out = Path(cfg.out_dir) / f"{method}-{seed}"
-    if (out / "done").exists():
-        return None
+    # "done" holds the arguments that a finished run was made with.
+    out = Path(cfg.out_dir) / f"{name}-{seed}"
+    done, arguments = out / "done", shlex.join(flags)
+    if done.exists():
+        made_with = done.read_text(encoding="utf-8")
+        if made_with in ("", arguments):
+            return None
+        return f"{out} was made with {made_with}, not with {arguments}: give another --out_dir"
     resume = ["--resume=true"] if resume_folder(out) else []
-    arguments = [*flags(method, cfg), f"--seed={seed}", f"--out_dir={out}", "--threads=1", *resume]
-    command = [sys.executable, str(ROOT / f"train_{cfg.paper}.py"), *arguments]
+    command = [sys.executable, str(ROOT / f"train_{cfg.paper}.py"), *flags, f"--seed={seed}"]
+    command += [f"--out_dir={out}", "--threads=1", *resume]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "console.txt", "a", encoding="utf-8") as console:
         process = subprocess.run(command, stdout=console, stderr=subprocess.PIPE, text=True, env=environment)
     if process.returncode:
         errors = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-        return f"{method} seed {seed}: {errors[-1]}"
-    (out / "done").touch()
+        return f"{name} seed {seed}: {errors[-1]}"
+    done.write_text(arguments, encoding="utf-8")
     return None
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % t-interval (nan for a single value)."""
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, math.nan
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, T95[min(n, len(T95)) - 1] * sd / math.sqrt(n)
+# ---- the report --------------------------------------------------------------------------------------------
+
+Records = list[dict]  # the lines of a run's metrics.jsonl
 
 
-def curves(method: str, cfg: Config) -> list[list[dict]]:
-    """The validation records of each finished seed."""
-    runs = []
-    for seed in range(cfg.seeds):
-        out = Path(cfg.out_dir) / f"{method}-{seed}"
-        if (out / "done").exists():
-            records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            runs.append([r for r in records if "val/accuracy" in r])
-    return runs
+def read_runs(folder: Path) -> dict[str, list[Records]]:
+    """Name -> the finished runs of its seeds, in the folders "NAME-SEED" (or another name)."""
+    found: dict[str, list[Records]] = {}
+    for path in sorted(folder.glob("*/metrics.jsonl"), key=lambda p: (len(p.parent.name), p)):
+        run = path.parent
+        if (run / "console.txt").exists() and not (run / "done").exists():
+            print(f"note: {run} is not finished, so it is left out")
+            continue
+        try:
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as e:
+            raise UserError(f"{path}: not written by a run ({e})") from None
+        if any("val/accuracy" in r for r in records):
+            found.setdefault(re.sub(r"-\d+$", "", run.name), []).append(records)
+    if not found:
+        raise UserError(f"{folder}: holds no finished run with a test accuracy")
+    return found
 
 
-def report(cfg: Config) -> None:
-    """Print the table, write it to out_dir/table.md, and draw UFT's curves."""
+def validations(run: Records) -> Records:
+    return [r for r in run if "val/accuracy" in r]
+
+
+def cost_of_goal(run: Records, goal: float) -> tuple[float, float, float] | None:
+    """Steps, seconds and sampled tokens up to the first validation that reached the goal, if one did."""
+    reached = [r for r in validations(run) if 100 * r["val/accuracy"] >= goal]
+    if not reached:
+        return None
+    step = reached[0]["step"]
+    sampled = [r["sampled_tokens"] for r in run if r["step"] <= step and "sampled_tokens" in r]
+    return step, reached[0]["train_s"], max(sampled, default=math.nan)
+
+
+def report(methods: dict[str, list[Records]], folder: Path, goal: float) -> None:
+    """Print the table, write it to folder/table.md, and draw the curves."""
     # Heading.
-    columns, first = COLUMNS[cfg.paper], f"{cfg.seeds} seeds, ± 95 % of their mean"
-    titles = [first, *(title for title, *_ in columns), "each seed", "steps", "seconds, least"]
+    ends = {name: [validations(run)[-1] for run in runs] for name, runs in methods.items()}
+    columns = [c for c in MEASURED if all(c[1] in end for of_seeds in ends.values() for end in of_seeds)]
+    seeds = " or ".join(map(str, sorted({len(runs) for runs in methods.values()})))
+    titles = [f"{seeds} seeds, ± 95 % of their mean", *(title for title, *_ in columns)]
+    titles += ["each seed", "steps", "seconds, least"]
+    titles += [f"{unit} to {goal:g} %" for unit in ("steps", "seconds", "sampled tokens")]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    # A line for each method with a finished run.
-    for method in cfg.methods:
-        runs = curves(method, cfg)
-        if runs:
-            cells = [method]
-            for _, key, factor, digits in columns:
-                mean, half = interval([factor * r[-1][key] for r in runs])
-                cells.append(f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
-            cells.append(" ".join(f"{100 * r[-1]['val/accuracy']:.1f}" for r in runs))
-            cells += [f"{runs[0][-1]['step']:,}", f"{min(r[-1]['train_s'] for r in runs):.0f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+    # A line for each method.
+    for name, runs in methods.items():
+        cells = [name]
+        for _, key, factor, digits in columns:
+            values = [factor * end[key] for end in ends[name]]
+            mean, _, high = mean_interval(values)
+            cells.append(f"{mean:.{digits}f}" + (f" ± {high - mean:.{digits}f}" if len(values) > 1 else ""))
+        cells.append(" ".join(f"{100 * end['val/accuracy']:.1f}" for end in ends[name]))
+        cells += [f"{ends[name][0]['step']:,}", f"{min(end['train_s'] for end in ends[name]):.0f}"]
+        costs = [cost for run in runs if (cost := cost_of_goal(run, goal))]
+        some = f" ({len(costs)} of {len(runs)} seeds)" if len(costs) < len(runs) else ""
+        for values in zip(*costs, strict=True) if costs else [(math.nan,)] * 3:
+            cells.append("-" if math.isnan(fmean(values)) else f"{fmean(values):,.0f}{some}")
+        lines.append("| " + " | ".join(cells) + " |")
     table = "\n".join(lines)
-    (Path(cfg.out_dir) / "table.md").write_text(table + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)
-    if cfg.paper == "uft":
-        draw(cfg)
+    draw(methods, folder / "curves.png")
 
 
-def draw(cfg: Config) -> None:
-    """out_dir/curves.png: accuracy over steps and over seconds. Without matplotlib one line says so."""
+def draw(methods: dict[str, list[Records]], path: Path) -> None:
+    """Accuracy over steps and over seconds. Without matplotlib one line says so."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         print("no figure: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
         return
-    # A curve for each method on both sides.
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for method in cfg.methods:
-        runs = curves(method, cfg)
-        if not runs:
-            continue
-        columns = list(zip(*runs, strict=True))
-        speed = min(r[-1]["train_s"] / r[-1]["step"] for r in runs)  # seconds a step, the least disturbed
-        stats = [interval([100 * r["val/accuracy"] for r in column]) for column in columns]
-        mean, half = zip(*stats, strict=True)
-        for axes, unit in ((left, 1.0), (right, speed)):
-            x = [unit * column[0]["step"] for column in columns]
-            if axes is left and method == "sft-long":
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, (name, runs) in enumerate(methods.items()):
+        columns = list(zip(*map(validations, runs), strict=False))
+        steps = [column[0]["step"] for column in columns]
+        estimates = [mean_interval([100 * r["val/accuracy"] for r in column]) for column in columns]
+        means, lows, highs = zip(*estimates, strict=True)
+        step_s = min(run[-1]["train_s"] / run[-1]["step"] for run in map(validations, runs))
+        for axes, unit in ((left, 1.0), (right, step_s)):  # the fastest seed's seconds a step
+            if axes is left and name == "sft-long":
                 continue  # it is there for equal cost
-            if axes is right and len(runs) < 3:
-                continue  # seconds of one or two runs say little
-            (curve,) = axes.plot(x, mean, label=method, color=f"C{cfg.methods.index(method)}")
+            x, style = [unit * step for step in steps], "-" if i < 10 else "--"
+            axes.plot(x, means, style, color=f"C{i}", label=name)
             if len(runs) >= 3:
-                low = [m - h for m, h in zip(mean, half, strict=True)]
-                high = [m + h for m, h in zip(mean, half, strict=True)]
-                axes.fill_between(x, low, high, color=curve.get_color(), alpha=0.15, linewidth=0)
-    # Labels, and one legend for both sides.
-    left.set(xlabel="step", ylabel="greedy test accuracy, %", title="equal steps")
-    right.set(xlabel="seconds of training, one core", title="equal cost")
-    left.set_ylim(bottom=0)
-    drawn = {}
-    for axes in (left, right):
-        handles, labels = axes.get_legend_handles_labels()
-        drawn |= dict(zip(labels, handles, strict=True))
-    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
+                axes.fill_between(x, lows, highs, color=f"C{i}", alpha=0.15, linewidth=0)
+    left.set(xlabel="step", ylabel="test accuracy, %", title="equal steps", ylim=(0, None))
+    right.set(xlabel="seconds of training", title="equal cost")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(Path(cfg.out_dir) / "curves.png", dpi=110)
-    print(f"figure in {Path(cfg.out_dir) / 'curves.png'}")
+    figure.savefig(path, dpi=110)
+    print(f"figure in {path}")
 
 
 def main(argv: Sequence[str]) -> None:
+    argv = re.sub("(^|\n)--table\n", r"\1--table=", "\n".join(argv)).split("\n") if argv else []
     cfg = parse_config(Config, argv, __doc__)
-    one_of(cfg, "paper", tuple(COLUMNS))
-    cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
+    one_of(cfg, "paper", ("uft", "ift"))
     require_each(cfg, ("jobs", "seeds", "sft_short", "sft_long"), lambda v: v >= 1, "must be >= 1")
-    for method in cfg.methods:
-        flags(method, cfg)  # refuse unknown methods before any run begins
+    cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
+    if cfg.table:
+        return report(read_runs(Path(cfg.table)), Path(cfg.table), cfg.goal)
     # The runs, `jobs` at a time.
-    todo = [(method, seed) for seed in range(cfg.seeds) for method in cfg.methods]
+    todo = [(*setting, seed) for seed in range(cfg.seeds) for setting in settings(cfg).items()]
+    failures = 0
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        failures = 0
-        for (method, seed), failure in zip(todo, pool.map(lambda t: train(*t, cfg), todo), strict=True):
-            print(failure or f"{method} seed {seed} done", flush=True)
+        for (name, _, seed), failure in zip(todo, pool.map(lambda t: train(*t, cfg), todo), strict=True):
+            print(failure or f"{name} seed {seed} done", flush=True)
             failures += failure is not None
     # Report what is there, failures or not.
     if failures < len(todo):
-        report(cfg)
+        runs = read_runs(Path(cfg.out_dir))
+        report({name: runs[name] for name in settings(cfg) if name in runs}, Path(cfg.out_dir), cfg.goal)
     if failures:
         raise UserError(f"{failures} of {len(todo)} runs failed, see above; the same command repeats them")
 

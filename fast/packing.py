@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import ModelConfig
+from model import Transformer
 
 
 class Layout(NamedTuple):
@@ -74,22 +74,25 @@ def block_mask(owner: Tensor) -> Tensor:
     return ((keys == 0) | (keys == queries)).tril_()[:, None]
 
 
-def packing_pays(row: Sequence, config: ModelConfig, most: int) -> bool:
-    """Whether one row of at most `most` tokens takes fewer multiplications than a row per trajectory.
+MASKED_COST = {"cpu": 1.0, "cuda": 5.0}  # of a pair of tokens in attention with a mask, beside a causal one's
+
+
+def packing_pays(row: Sequence, model: Transformer, most: int) -> bool:
+    """Whether one row of at most `most` tokens costs less than a row per trajectory, by multiplications.
 
     A packed row runs its prompt once, but attention with a mask computes every pair of tokens, while a causal
-    row computes half of its pairs: long completions are cheaper apart.
+    row computes half of its pairs: long completions are cheaper apart. On CUDA its kernels are slower too.
     """
     if len(row) < 2:
         return True
-    packed, c, d = row_length(row), config, config.head_dim
+    packed, c, d = row_length(row), model.config, model.config.head_dim
     per_token = c.hidden_size * (
         2 * c.num_attention_heads * d
         + 2 * c.num_key_value_heads * d
         + 3 * c.intermediate_size
     )
     per_pair = 2 * c.num_attention_heads * d
-    together = packed * per_token + packed**2 * per_pair
+    together = packed * per_token + packed**2 * per_pair * MASKED_COST.get(model.head_weight.device.type, 1.0)
     lengths = [len(t.prompt) + len(t.tokens) - 1 for t in row]
     apart = sum(n * per_token + n**2 / 2 * per_pair for n in lengths)
     return packed <= most and together < apart

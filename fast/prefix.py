@@ -63,6 +63,8 @@ def ift_states(model: Transformer, rows, residual) -> Tensor:
     forced = dist.is_initialized() and not model.gradient_checkpointing
     P = max(int(start.max()), int(forced))
     A = max(1, int((last - start).max()))  # positions of the longest part
+    if P and ids.is_cuda:
+        A += -(P + A) % 8  # or attention would pad the mask in every layer
 
     # The prefix, once.
     prefix = attention = None
@@ -72,7 +74,8 @@ def ift_states(model: Transformer, rows, residual) -> Tensor:
         before = (places[:P] < start[:, None])[:, None, None].expand(-1, 1, A, -1)
         causal = torch.ones(A, A, dtype=torch.bool, device=ids.device).tril().expand(B, 1, -1, -1)
         attention = torch.cat((before, causal), -1)  # (B, 1, A, P + A)
-    positions = (start[:, None] + places[:A]).clamp(max=T - 1)  # (B, A)
+    positions = start[:, None] + torch.arange(A, device=ids.device)
+    positions = positions.clamp(max=T - 1)  # (B, A)
     part = embeddings.gather(1, positions[..., None].expand(-1, -1, embeddings.shape[2]))
     # FSDP gathers a block for its backward pass when a gradient reaches its output: send one to the prefix.
     if forced:

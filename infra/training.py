@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from data.judge import reset_signals_in_children
 from data.rows import load_task
 from data.tokenizer import Tokenizer
 from fast.compiled import compile_blocks
@@ -24,21 +26,22 @@ from fast.head import trim_heap, trim_heap_at_peaks
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
-    finish_replacing,
     load_resume,
+    lock,
     resume_folder,
-    save_adapter,
-    save_model,
-    save_resume,
+    save_checkpoint,
+    unlock,
+    write_adapter,
     write_config,
+    write_model,
+    write_resume,
 )
 from infra.config import Count, Natural, NonNegative, Positive, Switch, UserError, memory_advice, require
-from infra.huggingface import load_model, rounded_tensors, weights_mark
+from infra.huggingface import check_folder, load_model, stored_dtype, weights_mark
 from infra.log import Log, brief, import_wandb, mfu
 from infra.parallel import (
     collect,
     full,
-    has_bfloat16,
     rank,
     refresh,
     settle_dtype,
@@ -70,6 +73,10 @@ class RunConfig:
     out_dir: str = "out"  # where everything goes
     resume: Literal["false", "true", "auto"] = "false"  # continue the run in out_dir; auto: if there is one
     seed: Natural = 0  # random seed
+    # Scoring
+    score_timeout: NonNegative = 10.0  # seconds for a task's score() of one answer; 0: no limit
+    score_workers: Natural = 0  # processes for a slow score(); 0: none
+    score_errors: Literal["stop", "zero"] = "stop"  # a score() that raises ends the run, or is reward 0
     # LoRA
     lora_rank: Natural = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
     lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
@@ -79,7 +86,8 @@ class RunConfig:
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     compile: Switch = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 for LoRA if possible
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 on CUDA and for LoRA
+    tf32: bool = True  # CUDA: float32 products in TF32
     threads: Natural = 0  # CPU threads; 0: torch's choice
     # Validation and reports
     max_new_tokens: Count = 64  # longest completion
@@ -88,6 +96,8 @@ class RunConfig:
     val_temperature: NonNegative = 0.0  # temperature of validation; 0: greedy
     rollout_batch: Natural = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
     save_every: Count = 100  # steps between checkpoints
+    keep: Count = 1  # checkpoints to keep
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of out_dir/model; auto: the base's
     print_every: Count = 10  # steps between console lines
     sample_every: Count = 20  # steps between rollouts, or rows, written to samples.jsonl
     show: Natural = 3  # answers printed before and after training
@@ -129,8 +139,6 @@ def start(cfg: Any) -> torch.device:
     if cfg.wandb:
         import_wandb()  # UserError now rather than after the model is loaded
     device = start_process(cfg.device, cfg.threads)
-    if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if cfg.lora_rank and has_bfloat16(device) else "float32"
     settle_dtype(cfg, device)
     if device.type not in ("cpu", "cuda"):  # mps and xpu: the plain path in float32, untested so far
         cfg.fast, cfg.dtype, cfg.compile = False, "float32", "false"
@@ -143,6 +151,7 @@ def starting_model(cfg: Any) -> Path:
     """The directory to start from: the knob `model`, or the task's tiny base. UserError unless it exists."""
     base = Path(cfg.model) if cfg.model else ROOT / "data" / "tiny" / cfg.task
     if base.exists():
+        check_folder(base)
         return base
     if not cfg.model:
         raise UserError(
@@ -162,6 +171,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     """
     base = starting_model(cfg)
     out = check_out_dir(out_dir, base, resume)
+    lock(out)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(
@@ -171,8 +181,8 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     dtype = getattr(torch, cfg.dtype) if cfg.lora_rank else torch.float32
     model = load_model(base, dtype, device, sharding(cfg.dtype))
     if cfg.lora_rank:
-        if dtype == torch.bfloat16 and rank() == 0 and (rounded := rounded_tensors(base)):
-            print(f"warning: LoRA freezes the weights in bfloat16, which rounds {rounded} tensors of {base}; "
+        if dtype == torch.bfloat16 != stored_dtype(model.config) and rank() == 0:
+            print(f"warning: LoRA freezes the weights in bfloat16, which rounds those of {base}; "
                   "--dtype=float32 keeps them as they are", file=sys.stderr)  # fmt: skip
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     elif not resume and (out / "adapter").exists():
@@ -180,7 +190,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
             f"out_dir = {out_dir!r} holds the adapter/ of an earlier run with LoRA; give another out_dir"
         )
     speed_up(model, cfg, device)
-    check_disk(out, model)
+    check_disk(out, model, saved_dtype(model, cfg))
     rollout_model = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
     return Run(out, base, device, tokenizer, model, rollout_model)
 
@@ -229,6 +239,11 @@ def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:
     return model.requires_grad_(False)
 
 
+def scoring_limits(cfg: Any) -> dict:
+    """Arguments of data.judge.judge."""
+    return {"timeout": cfg.score_timeout, "workers": cfg.score_workers, "on_error": cfg.score_errors}
+
+
 def engine_options(run: Run, cfg: Any, longest_prompt: int = 0) -> dict:
     """Arguments of generate() that only the fast sampler uses."""
     if not cfg.fast:
@@ -270,7 +285,6 @@ def start_or_resume(
         data["base"] = weights_mark(run.base)
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
-        finish_replacing(run.out)
     else:
         write_config(run.out, cfg)
         run.state = {"step": 0, "train_s": 0.0} | state
@@ -379,17 +393,28 @@ def log_step(
 
 
 def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:
-    """Write out_dir/model and out_dir/resume when they are due; after a signal to stop, at once, and exit."""
+    """Write a checkpoint when it is due; after a signal to stop, at once, and exit."""
     done, stop = run.state["step"], stop_requested()
     if done % cfg.save_every == 0 or done == total or stop:
-        save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
+        dtype = saved_dtype(run.model, cfg)
+        parts = {
+            "model": partial(write_model, run.model, run.tokenizer, stop_ids, template, dtype),
+            "resume": partial(write_resume, run.model, run.optimizer, run.state, cfg),
+        }
         if adapted_layers(run.model):
-            save_adapter(run.out, run.model, run.base)
-        save_resume(run.out, run.model, run.optimizer, run.state, cfg)
+            parts["adapter"] = partial(write_adapter, run.model, run.base)
+        save_checkpoint(run.out, parts, done, cfg.keep)
+    if done == total or stop:
+        unlock(run.out)
     if stop and done < total:
         run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
         sys.exit(128 + stop)
+
+
+def saved_dtype(model: Transformer, cfg: Any) -> torch.dtype:
+    """The dtype of out_dir/model: the knob save_dtype, or else that of the starting model's files."""
+    return stored_dtype(model.config) if cfg.save_dtype == "auto" else getattr(torch, cfg.save_dtype)
 
 
 _signals: list[int] = []  # signals received so far
@@ -404,6 +429,7 @@ def catch_signals() -> None:
         _signals.append(number)
         print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
+    reset_signals_in_children()
     _signals.clear()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         try:

@@ -252,7 +252,7 @@ def test_help_prints_knobs_defaults_comments_and_groups(capsys):
 SCRIPTS = [
     name
     for name in ("train_uft", "train_ift", "evaluate", "experiments.bench", "experiments.compare",
-                 "experiments.tiny_base", "toys.search_tree")
+                 "experiments.tiny_base", "experiments.search_tree")
     if (ROOT / f"{name.replace('.', '/')}.py").exists()
 ]  # fmt: skip
 

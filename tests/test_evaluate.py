@@ -5,17 +5,18 @@ import json
 import math
 import re
 import sys
-from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import evaluate
 from data import countdown
 from data.tokenizer import Tokenizer
-from evaluate import accuracy, answer, pass_at_k, pieces
-from infra.config import run_script
-from infra.log import wilson
+from evaluate import accuracy, answer, pieces
+from infra.config import UserError, run_script
+from infra.stats import wilson
 from model import Transformer
 from sampler import generate, stream
 
@@ -40,23 +41,9 @@ def refused(capsys, monkeypatch, *args):
 # ---- figures -----------------------------------------------------------------------------------------------
 
 
-def test_pass_at_k_by_hand():
-    assert pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)
-    assert pass_at_k(4, 0, 2) == 0 and pass_at_k(4, 4, 1) == 1 and pass_at_k(4, 3, 2) == 1
-    assert pass_at_k(8, 3, 1) == pytest.approx(3 / 8)
-    assert pass_at_k(1000, 1, 500) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(("n", "right"), [(5, 1), (6, 2), (6, 4)])
-def test_pass_at_k_is_the_share_of_choices_with_a_right_answer(n, right):
-    for k in range(1, n + 1):
-        choices = list(combinations(range(n), k))
-        assert pass_at_k(n, right, k) == pytest.approx(sum(min(c) < right for c in choices) / len(choices))
-
-
 def test_accuracy_counts_right_answers_only():
     """The format's reward 0.1 is no tenth of a right answer."""
-    groups = [[{"reward": 1.0}, {"reward": 0.1}], [{"reward": 0.0}, {"reward": 0.1}]]
+    groups = [[{"reward": r, "verdict": ""} for r in rewards] for rewards in ((1.0, 0.1), (0.0, 0.1))]
     assert accuracy(groups) == 0.25
 
 
@@ -75,6 +62,55 @@ def test_answers_are_what_the_checker_says_of_the_decoded_completion():
             assert not a["cut"] or a["tokens"] == 30
     assert answer(model, tokenizer, countdown, rows, 2, 30, 1.0, seed=3, batch_size=2) == answers
     assert answer(model, tokenizer, countdown, rows, 2, 30, 1.0, seed=4) != answers
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (0.5, r"task mine: score\(\) returned '0.5'; it must return \(reward, verdict\)"),
+        (("much", "right"), r"must return \(reward, verdict\), a number and a text"),
+        ((1.0, "right", "why"), r"must return \(reward, verdict\)"),
+        ((float("nan"), "odd"), "score.* gave the reward nan to the response '1\\+1'"),
+        ((np.float32("inf"), "odd"), "gave the reward inf"),
+    ],
+)
+def test_what_a_task_scores_is_a_finite_number_and_a_text(returned, message):
+    task = SimpleNamespace(__name__="data.mine", score=lambda response, truth: returned)
+    with pytest.raises(UserError, match=message):
+        evaluate.score(task, "1+1", {})
+
+
+def test_numpy_rewards_are_saved_as_numbers(tmp_path, monkeypatch, capsys):
+    score, path = countdown.score, tmp_path / "a.jsonl"
+    monkeypatch.setattr(countdown, "score", lambda r, t: (np.float32(score(r, t)[0] > 0), np.str_("fine")))
+    evaluate.main([*SMALL, f"--save={path}"])
+    answers = [a for r in saved_records(path) for a in r["answers"]]
+    assert {type(a["reward"]) for a in answers} == {float} and {a["verdict"] for a in answers} == {"fine"}
+    accuracy = table_of(capsys.readouterr().out)[0]["accuracy"]
+    evaluate.main(["--compare", str(path), str(path), "--show=0"])
+    assert capsys.readouterr().out.count(f"{accuracy}  {accuracy}") == 1 and accuracy != "0.0%"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_weights_that_are_nan_are_said(fast):
+    model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
+    model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match="logits are NaN"):
+        answer(model, tokenizer, countdown, countdown.load("test", n=2, style="short"), fast=fast)
+
+
+def test_top_k_and_top_p_reach_the_sampler(tmp_path):
+    """The most probable token alone is the greedy answer; a warmer nucleus is another distribution."""
+    saved = {}
+    hot = "--temperature=1.5"
+    for options in ((), (hot, "--top_k=1"), (hot, "--top_p=1e-6"), (hot,), (hot, "--top_p=0.9")):
+        path = tmp_path / f"{len(saved)}.jsonl"
+        evaluate.main([*SMALL, *options, f"--save={path}", "--show=0"])
+        saved[options[1:] or options] = [r["answers"] for r in saved_records(path)]
+    greedy, top_1, smallest, free, nucleus = saved.values()
+    assert greedy == top_1 == smallest != nucleus != free
+    with pytest.raises(UserError, match="top_p = 0.9, not 1.0"):
+        evaluate.main([*SMALL, hot, f"--save={path}"])
 
 
 def saved_records(path):
@@ -171,6 +207,9 @@ def test_bfloat16_evaluates(capsys):
     [
         ("--n=4", "greedy answers are all the same; give a --temperature"),
         ("--n=0", "n = 0"),
+        ("--top_p=0.9", "top_p = 0.9: greedy answers are all the same"),
+        ("--top_p=0", "top_p = 0.0: must be above 0"),
+        ("--top_k=-1", "top_k = -1"),
         ("--dtype=float16", "dtype = 'float16'"),
         ("--task=chess", "task = 'chess'"),
         ("--model=/nowhere", "/nowhere"),

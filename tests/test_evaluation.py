@@ -1,12 +1,10 @@
 """Evaluation: statistics against hand-worked numbers, sources, resumed save files, comparisons."""
 
 import json
-import math
 import os
 import subprocess
 import sys
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,21 +12,9 @@ import pytest
 import evaluate
 from data import countdown, hendrycks_math, sources
 from data.tokenizer import Tokenizer
-from evaluate import (
-    Estimate,
-    mcnemar,
-    mean_interval,
-    mean_of,
-    paired_shares,
-    paired_t,
-    share_interval,
-    t_quantile,
-    t_within,
-    welch,
-)
-from infra import exports
+from infra import answers, exports
 from infra.config import UserError
-from infra.log import wilson
+from infra.stats import paired_shares, paired_t, welch
 from model import Transformer
 from sampler import Completion, generate
 
@@ -36,98 +22,6 @@ ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/tiny/countdown"
 SMALL = [f"--model={BASE}", "--rows=6", "--max_new_tokens=40", "--device=cpu", "--threads=1", "--show=0"]
 OTHERS = Path(os.environ.get("NANOFT_UFT_DATA", "uft_data")) / "others"  # the published data
-
-
-# ---- statistics --------------------------------------------------------------------------------------------
-
-
-def test_t_distribution_by_tables():
-    """Quantiles from any table of Student's t; one degree of freedom is Cauchy, two have a closed form."""
-    for df, t in ((1, 12.706), (2, 4.303), (5, 2.571), (29, 2.045), (1000, 1.962), (5000, 1.9604)):
-        assert t_quantile(df) == pytest.approx(t, abs=6e-4)
-        assert t_within(t_quantile(df), df) == pytest.approx(0.95, abs=1e-9)
-    assert t_within(1, 1) == pytest.approx(0.5)
-    assert t_within(3, 2) == pytest.approx(3 / math.sqrt(11))
-    assert t_within(0, 7) == 0 and t_within(1e6, 3) == pytest.approx(1)
-
-
-def test_mean_interval_by_hand():
-    """1, 2, 3: mean 2, standard error sqrt(1 / 3), t of two degrees of freedom."""
-    mean, low, high = mean_interval([1, 2, 3])
-    assert (
-        mean == 2
-        and high - 2 == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
-        and low == pytest.approx(4 - high)
-    )
-    assert mean_interval([5.0]) == (5, -math.inf, math.inf)
-
-
-def test_share_interval_is_wilsons_for_one_answer_and_clustered_for_several():
-    assert share_interval([1, 0, 0, 1], 1) == (0.5, *wilson(2, 4))
-    # two answers to each of four problems: shares 1, 1/2, 0, 1/2; sd sqrt(1/6), error sqrt(1/24)
-    mean, low, high = share_interval([1, 0.5, 0, 0.5], 2)
-    assert (
-        mean == 0.5
-        and high == pytest.approx(min(1, 0.5 + 3.18245 * math.sqrt(1 / 24)), abs=1e-4)
-        and low == 0
-    )
-    mean, low, high = share_interval([1, 0.5, 0, 0.5] * 4, 2)
-    error = math.sqrt(2 / 15 / 16)
-    assert high == pytest.approx(0.5 + 2.13145 * error, abs=1e-4) and low == pytest.approx(1 - high)
-    assert share_interval([0.0] * 10, 8) == (0, *wilson(0, 10))  # never an empty interval
-
-
-def test_mean_of_shares_by_hand():
-    mean, low, high = mean_of([Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.0, 0.7)])
-    assert (mean, low, high) == pytest.approx(
-        (0.4, 0.4 - math.hypot(0.1, 0.3) / 2, 0.4 + math.hypot(0.2, 0.4) / 2)
-    )
-
-
-def test_mcnemar_by_hand_and_by_counting():
-    assert mcnemar(0, 0) == 1 and mcnemar(3, 3) == 1
-    assert mcnemar(1, 5) == mcnemar(5, 1) == pytest.approx(2 * 7 / 64)
-    assert mcnemar(0, 10) == pytest.approx(2 / 1024)
-    for a, b in ((2, 7), (4, 5)):
-        tosses = [sum(t) for t in product((0, 1), repeat=a + b)]
-        assert mcnemar(a, b) == min(1, 2 * sum(t <= min(a, b) for t in tosses) / len(tosses))
-    assert mcnemar(600, 700) == pytest.approx(0.006, abs=5e-4)  # normal: z = 99 / sqrt(1300) = 2.746
-
-
-def test_paired_shares_by_hand():
-    """Table (30, 12; 4, 54): centre (4.5 - 12.5) / 102, variance (17 - 64 / 102) / 102^2."""
-    mean, low, high = paired_shares(12, 4, 100)
-    half = 1.96 * math.sqrt(17 - 64 / 102) / 102
-    assert mean == -0.08 and (low, high) == pytest.approx((-8 / 102 - half, -8 / 102 + half))
-    mean, low, high = paired_shares(0, 0, 50)
-    assert mean == 0 and low == -high and 0.03 < high < 0.05
-
-
-def test_paired_t_by_hand():
-    """0, 1/2, 1/2, 1: mean 1/2, sd sqrt(1/6), t = 1/2 / sqrt(1/24) = 2.449, p = 0.0917 with three degrees."""
-    (mean, low, high), p = paired_t([0, 0.5, 0.5, 1])
-    assert mean == 0.5 and p == pytest.approx(0.09172, abs=1e-4) and low < 0 < high
-    assert paired_t([0.0, 0.0])[1] == 1 and paired_t([0.5, -0.5])[1] == 1 and paired_t([1.0])[1] == 1
-    assert paired_t([0.25] * 4)[1] == 0
-
-
-def test_welch_by_hand():
-    """Means 2 and 5, squared errors 1/3 and 4/3: 25 / 17 * 2 degrees of freedom."""
-    mean, low, high = welch([1, 2, 3], [3, 5, 7])
-    assert (
-        mean == 3
-        and high - 3 == pytest.approx(t_quantile(50 / 17) * math.sqrt(5 / 3))
-        and low == pytest.approx(6 - high)
-    )
-    assert welch([1, 1], [2, 2]) == (1, 1, 1)
-
-
-def test_statistics_agree_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    assert t_within(1.7, 12.3) == pytest.approx(1 - 2 * stats.t.sf(1.7, 12.3))
-    assert mcnemar(13, 29) == pytest.approx(stats.binomtest(13, 42).pvalue)
-    differences = [0.1, -0.2, 0.4, 0.4, 0.0, 0.3]
-    assert paired_t(differences)[1] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
 
 
 # ---- one row of the table ----------------------------------------------------------------------------------
@@ -154,7 +48,7 @@ def test_summary_counts_verdicts_and_estimates_pass_at_k():
         [WRONG, WRONG, WRONG, made(0.1, "odd")],
         [strict, RIGHT, RIGHT, RIGHT],
     ]
-    r = evaluate.summarise("x", groups, "ours")
+    r = answers.summarise("x", groups, "ours")
     assert r["accuracy"]["mean"] == pytest.approx((0.5 + 0 + 1) / 3) and r["published"] == pytest.approx(
         5 / 12
     )
@@ -166,8 +60,8 @@ def test_summary_counts_verdicts_and_estimates_pass_at_k():
     assert {k: e["mean"] for k, e in r["pass_at"].items()} == pytest.approx(
         {2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3}
     )
-    assert evaluate.summarise("x", groups, "published")["verdicts"]["wrong"] == 5
-    head, row = evaluate.table_rows([r], "ours")
+    assert answers.summarise("x", groups, "published")["verdicts"]["wrong"] == 5
+    head, row = answers.table_rows([r], "ours")
     cells = dict(zip(head, row, strict=False))
     assert (
         cells["avg@4"] == "50.0%"
@@ -175,9 +69,9 @@ def test_summary_counts_verdicts_and_estimates_pass_at_k():
         and cells["odd"] == "1"
         and cells["malformed"] == "0"
     )
-    assert "published" not in evaluate.table_rows([r], "published")[0]
-    plain = [evaluate.summarise(name, [[RIGHT], [WRONG]], "ours") for name in "ab"]
-    rows = evaluate.table_rows(plain, "ours")
+    assert "published" not in answers.table_rows([r], "published")[0]
+    plain = [answers.summarise(name, [[RIGHT], [WRONG]], "ours") for name in "ab"]
+    rows = answers.table_rows(plain, "ours")
     assert "published" not in rows[0] and rows[3][:3] == ["mean of 2 tasks", "4", "50.0%"]
     assert len({len(row) for row in rows}) == 1
 
@@ -460,26 +354,22 @@ def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
 
 
 def test_an_answer_is_cut_at_the_window():
-    tokenizer, records = Tokenizer.from_pretrained(BASE), {}
-    row = {"prompt": "9 9", "truth": {"numbers": [9], "target": 9}}
-    problem = evaluate.Problem("countdown", 0, countdown, row, tokenizer.encode(row["prompt"]))
-    completion = Completion(tokenizer.encode("1 2 3 4 5 6 7 8"), [0.0] * 99, True)
-    evaluate.finish([problem], tokenizer, len(problem.prompt) + 3, records, None, 0, [completion])
-    (a,) = records["countdown", 0]["answers"]
-    assert a["tokens"] == 3 and a["cut"]
+    tokenizer = Tokenizer.from_pretrained(BASE)
+    ids = tokenizer.encode("1 2 3 4 5 6 7 8")
+    completion = Completion(ids, [0.0] * len(ids), True)
+    short = {"response": tokenizer.decode(ids[:3]), "tokens": 3, "cut": True}
+    assert evaluate.decoded(tokenizer, completion, 3) == short
+    assert evaluate.decoded(tokenizer, completion, len(ids))["cut"] is False
 
 
-def test_the_published_checker_beside_ours(tmp_path, capsys):
+def test_the_published_checker_beside_ours():
     row = {"prompt": "Assistant:", "truth": {"numbers": [3, 4], "target": 7}}
-    a = evaluate.judge_published(
-        countdown, row, {"response": "<answer> 3+4 </answer>\n", "reward": 1.0, "verdict": "right"}
-    )
-    assert a["published"] == [0.0, "no answer"]  # only the last line is searched there
-    other = type("task", (), {})
-    assert evaluate.judge_published(other, row, {"reward": 0.5, "verdict": "half"})["published"] == [
-        0.5,
-        "half",
-    ]
+    a = {"response": "<answer> 3+4 </answer>\n", "tokens": 9, "reward": 1.0, "verdict": "right"}
+    # Only the last line is searched there.
+    assert evaluate.published_verdict(countdown, row, a) == [0.0, "no answer"]
+    assert evaluate.published_verdict(object(), row, a) == [1.0, "right"]
+    steps = row | {"truth": row["truth"] | {"steps": True}}
+    assert evaluate.published_verdict(countdown, steps, a) == [1.0, "right"]
 
 
 def test_processes_share_the_problems_and_any_number_continues(tmp_path):

@@ -1,4 +1,4 @@
-"""toys/frozen_lake.py: the lake by hand, probabilities against a simulated walk, batched runs against one."""
+"""experiments/frozen_lake.py: the lake by hand, probabilities against a simulated walk, batched runs against one."""
 
 import builtins
 import json
@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import train_ift
-from infra.config import UserError
-from toys import frozen_lake
-from toys.frozen_lake import (
+from experiments import frozen_lake
+from experiments.frozen_lake import (
     GOAL,
     GYMNASIUM,
     Config,
@@ -32,6 +31,7 @@ from toys.frozen_lake import (
     train,
     transitions,
 )
+from infra.config import UserError
 
 LEFT, DOWN, RIGHT, UP = range(4)
 SMALL = ["--maps=2", "--seeds=2", "--steps=3", "--start_steps=2"]

@@ -1,4 +1,4 @@
-"""toys/search_tree.py: its gradient by hand, its short cuts against a whole tree in plain Python."""
+"""experiments/search_tree.py: its gradient by hand, its short cuts against a whole tree in plain Python."""
 
 import builtins
 import json
@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
+from experiments import search_tree
+from experiments.search_tree import Config, ascend, draw_hit, draw_step, leaves_to_half, main, right_after
 from infra.config import UserError
-from toys import search_tree
-from toys.search_tree import Config, ascend, draw_hit, draw_step, leaves_to_half, main, right_after
 
 
 def random_case(seed: int = 0, runs: int = 6, height: int = 3, branching: int = 3):

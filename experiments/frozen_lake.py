@@ -1,7 +1,7 @@
 """IFT's toy (arXiv 2405.11870): which method comes closest to the optimal policy?
 
-    python toys/frozen_lake.py                            gymnasium's map and 17 random ones, 20 seeds: 20 s
-    python toys/frozen_lake.py --seeds=100 --dpo_betas=0.1,1,10 --out_dir=out/lake
+    python experiments/frozen_lake.py                            gymnasium's map and 17 random ones, 20 seeds: 20 s
+    python experiments/frozen_lake.py --seeds=100 --dpo_betas=0.1,1,10 --out_dir=out/lake
 
 The losses are train_ift.py's own functions. A 4x4 lake, not slippery: start S, goal G, holes H. The moves are
 left, down, right and up; a move off the edge does nothing. The policy is Embedding(16, 16) -> 32 -> ReLU -> 4

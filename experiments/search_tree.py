@@ -2,8 +2,8 @@
 
 RFT explores exponentially many leaves of a search tree, UFT polynomially many.
 
-    python toys/search_tree.py                               B = 2, 3, 4, H = 2..12, 20 seeds: a few seconds
-    python toys/search_tree.py --branching=2 --seeds=100 --betas=0,0.01 --out_dir=out/tree
+    python experiments/search_tree.py                               B = 2, 3, 4, H = 2..12, 20 seeds: a few seconds
+    python experiments/search_tree.py --branching=2 --seeds=100 --betas=0,0.01 --out_dir=out/tree
 
 A tree of height H has B actions in each state. One leaf has reward 1.0, all others 0.1 (the reward for the
 format). The policy is a softmax over theta(s, a), uniform at the start; that start is also the reference. How

@@ -1,1 +1,0 @@
-"""The toys of the papers: a frozen lake (IFT) and a search tree (UFT)."""
