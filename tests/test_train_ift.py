@@ -27,31 +27,8 @@ from fast.compiled import compile_blocks
 from infra.config import UserError, run_script
 from infra.training import ROOT, Run
 from model import Transformer
-from train_ift import (
-    LOSSES,
-    Config,
-    Residual,
-    discounted_sum,
-    examples_loss,
-    ift_example_loss,
-    ift_loss,
-    mix_embeddings,
-    propagation_knobs,
-    propagation_weights,
-    residual_lambda,
-    target_nll,
-    target_states,
-    update,
-)
-from variants.pairs import (
-    PairLogprobs,
-    dpo_loss,
-    ipo_loss,
-    log1mexp,
-    orpo_loss,
-    simpo_loss,
-    tdpo_loss,
-)
+from train_ift import LOSSES, Config, ift_loss, propagation_knobs, propagation_weights, update
+from variants import pairs
 
 HERE = Path(__file__).parent / "vectors/ift"
 MODELS = HERE.parent / "uft/models"
@@ -130,7 +107,8 @@ def test_what_all_weights_have_in_common(side, norm):
         torch.testing.assert_close(w.sum(1), mask.sum(1).double())
         alone = [propagation_weights(nll[[i]], mask[[i]], **knobs) for i in range(6)]
         torch.testing.assert_close(w, torch.cat(alone), rtol=1e-12, atol=0)
-        assert quantity == "mask" or (w[1][mask[1]] == 1).all()
+        if quantity != "mask":
+            torch.testing.assert_close(w[1][mask[1]], torch.ones(int(mask[1].sum())).double())
         x = nll.clone().requires_grad_()
         losses = ift_loss(x, mask, **knobs)
         losses.sum().backward()
@@ -147,7 +125,7 @@ def test_discounted_sums_and_their_gradients():
     for c in read("discounted_cumsum"):
         for side, name in (("left", "right"), ("right", "left")):
             x = torch.tensor(c["x"], dtype=torch.float64, requires_grad=True)
-            y = discounted_sum(x, c["gamma"], side)
+            y = train_ift.discounted_sum(x, c["gamma"], side)
             y.backward(torch.tensor(c["grad_out"], dtype=torch.float64))
             for ours, published in ((y.detach(), c[name]), (x.grad, c[f"{name}_grad_x"])):
                 published = torch.tensor(published, dtype=torch.float64)
@@ -172,7 +150,7 @@ def test_the_knobs_of_propagation_by_hand():
     assert torch.equal(propagation_weights(nll, mask, 0.0), mask.double())
     for knobs in ({}, {"gamma": 0.0}, {"side": "earlier", "norm": "log"}):
         assert torch.equal(weights(propagate=False, **knobs), mask.double())
-        loss = ift_example_loss(nll, mask, Config(propagate=False, **knobs))
+        loss = train_ift.ift_example_loss(nll, mask, Config(propagate=False, **knobs))
         assert loss.item() == pytest.approx(7 / 3, rel=1e-12)
     # The knob's gamma = 0 is the limit of small gamma: weights by the token's own loss.
     for gamma in (0.0, 1e-9):
@@ -250,7 +228,7 @@ def test_mixed_embeddings_are_the_published_ones(batch):
     assert torch.equal(torch.where(mask, greedy, t["in/input_ids"]), t["input_ids_pass2"])
     table = t["in/embed_weight"]
     for lam, used in LOGITS[batch]["lambda"].items():
-        ours = mix_embeddings(table[t["in/input_ids"]], table[greedy], mask, used["lambda_used"])
+        ours = train_ift.mix_embeddings(table[t["in/input_ids"]], table[greedy], mask, used["lambda_used"])
         torch.testing.assert_close(ours, t[f"embeds_pass2/lam{lam}"], rtol=0, atol=1e-9)
 
 
@@ -260,7 +238,7 @@ def test_residual_lambda_is_the_published_one(r):
     disturb = r["disturb_std"] if r["lambda_disturb"] else 0.0
     low = r["min_lambda"] if r["lambda_schedule"] else r["max_lambda"]
     for step, z, published in zip(r["steps"], noise, r["lambda"], strict=False):
-        ours = residual_lambda(step, low, r["max_lambda"], r["config_warmup_steps"], disturb, z)
+        ours = train_ift.residual_lambda(step, low, r["max_lambda"], r["config_warmup_steps"], disturb, z)
         assert ours == pytest.approx(published, abs=1e-6)
 
 
@@ -278,13 +256,13 @@ def test_dpo_and_ipo_are_the_published_ones(r):
     policy = [x.requires_grad_() for x in policy]
     reference = [torch.zeros_like(x) if r["reference_free"] else x for x in rewarded]
     if r["loss_name"] == "dpo":
-        losses, *rewards = dpo_loss(*policy, *reference, r["beta"], r["label_smoothing"])
+        losses, *rewards = pairs.dpo_loss(*policy, *reference, r["beta"], r["label_smoothing"])
         if r["reference_free"]:  # the published rewards keep the reference there
             rewards = [r["beta"] * (p - ref).detach() for p, ref in zip(policy, rewarded, strict=True)]
         for ours, side in zip(rewards, ("chosen", "rejected"), strict=True):
             assert ours.tolist() == pytest.approx(r[f"{side}_rewards"], rel=1e-9)
     else:
-        losses = ipo_loss(*policy, *reference, r["beta"])
+        losses = pairs.ipo_loss(*policy, *reference, r["beta"])
     losses.mean().backward()
     assert losses.tolist() == pytest.approx(r["losses"], rel=1e-9, abs=0)
     if r.get("extreme"):  # recorded without gradients
@@ -305,7 +283,7 @@ def test_pair_losses_on_given_logits(batch, run):
     method, sums = LOSSES[r["name"]], -nll.sum(1)
     sums = sums / mask.sum(1) if method.mean_logprobs else sums
     cfg = Config(label_smoothing=r.get("label_smoothing") or 0.0)
-    losses = method.pair_loss(PairLogprobs(*sums.chunk(2), *ref.chunk(2)), r["beta"], cfg)
+    losses = method.pair_loss(pairs.PairLogprobs(*sums.chunk(2), *ref.chunk(2)), r["beta"], cfg)
     losses.mean().backward()
     published = t[f"gradient/{run}"]
     atol = 1e-4 * published.norm().item()
@@ -316,27 +294,27 @@ def test_pair_losses_on_given_logits(batch, run):
 def test_pair_losses_by_hand():
     one = torch.ones(1).double()
     # IPO: a margin of 2 = 1 / (2 beta). ORPO: odds of 1.5 and 0.25, whose ratio is 6.
-    assert ipo_loss(-2 * one, -4 * one, -3 * one, -3 * one, 0.25).item() == pytest.approx(0.0)
+    assert pairs.ipo_loss(-2 * one, -4 * one, -3 * one, -3 * one, 0.25).item() == pytest.approx(0.0)
     wanted = -math.log(0.6) + 0.25 * -math.log(6 / 7)
-    ours = orpo_loss(math.log(0.6) * one, math.log(0.2) * one, 0.25)
+    ours = pairs.orpo_loss(math.log(0.6) * one, math.log(0.2) * one, 0.25)
     assert ours.item() == pytest.approx(wanted, rel=1e-12)
     # SimPO: margins of 1 and -1.
     chosen, rejected = torch.tensor([-0.5, -2.0]).double(), torch.tensor([-1.5, -1.0]).double()
     wanted = [math.log(1 + math.exp(-2 * (margin - 0.8))) for margin in (1, -1)]
-    assert simpo_loss(chosen, rejected, 2.0, 0.8).tolist() == pytest.approx(wanted, rel=1e-12)
+    assert pairs.simpo_loss(chosen, rejected, 2.0, 0.8).tolist() == pytest.approx(wanted, rel=1e-12)
     # TDPO: log-ratios of 0.5 and -0.5, divergences of 0.7 and 1.9.
     numbers = torch.tensor([-3.0, -5.0, 0.7, 1.9], dtype=torch.float64)
     chosen, rejected, kl_c, kl_r = (x[None].requires_grad_() for x in numbers)
     refs = torch.tensor([-3.5]).double(), torch.tensor([-4.5]).double()
-    loss = tdpo_loss(chosen, rejected, *refs, kl_c, kl_r, 0.3, 0.5)
+    loss = pairs.tdpo_loss(chosen, rejected, *refs, kl_c, kl_r, 0.3, 0.5)
     margin = 0.3 * (0.5 + 0.5 - 0.5 * (1.9 - 0.7))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-margin)), rel=1e-9)
     loss.backward()
     s = 1 / (1 + math.exp(margin))
     assert [chosen.grad.item(), rejected.grad.item()] == pytest.approx([-0.3 * s, 0.3 * s], rel=1e-9)
     assert kl_r.grad.item() == pytest.approx(0.15 * s, rel=1e-9) and kl_c.grad is None
-    without = tdpo_loss(chosen, rejected, *refs, kl_c, kl_r, 0.3, 0.0)
-    assert torch.equal(without, dpo_loss(chosen, rejected, *refs, 0.3)[0])
+    without = pairs.tdpo_loss(chosen, rejected, *refs, kl_c, kl_r, 0.3, 0.0)
+    assert torch.equal(without, pairs.dpo_loss(chosen, rejected, *refs, 0.3)[0])
 
 
 @pytest.mark.slow
@@ -348,17 +326,17 @@ def test_simpo_and_orpo_are_those_of_trl():
     knobs = {"loss_type": "simpo", "alpha": 0.0, "simpo_gamma": 1.6, "beta": 2.0, "label_smoothing": 0.0}
     them = SimpleNamespace(accelerator=device, is_encoder_decoder=False, **knobs)
     wanted = cpo.CPOTrainer.cpo_loss(them, chosen, rejected)[0]
-    torch.testing.assert_close(simpo_loss(chosen, rejected, 2.0, 0.8), wanted)
+    torch.testing.assert_close(pairs.simpo_loss(chosen, rejected, 2.0, 0.8), wanted)
     them = SimpleNamespace(accelerator=device, beta=0.25)
     added = orpo.ORPOTrainer.odds_ratio_loss(them, chosen, rejected)[0]
-    torch.testing.assert_close(orpo_loss(chosen, rejected, 0.25), -chosen - added)
+    torch.testing.assert_close(pairs.orpo_loss(chosen, rejected, 0.25), -chosen - added)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log1mexp_near_0_and_far(dtype):
     exact = [-1e-30, -1e-12, -1e-6, -1e-3, -0.1, -0.69, -0.70, -1.0, -5.0, -30.0, -80.0]
     x = torch.tensor(exact, dtype=dtype, requires_grad=True)
-    y = log1mexp(x)
+    y = pairs.log1mexp(x)
     y.sum().backward()
     exact = x.detach().tolist()
     wanted = [math.log(-math.expm1(v)) if v > -0.5 else math.log1p(-math.exp(v)) for v in exact]
@@ -367,12 +345,12 @@ def test_log1mexp_near_0_and_far(dtype):
     assert x.grad.tolist() == pytest.approx([-1 / math.expm1(-v) for v in exact], rel=1e-5, abs=0)
     # Rounding can put a log-prob at or above 0.
     edge = torch.tensor([0.0, 1e-7, -1e4], dtype=dtype, requires_grad=True)
-    y = log1mexp(edge)
+    y = pairs.log1mexp(edge)
     y.sum().backward()
     assert y.isfinite().all() and edge.grad.isfinite().all()
     for pair in ((0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-1e-8, -90.0), (-90.0, -1e-8)):
         chosen, rejected = (torch.tensor([v], dtype=dtype, requires_grad=True) for v in pair)
-        loss = orpo_loss(chosen, rejected, 0.25)
+        loss = pairs.orpo_loss(chosen, rejected, 0.25)
         loss.backward()
         assert loss.isfinite() and chosen.grad.isfinite() and rejected.grad.isfinite(), pair
 
@@ -390,11 +368,11 @@ def rows_of(examples):
 
 def residual(cfg, lam=None, seed=0):
     head = fast_head if cfg.fast else plain_head
-    return Residual(cfg.lam if lam is None else lam, cfg.own, cfg.train_embedding, seed, head)
+    return train_ift.Residual(cfg.lam if lam is None else lam, cfg.own, cfg.train_embedding, seed, head)
 
 
 def states_of(model, rows, cfg, lam=None):
-    """The states after both passes, as examples_loss() asks for them."""
+    """The states after both passes, as train_ift.examples_loss() asks for them."""
     ift_states = fast_prefix.ift_states if cfg.fast else train_ift.ift_states
     return ift_states(model, rows, residual(cfg, lam))
 
@@ -436,8 +414,8 @@ def test_a_step_has_the_published_loss_and_gradients(kind, name, fast, published
     cfg = Config(**knobs)
     # The log-probs after both passes, and the weights.
     with torch.no_grad():
-        nll = target_nll(model, rows, cfg, states_of(model, rows, cfg))
-        plain = target_nll(model, rows, cfg)
+        nll = train_ift.target_nll(model, rows, cfg, states_of(model, rows, cfg))
+        plain = train_ift.target_nll(model, rows, cfg)
     weights = propagation_weights(nll, rows.mask, **propagation_knobs(cfg))[:, 1:]
     mask = rows.mask[:, 1:]
     torch.testing.assert_close(-nll[:, 1:], t["logps"] * mask, rtol=0, atol=2e-5)
@@ -498,7 +476,7 @@ def test_both_passes_have_the_published_inputs(kind, fast, monkeypatch):
             compared = (mixed_at | ~mask)[..., None].expand_as(mixed).flatten()[::7]
             ours = mixed.flatten()[::7]
             torch.testing.assert_close(ours[compared], published[compared], rtol=0, atol=1e-6)
-    own = residual(Config(fast=fast)).predict(model, target_states(model, rows), rows)
+    own = residual(Config(fast=fast)).predict(model, train_ift.target_states(model, rows), rows)
     second = E2E_T[f"{kind}/pass2/input_ids"][mask]
     assert torch.equal(own, model.model.embed_tokens(second))
 
@@ -633,14 +611,15 @@ def test_pair_losses_are_those_of_the_model_run_on_each_answer(loss, fast):
         (c, kl_c), (r, kl_r) = (logp_and_kl(model, e) for e in (chosen, rejected))
         ref_c, ref_r = (logp_and_kl(reference, e)[0] for e in (chosen, rejected))
         z = (c.sum() - ref_c.sum()) - (r.sum() - ref_r.sum())
+        divergence = kl_r - kl_c.detach()
         value = {
-            "orpo": lambda c=c, r=r: orpo_loss(c.mean()[None], r.mean()[None], 0.3),
-            "simpo": lambda c=c, r=r: simpo_loss(c.mean()[None], r.mean()[None], 0.3, 0.8),
-            "dpo": lambda z=z: -0.9 * torch.sigmoid(0.3 * z).log() - 0.1 * torch.sigmoid(-0.3 * z).log(),
-            "ipo": lambda z=z: (z - 1 / 0.6) ** 2,
-            "tdpo": lambda z=z, d=kl_r - kl_c.detach(): -torch.sigmoid(0.3 * (z - 0.5 * d)).log(),
-        }[loss]()
-        total = total + value.mean() / len(batch)
+            "orpo": pairs.orpo_loss(c.mean(), r.mean(), 0.3),
+            "simpo": pairs.simpo_loss(c.mean(), r.mean(), 0.3, 0.8),
+            "dpo": -0.9 * torch.sigmoid(0.3 * z).log() - 0.1 * torch.sigmoid(-0.3 * z).log(),
+            "ipo": (z - 1 / 0.6) ** 2,
+            "tdpo": -torch.sigmoid(0.3 * (z - 0.5 * divergence)).log(),
+        }[loss]
+        total = total + value / len(batch)
     names, parameters = zip(*model.named_parameters(), strict=True)
     wanted = dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
     knobs = {"beta": 0.3, "label_smoothing": 0.1, "fast": fast}
@@ -662,7 +641,7 @@ def test_without_the_knob_beta_every_loss_has_its_own(loss):
 def test_predictions_of_a_peaked_model_are_its_argmax(fast):
     """Soft ones and sampled ones too."""
     model, rows = tiny(), rows_of(some_examples())
-    states = target_states(model, rows).detach()
+    states = train_ift.target_states(model, rows).detach()
 
     def predict(own):
         return residual(Config(own=own, fast=fast)).predict(model, states, rows)
@@ -685,7 +664,7 @@ def test_a_row_without_target_is_0_and_moves_nothing(loss, fast):
         for rows in (rows_of([*batch, *without]), rows_of(batch)):
             model.zero_grad()
             ones, mixed = torch.ones(len(rows.ids)), residual(cfg, 0.3) if method.residual else None
-            loss, logp = examples_loss(model, rows, ones, method, mixed, cfg)
+            loss, logp = train_ift.examples_loss(model, rows, ones, method, mixed, cfg)
             loss.backward()
             grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
             values.append((loss.item(), len(logp)))
@@ -743,7 +722,7 @@ def test_no_tensor_of_all_logits(own, monkeypatch):
 
     def loss():
         ones = torch.ones(len(rows.ids))
-        return examples_loss(model, rows, ones, LOSSES["ift"], residual(cfg), cfg)[0]
+        return train_ift.examples_loss(model, rows, ones, LOSSES["ift"], residual(cfg), cfg)[0]
 
     whole = loss().item()
     monkeypatch.setattr(fast_head, "CPU_CHUNK", 97 * 16)
@@ -783,3 +762,288 @@ def test_a_nan_is_refused_before_the_update(loss):
         step(loss, model, batch, Config(), optimizer, reference=reference)
     assert "\n" not in str(e.value)
     assert all(torch.equal(p.nan_to_num(7), before[n].nan_to_num(7)) for n, p in model.named_parameters())
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+SMALL = """--train_rows=16 --test_rows=2 --epochs=2.5 --batch=8 --max_new_tokens=4 --max_length=128
+--eval_every=3 --save_every=2 --print_every=1 --device=cpu --lr=1e-3""".split()
+
+
+def go(out, *args):
+    train_ift.main([*SMALL, f"--out_dir={out}", *map(str, args)])
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    timings = ("timing_s/", "train_s", "tokens_per_s")
+    return [{k: v for k, v in line.items() if not k.startswith(timings)} for line in lines]
+
+
+def outcome(out):
+    """All that a run leaves: metrics, samples, weights and the optimiser's state."""
+    files = [*sorted(Path(out).glob("resume/*.safetensors")), Path(out) / "model/model.safetensors"]
+    kept = {f.name: {k: v.numpy().tobytes() for k, v in load_file(f).items()} for f in files}
+    kept["step"] = json.loads((Path(out) / "resume/state.json").read_text())["step"]
+    return kept | {"metrics": metrics(out), "samples": (Path(out) / "samples.jsonl").read_text()}
+
+
+@pytest.fixture
+def pairs_args(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{a} + 3 = ", "chosen": f"{a + 3}", "rejected": f"{a + 4} or so"} for a in range(16)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return ["--task=", f"--data_path={path}", f"--model={ROOT / 'data/tiny/countdown'}"]
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "dft"])
+def test_every_loss_runs_and_falls(loss, tmp_path, pairs_args):
+    args = [*(pairs_args if loss in OF_PAIRS else []), "--lr=1e-4"]
+    if loss == "ipo":  # its squares are steep
+        args += ["--grad_clip=0.1", "--lr=1e-5"]
+    go(tmp_path / "a", f"--loss={loss}", *args)
+    lines = metrics(tmp_path / "a")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 3, 5]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [line.get("lambda") for line in steps] == [0.2 if loss == "ift" else None] * 5
+    Transformer.from_pretrained(tmp_path / "a/model")
+
+
+def test_steps_are_as_many_as_given_or_as_the_epochs_have(tmp_path):
+    runs = {"epochs": [], "steps": ["--steps=3"], "both": ["--steps=3", "--epochs=9"]}
+    for name, args in runs.items():
+        go(tmp_path / name, "--loss=sft", "--lr_schedule=linear", *args)
+    rates = {name: [m["lr"] for m in metrics(tmp_path / name) if "lr" in m] for name in runs}
+    assert rates["epochs"] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])  # 2.5 x 16 rows in batches of 8
+    assert rates["steps"] == rates["both"] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        go(tmp_path / name, "--loss=ift", f"--seed={seed}", "--own=sampled", "--lam_disturb=0.5")
+    a, b, c = (outcome(tmp_path / name) for name in "abc")
+    assert a == b and a["metrics"] != c["metrics"] and a["model.safetensors"] != c["model.safetensors"]
+
+
+def watch_updates(monkeypatch, before=lambda count, run: None):
+    """The residual of every optimiser step; before(count, run) is called before each."""
+    seen = []
+
+    def watching(run, batch, method, residual, cfg):
+        seen.append(residual)
+        before(len(seen), run)
+        return update(run, batch, method, residual, cfg)
+
+    monkeypatch.setattr(train_ift, "update", watching)
+    return seen
+
+
+def test_every_step_has_its_own_lambda_and_its_own_draws(tmp_path, monkeypatch):
+    seen = watch_updates(monkeypatch)
+    linear = ["--loss=ift", "--lam_schedule=linear", "--lam_low=0.1", "--lam=0.4", "--warmup_ratio=0.6"]
+    go(tmp_path / "a", *linear)
+    assert [r.lam for r in seen] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    seen.clear()
+    go(tmp_path / "b", *linear, "--lam_disturb=0.5", "--seed=1")
+    assert len({r.lam for r in seen}) == len({r.seed for r in seen}) == 5
+    logged = [line["lambda"] for line in metrics(tmp_path / "b") if "lambda" in line]
+    assert logged == [r.lam for r in seen]
+
+
+def interrupt(call):
+    """Ctrl-C at the `call`-th optimiser step."""
+
+    def before(count, run):
+        if count == call:
+            raise KeyboardInterrupt
+
+    return before
+
+
+@pytest.mark.parametrize(
+    ("knobs", "call"),
+    [
+        ("--loss=ift --own=sampled --lam_schedule=linear --warmup_ratio=0.6 --lam_disturb=0.3", 4),
+        ("--loss=ift --optimizer=rmsprop --lr_schedule=linear --seed=3", 4),
+        ("--loss=dpo", 4),
+        ("--loss=sft,ift", 4),  # in the first
+        ("--loss=sft,ift", 9),  # in the second
+    ],
+)
+def test_resuming_equals_the_uninterrupted_run(knobs, call, tmp_path, monkeypatch, pairs_args, capsys):
+    """After a checkpoint at step 2."""
+    losses = knobs.split()[0].removeprefix("--loss=").split(",")
+    args = [*knobs.split(), *(pairs_args if losses == ["dpo"] else [])]
+    go(tmp_path / "whole", *args)
+    table = capsys.readouterr().out.splitlines()[-len(losses) :]
+    with monkeypatch.context() as m:
+        watch_updates(m, interrupt(call))
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "cut", *args, "--resume=auto")  # auto begins where there is no checkpoint
+    go(tmp_path / "cut", *args, "--resume=true" if call == 4 else "--resume=auto")
+    for folder in losses if len(losses) > 1 else [""]:
+        assert outcome(tmp_path / "cut" / folder) == outcome(tmp_path / "whole" / folder)
+    again = capsys.readouterr().out.splitlines()[-len(losses) :]
+    assert [line.split()[:-1] for line in again] == [line.split()[:-1] for line in table]  # but the seconds
+
+
+def test_rows_with_predictions_losses_and_weights_are_written(tmp_path):
+    """Two rows of every sample_every-th step, before it is taken; the answers of the last validation."""
+    go(tmp_path, "--loss=ift", "--lam=0", "--gamma=0", "--sample_every=2")
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    rows = [r for r in records if r["kind"] == "row"]
+    assert [r["step"] for r in rows] == [1, 1, 3, 3, 5, 5]
+    assert [r["step"] for r in records if r["kind"] == "answer"] == [5, 5]
+    for row in rows:
+        given = [token[0] for token in row["tokens"] if token[2] is None]
+        targets = [token[1:] for token in row["tokens"] if token[2] is not None]
+        assert given and len(targets) > 1 and row["tokens"][-1][2] is not None
+        mean = sum(nll for _, nll, _ in targets) / len(targets)  # weights by the token's own loss
+        assert [w for *_, w in targets] == pytest.approx([nll / mean for _, nll, _ in targets], abs=0.01)
+        assert all(isinstance(own, str) for own, *_ in targets)
+
+
+# ---- variants ----------------------------------------------------------------------------------------------
+
+MINE = '''"""SFT to the power."""
+
+from dataclasses import dataclass
+
+import train_ift
+from infra.config import Positive
+
+
+@dataclass
+class Config(train_ift.Config):
+    """With a knob of its own."""
+
+    power: Positive = 0.5  # exponent of the probability
+
+
+def token_loss(nll, cfg):
+    return (-cfg.power * nll.detach()).exp() * nll
+
+
+LOSS = train_ift.LOSSES["sft"]._replace(token_loss=token_loss)
+'''
+
+
+def test_dft_by_hand():
+    """Each token's loss times its probability, without gradient through that (arXiv 2508.05629, eq. 9)."""
+    method, config = train_ift.find_loss("dft")
+    nll = torch.tensor([0.5, 2.0, 3.0, 0.0], requires_grad=True)
+    losses = method.token_loss(nll, config())
+    losses.sum().backward()
+    torch.testing.assert_close(losses, nll * (-nll).exp())
+    torch.testing.assert_close(nll.grad, (-nll.detach()).exp())
+
+
+def test_a_file_is_a_loss_with_knobs_of_its_own(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    for name, args in {"dft": ["--loss=dft"], "one": [f"--loss={path}", "--power=1"]}.items():
+        go(tmp_path / name, *args)
+    dft, one = outcome(tmp_path / "dft"), outcome(tmp_path / "one")
+    assert dft["metrics"] == one["metrics"] and dft["model.safetensors"] == one["model.safetensors"]
+    go(tmp_path / "half", f"--loss={path}")
+    assert metrics(tmp_path / "half") != one["metrics"]
+    assert "power = 0.5\n" in (tmp_path / "half/config.toml").read_text()
+    capsys.readouterr()
+    for args, wanted in (([], "  dft          DFT, "), ([f"--loss={path}"], "--power=0.5")):
+        with pytest.raises(SystemExit) as e:
+            train_ift.main([*args, "--help"])
+        assert e.value.code == 0 and wanted in capsys.readouterr().out
+    another = tmp_path / "another.py"
+    another.write_text(MINE)
+    both = f"--loss={path},{another}"
+    out = f"--out_dir={tmp_path / 'out'}"
+    assert "power = -1.0: must be above 0" in refused(capsys, monkeypatch, f"--loss={path}", "--power=-1")
+    assert "unknown knob 'power'" in refused(capsys, monkeypatch, "--loss=dft", "--power=1")
+    assert "knobs of their own one at a time" in refused(capsys, monkeypatch, out, both)
+
+
+def test_beside_another_loss_a_file_has_a_folder_in_out_dir(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    go(tmp_path / "out", f"--loss=sft,{path}", "--steps=1")
+    assert len(list((tmp_path / "out").glob("*/model"))) == 2
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+def refused(capsys, monkeypatch, *args):
+    """The one line of a refusal with exit code 2."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["train_ift.py", *SMALL, *map(str, args)])
+    with pytest.raises(SystemExit) as e:
+        run_script(train_ift.main)
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("args", "wanted"),
+    [
+        ("--loss=itf", "is not one of sft, ift, dpo, ipo, tdpo, orpo, simpo, dft, nor a FILE.py"),
+        ("--loss=", "loss"),
+        ("--loss", "--loss needs a value"),
+        ("--loss=sft,kto", "'kto'"),
+        ("--loss=sft,sft", "must name each method once"),
+        ("--loss=nowhere/mine.py", "there is no file nowhere/mine.py"),
+        ("--loss=dpo", "dpo needs pairs: --task= --data_path=FILE"),
+        ("--loss=sft,simpo", "simpo needs pairs"),
+        ("--task=", "data_path"),
+        ("--task= --data_path=rows.jsonl", "model"),
+        ("--task= --data_path=nowhere.jsonl --model=data/tiny/countdown", "nowhere.jsonl"),
+        ("--task=chess", "countdown"),
+        ("--gama=0.9", "the nearest is 'gamma'"),
+        ("--gamma=1.5", "gamma = 1.5: must be from 0 to 1"),
+        ("--side=left", "side=left is now --side=later"),
+        ("--side=right", "side=right is now --side=earlier"),
+        ("--quantity=los", "the nearest is 'loss'"),
+        ("--quantity=logps", "quantity = 'logps': is the same as loss with norm = L1"),
+        ("--quantity=logps --norm=L2", "quantity = 'logps': is the same as loss with norm = L2"),
+        ("--token_budget=4", "token_budget = 4: must be >= "),
+        ("--max_length=2", "no row is left"),
+        ("--model=/nowhere/model", "/nowhere/model"),
+        ("--resume=true", "has no checkpoint to resume from"),
+        ("--lr", "--lr needs a value"),
+        ("--steps=-1", "steps = -1: must be >= 0"),
+    ],
+)
+def test_bad_knobs(args, wanted, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert wanted in refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", *args.split())
+
+
+def test_runs_that_cannot_go_on_are_refused(tmp_path, capsys, monkeypatch):
+    """Rows that are no pairs; a run that is there already; other knobs than those it was begun with."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "2 + 3 = ", "completion": "5"}\n' * 3)
+    args = ["--loss=orpo", "--task=", f"--data_path={path}", f"--model={ROOT / 'data/tiny/countdown'}"]
+    err = refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'orpo'}", *args)
+    assert "rows.jsonl row 0: this loss needs pairs" in err
+    out = f"--out_dir={tmp_path / 'out'}"
+    go(tmp_path / "out", "--loss=sft")
+    assert "holds a run already" in refused(capsys, monkeypatch, out, "--loss=sft")
+    assert "gamma" in refused(capsys, monkeypatch, out, "--loss=sft", "--resume=true", "--gamma=0.5")
+    command = [sys.executable, str(ROOT / "train_ift.py"), out, "--gama=1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+
+
+def test_divergence_stops_with_one_line_and_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    def spoil(count, run):
+        if count == 3:
+            with torch.no_grad():
+                run.model.model.norm.weight[0] = math.nan
+
+    watch_updates(monkeypatch, spoil)
+    assert "step 3" in refused(capsys, monkeypatch, f"--out_dir={tmp_path}", "--loss=ift")
+    assert json.loads((tmp_path / "resume/state.json").read_text())["step"] == 2
