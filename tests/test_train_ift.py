@@ -7,7 +7,6 @@ Where ours departs on purpose the test says so: an example without a target or w
 import copy
 import json
 import math
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,24 +14,35 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from examples import (
+    COUNTDOWN,
+    CPU,
+    assert_same,
+    gradients,
+    metrics,
+    pairs_flags,
+    residual,
+    rows_of,
+    some_examples,
+    some_pairs,
+    states_of,
+    take_step,
+    tiny,
+)
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as plain_head
 import train_ift
 from data.chat import Example
 from fast import head as fast_head
-from fast import prefix as fast_prefix
 from fast.compiled import compile_blocks
 from infra.config import UserError, run_script
-from infra.training import ROOT, Run
+from infra.training import ROOT
 from model import Transformer
 from train_ift import LOSSES, Config, ift_loss, propagation_knobs, propagation_weights, update
 from variants import pairs
 
 HERE = Path(__file__).parent / "vectors/ift"
-MODELS = HERE.parent / "uft/models"
-CPU = torch.device("cpu")
 OF_PAIRS = [name for name, method in LOSSES.items() if method.pair_loss]
 SIDES = {"left": "later", "right": "earlier"}
 NORMS = ("L1", "L2", "softmax", "log")
@@ -358,38 +368,6 @@ def test_log1mexp_near_0_and_far(dtype):
 # ---- end to end on the tiny models -------------------------------------------------------------------------
 
 
-def tiny(kind="llama"):
-    return Transformer.from_pretrained(MODELS / f"tiny_{kind}")
-
-
-def rows_of(examples):
-    return train_ift.to_rows(examples, range(len(examples)), CPU)
-
-
-def residual(cfg, lam=None, seed=0):
-    head = fast_head if cfg.fast else plain_head
-    return train_ift.Residual(cfg.lam if lam is None else lam, cfg.own, cfg.train_embedding, seed, head)
-
-
-def states_of(model, rows, cfg, lam=None):
-    """The states after both passes, as train_ift.examples_loss() asks for them."""
-    ift_states = fast_prefix.ift_states if cfg.fast else train_ift.ift_states
-    return ift_states(model, rows, residual(cfg, lam))
-
-
-def step(loss, model, batch, cfg, optimizer, lam=0.3, reference=None, seed=5):
-    """The metrics of update()."""
-    run = Run(None, None, CPU, None, model, model, reference, optimizer)
-    method = LOSSES[loss]
-    return update(run, batch, method, residual(cfg, lam, seed) if method.residual else None, cfg)
-
-
-def gradients(loss, model, batch, lam=0.3, reference=None, **knobs):
-    cfg, still = Config(grad_clip=1e9, **knobs), torch.optim.SGD(model.parameters(), lr=0.0)
-    metrics = step(loss, model, batch, cfg, still, lam, reference)
-    return metrics, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def published_examples(kind):
     t = of(E2E_T, f"{kind}/in")
     mask = (t["labels"] != -100).int()
@@ -484,23 +462,6 @@ def test_both_passes_have_the_published_inputs(kind, fast, monkeypatch):
 # ---- identities --------------------------------------------------------------------------------------------
 
 
-def some_examples(n=6, seed=0):
-    """Ragged rows, some with two turns; id 0, the padding, is among prompts and targets."""
-    rng, examples = random.Random(seed), []
-    for _ in range(n):
-        ids, mask = [], []
-        for _ in range(rng.randint(1, 2)):
-            for is_target, k in ((0, rng.randint(1, 6)), (1, rng.randint(1, 9))):
-                ids += [rng.choice([0, *range(97)]) for _ in range(k)]
-                mask += [is_target] * k
-        examples.append(Example(ids, mask, False, 0))
-    return examples
-
-
-def some_pairs(n=5):
-    return list(zip(some_examples(n, 1), some_examples(n, 2), strict=True))
-
-
 def other(model):
     model = copy.deepcopy(model).requires_grad_(False)
     with torch.no_grad():
@@ -512,14 +473,6 @@ def other(model):
 def batch_for(loss, model):
     """Examples, or pairs of them and a reference."""
     return (some_pairs(), other(model)) if loss in OF_PAIRS else (some_examples(), None)
-
-
-def assert_same(a, b, tolerance):
-    """Gradients agree within `tolerance` of the largest tensor's norm."""
-    scale = max(g.norm() for g in b.values())
-    assert a.keys() == b.keys()
-    for name in b:
-        assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
 
 
 @pytest.mark.slow
@@ -676,9 +629,7 @@ def test_a_row_without_target_is_0_and_moves_nothing(loss, fast):
 @pytest.mark.parametrize("embedding", [True, False])
 def test_neither_sharing_the_prompt_nor_chunks_change_anything(kind, embedding, monkeypatch):
     """Against two whole passes and autograd: all examples at once, one a chunk, too long ones, and plain."""
-    model, batch = tiny("llama" if kind == "window" else kind), some_examples(12)
-    if kind == "window":
-        model.config.model_type, model.config.extra["sliding_window"] = "mistral", 3
+    model, batch = tiny(kind), some_examples(12)
     ids, mask, _ = rows_of(batch)
     table = model.model.embed_tokens.weight if embedding else model.model.embed_tokens.weight.detach()
     own = torch.zeros_like(ids)
@@ -759,7 +710,7 @@ def test_a_nan_is_refused_before_the_update(loss):
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer, (batch, reference) = torch.optim.AdamW(model.parameters()), batch_for(loss, model)
     with pytest.raises(UserError, match="nan.*: not updated") as e:
-        step(loss, model, batch, Config(), optimizer, reference=reference)
+        take_step(loss, model, batch, Config(), optimizer, reference=reference)
     assert "\n" not in str(e.value)
     assert all(torch.equal(p.nan_to_num(7), before[n].nan_to_num(7)) for n, p in model.named_parameters())
 
@@ -774,12 +725,6 @@ def go(out, *args):
     train_ift.main([*SMALL, f"--out_dir={out}", *map(str, args)])
 
 
-def metrics(out):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    timings = ("timing_s/", "train_s", "tokens_per_s")
-    return [{k: v for k, v in line.items() if not k.startswith(timings)} for line in lines]
-
-
 def outcome(out):
     """All that a run leaves: metrics, samples, weights and the optimiser's state."""
     files = [*sorted(Path(out).glob("resume/*.safetensors")), Path(out) / "model/model.safetensors"]
@@ -788,17 +733,9 @@ def outcome(out):
     return kept | {"metrics": metrics(out), "samples": (Path(out) / "samples.jsonl").read_text()}
 
 
-@pytest.fixture
-def pairs_args(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"{a} + 3 = ", "chosen": f"{a + 3}", "rejected": f"{a + 4} or so"} for a in range(16)]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return ["--task=", f"--data_path={path}", f"--model={ROOT / 'data/tiny/countdown'}"]
-
-
 @pytest.mark.parametrize("loss", [*LOSSES, "dft"])
-def test_every_loss_runs_and_falls(loss, tmp_path, pairs_args):
-    args = [*(pairs_args if loss in OF_PAIRS else []), "--lr=1e-4"]
+def test_every_loss_runs_and_falls(loss, tmp_path):
+    args = [*(pairs_flags(tmp_path) if loss in OF_PAIRS else []), "--lr=1e-4"]
     if loss == "ipo":  # its squares are steep
         args += ["--grad_clip=0.1", "--lr=1e-5"]
     go(tmp_path / "a", f"--loss={loss}", *args)
@@ -873,10 +810,10 @@ def interrupt(call):
         ("--loss=sft,ift", 9),  # in the second
     ],
 )
-def test_resuming_equals_the_uninterrupted_run(knobs, call, tmp_path, monkeypatch, pairs_args, capsys):
+def test_resuming_equals_the_uninterrupted_run(knobs, call, tmp_path, monkeypatch, capsys):
     """After a checkpoint at step 2."""
     losses = knobs.split()[0].removeprefix("--loss=").split(",")
-    args = [*knobs.split(), *(pairs_args if losses == ["dpo"] else [])]
+    args = [*knobs.split(), *(pairs_flags(tmp_path) if losses == ["dpo"] else [])]
     go(tmp_path / "whole", *args)
     table = capsys.readouterr().out.splitlines()[-len(losses) :]
     with monkeypatch.context() as m:
@@ -1026,7 +963,7 @@ def test_runs_that_cannot_go_on_are_refused(tmp_path, capsys, monkeypatch):
     """Rows that are no pairs; a run that is there already; other knobs than those it was begun with."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "2 + 3 = ", "completion": "5"}\n' * 3)
-    args = ["--loss=orpo", "--task=", f"--data_path={path}", f"--model={ROOT / 'data/tiny/countdown'}"]
+    args = ["--loss=orpo", "--task=", f"--data_path={path}", f"--model={COUNTDOWN}"]
     err = refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'orpo'}", *args)
     assert "rows.jsonl row 0: this loss needs pairs" in err
     out = f"--out_dir={tmp_path / 'out'}"
