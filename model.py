@@ -100,8 +100,7 @@ class RMSNorm(nn.Module):
         if self.offset:  # Gemma; in float32, since 1 + weight would round small weights away in bfloat16
             scale = self.offset + self.weight.float()
             return F.rms_norm(x.float(), self.weight.shape, scale, self.eps).to(x.dtype)
-        rows = x.unflatten(-1, (-1, *self.weight.shape))  # of a head's size, for queries and keys
-        return F.rms_norm(rows, self.weight.shape, self.weight.to(x.dtype), self.eps).flatten(-2)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -177,8 +176,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
-        if config.family.qk_norm:
-            whole = config.family.qk_norm == "projection"
+        self.qk_norm = config.family.qk_norm
+        if self.qk_norm:
+            whole = self.qk_norm == "projection"
             self.q_norm = RMSNorm(config.num_attention_heads * d if whole else d, config)
             self.k_norm = RMSNorm(config.num_key_value_heads * d if whole else d, config)
 
@@ -186,11 +186,13 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         x = autocast_input(x)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if hasattr(self, "q_norm"):
+        if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k = autocast_input(q), autocast_input(k)

@@ -214,7 +214,7 @@ def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
 
 def grpo_advantages(groups, cfg):
     for group in groups:
-        rewards = torch.tensor([[t.reward for t in group]])
+        rewards = torch.tensor([[float(t.reward) for t in group]])
         (advantages,) = group_advantages(rewards, cfg.adv_norm).tolist()
         for t, advantage in zip(group, advantages, strict=True):
             t.advantage = advantage

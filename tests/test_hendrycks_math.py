@@ -6,6 +6,7 @@ folder with uft/reward_math.jsonl) switch on the tests over the published rows a
 
 import json
 import os
+import random
 import time
 from pathlib import Path
 
@@ -398,6 +399,15 @@ def test_any_text_gets_a_verdict_and_is_equal_to_itself(text):
     block = answer_block(text)
     if block is not None and len(block[1]) <= 2000:
         assert score(text, {"target": block[1]}) == (1.0, "right")
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_random_answers():
+    rng, letters = random.Random(0), [chr(c) for c in range(32, 0x3000)]
+    for i in range(100_000):
+        pieces = PIECES if i % 4 else letters
+        text = "".join(rng.choice(pieces) for _ in range(rng.choice((3, 6, 10, 20, 40, 80))))
+        assert judge(text, "8")[1] in ("right", "wrong", "malformed", "no answer")
 
 
 # ---- rows ----------------------------------------------------------------------------------------
