@@ -1,11 +1,9 @@
-"""The plain path and the fast one give the same: rows, both passes of IFT, whole runs of both trainers.
+"""The plain path and the fast one give the same: rows of train_uft.py, and whole runs of all its methods.
 
-The pairs of model.py and fast/head.py are in test_head.py, the two samplers in test_sampler.py."""
+test_paths_ift.py has those of train_ift.py; the pairs of model.py and fast/head.py are in test_head.py, the two
+samplers in test_sampler.py."""
 
-import json
-import random
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +11,23 @@ import torch
 from safetensors.torch import load_file
 
 import data.countdown
-import model as plain_head
-import train_ift
 import train_uft
-from data.chat import Example
-from fast import head as fast_head
-from fast import packing, prefix
+from fast import packing
 from infra.training import ROOT
 from model import Block, ModelConfig
-from sampler import uniform
-from trajectories import CPU, KINDS, VARIANTS, answer, assert_close, some_groups, tiny, weighed
-from trajectories import read as read_lines
+from trajectories import (
+    CPU,
+    KINDS,
+    VARIANTS,
+    answer,
+    assert_close,
+    metrics,
+    read,
+    some_groups,
+    steps,
+    tiny,
+    weighed,
+)
 
 each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
 
@@ -164,100 +168,17 @@ def test_a_mask_is_converted_once_for_all_layers(monkeypatch):
     assert torch.equal(seen[0] == 0, where.mask)
 
 
-# ---- the two passes of IFT ---------------------------------------------------------------------------------
-
-
-def some_rows(name, seed=0):
-    """(ids, mask) of ragged rows whose first target comes at `starts`, followed by a second turn in some."""
-    starts = {
-        "ragged": [1, 7, 3, 5, 2],
-        "one without a prompt": [0, 6, 4],
-        "none has a prompt": [0, 0, 1],
-        "one without a target": [4, None, 2],
-        "a single row": [6],
-    }[name]
-    rng, examples = random.Random(seed), []
-    for i, start in enumerate(starts):
-        mask = [0] * 5 if start is None else [0] * start + [1] * rng.randint(2, 8)
-        if i % 2 and start is not None:
-            mask += [0] * rng.randint(1, 4) + [1] * rng.randint(1, 5)
-        examples.append(Example([rng.choice([0, *range(97)]) for _ in mask], mask, False, 0))
-    return train_ift.to_rows(examples, CPU)
-
-
-CASES = ["ragged", "one without a prompt", "none has a prompt", "one without a target", "a single row"]
-
-
-@each_kind
-@pytest.mark.parametrize("own", ["argmax", "sampled", "soft"])
-@pytest.mark.parametrize("train_embedding", [True, False], ids=["trained embedding", "fixed embedding"])
-@pytest.mark.parametrize("case", CASES)
-def test_both_passes_are_the_same_with_the_prompts_run_once(case, train_embedding, own, kind):
-    model, (ids, mask) = tiny(kind), some_rows(case)
-    u = uniform(1, *mask.nonzero().T)
-    torch.manual_seed(0)
-    weights, results = torch.randn(int(mask.sum()), model.config.hidden_size), []
-    twins = (prefix.ift_states, fast_head), (train_ift.ift_states, plain_head)
-    for ift_states, head in twins:
-        predict = partial(train_ift.own_embeddings, model, own, u, head)
-        states = ift_states(model, ids, mask, 0.3, predict, train_embedding)
-        grads = with_gradients(model, (states * weights).sum())
-        results.append({"states": states.detach()} | grads)
-    assert_same(*results)
-    table = results[1]["model.embed_tokens.weight"]
-    assert bool(table.any()) == train_embedding
-
-
-@pytest.mark.parametrize("own", ["argmax", "soft"])
-def test_the_two_passes_share_nothing_but_what_they_should(own):
-    """lambda = 0 is one pass over the data; another lambda is not."""
-    model, (ids, mask) = tiny("llama"), some_rows("ragged")
-    wanted = train_ift.target_states(model, ids, mask)
-    for ift_states, head in ((prefix.ift_states, fast_head), (train_ift.ift_states, plain_head)):
-        predict = partial(train_ift.own_embeddings, model, own, None, head)
-        assert_same({"": ift_states(model, ids, mask, 0.0, predict)}, {"": wanted})
-        assert (ift_states(model, ids, mask, 0.5, predict) - wanted).abs().max() > 0.05
-
-
-def test_soft_predictions_train_the_embedding_as_autograd_does():
-    """E[y] = p E, p without gradient, in a pass written down again one row at a time."""
-    model, (ids, mask), lam = tiny("qwen2"), some_rows("ragged"), 0.4
-    table, losses = model.model.embed_tokens.weight, []
-    for row, targets in zip(ids, mask, strict=True):
-        p = model(row[None])[0].softmax(-1).detach()
-        own = torch.cat((torch.zeros(1, table.shape[1]), (p @ table)[:-1]))
-        mixed = torch.where(targets[:, None], (1 - lam) * table[row] + lam * own, table[row])
-        logp = model(inputs_embeds=mixed[None])[0].log_softmax(-1)
-        losses += [-logp[t - 1, row[t]] for t in targets.nonzero()[:, 0].tolist()]
-    wanted = with_gradients(model, torch.stack(losses).mean())
-    for fast in (True, False):
-        cfg = train_ift.Config(own="soft", gamma=0.0, fast=fast)
-        share = mask.sum(1) / mask.sum()
-        loss = train_ift.LOSSES["ift"]
-        value, _ = train_ift.supervised_loss(loss, model, ids, mask, share, lam, cfg)
-        assert value.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
-        assert_same(with_gradients(model, value), wanted)
-
-
 # ---- whole runs --------------------------------------------------------------------------------------------
 
-TIMES = ("timing_s/", "train_s", "tokens_per_s")
-
-
-def read(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
-
-
-def assert_same_runs(main, args, tmp_path):
+def assert_same_runs(args, tmp_path):
     """All metrics within 1e-4, the same texts, and weights that moved to nearly the same place."""
     for name in ("fast", "plain"):
-        main([*args, f"--out_dir={tmp_path / name}", f"--fast={'true' if name == 'fast' else 'false'}"])
-    fast, plain = read(tmp_path / "fast"), read(tmp_path / "plain")
+        train_uft.main([*args, f"--out_dir={tmp_path / name}", f"--fast={name == 'fast'}"])
+    fast, plain = metrics(tmp_path / "fast"), metrics(tmp_path / "plain")
     assert len(fast) == len(plain) > 3
     for a, b in zip(fast, plain, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
-    assert_close(*(read_lines(tmp_path / name / "samples.jsonl") for name in ("fast", "plain")), 2e-3)
+    assert_close(*(read(tmp_path / name / "samples.jsonl") for name in ("fast", "plain")), 2e-3)
     a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("fast", "plain"))
     base = load_file(ROOT / "data/tiny/countdown/model.safetensors")
     for name in base:
@@ -336,39 +257,10 @@ WHAT_THEY_HAVE = {  # kinds of trajectories in a run; of others, either kind may
 def test_uft_is_the_same_fast_and_plain(knobs, tmp_path, checked):
     algo = knobs.split()[0].removeprefix("--algo=")
     more = {"relift": "--relift_buffer=2", "published": "--token_budget=200"}.get(algo, "--steps=3")
-    assert_same_runs(train_uft.main, [*UFT, more, *knobs.split()], tmp_path)
-    steps = [m for m in read(tmp_path / "plain") if "lr" in m]
-    assert len(steps) == {"sft": 2, "sft-rft": 5}.get(algo, 3)
+    assert_same_runs([*UFT, more, *knobs.split()], tmp_path)
+    done = steps(tmp_path / "plain")
+    assert len(done) == {"sft": 2, "sft-rft": 5}.get(algo, 3)
     assert checked["trajectories"] >= 16
     assert checked["kinds"] == WHAT_THEY_HAVE.get(algo, checked["kinds"])
     if algo not in ("sft", "psft"):
-        assert any(m.get("dead_groups", 1) < 1 for m in steps)
-
-
-IFT = """--train_rows=40 --test_rows=4 --epochs=1 --batch=8 --max_new_tokens=4 --max_length=128 --eval_every=4
---save_every=100 --show=1 --device=cpu --lr=2e-4 --token_budget=400""".split()
-LOSSES = [
-    *(f"--loss={name}" for name in train_ift.LOSSES),
-    "--loss=ift --gamma=0",
-    "--loss=ift --gamma=0.5 --quantity=mask --norm=L2",
-    "--loss=ift --quantity=logps --side=right --norm=log",
-    "--loss=ift --norm=softmax --average=token",
-    "--loss=ift --own=sampled --lam=0.5 --lam_schedule=linear",
-    "--loss=ift --own=soft --train_embedding=false",
-    "--loss=sft --average=token --optimizer=rmsprop",
-    "--loss=dpo --label_smoothing=0.1 --beta=0.5",
-]
-
-
-@pytest.mark.parametrize("knobs", LOSSES)
-def test_ift_is_the_same_fast_and_plain(knobs, tmp_path):
-    args = [*IFT, *knobs.split()]
-    if train_ift.LOSSES[knobs.split()[0].removeprefix("--loss=")].pairs:
-        rows = [
-            {"prompt": f"{a} + 3 = ", "chosen": f"{a + 3}", "rejected": f"{a + 4} or so"} for a in range(50)
-        ]
-        path = tmp_path / "pairs.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        args += ["--task=", f"--data_path={path}", f"--model={ROOT / 'data/tiny/countdown'}"]
-    assert_same_runs(train_ift.main, args, tmp_path)
-    assert len([m for m in read(tmp_path / "plain") if "lr" in m]) == 5
+        assert any(m.get("dead_groups", 1) < 1 for m in done)

@@ -95,9 +95,9 @@ def with_advantages(groups, advantage):
     return [[replace(t, advantage=advantage) for t in group] for group in groups]
 
 
-def weighed(groups, method=METHODS["uft"], coef=0.5, **knobs):
+def weighed(groups, method=METHODS["uft"], coef=0.5, config=Config, **knobs):
     groups = copies(groups)
-    train_uft.weigh(groups, method, coef, Config(**knobs))
+    train_uft.weigh(groups, method, coef, config(**knobs))
     return groups
 
 
