@@ -609,6 +609,7 @@ def config_class(given: dict) -> type:
     return next(iter(own), Config)
 
 
+@training.leave_as_found
 def main(argv: Sequence[str]) -> None:
     """Train every method of the knob `loss`."""
     help = config.usage(__doc__, "loss", ROOT / "variants", "LOSS")

@@ -785,6 +785,7 @@ def find(algo: str) -> tuple[Method, type]:
     return method, getattr(module, "Config", Config)
 
 
+@training.leave_as_found
 def main(argv: Sequence[str]) -> None:
     # Configuration, model, data, optimiser; from out_dir/resume if the run continues.
     help = config.usage(__doc__, "algo", ROOT / "variants", "METHOD")

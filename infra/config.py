@@ -48,10 +48,10 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
     Other exceptions keep their traceback.
     """
-    # A character that the console cannot show must not end the run.
+    # A character that the console cannot show must not end the run, and a line is there once it is printed.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
     except UserError as e:
@@ -216,6 +216,7 @@ def _as_type(key: str, value: Any, kind: Any, where: str) -> Any:
         if kind is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
         if kind is str and isinstance(value, str):
+            value = os.path.expandvars(value)
             return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
         if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4000}", value):
             return int(value)
