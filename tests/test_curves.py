@@ -13,6 +13,7 @@ from experiments import plot
 from experiments.plot import BY_HINT, PANELS, LoggedRun, all_curves, curve, read_run
 from infra import log
 from infra.config import UserError
+from trajectories import answer
 
 PANEL = {p.key: p for p in PANELS}
 UFT = (
@@ -87,10 +88,13 @@ def test_panels_without_data_are_left_out():
 
 
 def test_rollout_metrics_have_the_success_by_hint_length():
-    groups = [train_uft.Group([1], [], [train_uft.Completion([2], [0.0], True)] * 2) for _ in range(4)]
-    rewards = torch.tensor([[1.0, 0.1], [1.0, 1.0], [0.0, 0.1], [1.0, 1.0]])
-    problems = [SimpleNamespace(segments=5)] * 4
-    metrics = train_uft.rollout_metrics(groups, rewards, [0, 3, 0, 5], problems)
+    rewards, shown = [[1.0, 0.1], [1.0, 1.0], [0.0, 0.1], [1.0, 1.0]], [0, 3, 0, 5]
+    groups = [
+        [answer([1], [], [2], reward=r, shown=k) for r in group]
+        for group, k in zip(rewards, shown, strict=True)
+    ]
+    groups.append([answer([1], [2, 3], [], shown=5)])  # a demonstration, of which nothing was sampled
+    metrics = train_uft.rollout_metrics(groups, SimpleNamespace(problems=[SimpleNamespace(segments=5)]))
     by_hint = {k: v for k, v in metrics.items() if k.startswith(BY_HINT)}
     assert by_hint == {"solved/hint_0": 0.25, "solved/hint_3": 1.0, "solved/hint_5": 1.0}
     assert metrics["solved"] == 0.625

@@ -268,13 +268,10 @@ def test_frozen_weights_are_bfloat16_where_that_is_the_arithmetic(tmp_path, monk
 def test_the_samplers_weights_take_no_memory_between_rollouts(tmp_path, monkeypatch):
     seen, update = [], train_uft.update
 
-    def watching(*args):
-        run = runs[0]
-        seen.append(run.sampler is not run.model and run.sampler.head_weight.is_meta)
-        return update(*args)
+    def watching(run, *rest):
+        seen.append(run.rollout_model is not run.model and run.rollout_model.head_weight.is_meta)
+        return update(run, *rest)
 
-    runs, set_up = [], train_uft.set_up
-    monkeypatch.setattr(train_uft, "set_up", lambda *args: runs.append(set_up(*args)) or runs[0])
     monkeypatch.setattr(train_uft, "update", watching)
     train_uft.main([*UFT, f"--out_dir={tmp_path}"])
     assert seen and all(seen)

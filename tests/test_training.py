@@ -215,7 +215,7 @@ def test_signals_are_remembered_until_the_step_ends(capsys):
 
 UFT = (
     "train_uft.py --steps=6 --problems=4 --mini_batch=2 --rollouts=2 --max_new_tokens=20 --train_rows=12"
-    " --test_rows=5 --hint_steps=4 --hint=target --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
+    " --test_rows=5 --hint_steps=4 --algo=target --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
     " --threads=1 --show=0"
 )
 IFT = (
