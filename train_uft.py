@@ -364,12 +364,17 @@ class Rows(NamedTuple):
     fed: Tensor  # (N,) the same: where the token itself is fed; -1 for a trajectory's last
 
 
+def per_token(value: float | Sequence, t: Trajectory) -> np.ndarray:
+    """A number of a trajectory as an array with one per token; an array as it is."""
+    return np.full(len(t.tokens), value) if np.isscalar(value) else np.asarray(value)
+
+
 def weigh(groups: list[Group], method: Method, coef: float, cfg: Config) -> None:
     """Give the tokens of an optimiser step their weights and advantages, as arrays."""
     method.token_weights(flat(groups), coef, cfg)
     for group in groups:
         for t in group:
-            t.advantage = np.broadcast_to(np.asarray(t.advantage, float), len(t.tokens))
+            t.advantage = per_token(t.advantage, t)
         share_given(group)
 
 
@@ -382,9 +387,8 @@ def share_given(group: Group) -> None:
     n = len(os.path.commonprefix(given)) if len(group) > 1 else 0
     if not n:
         return
-    weights = np.stack([t.weight[:n] for t in group])
-    total, first = weights.sum(0), group[0]
-    mean = (weights * [t.advantage[:n] for t in group]).sum(0) / np.where(total, total, 1)
+    first, total = group[0], sum(t.weight[:n] for t in group)
+    mean = sum(t.weight[:n] * t.advantage[:n] for t in group) / np.where(total, total, 1)
     first.weight = np.concatenate((total, first.weight[n:]))
     first.advantage = np.concatenate((mean, first.advantage[n:]))
     for t in group[1:]:
@@ -429,8 +433,7 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
         return torch.from_numpy(x).to(dtype).to(device)
 
     def column(values: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Tensor:
-        pairs = zip(values, trajectories, strict=True)
-        parts = [np.broadcast_to(v, len(t.tokens))[t.start :] for v, t in pairs]
+        parts = [per_token(v, t)[t.start :] for v, t in zip(values, trajectories, strict=True)]
         return tensor(np.concatenate(parts), dtype)
 
     # Where they stand. A trajectory's first `shared` tokens lie in a part of the row
