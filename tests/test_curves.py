@@ -5,13 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import train_ift
 import train_uft
 from experiments import plot
 from experiments.plot import BY_HINT, PANELS, LoggedRun, all_curves, curve, read_run
-from infra import log
+from infra import log, training
 from infra.config import UserError
 from trajectories import answer
 
@@ -211,7 +210,7 @@ def metrics_of(out):
 
 
 def test_a_resumed_run_continues_on_wandb_and_ends_with_its_curve(tmp_path, monkeypatch):
-    fake, save = FakeWandb(), train_uft.save_and_stop
+    fake, save = FakeWandb(), training.save_and_stop
     monkeypatch.setitem(sys.modules, "wandb", fake)
     argv = [*UFT.split(), f"--out_dir={tmp_path / 'a'}", "--wandb=tales"]
 
@@ -221,7 +220,7 @@ def test_a_resumed_run_continues_on_wandb_and_ends_with_its_curve(tmp_path, monk
             raise KeyError("power cut")
 
     with monkeypatch.context() as m, pytest.raises(KeyError):
-        m.setattr(train_uft, "save_and_stop", fail_after_two)
+        m.setattr(training, "save_and_stop", fail_after_two)
         train_uft.main(argv)
     assert (
         fake.inits[0]["project"] == "tales" and fake.inits[0]["name"] == "a" and fake.inits[0]["id"] is None

@@ -116,7 +116,7 @@ sys.path.insert(0, {root!r})
 import {trainer} as trainer
 from infra import training
 
-save, most = trainer.save_and_stop, {stop_after}
+save, most = training.save_and_stop, {stop_after}
 
 
 def stopping(run, *args, **kw):
@@ -125,7 +125,7 @@ def stopping(run, *args, **kw):
         raise SystemExit(9)  # as if the machine failed
 
 
-trainer.save_and_stop = stopping
+training.save_and_stop = stopping
 trainer.main(sys.argv[1:])
 """
 
