@@ -23,6 +23,7 @@ from infra.training import speed_up
 from lora import add_adapters
 from model import Block, ModelConfig, Transformer
 from sampler import generate
+from trajectories import answer, take_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 VOCAB, DEVICE = 1000, "cuda"
@@ -189,8 +190,13 @@ def test_lora_steps_are_the_cpus(dtype, tolerance, compile):
     assert losses[0] == pytest.approx(losses[1], rel=tolerance) and losses[0][-1] < losses[0][0]
 
 
-def uft_groups(texts):
-    return [train_uft.Group(p, p[:3], c, [1.0, -1.0]) for p, c in zip(prompts(6), texts, strict=True)]
+def uft_update(m, optimizer, texts, cfg):
+    """A step on two completions of each prompt, of which the first three tokens are given."""
+    groups = [
+        [answer(p, p[:3], c.tokens, c.logprobs, a) for c, a in zip(pair, (1.0, -1.0), strict=True)]
+        for p, pair in zip(prompts(6), texts, strict=True)
+    ]
+    return take_step(m, groups, train_uft.METHODS["uft"], 0.1, cfg, optimizer)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -202,7 +208,7 @@ def test_attention_is_fused_everywhere(dtype):
         texts = generate(model().to(getattr(torch, dtype)), prompts(6), 2, 20, seed=1, compile=False)
         for fast in (True, False):
             cfg = train_uft.Config(token_budget=600, dtype=dtype, fast=fast)
-            train_uft.update(m, None, optimizer, uft_groups(texts), cfg, 0.1)
+            uft_update(m, optimizer, texts, cfg)
             for loss in ("sft", "ift"):
                 ift_update(m, optimizer, loss, train_ift.Config(token_budget=600, dtype=dtype, fast=fast), 0)
 
@@ -245,7 +251,7 @@ def test_fsdp_on_one_gpu_agrees_with_no_fsdp(dtype, compile, process_group):
         refresh(copied, m)
         assert all(torch.equal(a, full(b)) for a, b in zip(copied.parameters(), m.parameters(), strict=True))
         uft = train_uft.Config(token_budget=600, dtype=dtype)
-        losses.append(train_uft.update(m, None, optimizer, uft_groups(texts), uft, 0.1)["actor/loss"])
+        losses.append(uft_update(m, optimizer, texts, uft)["actor/loss"])
         results.append((losses, [full(p).detach().cpu() for p in m.parameters()]))
     tolerance = 1e-4 if dtype == "float32" else 2e-2
     assert results[0][0] == pytest.approx(results[1][0], rel=tolerance, abs=tolerance)

@@ -100,15 +100,13 @@ def test_token_loss_of_groups_that_chunks_keep_together(chunk):
     """A loss that is no sum over tokens: the square of each sequence's sum of log-probs."""
     hidden, weight, targets = tensors()
     lengths = [5, 30, 1, 34]
-    bounds = [sum(lengths[:i]) for i in range(5)]
-    chunks = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
     owner = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
 
     def loss(logp, _entropy, owner):
         return (logp.new_zeros(4).index_add(0, owner, logp) ** 2).sum() / 100
 
     assert_same(
-        lambda head, h, w: head.token_loss(h, w, targets, loss, (owner,), chunks=chunks),
+        lambda head, h, w: head.token_loss(h, w, targets, loss, (owner,), together=lengths),
         hidden,
         weight,
         atol=1e-4,

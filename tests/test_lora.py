@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import take_step
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,6 +17,7 @@ import train_uft
 from data.chat import Example
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
+from infra import training
 from infra.config import UserError
 from infra.parallel import refresh, whole_copy
 from infra.training import ROOT
@@ -122,15 +124,15 @@ def test_the_reference_is_the_starting_model_and_the_adapters_come_back():
 @pytest.mark.parametrize("name", ["dpo", "tdpo"])
 def test_a_pair_loss_has_the_same_step_with_a_separate_reference(name):
     """Adapters switched off against a second model in memory."""
-    cfg, rows = train_ift.Config(loss=(name,), task="", dtype="float32"), IDS.tolist()
-    pairs = [tuple(Example(ids, [0] * 10 + [1] * 10, False, 0) for ids in rows[:2])]
+    cfg = train_ift.Config(loss=(name,), task="", dtype="float32")
+    pairs = [tuple(Example(ids, [0] * 10 + [1] * 10, False, 0) for ids in IDS[:2].tolist())]
     gradients = []
     for separate in (True, False):
         model = small_model()
         base = Transformer.from_pretrained(TINY, torch.float32)
         reference = base if separate else lora.StartingModel(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        metrics = train_ift.update(train_ift.LOSSES[name], model, reference, optimizer, pairs, 0.0, cfg)
+        metrics = take_step(name, model, pairs, cfg, optimizer, reference=reference)
         gradients.append([p.grad for p in model.parameters() if p.requires_grad] + [metrics["loss"]])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
 
@@ -179,8 +181,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trainer, dtype, tmp_path, mon
     class Stop(Exception):
         pass
 
-    module = train_uft if trainer == "uft" else train_ift
-    save = module.save_and_stop
+    save = training.save_and_stop
 
     def stop_after_two(run, cfg, total, *rest):
         save(run, cfg, total, *rest)
@@ -188,7 +189,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trainer, dtype, tmp_path, mon
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_and_stop", stop_after_two)
+        patch.setattr(training, "save_and_stop", stop_after_two)
         with pytest.raises(Stop):
             main([*flags, f"--out_dir={tmp_path / 'parts'}"])
     main([*flags, f"--out_dir={tmp_path / 'parts'}", "--resume=true"])
@@ -214,7 +215,6 @@ def test_a_run_that_still_needs_its_starting_model_notices_a_change_of_it(rank, 
 
 
 def test_rounding_the_frozen_weights_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("infra.training.has_bfloat16", lambda device: True)
     monkeypatch.setattr("infra.parallel.has_bfloat16", lambda device: True)
     monkeypatch.setattr(train_uft, "validate", lambda *_: sys.exit(9))
     Transformer.from_pretrained(TINY, torch.bfloat16).save_pretrained(tmp_path / "exact")
@@ -257,8 +257,7 @@ def test_frozen_weights_are_bfloat16_where_that_is_the_arithmetic(tmp_path, monk
         seen.update(run.model.named_parameters())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_uft, "save_and_stop", look)
-    monkeypatch.setattr("infra.training.has_bfloat16", lambda device: True)
+    monkeypatch.setattr(training, "save_and_stop", look)
     monkeypatch.setattr("infra.parallel.has_bfloat16", lambda device: True)
     with pytest.raises(KeyboardInterrupt):
         train_uft.main([*UFT, f"--out_dir={tmp_path}"])
@@ -268,13 +267,10 @@ def test_frozen_weights_are_bfloat16_where_that_is_the_arithmetic(tmp_path, monk
 def test_the_samplers_weights_take_no_memory_between_rollouts(tmp_path, monkeypatch):
     seen, update = [], train_uft.update
 
-    def watching(*args):
-        run = runs[0]
-        seen.append(run.sampler is not run.model and run.sampler.head_weight.is_meta)
-        return update(*args)
+    def watching(run, *rest):
+        seen.append(run.rollout_model is not run.model and run.rollout_model.head_weight.is_meta)
+        return update(run, *rest)
 
-    runs, set_up = [], train_uft.set_up
-    monkeypatch.setattr(train_uft, "set_up", lambda *args: runs.append(set_up(*args)) or runs[0])
     monkeypatch.setattr(train_uft, "update", watching)
     train_uft.main([*UFT, f"--out_dir={tmp_path}"])
     assert seen and all(seen)
@@ -286,7 +282,7 @@ def test_the_samplers_weights_take_no_memory_between_rollouts(tmp_path, monkeypa
         (["--lora_rank=-1"], "lora_rank = -1: must be >= 0"),
         (["--lora_alpha=0"], "lora_alpha = 0.0: must be above 0"),
         (["--lora_alpha=64", "--lora_rank=0"], "lora_alpha = 64.0: needs a lora_rank"),
-        (["--algo=sft-rft", "--kl_coef=0.1"], "kl_coef = 0.1: with LoRA the reference is the starting model"),
+        (["--algo=sft-rft", "--kl_coef=0.1"], "kl_coef = 0.1: with LoRA must be 0 here: run sft, and then rft from its"),
     ],
 )
 def test_wrong_knobs(flags, message, tmp_path):

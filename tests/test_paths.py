@@ -1,11 +1,9 @@
-"""The plain path and the fast one give the same: rows, both passes of IFT, whole runs of both trainers.
+"""The plain path and the fast one give the same: rows of train_uft.py, and whole runs of all its methods.
 
-The pairs of model.py and fast/head.py are in test_head.py, the two samplers in test_sampler.py."""
+test_paths_ift.py has those of train_ift.py; the pairs of model.py and fast/head.py are in test_head.py, the two
+samplers in test_sampler.py."""
 
-import json
-import random
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +11,23 @@ import torch
 from safetensors.torch import load_file
 
 import data.countdown
-import model as plain_head
-import train_ift
 import train_uft
-from data.chat import Example
-from fast import head as fast_head
-from fast import packing, prefix
+from fast import packing
 from infra.training import ROOT
 from model import Block, ModelConfig
-from sampler import uniform
-from trajectories import CPU, KINDS, VARIANTS, answer, assert_close, some_groups, tiny, weighed
-from trajectories import read as read_lines
+from trajectories import (
+    CPU,
+    KINDS,
+    VARIANTS,
+    answer,
+    assert_close,
+    metrics,
+    read,
+    some_groups,
+    steps,
+    tiny,
+    weighed,
+)
 
 each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
 
@@ -166,23 +170,15 @@ def test_a_mask_is_converted_once_for_all_layers(monkeypatch):
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
-TIMES = ("timing_s/", "train_s", "tokens_per_s")
-
-
-def read(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
-
-
-def assert_same_runs(main, args, tmp_path):
+def assert_same_runs(args, tmp_path):
     """All metrics within 1e-4, the same texts, and weights that moved to nearly the same place."""
     for name in ("fast", "plain"):
-        main([*args, f"--out_dir={tmp_path / name}", f"--fast={'true' if name == 'fast' else 'false'}"])
-    fast, plain = read(tmp_path / "fast"), read(tmp_path / "plain")
+        train_uft.main([*args, f"--out_dir={tmp_path / name}", f"--fast={name == 'fast'}"])
+    fast, plain = metrics(tmp_path / "fast"), metrics(tmp_path / "plain")
     assert len(fast) == len(plain) > 3
     for a, b in zip(fast, plain, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
-    assert_close(*(read_lines(tmp_path / name / "samples.jsonl") for name in ("fast", "plain")), 2e-3)
+    assert_close(*(read(tmp_path / name / "samples.jsonl") for name in ("fast", "plain")), 2e-3)
     a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("fast", "plain"))
     base = load_file(ROOT / "data/tiny/countdown/model.safetensors")
     for name in base:
@@ -261,10 +257,10 @@ WHAT_THEY_HAVE = {  # kinds of trajectories in a run; of others, either kind may
 def test_uft_is_the_same_fast_and_plain(knobs, tmp_path, checked):
     algo = knobs.split()[0].removeprefix("--algo=")
     more = {"relift": "--relift_buffer=2", "published": "--token_budget=200"}.get(algo, "--steps=3")
-    assert_same_runs(train_uft.main, [*UFT, more, *knobs.split()], tmp_path)
-    steps = [m for m in read(tmp_path / "plain") if "lr" in m]
-    assert len(steps) == {"sft": 2, "sft-rft": 5}.get(algo, 3)
+    assert_same_runs([*UFT, more, *knobs.split()], tmp_path)
+    done = steps(tmp_path / "plain")
+    assert len(done) == {"sft": 2, "sft-rft": 5}.get(algo, 3)
     assert checked["trajectories"] >= 16
     assert checked["kinds"] == WHAT_THEY_HAVE.get(algo, checked["kinds"])
     if algo not in ("sft", "psft"):
-        assert any(m.get("dead_groups", 1) < 1 for m in steps)
+        assert any(m.get("dead_groups", 1) < 1 for m in done)

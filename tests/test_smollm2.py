@@ -18,6 +18,7 @@ from data.countdown import load
 from data.tokenizer import Tokenizer
 from model import Transformer
 from sampler import generate
+from trajectories import answer, take_step
 
 DIR = Path(os.environ.get("NANOFT_SMOLLM2", "")).absolute()
 pytestmark = [
@@ -97,14 +98,14 @@ def test_a_supervised_step_of_uft_is_that_of_transformers(models, tokenizer, fas
     cfg = train_uft.Config(algo="sft", dtype="float32", fast=fast)
     groups, sums, count = [], 0.0, 0
     for row in load("train", n=4, style="short"):
-        problem = train_uft.Problem(row, tokenizer.encode(row["prompt"]), [0])
-        groups.append(train_uft.solution_group(problem, tokenizer))
-        ids = torch.tensor([groups[-1].prompt + groups[-1].hint])
-        first = len(groups[-1].prompt)
+        ids, solution = tokenizer.encode(row["prompt"]), "".join(row["hint"]) + row["answer"]
+        groups.append([answer(ids, [*tokenizer.encode(solution), tokenizer.eos_id], [])])
+        (t,), first = groups[-1], len(ids)
+        ids = torch.tensor([t.prompt + t.tokens])
         sums = sums + F.cross_entropy(peer(ids).logits[0, first - 1 : -1], ids[0, first:], reduction="sum")
-        count += len(groups[-1].hint)
+        count += t.n_given
     optimizer = torch.optim.AdamW(ours.parameters(), weight_decay=0.0, **STEP)
-    metrics = train_uft.update(ours, None, optimizer, groups, cfg, hint_coef=1.0)
+    metrics = take_step(ours, groups, train_uft.METHODS["sft"], 1.0, cfg, optimizer)
     assert metrics["actor/hint_nll"] == pytest.approx((sums / count).item(), rel=1e-5)
     assert_same_step(ours, peer, sums / count)
 

@@ -174,6 +174,7 @@ def test_a_step_that_is_not_finite_is_refused_and_changes_nothing(loss, gradient
 
 def test_a_failed_update_names_the_step_the_checkpoint_and_the_knob(tmp_path):
     (tmp_path / "resume").mkdir()
+    (tmp_path / "resume/state.json").touch()
     with pytest.raises(UserError) as e:
         with explain_failure(SimpleNamespace(out=tmp_path), train_ift.Config(token_budget=900), 7):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -183,15 +184,9 @@ def test_a_failed_update_names_the_step_the_checkpoint_and_the_knob(tmp_path):
 
 
 def test_a_console_line_shows_the_metrics_there_are():
-    columns = (
-        ("reward", "critic/rewards/mean", ".2f"),
-        ("kl", "actor/kl_loss", ".3f"),
-        ("mfu", "mfu", ".0%"),
-    )
-    assert (
-        console_line("step 3/9", {"critic/rewards/mean": 0.5, "mfu": 0.4}, columns)
-        == "step 3/9 | reward 0.50 | mfu 40%"
-    )
+    columns = {"reward": ("critic/rewards/mean", ".2f"), "kl": ("actor/kl_loss", ".3f"), "mfu": ("mfu", ".0%")}
+    line = console_line("step 3/9", {"critic/rewards/mean": 0.5, "mfu": 0.4}, columns)
+    assert line == "step 3/9 | reward 0.50 | mfu 40%"
 
 
 # ---- signals -----------------------------------------------------------------------------------------------
@@ -215,7 +210,7 @@ def test_signals_are_remembered_until_the_step_ends(capsys):
 
 UFT = (
     "train_uft.py --steps=6 --problems=4 --mini_batch=2 --rollouts=2 --max_new_tokens=20 --train_rows=12"
-    " --test_rows=5 --hint_steps=4 --hint=target --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
+    " --test_rows=5 --hint_steps=4 --algo=target --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
     " --threads=1 --show=0"
 )
 IFT = (

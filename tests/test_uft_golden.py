@@ -6,7 +6,6 @@ hint tokens are not tempered."""
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from infra.training import lr_factor
 from model import Transformer
 from train_uft import METHODS, Batch, Config, Problem, cut_points, group_advantages, hint_probability, kl_k3
 from trajectories import HERE as TESTS
-from trajectories import PATHS, a_batch, answer, copies, each_path, either, step, variant
+from trajectories import PATHS, a_batch, answer, each_path, either, step, take_step, variant, weighed
 
 HERE = TESTS / "vectors/uft"
 
@@ -358,11 +357,10 @@ def test_update_is_the_published_optimiser_step(kind, name, path, known_referenc
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
         )
-        run = SimpleNamespace(model=model, reference=model, optimizer=optimizer, device=torch.device("cpu"))
-        rows = copies(groups)
-        train_uft.weigh(rows, method, config["sft_loss_coef"], cfg)
-        assert len(train_uft.training_rows(rows, cfg, model)) == (2 if path == "packed" else 8)
-        metrics = train_uft.update(run, rows, method, cfg)
+        packed = train_uft.training_rows(weighed(groups, method), cfg, model)
+        assert len(packed) == (2 if path == "packed" else 8)
+        coef = config["sft_loss_coef"]
+        metrics = take_step(model, groups, method, coef, cfg, optimizer, reference=model)
         if clip > 1:
             assert_gradients(model, f"{kind}/{name}/grad")
     assert metrics["actor/loss"] == pytest.approx(

@@ -5,14 +5,13 @@ import random
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import train_uft
-from infra.training import ROOT
+from infra.training import ROOT, Run
 from model import Transformer
 from train_uft import METHODS, Config, Pick, Trajectory
 
@@ -95,19 +94,24 @@ def with_advantages(groups, advantage):
     return [[replace(t, advantage=advantage) for t in group] for group in groups]
 
 
-def weighed(groups, method=METHODS["uft"], coef=0.5, **knobs):
+def weighed(groups, method=METHODS["uft"], coef=0.5, config=Config, **knobs):
     groups = copies(groups)
-    train_uft.weigh(groups, method, coef, Config(**knobs))
+    train_uft.weigh(groups, method, coef, config(**knobs))
     return groups
+
+
+def take_step(model, groups, method, coef, cfg, optimizer, reference=None):
+    """The metrics of an optimiser step, outside of a run."""
+    groups, device = copies(groups), model.head_weight.device
+    train_uft.weigh(groups, method, coef, cfg)
+    run = Run(None, None, device, None, model, model, reference, optimizer)
+    return train_uft.update(run, groups, method, cfg)
 
 
 def step(model, groups, method=METHODS["uft"], coef=0.5, reference=None, config=Config, **knobs):
     """Metrics and gradients of an optimiser step that moves nothing."""
-    cfg, groups = config(**{"grad_clip": 1e9} | knobs), copies(groups)
-    train_uft.weigh(groups, method, coef, cfg)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    run = SimpleNamespace(model=model, reference=reference, optimizer=optimizer, device=CPU)
-    metrics = train_uft.update(run, groups, method, cfg)
+    cfg, still = config(**{"grad_clip": 1e9} | knobs), torch.optim.SGD(model.parameters(), lr=0.0)
+    metrics = take_step(model, groups, method, coef, cfg, still, reference)
     return metrics, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
