@@ -15,6 +15,7 @@ import train_ift
 import train_uft
 from data.chat import Example
 from fast import prefix
+from model import Transformer
 
 each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
 
