@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import COUNTDOWN as TINY
+from examples import gradients
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,12 +18,11 @@ import train_uft
 from data.chat import Example
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
+from infra import training
 from infra.config import UserError
 from infra.parallel import refresh, whole_copy
-from infra.training import ROOT
 from model import ModelConfig, Transformer
 
-TINY = ROOT / "data/tiny/countdown"
 IDS = torch.randint(0, 100, (3, 20), generator=torch.Generator().manual_seed(0))
 RUN = ["--train_rows=40", "--test_rows=8", "--save_every=2", "--show=0", "--threads=1", "--device=cpu"]
 RUN += ["--lora_rank=4"]
@@ -122,17 +123,16 @@ def test_the_reference_is_the_starting_model_and_the_adapters_come_back():
 @pytest.mark.parametrize("name", ["dpo", "tdpo"])
 def test_a_pair_loss_has_the_same_step_with_a_separate_reference(name):
     """Adapters switched off against a second model in memory."""
-    cfg, rows = train_ift.Config(loss=(name,), task="", dtype="float32"), IDS.tolist()
-    pairs = [tuple(Example(ids, [0] * 10 + [1] * 10, False, 0) for ids in rows[:2])]
-    gradients = []
+    pair = tuple(Example(ids, [0] * 10 + [1] * 10, False, 0) for ids in IDS.tolist()[:2])
+    results = []
     for separate in (True, False):
         model = small_model()
-        base = Transformer.from_pretrained(TINY, torch.float32)
-        reference = base if separate else lora.StartingModel(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        metrics = train_ift.update(train_ift.LOSSES[name], model, reference, optimizer, pairs, 0.0, cfg)
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad] + [metrics["loss"]])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+        base = Transformer.from_pretrained(TINY, torch.float32) if separate else lora.StartingModel(model)
+        results.append(gradients(name, model, [pair], reference=base))
+    (metrics, wanted), (ours, grads) = results
+    assert ours == pytest.approx(metrics, rel=1e-5) and grads.keys() == wanted.keys()
+    for parameter, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[parameter], rtol=1e-5, atol=1e-7)
 
 
 def test_no_gradient_is_made_for_a_frozen_head():
@@ -179,16 +179,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trainer, dtype, tmp_path, mon
     class Stop(Exception):
         pass
 
-    module = train_uft if trainer == "uft" else train_ift
-    save = module.save_and_stop
+    save = training.save_and_stop
 
-    def stop_after_two(run, cfg, total, *rest):
-        save(run, cfg, total, *rest)
+    def stop_after_two(run, *rest):
+        save(run, *rest)
         if run.state["step"] == 2:  # saved, since it is a multiple of save_every
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_and_stop", stop_after_two)
+        patch.setattr(training, "save_and_stop", stop_after_two)
         with pytest.raises(Stop):
             main([*flags, f"--out_dir={tmp_path / 'parts'}"])
     main([*flags, f"--out_dir={tmp_path / 'parts'}", "--resume=true"])
@@ -214,7 +213,6 @@ def test_a_run_that_still_needs_its_starting_model_notices_a_change_of_it(rank, 
 
 
 def test_rounding_the_frozen_weights_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("infra.training.has_bfloat16", lambda device: True)
     monkeypatch.setattr("infra.parallel.has_bfloat16", lambda device: True)
     monkeypatch.setattr(train_uft, "validate", lambda *_: sys.exit(9))
     Transformer.from_pretrained(TINY, torch.bfloat16).save_pretrained(tmp_path / "exact")
@@ -253,12 +251,11 @@ def test_plain_and_fast_train_alike(tmp_path):
 def test_frozen_weights_are_bfloat16_where_that_is_the_arithmetic(tmp_path, monkeypatch):
     seen = {}
 
-    def look(run, cfg, total, *rest):
+    def look(run, *rest):
         seen.update(run.model.named_parameters())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_uft, "save_and_stop", look)
-    monkeypatch.setattr("infra.training.has_bfloat16", lambda device: True)
+    monkeypatch.setattr(training, "save_and_stop", look)
     monkeypatch.setattr("infra.parallel.has_bfloat16", lambda device: True)
     with pytest.raises(KeyboardInterrupt):
         train_uft.main([*UFT, f"--out_dir={tmp_path}"])
@@ -268,13 +265,10 @@ def test_frozen_weights_are_bfloat16_where_that_is_the_arithmetic(tmp_path, monk
 def test_the_samplers_weights_take_no_memory_between_rollouts(tmp_path, monkeypatch):
     seen, update = [], train_uft.update
 
-    def watching(*args):
-        run = runs[0]
-        seen.append(run.sampler is not run.model and run.sampler.head_weight.is_meta)
-        return update(*args)
+    def watching(run, *args):
+        seen.append(run.rollout_model is not run.model and run.rollout_model.head_weight.is_meta)
+        return update(run, *args)
 
-    runs, set_up = [], train_uft.set_up
-    monkeypatch.setattr(train_uft, "set_up", lambda *args: runs.append(set_up(*args)) or runs[0])
     monkeypatch.setattr(train_uft, "update", watching)
     train_uft.main([*UFT, f"--out_dir={tmp_path}"])
     assert seen and all(seen)
@@ -286,7 +280,7 @@ def test_the_samplers_weights_take_no_memory_between_rollouts(tmp_path, monkeypa
         (["--lora_rank=-1"], "lora_rank = -1: must be >= 0"),
         (["--lora_alpha=0"], "lora_alpha = 0.0: must be above 0"),
         (["--lora_alpha=64", "--lora_rank=0"], "lora_alpha = 64.0: needs a lora_rank"),
-        (["--algo=sft-rft", "--kl_coef=0.1"], "kl_coef = 0.1: with LoRA the reference is the starting model"),
+        (["--algo=sft-rft", "--kl_coef=0.1"], "kl_coef = 0.1: with LoRA must be 0 here"),
     ],
 )
 def test_wrong_knobs(flags, message, tmp_path):
