@@ -6,41 +6,52 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
+import evaluate
 import train_ift
 import train_uft
 from infra import config
-from infra.config import UserError, one_of, parse_config, require, require_each
-
-ROOT = Path(__file__).parent.parent
+from infra.config import Bound, Count, Fraction, Positive, Switch, UserError, parse_config
+from infra.training import ROOT, RunConfig
 
 
 @dataclass
-class Config:
-    """Every knob."""
+class Shared:
+    """The knobs of two scripts."""
+
+    # Of both
+    name: str = "x=y"  # a text
+    seed: int = 0  # overridden below
+
+
+@dataclass
+class Config(Shared):
+    """Every kind of knob."""
 
     # First group
-    name: str = "x=y"  # a text
-    steps: int = 10  # a whole number
+    seed: int = 7  # a whole number
+    steps: Count = 10  # one with a bound
     # Second group
-    lr: float = 1e-3  # a number, with (brackets), and = signs
-    resume: bool = False  # a switch
+    lr: Positive = 1e-3  # a number, with (brackets), and = signs
+    fast: bool = False  # a switch
+    resume: Switch = "auto"  # a switch of three
+    norm: Literal["L1", "L2", ""] = "L1"  # a choice
     sizes: tuple[int, ...] = ()  # whole numbers
     words: tuple[str, ...] = ("a", "b")  # texts
 
 
-def parse(*args):
-    return parse_config(Config, args, "usage")
+def parse(*args, **options):
+    return parse_config(Config, args, "usage", **options)
 
 
-def refused(*args):
+def refused(*args, cls=Config, **options):
     """The one line of a refusal."""
     with pytest.raises(UserError) as e:
-        parse(*args)
+        parse_config(cls, args, "usage", **options)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -53,20 +64,25 @@ def test_defaults_then_file_then_flags_wherever_they_stand(tmp_path):
     (tmp_path / "a.toml").write_text('steps = 3\nlr = 2\nname = "file"\nsizes = [3, 4]\n')
     (tmp_path / "b.toml").write_text("steps = 4\n")
     a, b = str(tmp_path / "a.toml"), str(tmp_path / "b.toml")
-    assert parse(a) == Config("file", 3, 2.0, sizes=(3, 4))
-    assert parse("--steps=7", a) == parse(a, "--steps=7") == Config("file", 7, 2.0, sizes=(3, 4))
+    wanted = Config("file", steps=3, lr=2.0, sizes=(3, 4))
+    assert parse(a) == wanted and type(parse(a).lr) is float
+    wanted.steps = 7
+    assert parse("--steps=7", a) == parse(a, "--steps=7") == parse("--fast=false", "--steps=7", a) == wanted
     assert parse(a, b).steps == 4 and parse(b, a).steps == 3
     assert parse("--steps=1", "--steps=2").steps == 2
-    assert type(parse(a).lr) is float
 
 
 def test_a_file_overrides_the_one_it_includes(tmp_path):
     (tmp_path / "base.toml").write_text('steps = 3\nname = "base"\n')
     (tmp_path / "a.toml").write_text('include = "base.toml"\nname = "a"\n')
     (tmp_path / "b.toml").write_text('lr = 0.5\ninclude = "a.toml"\n')
-    assert parse(str(tmp_path / "a.toml")) == Config("a", 3)
-    assert parse(str(tmp_path / "b.toml")) == Config("a", 3, 0.5)
-    assert parse(str(tmp_path / "a.toml"), "--steps=5") == Config("a", 5)
+    assert parse(str(tmp_path / "a.toml")) == Config("a", steps=3)
+    assert parse(str(tmp_path / "b.toml")) == Config("a", steps=3, lr=0.5)
+    assert parse(str(tmp_path / "a.toml"), "--steps=5") == Config("a", steps=5)
+    # A mistake is reported with the name of the file that has it.
+    (tmp_path / "base.toml").write_text("stepz = 3\n")
+    wanted = f"{tmp_path / 'base.toml'}: unknown knob 'stepz'; the nearest is 'steps'"
+    assert refused(str(tmp_path / "a.toml")).startswith(wanted)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +92,6 @@ def test_an_include_that_cannot_be_followed_is_one_line(tmp_path, include):
     (tmp_path / "loop.toml").write_text('include = "a.toml"\n')
     (tmp_path / "a.toml").write_text(f"include = {include}\n")
     assert refused(str(tmp_path / "a.toml")).startswith(f"{tmp_path}/")
-
-
-def test_an_unknown_knob_of_an_included_file_is_refused_with_that_files_name(tmp_path):
-    (tmp_path / "base.toml").write_text("stepz = 3\n")
-    (tmp_path / "a.toml").write_text('include = "base.toml"\n')
-    assert refused(str(tmp_path / "a.toml")).startswith(
-        f"{tmp_path / 'base.toml'}: unknown knob 'stepz'; the nearest is"
-    )
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
@@ -105,20 +113,22 @@ def test_the_home_folder_is_expanded_at_the_start_of_a_text_only(tmp_path, monke
 @pytest.mark.parametrize(
     ("arg", "key", "value"),
     [
-        ("--resume", "resume", True),
+        ("--fast", "fast", True),
+        ("--fast=True", "fast", True),
+        ("--resume", "resume", "true"),
+        ("--resume=false", "resume", "false"),
+        ("--norm=", "norm", ""),
         ("--name=a=b=c", "name", "a=b=c"),
         ("--name=", "name", ""),
         ("--name=true", "name", "true"),
-        ("--steps=-3", "steps", -3),
+        ("--seed=-3", "seed", -3),
         ("--steps=+3", "steps", 3),
         ("--steps=1e3", "steps", 1000),
         ("--steps=9007199254740993", "steps", 2**53 + 1),
-        (f"--steps={2**63}", "steps", 2**63),
         (f"--steps={2**63 - 1}", "steps", 2**63 - 1),
         (f"--steps={10**300 + 1}", "steps", 10**300 + 1),
         ("--lr=3", "lr", 3.0),
         ("--lr=1e-30", "lr", 1e-30),
-        ("--resume=True", "resume", True),
         ("--sizes=3,4,5", "sizes", (3, 4, 5)),
         ("--sizes=3", "sizes", (3,)),
         ("--sizes=", "sizes", ()),
@@ -130,29 +140,48 @@ def test_values_from_the_command_line(arg, key, value):
     assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
 
 
-def test_whole_numbers_of_a_file_are_exact(tmp_path):
-    for value in (2**53 + 1, 2**63 - 1, 2**63, -(2**63)):
-        (tmp_path / "a.toml").write_text(f"steps = {value}\n")
-        assert parse(str(tmp_path / "a.toml")).steps == value
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        *((f"seed = {n}", "seed", n) for n in (2**53 + 1, 2**63 - 1, 2**63, -(2**63))),
+        ("resume = true", "resume", "true"),
+        ("resume = false", "resume", "false"),
+        ('resume = "auto"', "resume", "auto"),
+        ("fast = true", "fast", True),
+        ("lr = 3", "lr", 3.0),
+        ("steps = 3.0", "steps", 3),
+    ],
+)
+def test_values_of_a_file(line, key, value, tmp_path):
+    (tmp_path / "a.toml").write_text(line)
+    config = parse(str(tmp_path / "a.toml"))
+    assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("arg", "message"),
+    ("args", "message"),
     [
-        ("--stepz=1", "unknown knob 'stepz'; the nearest is 'steps'"),
+        ("--stepz=1", "unknown knob 'stepz'; the nearest is 'steps' (--help lists them)"),
         ("--steps", "--steps needs a value: --steps=..."),
+        ("--lr 3e-4", "--lr 3e-4: write --lr=3e-4"),
+        ("--steps 3 --lr=1", "--steps 3: write --steps=3"),
+        ("--norm", "--norm needs a value"),
         ("--steps=", "steps = '': must be a whole number"),
         ("--steps=1.5", "steps = '1.5': must be a whole number"),
         ("--steps=true", "steps = 'true': must be a whole number"),
         ("--steps=inf", "steps = 'inf': must be a whole number"),
         ("--steps=1e999", "steps = '1e999': must be a whole number"),
         ("--steps=0x10", "steps = '0x10': must be a whole number"),
+        ("--steps=0", "steps = 0: must be >= 1"),
         ("--lr=fast", "lr = 'fast': must be a number"),
         ("--lr=nan", "lr = 'nan': must be a number"),
         ("--lr=-inf", "lr = '-inf': must be a number"),
         ("--lr=1e999", "lr = '1e999': must be a number"),
-        ("--resume=yes", "resume = 'yes': must be true or false"),
-        ("--resume=1", "resume = '1': must be true or false"),
+        ("--lr=-1", "lr = -1.0: must be above 0"),
+        ("--fast=yes", "fast = 'yes': must be true or false"),
+        ("--fast=1", "fast = '1': must be true or false"),
+        ("--norm=L3", "norm = 'L3' is not one of L1, L2, ''; the nearest is 'L2'"),
+        ("--resume=aut", "resume = 'aut' is not one of auto, true, false; the nearest is 'auto'"),
         ("--sizes=3,four", "sizes = 'four': must be a whole number"),
         (
             "nothing.toml",
@@ -160,19 +189,12 @@ def test_whole_numbers_of_a_file_are_exact(tmp_path):
         ),
         ("steps=3", "steps=3: cannot be read"),
         (str(ROOT), "cannot be read"),
+        ("--steps=" + "1" * 5000, ": must be a whole number"),
+        ("--lr=" + "1" * 5000, ": must be a number"),
     ],
 )
-def test_wrong_arguments_are_refused_by_name(arg, message):
-    assert message in refused(arg)
-
-
-def test_whole_numbers_of_thousands_of_digits_are_refused_not_crashed_on(tmp_path):
-    assert refused("--steps=" + "1" * 5000).endswith(": must be a whole number")
-    assert refused("--lr=" + "1" * 5000).endswith(": must be a number")
-    (tmp_path / "a.toml").write_text("steps = " + "1" * 5000)
-    assert refused(str(tmp_path / "a.toml")).startswith(f"{tmp_path / 'a.toml'}: ")
-    (tmp_path / "a.toml").write_text("lr = " + "1" * 400)
-    assert refused(str(tmp_path / "a.toml")).endswith(": must be a number")
+def test_wrong_arguments_are_refused_by_name(args, message):
+    assert message in refused(*args.split())
 
 
 @pytest.mark.parametrize(
@@ -185,60 +207,141 @@ def test_whole_numbers_of_thousands_of_digits_are_refused_not_crashed_on(tmp_pat
         ("steps = [1]", "steps = [1]: must be a whole number"),
         ("steps = inf", "steps = inf: must be a whole number"),
         ("steps = 2024-01-01", "steps = datetime.date(2024, 1, 1): must be a whole number"),
+        ("steps = -1", "steps = -1: must be >= 1"),
         ("lr = inf", "lr = inf: must be a number"),
         ("lr = false", "lr = False: must be a number"),
+        ("lr = " + "1" * 400, ""),
         ("name = 3", "name = 3: must be text"),
-        ("resume = 0", "resume = 0: must be true or false"),
+        ("fast = 0", "fast = 0: must be true or false"),
+        ("resume = 1", "resume = 1: must be text"),
+        ("norm = true", "norm = 'true' is not one of"),
         ("sizes = 3", "sizes = 3: must be a list"),
         ("sizes = [3, 4.5]", "sizes = 4.5: must be a whole number"),
         ("words = [1]", "words = 1: must be text"),
         ("steps = ", "not TOML"),
         ("steps = 1\nsteps = 2", "not TOML"),
         ("steps = " + "[" * 5000, "not TOML"),
+        ("steps = " + "1" * 5000, ""),
+        (b'name = "\xff"', "not TOML"),
     ],
 )
 def test_wrong_lines_of_a_file_are_refused_with_its_name(line, message, tmp_path):
-    (tmp_path / "a.toml").write_text(line)
+    (tmp_path / "a.toml").write_bytes(line if isinstance(line, bytes) else line.encode())
     assert refused(str(tmp_path / "a.toml")).startswith(f"{tmp_path / 'a.toml'}: {message}")
 
 
-def test_a_file_that_is_not_text_is_refused_with_its_name(tmp_path):
-    (tmp_path / "a.toml").write_bytes(b'name = "\xff"')
-    assert refused(str(tmp_path / "a.toml")).startswith(f"{tmp_path / 'a.toml'}: not TOML")
+def test_old_names_are_answered_with_the_new_ones(tmp_path):
+    """Before anything else is made of the value, as a class that it chooses."""
+    (tmp_path / "a.toml").write_text('name = "old"\n')
+    for args, where in ((["--name=old"], ""), ([str(tmp_path / "a.toml")], f"{tmp_path / 'a.toml'}: ")):
+        for cls in (Config, lambda given: {"new": Config}[given["name"]]):
+            wanted = f"{where}name=old is now --name=new"
+            assert refused(*args, cls=cls, moved={"name=old": "--name=new"}) == wanted
+    assert parse("--name=new", moved={"name=old": "--name=new"}).name == "new"
+    for knob in ("hint=none", "hint=target", "hint_loss=ift", "loss_norm=paper_code", "algo=grpo"):
+        with pytest.raises(UserError, match=f"^{knob} is now --algo="):
+            train_uft.main([f"--{knob}"])
 
 
-def test_require_and_one_of_name_knob_and_value():
+def test_a_class_may_depend_on_a_value():
+    @dataclass
+    class More(Config):
+        power: Fraction = 0.5  # a knob of name = more alone
+
+    def cls(given):
+        return More if given.get("name") == "more" else Config
+
+    assert parse_config(cls, ["--name=more", "--power=0.25"], "") == More("more", power=0.25)
+    assert parse_config(cls, ["--steps=3"], "") == Config(steps=3)
+    assert refused("--power=0.25", cls=cls).startswith("unknown knob 'power'")
+    assert refused("--name=more", "--power=2", cls=cls) == "power = 2.0: must be from 0 to 1"
+
+
+@pytest.mark.parametrize("trainer", [train_uft, train_ift], ids=lambda trainer: trainer.__name__)
+def test_every_bound_and_choice_of_a_trainer_is_checked(trainer):
+    """And its defaults satisfy them."""
+    beyond = {
+        "must be >= 1": "0", "must be >= 0": "-1", "must be above 0": "0", "must be from 0 to 1": "1.5",
+        "must be >= 0 and below 1": "1",
+    }  # fmt: skip
+    checked = 0
+    for name, kind in get_type_hints(trainer.Config, include_extras=True).items():
+        default = getattr(trainer.Config(), name)
+        if get_origin(kind) is Annotated:
+            bound = next(x for x in get_args(kind) if isinstance(x, Bound))
+            assert bound.holds(default), name
+            assert refused(f"--{name}={beyond[bound.rule]}", cls=trainer.Config).endswith(bound.rule)
+            checked += 1
+        elif get_origin(kind) is Literal:
+            assert default in get_args(kind), name
+            message = f"{name} = 'xyz' is not one of {', '.join(get_args(kind))}; the nearest is"
+            assert refused(f"--{name}=xyz", cls=trainer.Config).startswith(message)
+            checked += 1
+    assert checked > 30 and issubclass(trainer.Config, RunConfig)
+
+
+def test_require_names_knob_and_value():
+    config.require(Config(), "steps", True, "")
     with pytest.raises(UserError, match="^steps = 10: must be >= 11$"):
-        require(Config(), "steps", False, "must be >= 11")
-    with pytest.raises(UserError, match="^lr = 0.001: must be >= 1$"):
-        require_each(Config(), ("steps", "lr"), lambda v: v >= 1, "must be >= 1")
-    with pytest.raises(UserError, match="^name = 'x=y' is not one of x, zz; the nearest is 'x'$"):
-        one_of(Config(), "name", ("x", "zz"))
-    require(Config(), "steps", True, "")
-    require_each(Config(), ("steps", "lr"), lambda v: v > 0, "")
-    one_of(Config(), "name", ("x=y",))
+        config.require(Config(), "steps", False, "must be >= 11")
+
+
+# ---- files that add to a script ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "{path}: there is no file {path}"),
+        ("X = 1\n", "{path}: must define LOSS"),
+        ("\n\nLOSS = 1 / 0\n", "{path} line 3: ZeroDivisionError: division by zero"),
+        ("import json\nLOSS = json.loads('')\n", "{path} line 2: JSONDecodeError: "),
+        ("x = 1\nLOSS = [\n", "{path} line 2: SyntaxError: '[' was never closed"),
+        ("from infra.config import *\nraise UserError('no')\n", "no"),
+    ],
+    ids=["no file", "no LOSS", "an error", "an error further down", "no Python", "a UserError"],
+)
+def test_a_file_that_is_no_method_is_one_line(content, message, tmp_path):
+    path = tmp_path / "mine.py"
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError) as e:
+        config.find_method("loss", str(path), {}, ROOT / "variants", "LOSS")
+    assert str(e.value).startswith(message.format(path=path)) and "\n" not in str(e.value)
+
+
+def test_methods_come_from_a_table_a_folder_or_a_path(tmp_path):
+    (tmp_path / "first.py").write_text('"""First of all.\n\nMore."""\nMETHOD = "1"\n')
+    (tmp_path / "other.py").write_text('"""No method."""\nX = 2\n')
+
+    def find(name):
+        return config.find_method("algo", name, {"row": "0"}, tmp_path, "METHOD")
+
+    assert find("row") == ("0", None)
+    for name in ("first", str(tmp_path / "first.py")):
+        method, module = find(name)
+        assert method == module.METHOD == "1"
+    with pytest.raises(UserError, match="^algo = 'other' is not one of row, first, nor a FILE.py$"):
+        find("other")
+    shown = config.usage("About.", "algo", tmp_path, "METHOD")
+    assert shown == f"About.\nFiles of {tmp_path.name}/ (--algo=NAME):\n  first        First of all."
 
 
 # ---- --help and config.toml --------------------------------------------------------------------------------
 
 
-def test_written_configuration_reads_back_equal(tmp_path):
-    for written in (
-        Config(),
-        Config('quo"te \\ ünï\n\t#\x7f', -1, 1e-30, True, (1, 2), ("a b", 'c"')),
-        Config(steps=2**63),
-    ):
+def test_a_written_configuration_names_every_field_and_reads_back_equal(tmp_path):
+    full = Config('quo"te \\ ünï\n\t#\x7f', -1, 2**63, 1e-30, True, "true", "", (1, 2), ("a b", 'c"'))
+    for written in (Config(), full):
         config.write_toml(written, tmp_path / "config.toml")
         assert parse(str(tmp_path / "config.toml")) == written
-
-
-def test_a_written_configuration_names_every_field(tmp_path):
-    config.write_toml(Config(), tmp_path / "c.toml")
-    content = tomllib.loads((tmp_path / "c.toml").read_text())
-    assert content == {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(Config()).items()}
+        content = tomllib.loads((tmp_path / "config.toml").read_text())
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(written).items()}
+        assert content == lists
 
 
 def test_help_prints_knobs_defaults_comments_and_groups(capsys):
+    """Those of the class itself first, then those that it inherits."""
     for flag in ("--help", "-h"):
         with pytest.raises(SystemExit) as e:
             parse("--steps=3", flag)
@@ -246,26 +349,37 @@ def test_help_prints_knobs_defaults_comments_and_groups(capsys):
         out = capsys.readouterr().out
         assert out.startswith("usage\n")
         assert re.search(r"--lr=1e-3 +a number, with \(brackets\), and = signs\n", out)
-        assert re.search(r"\nFirst group\n +--name=x=y +a text\n", out)
+        assert re.search(r"\nFirst group\n +--seed=7 +a whole number\n +--steps=10 ", out)
+        assert re.search(r"\nOf both\n +--name=x=y +a text\n", out) and "overridden" not in out
 
 
 SCRIPTS = [
-    name
-    for name in ("train_uft", "train_ift", "evaluate", "experiments.bench", "experiments.compare",
-                 "experiments.tiny_base", "experiments.search_tree")
-    if (ROOT / f"{name.replace('.', '/')}.py").exists()
-]  # fmt: skip
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("toys/*.py")])
+    if "\nclass Config" in path.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_knob_has_a_comment(name, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_every_knob_has_a_comment(name):
     cls = importlib.import_module(name).Config
     shown = re.findall(r"^  --(\w+)=.* \S", config.describe_knobs(cls), re.M)
-    assert shown == [f.name for f in fields(cls)]
-    source = (ROOT / (name.replace(".", "/") + ".py")).read_text()
-    for f in fields(cls):
-        assert re.search(rf"^    {f.name}: .+ = .+  # \S.+$", source, re.M), f.name
+    assert len(shown) == len(set(shown)) and set(shown) == {f.name for f in fields(cls)}
+
+
+def configured(trainer, args):
+    """The configuration that a trainer runs with; whether it can work is checked."""
+    name = trainer.__name__
+    if trainer is train_ift:
+        cfg = parse_config(train_ift.config_class, args, "", name, train_ift.MOVED)
+        train_ift.check(cfg, {loss: train_ift.find_loss(loss)[0] for loss in cfg.loss})
+    else:
+        def cls(given):
+            return train_uft.find(given.get("algo", train_uft.Config.algo))[1]
+
+        cfg = parse_config(cls, args, "", name, train_uft.MOVED)
+        train_uft.check(cfg, train_uft.find(cfg.algo)[0])
+    return cfg
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda p: p.stem)
@@ -277,8 +391,7 @@ def test_the_configs_in_the_repository_are_complete(path):
     model = ["--model=DIR"] if path.stem == "ift" else []
     out_dirs = set()
     for trainer in trainers:
-        cfg = parse_config(trainer.Config, [str(path), *model], "usage", trainer.__name__)
-        trainer.check(cfg)
+        cfg = configured(trainer, [str(path), *model])
         out_dirs.add(cfg.out_dir)
         if cfg.hub:
             assert cfg.model == cfg.hub.split("/")[1]
@@ -291,27 +404,23 @@ def test_the_configs_in_the_repository_are_complete(path):
 def test_a_table_of_a_file_holds_the_knobs_of_one_script(tmp_path):
     file = tmp_path / "both.toml"
     file.write_text("seed = 3\nlr = 1.0\n[train_uft]\nlr = 2.0\nalgo = 'rft'\n[train_ift]\nbatch = 7\n")
-    uft = parse_config(train_uft.Config, [str(file), "--steps=5"], "", "train_uft")
-    ift = parse_config(train_ift.Config, [str(file), "--lr=4"], "", "train_ift")
+    uft = configured(train_uft, [str(file), "--steps=5"])
+    ift = configured(train_ift, [str(file), "--lr=4"])
     assert (uft.seed, uft.lr, uft.algo, uft.steps) == (3, 2.0, "rft", 5)
     assert (ift.seed, ift.lr, ift.batch) == (3, 4.0, 7)
-    file.write_text("[train_uft]\nbatch = 7\n")
-    with pytest.raises(UserError, match="both.toml: unknown knob 'batch'; the nearest is"):
-        parse_config(train_uft.Config, [str(file)], "", "train_uft")
-    file.write_text("train_ift = 1\n")
-    with pytest.raises(UserError, match=r"train_ift = 1: must be a table, \[train_ift\], of that script's"):
-        parse_config(train_uft.Config, [str(file)], "", "train_uft")
-    file.write_text("[train_utf]\nlr = 7\n")
-    with pytest.raises(UserError, match=r"unknown knob 'train_utf'; the tables are \[train_uft\] and"):
-        parse_config(train_uft.Config, [str(file)], "", "train_uft")
-    file.write_text("[train_ift]\nbatch = 7\n")  # for a script that the file was not written for: not dropped
-    with pytest.raises(UserError, match=r"has no table \[train_uft\], only \[train_ift\]"):
-        parse_config(train_uft.Config, [str(file)], "", "train_uft")
-    with pytest.raises(UserError, match=r"both.toml: \[train_ift\] is for a trainer only"):
-        parse_config(Config, [str(file)], "")
     # A file that includes another has the tables of both.
-    (tmp_path / "more.toml").write_text("include = 'both.toml'\n[train_uft]\nlr = 2.0\n")
-    assert parse_config(train_ift.Config, [str(tmp_path / "more.toml")], "", "train_ift").batch == 7
+    (tmp_path / "more.toml").write_text("include = 'both.toml'\n[train_uft]\nlr = 2.5\n")
+    assert configured(train_ift, [str(tmp_path / "more.toml")]).batch == 7
+    for content, message in (
+        ("[train_uft]\nbatch = 7\n", "both.toml: unknown knob 'batch'; the nearest is"),
+        ("train_ift = 1\n", "train_ift = 1: must be a table, [train_ift], of that script's"),
+        ("[train_utf]\nlr = 7\n", "unknown knob 'train_utf'; the tables are [train_uft] and"),
+        # For a script that the file was not written for: not dropped.
+        ("[train_ift]\nbatch = 7\n", "has no table [train_uft], only [train_ift]"),
+    ):
+        file.write_text(content)
+        assert message in refused(str(file), cls=train_uft.Config, table="train_uft")
+    assert "both.toml: [train_ift] is for a trainer only" in refused(str(file), cls=evaluate.Config)
 
 
 # ---- exit codes --------------------------------------------------------------------------------------------

@@ -60,17 +60,16 @@ def assert_same(function, *inputs, atol=1e-5):
 def test_token_logprobs(temperature, entropy, chunk):
     hidden, weight, targets = tensors()
     t = temperatures()[temperature]
-    values, gradients = assert_same(
-        lambda head, h, w: head.token_logprobs(h, w, targets, t, entropy), hidden, weight
-    )
+
+    def call(head, h, w):
+        return head.token_logprobs(h, w, targets, t, entropy)
+
+    values, gradients = assert_same(call, hidden, weight)
     logits = (hidden @ weight.T).double() / (t[:, None] if isinstance(t, torch.Tensor) else t)
-    torch.testing.assert_close(
-        values[0].double(), logits.log_softmax(-1)[range(N), targets], rtol=0, atol=1e-5
-    )
-    expected = (
-        torch.distributions.Categorical(logits=logits).entropy() if entropy else torch.zeros(N).double()
-    )
-    torch.testing.assert_close(values[1].double(), expected, rtol=0, atol=1e-5)
+    logp = logits.log_softmax(-1)[range(N), targets]
+    entropies = torch.distributions.Categorical(logits=logits).entropy() * entropy
+    for ours, expected in zip(values, (logp, entropies), strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5)
     assert all(g.abs().max() > 0.1 for g in gradients)
 
 
@@ -96,21 +95,41 @@ def test_token_loss(temperature, entropy, chunk):
     torch.testing.assert_close(values[2], h)
 
 
-def test_token_loss_of_groups_that_chunks_keep_together(chunk):
-    """A loss that is no sum over tokens: the square of each sequence's sum of log-probs."""
+def test_token_loss_of_groups_that_stay_together(chunk, monkeypatch):
+    """A loss that is no sum over tokens: the square of each group's sum of log-probs."""
     hidden, weight, targets = tensors()
-    lengths = [5, 30, 1, 34]
-    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    sizes, seen = [5, 0, 30, 1, 34], []
+    owner = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))
 
     def loss(logp, _entropy, owner):
-        return (logp.new_zeros(4).index_add(0, owner, logp) ** 2).sum() / 100
+        seen.append(owner.unique().tolist())
+        return (logp.new_zeros(5).index_add(0, owner, logp) ** 2).sum() / 100
 
-    assert_same(
-        lambda head, h, w: head.token_loss(h, w, targets, loss, (owner,), together=lengths),
-        hidden,
-        weight,
-        atol=1e-4,
-    )
+    def call(head, h, w):
+        return head.token_loss(h, w, targets, loss, (owner,), together=sizes)
+
+    values, _ = assert_same(call, hidden, weight, atol=1e-4)
+    plain_call, *calls = seen
+    assert plain_call == [0, 2, 3, 4] and sum(calls, []) == plain_call  # each group whole, and once
+    assert len(calls) == {16 * V: 4, 17 * V: 4, 50 * V: 2, 1 << 22: 1}[chunk]
+    # A group that is too long to hold the gradient of its logits: all groups at once, by token_logprobs.
+    monkeypatch.setattr(fast, "LONGEST", 34 * V - 1)
+    seen.clear()
+    assert_same(call, hidden, weight, atol=1e-4)
+    assert seen == [plain_call] * 2
+    torch.testing.assert_close(call(fast, hidden, weight)[0], values[0])
+
+
+def test_groups_are_cut_into_chunks_whole(monkeypatch):
+    sizes, cpu = [5, 0, 4, 1, 20, 3, 7], torch.device("cpu")
+    monkeypatch.setattr(fast, "CPU_CHUNK", 100)
+    wanted = [slice(0, 10), slice(10, 30), slice(30, 40)]
+    assert fast._chunks_of_groups(sizes, 10, cpu) == wanted
+    assert fast._chunks_of_groups([5], 1, cpu) == [slice(0, 5)] and fast._chunks_of_groups([], 1, cpu) == []
+    monkeypatch.setattr(fast, "LONGEST", 200)
+    assert fast._chunks_of_groups(sizes, 10, cpu) == wanted
+    monkeypatch.setattr(fast, "LONGEST", 199)
+    assert fast._chunks_of_groups(sizes, 10, cpu) is None
 
 
 def test_token_loss_scales_with_what_follows():
@@ -170,6 +189,9 @@ def test_sampled_tokens_have_the_frequencies_of_the_distribution(head):
     counts = head.sample_tokens(hidden.expand(n, -1), weight, u).bincount(minlength=V)
     p = (hidden @ weight.T).double().softmax(-1)[0]
     assert (counts - n * p).abs().max() <= 1.1
+    # A draw of 0 does not give a token of probability 0.
+    logits, u = torch.tensor([-1e4, 0.0, 1.0]), torch.tensor([0.0, 1 - 2**-53]).double()
+    assert head.sample_tokens(torch.ones(2, 1), logits[:, None], u).tolist() == [1, 2]
 
 
 def test_expected_embeddings(chunk):

@@ -15,6 +15,7 @@ import train_ift
 import train_uft
 from data.chat import Example
 from fast import prefix
+from model import Transformer
 
 each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
 
@@ -94,13 +95,16 @@ def test_a_prefix_that_no_row_has_changes_nothing(kind, process_group):
         assert_same_states(model, some_rows(case))
 
 
-def test_lambda_0_is_one_pass_over_the_data():
-    model, rows = tiny(), some_rows("ragged")
+def test_lambda_0_is_one_pass_over_the_data(monkeypatch):
+    model, rows, passes, hidden = tiny(), some_rows("ragged"), [], Transformer.hidden
     wanted = train_ift.target_states(model, rows)
+    monkeypatch.setattr(Transformer, "hidden", lambda *args, **kw: passes.append(1) or hidden(*args, **kw))
     for fast in (True, False):
         for own in ("argmax", "soft"):
             cfg = train_ift.Config(own=own, fast=fast)
+            passes.clear()
             assert_same({"": states_of(model, rows, cfg, 0.0)}, {"": wanted})
+            assert len(passes) == 1
             assert (states_of(model, rows, cfg, 0.5) - wanted).abs().max() > 0.05
 
 

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from examples import metrics
 from safetensors.torch import load_file
 
 import train_ift
@@ -23,6 +23,7 @@ from data.tokenizer import Tokenizer
 from infra import training
 from infra.config import UserError
 from infra.training import (
+    ROOT,
     batch_rows,
     console_line,
     explain_failure,
@@ -34,9 +35,6 @@ from infra.training import (
     stop_requested,
 )
 from model import ModelConfig, Transformer
-
-ROOT = Path(__file__).parent.parent
-
 
 # ---- set-up ------------------------------------------------------------------------------------------------
 
@@ -174,7 +172,6 @@ def test_a_step_that_is_not_finite_is_refused_and_changes_nothing(loss, gradient
 
 def test_a_failed_update_names_the_step_the_checkpoint_and_the_knob(tmp_path):
     (tmp_path / "resume").mkdir()
-    (tmp_path / "resume/state.json").touch()
     with pytest.raises(UserError) as e:
         with explain_failure(SimpleNamespace(out=tmp_path), train_ift.Config(token_budget=900), 7):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -184,9 +181,11 @@ def test_a_failed_update_names_the_step_the_checkpoint_and_the_knob(tmp_path):
 
 
 def test_a_console_line_shows_the_metrics_there_are():
-    columns = {"reward": ("critic/rewards/mean", ".2f"), "kl": ("actor/kl_loss", ".3f"), "mfu": ("mfu", ".0%")}
-    line = console_line("step 3/9", {"critic/rewards/mean": 0.5, "mfu": 0.4}, columns)
-    assert line == "step 3/9 | reward 0.50 | mfu 40%"
+    columns = {
+        "reward": ("critic/rewards/mean", ".2f"), "kl": ("actor/kl_loss", ".3f"), "mfu": ("mfu", ".0%"),
+    }  # fmt: skip
+    shown = console_line("step 3/9", {"critic/rewards/mean": 0.5, "mfu": 0.4}, columns)
+    assert shown == "step 3/9 | reward 0.50 | mfu 40%"
 
 
 # ---- signals -----------------------------------------------------------------------------------------------
@@ -208,15 +207,17 @@ def test_signals_are_remembered_until_the_step_ends(capsys):
         training._signals.clear()
 
 
+BOTH = (
+    " --max_new_tokens=20 --test_rows=5 --eval_every=6 --save_every=5 --print_every=1 --sample_every=2"
+    " --device=cpu --threads=1 --show=0"
+)
 UFT = (
-    "train_uft.py --steps=6 --problems=4 --mini_batch=2 --rollouts=2 --max_new_tokens=20 --train_rows=12"
-    " --test_rows=5 --hint_steps=4 --algo=target --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
-    " --threads=1 --show=0"
+    "train_uft.py --algo=target --steps=6 --problems=4 --mini_batch=2 --rollouts=2 --train_rows=12"
+    f" --hint_steps=4 {BOTH}"
 )
 IFT = (
-    "train_ift.py --loss=ift --epochs=2 --batch=6 --train_rows=18 --test_rows=5 --max_new_tokens=20"
-    " --own=sampled --optimizer=rmsprop --lr=1e-4 --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
-    " --threads=1 --show=0"
+    "train_ift.py --loss=ift --epochs=2 --batch=6 --train_rows=18 --own=sampled --optimizer=rmsprop --lr=1e-4"
+    f" {BOTH}"
 )
 
 
@@ -244,13 +245,6 @@ def start(flags, out, **options):
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
-
-
-def metrics(out):
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in r.items() if not k.startswith(("timing", "tokens_per", "train_s"))} for r in records
-    ]
 
 
 @pytest.mark.parametrize(
