@@ -32,7 +32,7 @@ from types import ModuleType
 
 import torch
 
-from data import sources
+from data import judge, sources
 from data.tokenizer import Tokenizer
 from infra import exports
 from infra.answers import compare, right_share, scored, summarise, table_rows
@@ -41,7 +41,7 @@ from infra.huggingface import weights_mark
 from infra.log import Counter, brief
 from infra.parallel import collect, gather, settle_dtype, share, start_process, world
 from infra.stats import Estimate, share_interval
-from infra.training import ROOT, fingerprint, starting_model
+from infra.training import ROOT, engine_options, fingerprint, scoring_limits, starting_model
 from model import Transformer
 from sampler import Completion, generate, stream
 
@@ -127,17 +127,45 @@ def encode_prompt(tokenizer: Tokenizer, row: dict) -> list[int]:
 
 def answer(
     model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], n: int = 1,
-    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, **sampling,
+    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, limits: dict | None = None, **sampling,
 ) -> list[list[dict]]:  # fmt: skip
     """For each row n dicts: response, tokens (how many), cut (no stop id came in time), reward, verdict.
 
     A row's "start", if it has one, is the beginning of the response, from which the model continues.
-    sampling: further arguments of sampler.generate.
+    limits: arguments of data.judge.judge. sampling: further arguments of sampler.generate.
     """
     prompts = [encode_prompt(tokenizer, r) + tokenizer.encode(r.get("start", "")) for r in rows]
     sampling |= {"temperature": temperature, "seed": seed}
     responses = respond(model, tokenizer, prompts, n, max_new_tokens, **sampling)
-    return [[judge(task, r, a) for a in group] for r, group in zip(rows, responses, strict=True)]
+    repeated = [row for row in rows for _ in range(n)]
+    answers = judged(task, repeated, [a for group in responses for a in group], **(limits or {}))
+    return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+def answer_rows(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) -> list[list[dict]]:
+    """A trainer's answers to all rows, by default greedy; every process samples its part.
+
+    longest: tokens of the longest prompt of the run.
+    """
+    mine = share(rows)
+    return gather(
+        answer(
+            run.rollout_model,
+            run.tokenizer,
+            task,
+            mine,
+            cfg.val_n,
+            cfg.max_new_tokens,
+            cfg.val_temperature,
+            cfg.seed,
+            scoring_limits(cfg),
+            keys=share(range(len(rows))),
+            fast=cfg.fast,
+            batch_size=cfg.rollout_batch,
+            progress=Counter(cfg.val_n * len(mine)),
+            **engine_options(run, cfg, longest),
+        )
+    )
 
 
 def respond(
@@ -179,25 +207,15 @@ def decoded(tokenizer: Tokenizer, completion: Completion, room: int) -> dict:
     return {"response": tokenizer.decode(tokens, skip_special=True), "tokens": len(tokens), "cut": cut}
 
 
-def judge(task: ModuleType, row: dict, answer: dict) -> dict:
-    """A response to a row with its reward and verdict."""
-    response = row.get("start", "") + answer["response"]
-    reward, verdict = score(task, response, row["truth"]) if answer["tokens"] else (0.0, "too long")
-    return answer | {"response": response, "reward": reward, "verdict": verdict}
-
-
-def score(task: ModuleType, response: str, truth: object) -> tuple[float, str]:
-    """The task's reward and verdict of a response. UserError unless they are a finite number and a text."""
-    result, where = task.score(response, truth), f"task {task.__name__.rpartition('.')[2]}: score()"
-    try:
-        reward, verdict = result
-        reward = float(reward)
-    except (TypeError, ValueError):
-        rule = "it must return (reward, verdict), a number and a text"
-        raise UserError(f"{where} returned {brief(str(result))}; {rule}") from None
-    if not math.isfinite(reward):
-        raise UserError(f"{where} gave the reward {reward} to the response {brief(response)}")
-    return reward, str(verdict)
+def judged(task: ModuleType, rows: list[dict], answers: list[dict], **limits) -> list[dict]:
+    """Answers, each to its row, with their rewards and verdicts. limits: arguments of data.judge.judge."""
+    responses = [row.get("start", "") + a["response"] for row, a in zip(rows, answers, strict=True)]
+    results = judge.judge(task, responses, [row["truth"] for row in rows], **limits)
+    full = []
+    for a, response, (reward, verdict) in zip(answers, responses, results, strict=True):
+        reward, verdict = (reward, verdict) if a["tokens"] else (0.0, "too long")
+        full.append(a | {"response": response, "reward": reward, "verdict": verdict})
+    return full
 
 
 def published_verdict(task: ModuleType, row: dict, answer: dict) -> list:
@@ -376,7 +394,7 @@ def main(argv: Sequence[str]) -> None:
     def judge_and_save(i: int, responses: list[dict]) -> None:
         (name, index), row = waiting[i], problems[waiting[i]]
         task = sources.judge(name)
-        answers = [judge(task, row, response) for response in responses]
+        answers = judged(task, [row] * len(responses), responses)
         answers = [a | {"published": published_verdict(task, row, a)} for a in answers]
         record = {"task": name, "index": index, "prompt": row["prompt"], "truth": row["truth"]}
         records[waiting[i]] = record | {"answers": answers}

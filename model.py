@@ -1,15 +1,15 @@
 """The transformer: forward pass from ids or embeddings, KV cache, and the log-probs that losses are made of.
 
-A decoder of the Llama kind: RMSNorm before attention and MLP, rotary positions, grouped-query attention,
-gated MLP, tied or untied head. FAMILIES lists the settings in which Llama, Mistral, Qwen2, Qwen3 and Gemma
-differ. Parameter names are the checkpoint's, fields of ModelConfig are config.json's.
+A decoder of the Llama kind: RMSNorm, rotary positions, grouped-query attention, gated MLP, tied or untied
+head. FAMILIES lists what differs between Llama, Mistral, Qwen, Gemma, OLMo 2 and SmolLM3. Parameter names are
+the checkpoint's, fields of ModelConfig are config.json's.
 
 Shapes: B rows, T positions, N tokens picked out of a batch, C hidden size, H query heads, K key/value heads,
 D head size, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,21 +26,27 @@ class Family:
 
     architecture: str
     qkv_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of every query and key head
+    qk_norm: str = ""  # RMSNorm of queries and keys: of each "head" or the whole "projection"
+    norm_after: bool = False  # norms follow attention and MLP, and do not precede them
     window: bool = False  # honours sliding_window
-    activations: tuple[str, ...] = ("silu",)  # values of hidden_act that mean this family's activation
-    # tanh GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(C), tied by default
-    gemma: bool = False
-    head_dim: int = 0  # default if config.json gives none; 0: hidden_size / num_attention_heads
+    nope: bool = False  # honours no_rope_layers: 0 for a layer without rotary positions
+    gemma: bool = False  # tanh GELU, norms of factor 1 + weight, embeddings times sqrt(C)
+    activations: tuple[str, ...] = ("silu",)  # values of hidden_act
+    defaults: dict = field(default_factory=dict)  # of fields that config.json may leave out
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", window=True),
+    "mistral": Family("MistralForCausalLM", window=True, defaults={"sliding_window": 4096}),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
-    "gemma": Family("GemmaForCausalLM", gemma=True, activations=("gelu", "gelu_pytorch_tanh"), head_dim=256),
-}
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", defaults={"head_dim": 128}),
+    "gemma": Family("GemmaForCausalLM", gemma=True, activations=("gelu", "gelu_pytorch_tanh"),
+                    defaults={"head_dim": 256, "tie_word_embeddings": True}),
+    "olmo2": Family("Olmo2ForCausalLM", qk_norm="projection", norm_after=True,
+                    defaults={"rms_norm_eps": 1e-5}),
+    "smollm3": Family("SmolLM3ForCausalLM", nope=True,
+                      defaults={"rope_theta": 2e6, "tie_word_embeddings": True}),
+}  # fmt: skip
 
 
 @dataclass
@@ -57,14 +63,19 @@ class ModelConfig:
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # only {"rope_type": "llama3", ...}
+    rope_scaling: dict | None = None  # {"rope_type": "linear", "llama3" or "yarn", ...}
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     max_position_embeddings: int = 4096
     extra: dict = field(default_factory=dict)
+    generation: dict = field(default_factory=dict)  # generation_config.json: the sampling defaults
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.family.head_dim or self.hidden_size // self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.family.nope and self.extra.get("no_rope_layers") is None:
+            every = self.extra.get("no_rope_layer_interval") or 4
+            layers = range(1, self.num_hidden_layers + 1)
+            self.extra["no_rope_layers"] = [int(i % every != 0) for i in layers]
 
     @property
     def family(self) -> Family:
@@ -73,9 +84,7 @@ class ModelConfig:
     @property
     def window(self) -> int:
         """Positions that a token attends to, itself included; 0: all up to itself."""
-        if not self.family.window:
-            return 0
-        return self.extra.get("sliding_window") or 0
+        return (self.extra.get("sliding_window") or 0) if self.family.window else 0
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -97,30 +106,40 @@ class RMSNorm(nn.Module):
 def rotary_frequencies(config: ModelConfig) -> Tensor:
     """Angles per position in radians, (D/2,) float32.
 
-    Llama 3's rope scaling stretches the long wavelengths by `factor` and blends the middle band.
+    A scaling divides frequencies by its factor: all of them (linear), or only the low ones, with a blend in
+    between (llama3; yarn, arXiv 2309.00071).
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
-    f = config.rope_theta**-exponents
-    if config.rope_scaling:
-        s = config.rope_scaling
-        low, high, factor = s["low_freq_factor"], s["high_freq_factor"], s["factor"]
-        turns = s["original_max_position_embeddings"] * f / (2 * math.pi)
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        f = (1 - blend) * f / factor + blend * f
-    return f
+    D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    f = theta ** -(torch.arange(0, D, 2, dtype=torch.int64, device="cpu").float() / D)
+    if scaling is None:
+        return f
+    kept = 0.0  # share of a frequency that is not scaled
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif scaling["rope_type"] == "yarn":
+        # The dimensions whose angle makes beta_fast and beta_slow turns in the original window.
+        window = scaling["original_max_position_embeddings"] / (2 * math.pi)
+        turns = (scaling["beta_fast"], scaling["beta_slow"])
+        low, high = (D * math.log(window / n) / (2 * math.log(theta)) for n in turns)
+        if scaling["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        ramp = (torch.arange(D // 2, device="cpu") - low) / ((high - low) or 0.001)
+        kept = 1 - ramp.clamp(0, 1)
+    return (1 - kept) * f / scaling["factor"] + kept * f
 
 
-def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D) of positions (B, T). The first half of sin is negated, as rotate() expects."""
-    angles = positions[..., None].float() * frequencies  # (B, T, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    cos = torch.cat((cos, cos), -1).unsqueeze(1).to(dtype)
-    sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(dtype)
-    return cos, sin
+def rotary_angles(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, D) of positions (B, T), times `scale`; half of sin negated for rotate()."""
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
+    cos, sin = scale * angles.cos(), scale * angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, heads, T, D): x cos + swap(x) sin, where a roll swaps the two halves of D."""
+    """x (B, heads, T, D) rotated: x cos + swap(x) sin, where a roll swaps the two halves of D."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -148,26 +167,35 @@ def autocast_input(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         c, d, bias = config.hidden_size, config.head_dim, config.family.qkv_bias
         self.head_dim = d
+        self.rotary = not config.family.nope or bool(config.extra["no_rope_layers"][layer])
         self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
-        if config.family.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(d, config), RMSNorm(d, config)
+        self.qk_norm = config.family.qk_norm
+        if self.qk_norm:
+            whole = self.qk_norm == "projection"
+            self.q_norm = RMSNorm(config.num_attention_heads * d if whole else d, config)
+            self.k_norm = RMSNorm(config.num_key_value_heads * d if whole else d, config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         B, T, _ = x.shape
         x = autocast_input(x)
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        if hasattr(self, "q_norm"):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = autocast_input(rotate(q, cos, sin)), autocast_input(rotate(k, cos, sin))
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = autocast_input(q), autocast_input(k)
         if cache is not None:
             k, v = cache.update(k, v)  # now with those of earlier positions
         y = attend(q.to(k.dtype), k, v, mask)
@@ -188,14 +216,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config)
-        self.self_attn = Attention(config)
+        self.norm_after = config.family.norm_after
+        if not self.norm_after:
+            self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
         self.mlp = MLP(config)
+        if self.norm_after:
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+        if self.norm_after:
+            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, mask, cache))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -249,7 +284,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
 
 
@@ -266,21 +301,16 @@ class Transformer(nn.Module):
         self.frequencies = rotary_frequencies(config)
 
     def init_weights(self, seed: int = 0) -> "Transformer":
-        """Fill in normal weights, zero biases and norms that scale by one; a function of the seed.
+        """Fill in normal weights of std initializer_range, zero biases, and norms that scale by one.
 
-        The weights' standard deviation is config.initializer_range.
+        A function of the seed.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, std = torch.Generator().manual_seed(seed), self.config.initializer_range
         for name, p in self.named_parameters():
-            with torch.no_grad():
-                if name.endswith("bias"):
-                    p.zero_()
-                elif p.dim() == 1:
-                    p.fill_(0.0 if self.config.family.gemma else 1.0)
-                else:
-                    p.copy_(
-                        torch.empty(p.shape).normal_(0, self.config.initializer_range, generator=generator)
-                    )
+            if p.dim() > 1:
+                p.data.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+            else:
+                p.data.fill_(0.0 if name.endswith("bias") or self.config.family.gemma else 1.0)
         return self
 
     @property
@@ -318,7 +348,8 @@ class Transformer(nn.Module):
         if self.frequencies.device != x.device:  # moved once, since a CUDA graph must not copy from the host
             self.frequencies = self.frequencies.to(x.device)
         # The blocks. Positions enter as rotary angles.
-        cos, sin = rotary_angles(positions, self.frequencies, x.dtype)
+        scale = (self.config.rope_scaling or {}).get("attention_factor", 1.0)
+        cos, sin = (part.to(x.dtype) for part in rotary_angles(positions, self.frequencies, scale))
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
             if recompute:
@@ -351,12 +382,12 @@ class Transformer(nn.Module):
         return load_model(dir, dtype, device)
 
     def save_pretrained(
-        self, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = (), **options
-    ) -> None:  # fmt: skip
+        self, dir: str | Path, dtype: torch.dtype | None = None, stop_ids: Iterable[int] = ()
+    ) -> None:
         """Write a Hugging Face directory (infra/huggingface.py). dtype None: the parameters' own."""
         from infra.huggingface import save_model
 
-        save_model(self, dir, dtype, stop_ids, **options)
+        save_model(self, dir, dtype, stop_ids)
 
 
 # ---- log-probs of tokens -----------------------------------------------------------------------------------
@@ -386,12 +417,12 @@ def token_logprobs(
 
 def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
-    temperature: float | Tensor = 1.0, entropy: bool = False, chunks: list[slice] | None = None,
+    temperature: float | Tensor = 1.0, entropy: bool = False, together: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """loss_fn(logp, entropy, *columns), a sum over tokens, and detached log-probs and entropies (N,).
 
-    columns: further tensors (N,), or None. chunks matters only to fast/head.py, which calls loss_fn once per
-    chunk.
+    columns: further tensors (N,), or None. together: sizes of groups of consecutive tokens that loss_fn must
+    see as a whole; it matters only to fast/head.py, which calls loss_fn once per chunk.
     """
     logp, entropy = token_logprobs(hidden, weight, targets, temperature, entropy)
     return loss_fn(logp, entropy, *columns), logp.detach(), entropy.detach()

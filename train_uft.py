@@ -1,32 +1,45 @@
-"""UFT, Unified Fine-Tuning (arXiv 2505.16984), and every method its paper compares it with.
+"""UFT, Unified Fine-Tuning (arXiv 2505.16984), and the methods between SFT and RL.
 
-    python train_uft.py                                          the embedded example: Countdown, a tiny model
-    python train_uft.py --algo=sft --out_dir=out/sft             sft, rft, sft-rft, r3, stage, rft-cosine, uft
+    python train_uft.py                                     Countdown with a tiny model
+    python train_uft.py --algo=sft --out_dir=out/sft        another of METHODS or variants/
     python train_uft.py config/countdown.toml --model=DIR --data_path=DIR --out_dir=out/qwen
-    python train_uft.py config/countdown.toml ... --resume=true  continue after an interruption
-    torchrun --nproc-per-node=8 train_uft.py config/x.toml ...   on 8 GPUs, or 8 processes
-    python train_uft.py --help                                   every knob
+    python train_uft.py ... --resume=auto                   begin, or continue what there is
+    torchrun --nproc-per-node=8 train_uft.py ...            on 8 GPUs, or 8 processes
+    python train_uft.py --help                              every knob and every method
+
+SFT, RL and everything between them differ in one thing: how many of an answer's first
+tokens the reference wrote. So there is one data structure, a Trajectory whose first
+tokens were given; one Batch of tokens; one objective, uft_loss; and one table of methods,
+METHODS.
+
+    method                 given by the reference    sampled         loss of a given token
+    sft                    the whole solution        nothing         -log p
+    rft (GRPO)             nothing                   everything      -
+    uft                    a prefix that shrinks     the rest        hint_coef x -log p
+    rft-cosine, r3, stage  a prefix                  the rest        0
+    luffy                  all, in one of n          all, in others  -A p / (p + 0.1)
+    prefix_rft             a prefix, in one of n     the rest        -A log p
+    hpt                    all, if a group failed    all, otherwise  -log p
+
+The loss of a sampled token is PPO's in all of them.
 
 Departures from the paper and its published code:
-- Each loss term is a sum over tokens divided by the number of such tokens in the whole optimiser step, so
-  micro-batches do not change it. The paper sums a trajectory's hint log-probs; the code averages over tokens
-  per micro-batch (loss_norm = "paper_code" does that too).
-- A hint is trained on once per group, not once for each of its rollouts; the mean is the same.
+- Each loss term is a sum over tokens divided by the number of such tokens in the whole
+  optimiser step, so micro-batches do not change it. The paper sums a trajectory's hint
+  log-probs; the code averages over tokens per micro-batch (--algo=published does that).
 - stage and r3 never train on the hint's log-likelihood; the published stage does.
-- The logits of hint tokens are not divided by the temperature of rollouts; in the published code they are.
-- The first step is not spent at learning rate 0.
-- Groups with equal rewards have advantages of exactly 0.
-- A begin-of-text token is put in front where the tokenizer has one (Llama); the published code has none.
-- A prompt too long for the window is refused; the published code cuts its end off, and with it the hint.
+- The logits of given tokens are not divided by the temperature of rollouts.
+- The first step is not spent at learning rate 0. Equal rewards have advantages of exactly 0.
+- A begin-of-text token is put in front where the tokenizer has one (Llama).
+- A prompt too long for the window is refused; the published code cuts off the hint.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from types import ModuleType
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,249 +47,163 @@ from torch import Tensor
 
 import evaluate
 import model as plain_head
-from data.rows import judged_by, load_rows, load_task, split_note
+from data.judge import judge
+from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
+from experiments.plot import draw_run
 from fast import head as fast_head
-from fast import packing
-from fast import prefix as fast_prefix
+from fast import mismatch, packing
+from infra import config, parallel, samples, training
 from infra.checkpoint import save_model
-from infra.config import UserError, one_of, parse_config, require, require_each, run_script
-from infra.curves import draw_run
-from infra.log import Counter, brief
-from infra.parallel import add_up, autocast, collect, gather, my_batches, share, token_batches, world
-from infra.training import (
-    Run,
-    batch_rows,
-    console_line,
-    explain_failure,
-    fill_sampler,
-    fingerprint,
-    frozen_model,
-    log_step,
-    lr_factor,
-    model_size,
-    optimizer_step,
-    release_sampler,
-    save_and_stop,
-    set_options,
-    set_up,
-    start,
-    start_or_resume,
-)
-from model import ModelConfig, Transformer
-from sampler import COLDEST, Completion, generate
-from train_ift import ift_states, own_embeddings
-
-
-class Algo(NamedTuple):
-    """How the methods of the paper differ."""
-
-    hint: str  # the rule that chooses the hint's length, see hint_length()
-    hint_likelihood: bool  # train on the hint's log-likelihood
-    supervised: bool  # begin with a phase of cross entropy on whole solutions
-    reinforced: bool  # then train with GRPO
-
-
-ALGOS = {
-    "sft": Algo("none", hint_likelihood=False, supervised=True, reinforced=False),
-    "rft": Algo("none", hint_likelihood=False, supervised=False, reinforced=True),
-    "sft-rft": Algo("none", hint_likelihood=False, supervised=True, reinforced=True),
-    "r3": Algo("uniform", hint_likelihood=False, supervised=False, reinforced=True),
-    "stage": Algo("stage", hint_likelihood=False, supervised=False, reinforced=True),
-    "rft-cosine": Algo("cosine", hint_likelihood=False, supervised=False, reinforced=True),
-    "uft": Algo("cosine", hint_likelihood=True, supervised=False, reinforced=True),
-}
-HINT_RULES = ("none", "cosine", "uniform", "stage", "target", "on-failure")
+from infra.config import Count, Decay, Fraction, Natural, NonNegative, Positive
+from infra.training import ROOT, Run, RunConfig
+from model import Transformer
+from sampler import COLDEST, generate
 
 
 @dataclass
-class Config:
-    """Every knob. The defaults are the embedded example; config/ has the paper's runs."""
+class Config(RunConfig):
+    """The knobs of this trainer; infra.training.RunConfig has those of both trainers."""
 
     # What
-    algo: str = "uft"  # sft, rft, sft-rft, r3, stage, rft-cosine or uft
-    model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
-    hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
-    task: str = "countdown"  # a file of data/
-    style: str = "short"  # prompt style: paper, or short for tiny models
-    checker: str = "ours"  # judge of the answers: ours, or published (the papers' code)
-    data_path: str = ""  # folder or file of rows; empty: the task makes its problems
-    train_rows: int = 0  # use the first so many rows; 0: all, or the task's default number
-    test_rows: int = 0  # the same for the test rows
-    sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
+    algo: str = "uft"  # a method: a row of METHODS, or a file of variants/ by name or path
     out_dir: str = "out/uft"  # where everything goes
-    resume: bool = False  # continue the run in out_dir
-    seed: int = 0  # random seed
     # Schedule
-    steps: int = 1000  # steps of reinforcement; one step = one batch of rollouts
-    sft_steps: int = 1000  # steps of the supervised phase of sft and sft-rft
-    problems: int = 32  # problems per step
-    rollouts: int = 4  # completions per problem
-    mini_batch: int = 16  # problems per optimiser step
+    steps: Count = 1000  # steps of reinforcement; one step = one batch of rollouts
+    sft_steps: Count = 1000  # steps of the supervised phase of sft and sft-rft
+    problems: Count = 32  # problems per step
+    rollouts: Count = 4  # completions per problem
+    mini_batch: Count = 16  # problems per optimiser step
     # Hints
-    hint: str = "auto"  # auto (the algorithm's), none, cosine, uniform, stage, target or on-failure
-    hint_steps: int = 600  # T_hint: no hints from this step on (uniform ignores it)
-    segments: int = 5  # L: the hint sentences of a solution are cut into at most this many segments
-    p_low: float = 0.05  # cosine: expected share of the solution shown just before hint_steps
-    p_high: float = 0.95  # cosine: the same at the start; target: the share that every problem starts with
-    hint_coef: float = 0.001  # beta of the hint's log-likelihood, used by uft
-    hint_weight: str = "one"  # weight of a hint or solution token: one, or prob: min(probability / 0.1, 1)
-    hint_loss: str = "sft"  # sft, or ift: hint and solution embeddings mixed with the model's predictions
-    ift_lambda: float = 0.2  # lambda of hint_loss = ift
-    target_eta: float = 0.2  # hint = target: how fast a problem's share follows its success rate
+    hint_steps: Count = 600  # T_hint: no hints from this step on (r3 ignores it)
+    segments: Count = 5  # L: hint sentences are cut into at most this many segments
+    p_low: Fraction = 0.05  # cosine: expected share of the solution shown before hint_steps
+    p_high: Fraction = 0.95  # cosine: the same at the start
+    hint_coef: NonNegative = 0.001  # beta of the hint's log-likelihood; up to 1 if it is forgotten
     # Loss
-    clip_low: float = 0.2  # lower PPO clip: ratio >= 1 - clip_low
-    clip_high: float = 0.2  # upper PPO clip: ratio <= 1 + clip_high; 0.28 is DAPO's clip-higher
-    kl_coef: float = 0.0  # beta of the KL to the reference, the model that reinforcement starts from
-    entropy_coef: float = 0.001  # weight of the entropy bonus
-    adv_norm: str = "std"  # divisor of advantages: std of the group, or none as in Dr. GRPO
-    loss_norm: str = "tokens"  # denominator: tokens, constant (Dr. GRPO), or paper_code (micro-batch means)
-    rollout_correction: str = "none"  # weight by pi_trainer / pi_sampler: none, token or sequence
-    rollout_cap: float = 3.0  # largest weight of rollout_correction
-    drop_dead: bool = False  # leave out groups whose rewards are all equal
+    clip_low: NonNegative = 0.2  # lower PPO clip: ratio >= 1 - clip_low
+    clip_high: NonNegative = 0.2  # upper PPO clip: ratio <= 1 + clip_high
+    kl_coef: NonNegative = 0.0  # weight of the KL to the model that RL starts from
+    entropy_coef: NonNegative = 0.001  # weight of the entropy bonus
+    adv_norm: Literal["std", "none"] = "std"  # divisor of advantages; none: Dr. GRPO
+    loss_norm: Literal["tokens", "constant"] = "tokens"  # denominator; constant: Dr. GRPO
+    rollout_correction: Literal["none", "token", "sequence"] = "none"  # by pi_trainer / pi_sampler
+    rollout_cap: Positive = 3.0  # largest weight of rollout_correction
+    drop_dead: bool = False  # leave out the completions of groups without an advantage
     # Optimiser (AdamW)
-    lr: float = 2e-4  # learning rate of reinforcement
-    warmup: int = 10  # steps of linear warm-up
-    lr_schedule: str = "constant"  # after the warm-up: constant, linear or cosine
-    sft_lr: float = 5e-4  # peak learning rate of the supervised phase: cosine after a warm-up of a tenth
-    beta1: float = 0.9  # decay of the first moment
-    beta2: float = 0.99  # decay of the second moment in reinforcement
-    sft_beta2: float = 0.99  # the same in the supervised phase; the paper has 0.95
-    weight_decay: float = 0.0  # decoupled weight decay
-    grad_clip: float = 1.0  # largest gradient norm
-    # Generation
-    max_prompt: int = 256  # longest prompt without its hint, in tokens
-    max_new_tokens: int = 64  # longest completion
-    temperature: float = 1.0  # temperature of rollouts, and of the log-probs of their tokens
-    rollout_batch: int = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
-    # LoRA
-    lora_rank: int = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
-    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
-    # Speed
-    fast: bool = True  # use fast/: same results, faster; false: plain path (train_uft, model, sampler.py)
-    token_budget: int = 32768  # most tokens of a micro-batch, padding included
-    pack: bool = True  # fast: a group's completions share their prompt in one row where that is cheaper
-    gradient_checkpointing: bool = False  # less memory for activations, a third more time
-    compile: str = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
-    device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
-    dtype: str = "auto"  # arithmetic: float32, bfloat16, or auto: bfloat16 for LoRA if possible, else float32
-    rollout_dtype: str = "float32"  # dtype of the weights in rollouts and validation
-    threads: int = 0  # CPU threads; 0: torch's choice
-    # Reports
-    eval_every: int = 100  # steps between validations (greedy, no hints)
-    val_n: int = 1  # answers per test problem; accuracy is their mean (avg@n)
-    val_temperature: float = 0.0  # temperature of validation; 0: greedy
-    save_every: int = 100  # steps between checkpoints
-    print_every: int = 10  # steps between console lines
-    show: int = 3  # answers printed before and after training
-    wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
+    lr: Positive = 2e-4  # learning rate of reinforcement
+    warmup: Natural = 10  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
+    sft_lr: Positive = 5e-4  # peak in the supervised phase: cosine after a tenth of warm-up
+    beta1: Decay = 0.9  # decay of the first moment
+    beta2: Decay = 0.99  # decay of the second moment in reinforcement
+    sft_beta2: Decay = 0.99  # the same in the supervised phase; the paper has 0.95
+    weight_decay: NonNegative = 0.0  # decoupled weight decay
+    grad_clip: Positive = 1.0  # largest gradient norm
+    # Rollouts
+    max_prompt: Count = 256  # longest prompt without its hint, in tokens
+    temperature: Positive = 1.0  # of rollouts, and of the log-probs of their tokens
+    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights to sample with
+    pack: bool = True  # fast: a group shares its prompt in one row where that is cheaper
 
 
-def check(cfg: Config) -> None:
-    """Refuse values that cannot work, naming the knob."""
-    one_of(cfg, "algo", tuple(ALGOS))
-    one_of(cfg, "hint", ("auto", *HINT_RULES))
-    one_of(cfg, "hint_weight", ("one", "prob"))
-    one_of(cfg, "hint_loss", ("sft", "ift"))
-    one_of(cfg, "adv_norm", ("std", "none"))
-    one_of(cfg, "loss_norm", ("tokens", "constant", "paper_code"))
-    one_of(cfg, "rollout_correction", ("none", "token", "sequence"))
-    one_of(cfg, "lr_schedule", ("constant", "linear", "cosine"))
-    one_of(cfg, "checker", ("ours", "published"))
-    one_of(cfg, "dtype", ("auto", "float32", "bfloat16"))
-    one_of(cfg, "rollout_dtype", ("float32", "bfloat16"))
-    one_of(cfg, "compile", ("auto", "true", "false"))
-    positive = ("steps", "sft_steps", "problems", "rollouts", "mini_batch", "hint_steps", "segments",
-                "max_prompt", "max_new_tokens", "token_budget", "eval_every", "save_every",
-                "print_every", "val_n")  # fmt: skip
-    require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
-    require_each(cfg, ("p_low", "p_high", "ift_lambda"), lambda v: 0 <= v <= 1, "must be from 0 to 1")
-    require_each(cfg, ("beta1", "beta2", "sft_beta2"), lambda v: 0 <= v < 1, "must be >= 0 and below 1")
-    above_0 = ("lr", "sft_lr", "grad_clip", "lora_alpha", "rollout_cap")
-    require_each(cfg, above_0, lambda v: v > 0, "must be above 0")
-    not_negative = ("train_rows", "test_rows", "seed", "threads", "rollout_batch", "hint_coef", "kl_coef",
-                    "show", "entropy_coef", "clip_low", "clip_high", "weight_decay", "warmup",
-                    "target_eta", "val_temperature", "lora_rank")  # fmt: skip
-    require_each(cfg, not_negative, lambda v: v >= 0, "must be >= 0")
-    require(cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}")
-    require(cfg, "temperature", cfg.temperature > 0, "rollouts need a temperature above 0")
-    require(cfg, "lora_alpha", cfg.lora_rank or cfg.lora_alpha == Config.lora_alpha, "needs a lora_rank")
-    require(cfg, "val_n", cfg.val_n == 1 or cfg.val_temperature > 0, "needs a val_temperature above 0")
-    require(cfg, "mini_batch", cfg.problems % cfg.mini_batch == 0, f"must divide problems = {cfg.problems}")
-    two_phases = ALGOS[cfg.algo].supervised and ALGOS[cfg.algo].reinforced
-    require(cfg, "kl_coef", not (cfg.kl_coef and cfg.lora_rank and two_phases),
-            "with LoRA the reference is the starting model, not that of the supervised phase; give 0, or run "
-            "sft and then rft from its out_dir/model")  # fmt: skip
-    require(cfg, "task", cfg.task, "must name a task; conversations are for train_ift.py")
-    load_task(cfg.task)  # UserError if there is no such task
+def check(cfg: Config, method: "Method") -> None:
+    """Refuse combinations that cannot work, naming the knob."""
+    config.require(
+        cfg, "p_low", cfg.p_low <= cfg.p_high, f"must not be above p_high = {cfg.p_high}"
+    )
+    training.check_shared(cfg)
+    whole = cfg.problems % cfg.mini_batch == 0
+    config.require(cfg, "mini_batch", whole, f"must divide problems = {cfg.problems}")
+    both = method.supervised and method.reinforced
+    rule = "with LoRA must be 0 here: run sft, and then rft from its out_dir/model"
+    config.require(cfg, "kl_coef", not (both and cfg.kl_coef and cfg.lora_rank), rule)
+    config.require(cfg, "task", cfg.task, "must be given; conversations are for train_ift.py")
 
 
-# ---- hints (section 3.1 and Algorithm 1) -------------------------------------------------------------------
+# ---- trajectories --------------------------------------------------------
 
 
-def cut_points(n_sentences: int, n_segments: int = 5) -> list[int]:
-    """Where n sentences may be cut: round(k n / m), k = 0..m, m = min(n_segments, n); [0] for n = 0."""
-    m = min(n_segments, n_sentences)
-    return [round(k * n_sentences / m) for k in range(m + 1)] if m else [0]
+class Pick(NamedTuple):
+    """A problem of a step. Each draw of it (0, 1, ...) has its own random numbers."""
+
+    problem: int
+    draw: int = 0
 
 
-def hint_probability(step: int, hint_steps: int, p_low: float = 0.05, p_high: float = 0.95) -> float:
-    """p(t) of eq. 3.1, the expected share of the solution shown at `step` (from 0); 0 from hint_steps on."""
+@dataclass
+class Trajectory:
+    """An answer: n_given tokens of the reference, then tokens that the model sampled."""
+
+    # Set where it is made, by rollout() or demonstration().
+    pick: Pick
+    prompt: list[int]
+    tokens: list[int]
+    n_given: int
+    old_logp: np.ndarray  # of each token, under the model that sampled it; 0 at given ones
+    shown: int  # segments of the solution that were given
+    response: str  # what the checker sees: the given text and the sampled one
+    reward: float = 1.0
+    verdict: str = ""
+    finished: bool = True  # by a stop token; False: cut at max_new_tokens
+    # Set by the method: advantages(), after_rollout(), token_weights().
+    advantage: float | np.ndarray = 1.0  # a number, or one per token
+    coef: float | None = None  # of the loss of its given tokens; None: the step's
+    weight: float | np.ndarray = 0.0  # of each token in the loss of the optimiser step
+    # Set by share_given(): training begins at this token.
+    start: int = 0
+
+
+Group = list[Trajectory]  # the trajectories of one problem
+
+
+def flat(groups: Sequence[Group]) -> list[Trajectory]:
+    return [t for group in groups for t in group]
+
+
+# ---- hints (section 3.1 and Algorithm 1) ---------------------------------
+# A rule gives the number of a problem's segments to show at `step` of reinforcement (from
+# 0), or a list with one number per trajectory; problem.segments + 1 is the whole
+# solution, after which nothing is sampled. memory: a dict saved with the run;
+# memory["problems"][i] is a dict for problem i.
+
+
+def hint_probability(step: int, hint_steps: int, p_low=0.05, p_high=0.95) -> float:
+    """p(t) of eq. 3.1: expected share of the solution to show at `step` (from 0)."""
     if step >= hint_steps:
         return 0.0
     return p_low + 0.5 * (p_high - p_low) * (1 + math.cos(math.pi * (step + 1) / hint_steps))
 
 
-def hint_rule(cfg: Config) -> str:
-    """Which rule chooses hint lengths: the algorithm's own, unless the knob hint names one."""
-    return ALGOS[cfg.algo].hint if cfg.hint == "auto" else cfg.hint
+def no_hint(step, problem, cfg, rng, memory):
+    return 0
 
 
-def hint_length(rule: str, step: int, m: int, cfg: Config, rng: np.random.Generator, memory=None) -> int:
-    """How many of a problem's m segments to show at `step`.
-
-    cosine: Algorithm 1, l ~ Binomial(m, p(t)). uniform: R3, at every step. stage: all segments, then one
-    fewer at a time. target: binomial with the problem's own share. memory: the value that remember() last
-    returned for this problem, None at first.
-    """
-    if rule == "uniform":
-        return int(rng.integers(m + 1))
-    if step >= cfg.hint_steps:
-        return 0
-    match rule:
-        case "cosine":
-            return int(rng.binomial(m, hint_probability(step, cfg.hint_steps, cfg.p_low, cfg.p_high)))
-        case "stage":
-            return m - step * (m + 1) // cfg.hint_steps
-        case "target":
-            return int(rng.binomial(m, cfg.p_high if memory is None else memory))
-    return 0  # none; on-failure adds its hints after a first try
+def cosine_hint(step, problem, cfg, rng, memory):
+    """Algorithm 1: l ~ Binomial(m, p(t))."""
+    p = hint_probability(step, cfg.hint_steps, cfg.p_low, cfg.p_high)
+    return int(rng.binomial(problem.segments, p))
 
 
-def remember(rule: str, memory, shown: int, solved: float, cfg: Config):
-    """A problem's new memory (any JSON value), once a share `solved` of its completions was right.
-
-    shown: segments of hint in those completions. target: show more of a problem solved less than half the
-    time, less of one solved more often. Not in the paper, whose one schedule ignores how hard a problem is.
-    """
-    if rule != "target":
-        return None
-    return move_share(cfg.p_high if memory is None else memory, solved, cfg.target_eta)
+def uniform_hint(step, problem, cfg, rng, memory):
+    """R3: any length, at every step."""
+    return int(rng.integers(problem.segments + 1))
 
 
-def move_share(old: float, solved: float, eta: float) -> float:
-    """hint = target: the new share of a solution to show, from 0 to 1."""
-    return min(1.0, max(0.0, old + eta * (0.5 - solved)))
+def stage_hint(step, problem, cfg, rng, memory):
+    """All segments, then one fewer at a time."""
+    m = problem.segments
+    return m - step * (m + 1) // cfg.hint_steps if step < cfg.hint_steps else 0
 
 
-# ---- losses ------------------------------------------------------------------------------------------------
+# ---- advantages and losses (section 3.2) ---------------------------------
 
 
 def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
-    """GRPO's advantages of (P, n) rewards: (r - mean) / (std + 1e-6) within a group, std unbiased.
+    """GRPO's advantages of (P, n) rewards: (r - mean) / (std + 1e-6) in each group.
 
-    norm "none" (Dr. GRPO) only subtracts the mean. Groups with equal rewards get exactly 0, except that a
-    group of one keeps its reward.
+    The std is unbiased; norm "none" (Dr. GRPO) leaves it out. Groups with equal rewards
+    get exactly 0, except that a group of one keeps its reward.
     """
     if rewards.shape[1] == 1:
         return rewards.clone()
@@ -285,669 +212,488 @@ def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if norm == "std" else centred
 
 
-def rollout_advantages(rewards: Tensor, groups: list["Group"], cfg: Config) -> list[list]:
-    """For each group, one advantage per completion, or a list with one per token. rewards (P, n)."""
-    return group_advantages(rewards, cfg.adv_norm).tolist()
+def grpo_advantages(groups, cfg):
+    for group in groups:
+        rewards = torch.tensor([[float(t.reward) for t in group]])
+        (advantages,) = group_advantages(rewards, cfg.adv_norm).tolist()
+        for t, advantage in zip(group, advantages, strict=True):
+            t.advantage = advantage
 
 
-def policy_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
-    sequence: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """PPO's clipped surrogate of each token (N,), to be minimised, and which tokens are clipped (N,).
+def token_weights(trajectories, coef, cfg):
+    """Set the weight of every token in the loss of an optimiser step, a sum over tokens.
 
-    It is J_value of eq. 3.2, negated. sequence (N,): index of the token's completion in the micro-batch, -1
-    for hint tokens; None on the fast path, which may see only some of a completion's tokens at a time.
+    A sampled token has 1 / sampled tokens of the step, a given one coef / given tokens.
+    loss_norm = constant (Dr. GRPO): a sampled one has 1 / (completions x max_new_tokens).
     """
-    ratio = (logp - old_logp).clamp(max=20).exp()  # finite, and so is its gradient
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    n_given = sum(t.n_given for t in trajectories)
+    n_sampled = sum(len(t.tokens) for t in trajectories) - n_given
+    if cfg.loss_norm == "constant":
+        n_sampled = cfg.mini_batch * cfg.rollouts * cfg.max_new_tokens
+    for t in trajectories:
+        given = (coef if t.coef is None else t.coef) / max(1, n_given)
+        counts = (t.n_given, len(t.tokens) - t.n_given)
+        t.weight = np.repeat([given, 1 / max(1, n_sampled)], counts)
+
+
+class Batch(NamedTuple):
+    """The N tokens of a micro-batch to train on, (N,) each, trajectory by trajectory."""
+
+    targets: Tensor
+    given: Tensor  # bool: by the reference, not sampled
+    trajectory: Tensor  # index of the token's trajectory in the micro-batch
+    old_logp: Tensor
+    advantage: Tensor
+    weight: Tensor
+    ref_logp: Tensor | None = None  # log-probs under the reference, for the KL
+
+
+def given_nll(logp, entropy, batch, cfg):
+    """Loss of a given token: -log p, as in SFT."""
+    return -logp
+
+
+def ppo_loss(logp, entropy, batch, cfg):
+    """PPO's clipped surrogate (N,), which is J_value of eq. 3.2, negated.
+
+    Also returns which tokens are clipped (N,).
+    """
+    ratio = (logp - batch.old_logp).clamp(max=20).exp()  # finite, and so is its gradient
+    plain = -batch.advantage * ratio
+    clipped = -batch.advantage * ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     return torch.maximum(plain, clipped), clipped > plain
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1 with d = ref_logp - logp.
+    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1, d = ref_logp - logp.
 
-    It is clamped to 10 as in the published code. The inner clamp changes no value; it keeps the gradient
-    finite where exp would overflow.
+    It is clamped to 10 as in the published code. The inner clamp changes no value; it
+    keeps the gradient finite where exp would overflow.
     """
     d = (ref_logp - logp).clamp(max=20)
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
-def rollout_weights(logp: Tensor, rollout_logp: Tensor, kind: str, cap: float = 3.0) -> Tensor:
-    """Truncated importance weights (T,) of a completion's tokens: min(pi_train / pi_rollout, cap).
+def uft_loss(method: "Method", logp: Tensor, entropy: Tensor, batch: Batch, cfg: Config) -> Tensor:
+    """The objective of UFT (eq. 3.3), negated, at each token (N,).
 
-    logp, rollout_logp (T,): the tokens' log-probs under the training model and under the sampler, which
-    differ if the sampler computes in another precision. token: each token has its own ratio; sequence: all
-    have the completion's, the product over its tokens; none: ones. They are TRL's token_truncate and
-    sequence_truncate.
+        -(J_value + beta log pi(hint))  =  policy_loss  +  beta given_loss
+                                           at sampled      at given tokens
+
+    The loss of an optimiser step is (batch.weight * uft_loss).sum(): the weights are
+    means over the step's sampled and given tokens, and hold beta (token_weights). With no
+    given token it is GRPO's loss, with no sampled one SFT's.
     """
-    if kind == "none":
-        return torch.ones_like(logp)
-    difference = logp - rollout_logp
-    if kind == "sequence":
-        difference = difference.sum().expand_as(difference)
-    return difference.clamp(max=20).exp().clamp(max=cap)
+    sampled, _clipped = method.policy_loss(logp, entropy, batch, cfg)
+    if cfg.entropy_coef:
+        sampled = sampled - cfg.entropy_coef * entropy
+    if batch.ref_logp is not None:
+        sampled = sampled + cfg.kl_coef * kl_k3(logp, batch.ref_logp)
+    return torch.where(batch.given, method.given_loss(logp, entropy, batch, cfg), sampled)
 
 
-def hint_token_weight(logp: Tensor, alpha: float = 0.1) -> Tensor:
-    """Weight min(p / alpha, 1) of each hint token (N,), without gradient.
+# ---- methods -------------------------------------------------------------
 
-    A token that the model finds impossible teaches little.
+
+def next_problems(step, n_problems, memory, cfg):
+    """The problems of a step: the next of an endless stream of shuffled epochs."""
+    return training.batch_rows(step, cfg.problems, n_problems, cfg.seed)
+
+
+def keep_groups(groups, run, data, step, cfg):
+    return groups
+
+
+def hidden_states(model, rows, batch, cfg):
+    """The states (N, C) that predict the tokens to train on."""
+    hidden = model.hidden(rows.ids, positions=rows.positions, mask=rows.mask)
+    return hidden.flatten(0, 1)[rows.index]
+
+
+class Method(NamedTuple):
+    """What a method is. A variant: METHOD = METHODS["rft"]._replace(hint_length=...).
+
+    Its functions reach all they need through run (tokenizer; metrics, a dict whose
+    numbers are logged with the step; state["memory"]) and data (task; problems, each with
+    its row, and in it the truth).
     """
-    return (logp.detach().exp() / alpha).clamp(max=1)
+
+    pick_problems: Callable = next_problems  # (step, n_problems, memory, cfg) -> indices
+    hint_length: Callable = no_hint  # (step, problem, cfg, rng, memory) -> segments, or a list
+    after_rollout: Callable = keep_groups  # (groups, run, data, step, cfg) -> groups
+    advantages: Callable = grpo_advantages  # (groups, cfg): sets them
+    token_weights: Callable = token_weights  # (trajectories, coef, cfg): sets them
+    states: Callable = hidden_states  # (model, rows, batch, cfg) -> (N, C)
+    given_loss: Callable = given_nll  # (logp, entropy, batch, cfg) -> (N,)
+    policy_loss: Callable = ppo_loss  # (logp, entropy, batch, cfg) -> (N,), clipped (N,)
+    tokenwise: bool = True  # a token's loss depends on no other token
+    trains_hints: bool = False  # coef is hint_coef; otherwise 0, unless a trajectory has its own
+    supervised: bool = False  # begin with a phase in which everything is given
+    reinforced: bool = True  # then sample
+    needs: Literal["", "hint", "answer"] = ""  # of every row: a hint, or a whole solution
 
 
-def uft_loss(
-    logp: Tensor, entropy: Tensor, old_logp: Tensor, advantages: Tensor, ref_logp: Tensor | None,
-    rl_weight: Tensor, hint_weight: Tensor, sequence: Tensor | None = None, *,
-    clip_low: float = 0.2, clip_high: float = 0.2, kl_coef: float = 0.0, entropy_coef: float = 0.0,
-    weigh_hints: bool = False, policy_loss: Callable = policy_loss,
-) -> Tensor:  # fmt: skip
-    """The negated objective of UFT (eq. 3.3), summed over N tokens, completion and hint tokens in any order.
-
-        sum of rl_weight (policy loss + kl_coef KL - entropy_coef entropy) - hint_weight log p
-
-    All tensors are (N,). rl_weight: the weight of a completion token, by default 1 / completion tokens of the
-    optimiser step; 0 at hint tokens. hint_weight: the weight of a hint token, hint_coef / hint tokens; 0 at
-    completion tokens. See token_weights(). Without a hint it is GRPO's loss; with nothing but hints,
-    supervised fine-tuning on them.
-    """
-    loss = policy_loss(logp, old_logp, advantages, clip_low, clip_high, sequence)[0]
-    if entropy_coef:
-        loss = loss - entropy_coef * entropy
-    if ref_logp is not None:
-        loss = loss + kl_coef * kl_k3(logp, ref_logp)
-    if weigh_hints:
-        hint_weight = hint_weight * hint_token_weight(logp)
-    return (rl_weight * loss - hint_weight * logp).sum()
+RFT = Method()
+METHODS = {
+    "sft": Method(supervised=True, reinforced=False, needs="answer"),
+    "rft": RFT,
+    "sft-rft": RFT._replace(supervised=True, needs="answer"),
+    "r3": RFT._replace(hint_length=uniform_hint, needs="hint"),
+    "stage": RFT._replace(hint_length=stage_hint, needs="hint"),
+    "rft-cosine": RFT._replace(hint_length=cosine_hint, needs="hint"),
+    "uft": RFT._replace(hint_length=cosine_hint, trains_hints=True, needs="hint"),
+}
+MOVED = {  # knobs of earlier versions
+    "hint=none": "--algo=rft", "hint=cosine": "--algo=rft-cosine", "hint=uniform": "--algo=r3",
+    "hint=stage": "--algo=stage", "hint=target": "--algo=target", "hint_weight=prob": "--algo=prob",
+    "hint=on-failure": "--algo=on_failure", "hint_loss=ift": "--algo=residual",
+    "loss_norm=paper_code": "--algo=published", "algo=grpo": "--algo=rft, which is GRPO",
+}  # fmt: skip
 
 
-# ---- from groups to rows of tokens -------------------------------------------------------------------------
+# ---- from trajectories to rows of tokens ---------------------------------
 
 
-@dataclass
-class Group:
-    """A problem in one step. Supervised fine-tuning is a hint of the whole solution and no completion."""
-
-    prompt: list[int]
-    hint: list[int]  # ids of the hint, or of the whole solution
-    completions: list[Completion] = field(default_factory=list)
-    advantages: list = field(default_factory=list)  # per completion a number, or a list with one per token
-    rl_weights: list[float] = field(default_factory=list)  # loss weight of each completion's tokens
-    hint_weight: float = 0.0  # loss weight of the hint's tokens
-
-    def length(self) -> int:
-        """Tokens of a row that holds the whole group.
-
-        The last token of a completion is predicted but need not be fed.
-        """
-        completions = sum(len(c.tokens) - 1 for c in self.completions)
-        return len(self.prompt) + len(self.hint) + (completions if self.completions else -1)
-
-    def unpack(self) -> list["Group"]:
-        """One group per completion; the hint's likelihood stays with the first."""
-        parts = []
-        for j, (c, a) in enumerate(zip(self.completions, self.advantages, strict=True)):
-            weights = self.rl_weights[j : j + 1]
-            if j == 0:
-                parts.append(Group(self.prompt, self.hint, [c], [a], weights, self.hint_weight))
-            else:
-                parts.append(Group(self.prompt + self.hint, [], [c], [a], weights))
-        return parts or [self]
-
-
-@dataclass
-class Rows:
-    """A micro-batch: B rows of T tokens, and the N tokens to train on, group by group, the hint's first."""
+class Rows(NamedTuple):
+    """B rows of T tokens, and where the N tokens to train on stand in them."""
 
     ids: Tensor  # (B, T)
     positions: Tensor  # (B, T)
     mask: Tensor | None  # (B, 1, T, T) bool; None: causal
-    places: Tensor  # (N,) index into the flattened B x T of the state that predicts each token
-    targets: Tensor  # (N,)
-    old_logp: Tensor  # (N,) 0 at hint tokens, as are the next two
-    advantages: Tensor  # (N,)
-    rl_weight: Tensor  # (N,)
-    hint_weight: Tensor  # (N,) 0 at completion tokens
-    is_hint: Tensor  # (N,) bool
-    sequence: Tensor  # (N,) index of the completion, -1 at hint tokens
+    index: Tensor  # (N,) into the flattened B x T: the state that predicts each token
+    fed: Tensor  # (N,) the same: where the token itself is fed; -1 for a trajectory's last
 
 
-def lay_out(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
-    """One right-padded row per completion: ids and positions (B, T), places (N,), and no mask.
+def per_token(value: float | Sequence, t: Trajectory) -> np.ndarray:
+    """A number of a trajectory as an array with one per token; an array as it is."""
+    return np.full(len(t.tokens), value) if np.isscalar(value) else np.asarray(value)
 
-    A row is prompt + hint + completion. The hint's tokens are predicted in the row of the first completion.
-    fast/packing.py makes one row per group instead.
+
+def weigh(groups: list[Group], method: Method, coef: float, cfg: Config) -> None:
+    """Give the tokens of an optimiser step their weights and advantages, as arrays."""
+    method.token_weights(flat(groups), coef, cfg)
+    for group in groups:
+        for t in group:
+            t.advantage = per_token(t.advantage, t)
+        share_given(group)
+
+
+def share_given(group: Group) -> None:
+    """Train on tokens that were given to the whole group once, in its first trajectory.
+
+    They have the sum of their weights there, and their advantages' mean by these weights.
     """
-    rows, places = [], []
-    for g in groups:
-        prefix = g.prompt + g.hint
-        for j, completion in enumerate([c.tokens for c in g.completions] or [[]]):
-            first_target = len(g.prompt) if j == 0 else len(prefix)  # the hint too in the first row
-            targets = np.arange(first_target, len(prefix) + len(completion))
-            rows.append((prefix + completion)[:-1])  # the last token is predicted, but need not be fed
-            places.append(targets - 1)
-    T = max(map(len, rows))
+    given = [t.tokens[: t.n_given] for t in group]
+    n = len(os.path.commonprefix(given)) if len(group) > 1 else 0
+    if not n:
+        return
+    first, total = group[0], sum(t.weight[:n] for t in group)
+    mean = sum(t.weight[:n] * t.advantage[:n] for t in group) / np.where(total, total, 1)
+    first.weight = np.concatenate((total, first.weight[n:]))
+    first.advantage = np.concatenate((mean, first.advantage[n:]))
+    for t in group[1:]:
+        t.start = n
+
+
+def training_rows(groups: list[Group], cfg: Config, model: Transformer) -> list[Group]:
+    """The trajectories of each row. Fast: a group has one row where that is cheaper."""
+    rows = []
+    for group in groups:
+        trained = [t for t in group if t.start < len(t.tokens)]
+        pays = packing.packing_pays(trained, model, cfg.token_budget)
+        rows += [trained] if pays and cfg.pack and cfg.fast else [[t] for t in trained]
+    return rows
+
+
+def lay_out(rows: list[Group], device: torch.device) -> packing.Layout:
+    """A right-padded row for each trajectory: its prompt and its tokens, less the last.
+
+    fast/packing.py lays out a row for each group.
+    """
+    trajectories = flat(rows)
+    T = max(packing.row_length(row) for row in rows)
     ids = np.zeros((len(rows), T), np.int64)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)] = row
+    for b, t in enumerate(trajectories):
+        ids[b, : len(t.prompt) + len(t.tokens) - 1] = (t.prompt + t.tokens)[:-1]
+    begin = np.array([b * T + len(t.prompt) for b, t in enumerate(trajectories)])
     positions = np.tile(np.arange(T), (len(rows), 1))
-    return ids, positions, np.concatenate([b * T + p for b, p in enumerate(places)]), None
+    return packing.Layout(ids, positions, None, begin, begin, np.zeros_like(begin))
 
 
-class Columns(NamedTuple):
-    """The columns of Rows for the k tokens of one hint or completion, (k,) each."""
-
-    targets: np.ndarray
-    old_logp: np.ndarray
-    advantages: np.ndarray
-    rl_weight: np.ndarray
-    hint_weight: np.ndarray
-    sequence: np.ndarray
-
-
-def hint_columns(g: Group) -> Columns:
-    k = len(g.hint)
-    targets, zeros = np.array(g.hint, np.int64), np.zeros(k)
-    return Columns(
-        targets, zeros, zeros, zeros, hint_weight=np.full(k, g.hint_weight), sequence=np.full(k, -1)
-    )
-
-
-def completion_columns(g: Group, j: int, sequence: int) -> Columns:
-    c, k = g.completions[j], len(g.completions[j].tokens)
-    return Columns(
-        targets=np.array(c.tokens, np.int64),
-        old_logp=np.array(c.logprobs, float),
-        # One advantage per completion or one per token.
-        advantages=np.broadcast_to(np.array(g.advantages[j], float), k),
-        rl_weight=np.full(k, g.rl_weights[j] if g.rl_weights else 0.0),
-        hint_weight=np.zeros(k),
-        sequence=np.full(k, sequence),
-    )
-
-
-def make_rows(groups: Sequence[Group], device: torch.device, lay_out: Callable = lay_out) -> Rows:
-    """Make a micro-batch of groups. lay_out gives each token its row and place: plain or packed."""
-    ids, positions, places, mask = lay_out(groups)
-    pieces, number = [], 0
-    for g in groups:
-        pieces.append(hint_columns(g))
-        for j in range(len(g.completions)):
-            pieces.append(completion_columns(g, j, number))
-            number += 1
-    c = Columns(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Rows, Batch]:
+    """A micro-batch of rows, each with its trajectories, as tensors."""
+    trajectories = flat(rows)
+    # The tokens to train on: which trajectory (N,), and which of its tokens (N,).
+    starts = np.array([t.start for t in trajectories])
+    counts = np.array([len(t.tokens) for t in trajectories]) - starts
+    trajectory = np.repeat(np.arange(len(trajectories)), counts)
+    token = np.arange(len(trajectory)) - np.repeat(counts.cumsum() - counts - starts, counts)
 
     def tensor(x: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(x, dtype=dtype, device=device)
+        return torch.from_numpy(x).to(dtype).to(device)
 
-    return Rows(
-        ids=tensor(ids, torch.long), positions=tensor(positions, torch.long),
-        mask=None if mask is None else mask.to(device), places=tensor(places, torch.long),
-        targets=tensor(c.targets, torch.long), old_logp=tensor(c.old_logp), advantages=tensor(c.advantages),
-        rl_weight=tensor(c.rl_weight), hint_weight=tensor(c.hint_weight),
-        is_hint=tensor(c.sequence < 0, torch.bool), sequence=tensor(c.sequence, torch.long),
-    )  # fmt: skip
+    def column(values: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Tensor:
+        parts = [per_token(v, t)[t.start :] for v, t in zip(values, trajectories, strict=True)]
+        return tensor(np.concatenate(parts), dtype)
 
+    # Where they stand. A trajectory's first `shared` tokens lie in a part of the row
+    # common to its group.
+    layout = (packing.lay_out if cfg.fast else lay_out)(rows, device)
 
-def token_weights(groups: list[Group], cfg: Config, hint_coef: float) -> None:
-    """Set the loss weight of every token of an optimiser step: rl_weights and hint_weight of its groups.
+    def place(i: np.ndarray) -> np.ndarray:
+        """Places in the flattened rows of the trajectories' tokens number i (N,)."""
+        begin, own, shared = (x[trajectory] for x in (layout.begin, layout.own, layout.shared))
+        return np.where(i < shared, begin + i, own + i - shared)
 
-    tokens: 1 / completion tokens and hint_coef / hint tokens of the whole step. constant (Dr. GRPO): a
-    completion token has weight 1 / (completions x max_new_tokens), whatever its completion's length.
-    """
-    completion_tokens = sum(len(c.tokens) for g in groups for c in g.completions)
-    hint_tokens = sum(len(g.hint) for g in groups)
-    rl_weight = 1 / max(1, completion_tokens)
-    if cfg.loss_norm == "constant":
-        rl_weight = 1 / (cfg.mini_batch * cfg.rollouts * cfg.max_new_tokens)
-    for g in groups:
-        g.rl_weights, g.hint_weight = [rl_weight] * len(g.completions), hint_coef / max(1, hint_tokens)
-    if cfg.loss_norm == "paper_code":
-        paper_code_weights(groups, cfg.token_budget, hint_coef)
-
-
-def paper_code_weights(groups: list[Group], token_budget: int, hint_coef: float) -> None:
-    """token_weights of the published code: the mean over micro-batches of the means over their tokens.
-
-    The micro-batches are those of one process with a row per completion, whatever this run uses.
-    """
-    rows = [(g, j, part) for g in groups for j, part in enumerate(g.unpack())]
-    batches = token_batches([part.length() for _, _, part in rows], token_budget)
-    for batch in batches:
-        parts = [rows[i][2] for i in batch]
-        n_completion = sum(len(c.tokens) for part in parts for c in part.completions)
-        n_hint = sum(len(part.hint) for part in parts)
-        for g, j, part in (rows[i] for i in batch):
-            if part.completions:
-                g.rl_weights[j] = 1 / (n_completion * len(batches))
-            if part.hint:
-                g.hint_weight = hint_coef / (n_hint * len(batches))
+    last = token + 1 == (starts + counts)[trajectory]
+    owner = None if layout.owner is None else tensor(layout.owner, torch.long)
+    given = token < np.array([t.n_given for t in trajectories])[trajectory]
+    where = Rows(
+        ids=tensor(layout.ids, torch.long),
+        positions=tensor(layout.positions, torch.long),
+        mask=None if owner is None else packing.block_mask(owner),
+        index=tensor(place(token - 1), torch.long),
+        fed=tensor(np.where(last, -1, place(token)), torch.long),
+    )
+    batch = Batch(
+        targets=column([np.array(t.tokens) for t in trajectories], torch.long),
+        given=tensor(given, torch.bool),
+        trajectory=tensor(trajectory, torch.long),
+        old_logp=column([t.old_logp for t in trajectories]),
+        advantage=column([t.advantage for t in trajectories]),
+        weight=column([t.weight for t in trajectories]),
+    )
+    return where, batch
 
 
-# ---- one optimiser step ------------------------------------------------------------------------------------
+# ---- one optimiser step --------------------------------------------------
 
 
-def update(
-    model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, groups: list[Group],
-    cfg: Config, hint_coef: float, policy_loss: Callable = policy_loss,
-) -> dict[str, float]:  # fmt: skip
-    """Take one clipped AdamW step on the gradients of all micro-batches; returns means over the step."""
-    # The weight of every token in the loss, and the groups that have a hint.
-    device = model.head_weight.device
-    token_weights(groups, cfg, hint_coef)
-    hinted = [g for g in groups if g.hint]
-    residual = cfg.hint_loss == "ift" and hint_coef > 0 and bool(hinted)
-    sums = dict.fromkeys(("loss", "pg", "clipped", "entropy", "kl", "hint_nll", "tokens", "hint_tokens"), 0.0)
-    optimizer.zero_grad(set_to_none=True)
-    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world() makes the average
-    # a sum. `counted` is 1, or 0 for a batch that a process repeats to make as many passes as the others.
-    for batch, counted in micro_batches(groups, cfg, model.config):
-        rows = make_rows(batch, device, row_layout(cfg))
-        with autocast(device, cfg.dtype):
-            if residual:  # the hints' likelihood on mixed embeddings, in a pass of its own
-                sums["loss"] += residual_step(model, batch, hinted, counted, cfg)
-                rows = replace(rows, hint_weight=torch.zeros_like(rows.hint_weight))
-            ref_logp = None
-            if reference is not None and cfg.kl_coef:
-                with torch.no_grad():
-                    ref_logp = reference.run(row_logprobs, reference, rows, cfg)
-            loss, logp, entropy = model.run(batch_loss, model, rows, ref_logp, cfg, policy_loss)
-        (loss * (counted * world())).backward()
-        sums["loss"] += counted * loss.item()
-        add_metrics(sums, counted, rows, logp, entropy, ref_logp, cfg, policy_loss)
-    sums = add_up(sums)
+def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[str, float]:
+    """One clipped AdamW step on all micro-batches; returns means as metrics."""
+    sums = torch.zeros(len(SUMS), device=run.device)
+    run.optimizer.zero_grad(set_to_none=True)
+    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world()
+    # makes the average a sum. `counted` is 1, or 0 for a batch that a process repeats to
+    # make as many passes as the others.
+    for rows, counted in micro_batches(groups, cfg, run.model):
+        where, batch = make_batch(rows, run.device, cfg)
+        with parallel.autocast(run.device, cfg.dtype):
+            if run.reference is not None:
+                batch = batch._replace(ref_logp=logprobs(run.reference, where, batch, cfg))
+            loss, logp, entropy = run.model.run(batch_loss, run.model, where, batch, method, cfg)
+        (loss * (counted * parallel.world())).backward()
+        sums += counted * token_sums(loss, logp, entropy, batch, method, cfg)
     # The optimiser step, and the metrics.
-    grad_norm = optimizer_step(model, optimizer, cfg.grad_clip, sums["loss"])
-    tokens = max(1, sums["tokens"])
-    return {
-        "actor/loss": sums["loss"],
-        "actor/pg_loss": sums["pg"] / tokens,
-        "actor/pg_clipfrac": sums["clipped"] / tokens,
-        "actor/entropy": sums["entropy"] / tokens,
-        "actor/kl_loss": sums["kl"] / tokens,
-        "actor/hint_nll": sums["hint_nll"] / max(1, sums["hint_tokens"]),
-        "actor/grad_norm": grad_norm,
-    }
+    total = parallel.add_up(dict(zip(SUMS, sums.tolist(), strict=True)))
+    grad_norm = training.optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
+    n_sampled, n_given = max(1, total.pop("sampled")), max(1, total.pop("given"))
+    counts = {"loss": 1, "hint_nll": n_given}
+    means = {f"actor/{k}": v / counts.get(k, n_sampled) for k, v in total.items()}
+    return means | {"actor/grad_norm": grad_norm}
 
 
 def batch_loss(
-    model: Transformer, rows: Rows, ref_logp: Tensor | None, cfg: Config, policy_loss: Callable
+    model: Transformer, where: Rows, batch: Batch, method: Method, cfg: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """uft_loss of a micro-batch, with its tokens' log-probs and entropies (N,) for the metrics."""
+    """Its part of the step's loss, and its tokens' log-probs and entropies (N,)."""
     head = fast_head if cfg.fast else plain_head
-    hidden = model.hidden(rows.ids, positions=rows.positions, mask=rows.mask)  # (B, T, C)
-    states = hidden.flatten(0, 1)[rows.places]  # (N, C)
-    loss_fn = partial(
-        uft_loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef,
-        entropy_coef=cfg.entropy_coef, weigh_hints=cfg.hint_weight == "prob", policy_loss=policy_loss,
-    )  # fmt: skip
-    sequence = None if cfg.fast else rows.sequence  # the fast path calls loss_fn for some tokens at a time
-    columns = (rows.old_logp, rows.advantages, ref_logp, rows.rl_weight, rows.hint_weight, sequence)
-    return head.token_loss(
-        states, model.head_weight, rows.targets, loss_fn, columns, token_temperature(rows, cfg), entropy=True
-    )
+    states = method.states(model, where, batch, cfg)
+    tokens = states, model.head_weight, batch.targets
+    temperature = temperatures(batch, cfg)
+
+    def loss_of(logp: Tensor, entropy: Tensor, *columns: Tensor) -> Tensor:
+        part = Batch(*columns)  # on the fast path, a chunk of the tokens
+        return (part.weight * uft_loss(method, logp, entropy, part, cfg)).sum()
+
+    if method.tokenwise:
+        return head.token_loss(*tokens, loss_of, batch, temperature, entropy=True)
+    logp, entropy = head.token_logprobs(*tokens, temperature, entropy=True)
+    return loss_of(logp, entropy, *batch), logp.detach(), entropy.detach()
 
 
-def token_temperature(rows: Rows, cfg: Config) -> float | Tensor:
-    """Completion tokens have the temperature they were sampled at, hint tokens 1."""
+def temperatures(batch: Batch, cfg: Config) -> float | Tensor:
+    """Sampled tokens have the temperature they were sampled at, given ones 1."""
     temperature = max(cfg.temperature, COLDEST)
-    return 1.0 if temperature == 1 else torch.where(rows.is_hint, 1.0, temperature)
-
-
-def row_logprobs(model: Transformer, rows: Rows, cfg: Config) -> Tensor:
-    """Log-probs (N,) of a micro-batch's targets."""
-    head = fast_head if cfg.fast else plain_head
-    states = model.hidden(rows.ids, positions=rows.positions, mask=rows.mask).flatten(0, 1)[rows.places]
-    return head.token_logprobs(states, model.head_weight, rows.targets, token_temperature(rows, cfg))[0]
-
-
-def residual_step(
-    model: Transformer, batch: list[Group], hinted: list[Group], counted: float, cfg: Config
-) -> float:
-    """hint_loss = ift: add the gradient of a micro-batch's hint term, and return its value.
-
-    FSDP needs all processes to make this pass or none, so a batch without hints takes the first group of the
-    step that has one, with weight 0.
-    """
-    hints = [g for g in batch if g.hint]
-    counted = counted if hints else 0.0
-    loss = model.run(residual_hint_loss, model, hints or hinted[:1], cfg)
-    (loss * (counted * world())).backward()
-    return counted * loss.item()
-
-
-def residual_hint_loss(model: Transformer, groups: list[Group], cfg: Config) -> Tensor:
-    """The groups' negative hint log-likelihoods on mixed embeddings, each times its hint_weight, summed.
-
-    The embeddings are mixed with the model's own predictions: IFT's temporal residual (train_ift.ift_states)
-    on UFT's hints, our addition.
-    """
-    head, states_of = (fast_head, fast_prefix.ift_states) if cfg.fast else (plain_head, ift_states)
-    rows = make_rows(
-        [Group(g.prompt, g.hint, hint_weight=g.hint_weight) for g in groups], model.head_weight.device
-    )
-    # ift_states takes whole rows and a mask of the targets, each right after the state that predicts it.
-    ids = torch.nn.functional.pad(rows.ids, (0, 1))
-    row, column = rows.places // rows.ids.shape[1], rows.places % rows.ids.shape[1] + 1
-    ids[row, column] = rows.targets
-    mask = torch.zeros_like(ids, dtype=torch.bool).index_put((row, column), rows.is_hint)
-    predict = partial(own_embeddings, model, "argmax", None, head)
-    states = states_of(model, ids, mask, cfg.ift_lambda, predict)
-    loss_fn = partial(hint_likelihood_loss, weigh_hints=cfg.hint_weight == "prob")
-    return head.token_loss(states, model.head_weight, rows.targets, loss_fn, (rows.hint_weight,))[0]
-
-
-def hint_likelihood_loss(logp: Tensor, _entropy: Tensor, hint_weight: Tensor, weigh_hints: bool) -> Tensor:
-    """The hint term of uft_loss alone."""
-    return -(hint_weight * (hint_token_weight(logp) if weigh_hints else 1.0) * logp).sum()
-
-
-def row_layout(cfg: Config) -> Callable:
-    return packing.lay_out if cfg.fast else lay_out
-
-
-def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Average the metrics of a step's optimiser steps."""
-    return {k: sum(u[k] for u in updates) / len(updates) for k in (updates[0] if updates else ())}
-
-
-def training_rows(groups: list[Group], cfg: Config, config: ModelConfig) -> list[Group]:
-    """The groups, split into one per row of the micro-batches.
-
-    Plain: one per completion. Fast: a group stays whole where one packed row is cheaper and fits.
-    """
-    if not (cfg.fast and cfg.pack):
-        return [part for g in groups for part in g.unpack()]
-    pays = partial(packing.packing_pays, config=config, most=cfg.token_budget)
-    return [part for g in groups for part in ([g] if pays(g) else g.unpack())]
-
-
-def micro_batches(groups: list[Group], cfg: Config, config: ModelConfig) -> list[tuple[list[Group], float]]:
-    """This process's micro-batches of at most token_budget padded tokens, each with its factor, 1 or 0."""
-    rows = training_rows(groups, cfg, config)
-    batches = my_batches([g.length() for g in rows], cfg.token_budget)
-    return [([rows[i] for i in batch], counted) for batch, counted in batches]
-
-
-def add_metrics(
-    sums: dict[str, float], counted: float, rows: Rows, logp: Tensor, entropy: Tensor,
-    ref_logp: Tensor | None, cfg: Config, policy_loss: Callable,
-) -> None:  # fmt: skip
-    """Add a micro-batch's sums over tokens to those of the step."""
-    sequence = None if cfg.fast else rows.sequence
-    pg, clipped = policy_loss(logp, rows.old_logp, rows.advantages, cfg.clip_low, cfg.clip_high, sequence)
-    completion, hint = ~rows.is_hint, rows.is_hint
-    sums["pg"] += counted * pg[completion].sum().item()
-    sums["clipped"] += counted * clipped[completion].sum().item()
-    sums["entropy"] += counted * entropy[completion].sum().item()
-    sums["hint_nll"] -= counted * logp[hint].sum().item()
-    sums["tokens"] += counted * completion.sum().item()
-    sums["hint_tokens"] += counted * hint.sum().item()
-    if ref_logp is not None:
-        sums["kl"] += counted * kl_k3(logp, ref_logp)[completion].sum().item()
+    return 1.0 if temperature == 1 else torch.where(batch.given, 1.0, temperature)
 
 
 @torch.no_grad()
-def recompute_old_logprobs(model: Transformer, groups: list[Group], cfg: Config) -> None:
-    """Replace the sampler's log-probs with the training model's.
+def logprobs(model: Transformer, where: Rows, batch: Batch, cfg: Config) -> Tensor:
+    """Log-probs (N,) of a micro-batch's tokens, without gradient."""
+    head = fast_head if cfg.fast else plain_head
 
-    It is called if either computes in bfloat16, or to correct the mismatch.
-    They differ even if both use bfloat16: the sampler's weights are rounded to bfloat16 after each update (or
-    once adapters are merged), the trainer's are not.
+    def compute() -> Tensor:
+        tokens = hidden_states(model, where, batch, cfg), model.head_weight, batch.targets
+        return head.token_logprobs(*tokens, temperatures(batch, cfg))[0]
+
+    return model.run(compute)
+
+
+SUMS = "loss pg_loss pg_clipfrac entropy kl_loss hint_nll sampled given".split()
+
+
+@torch.no_grad()
+def token_sums(
+    loss: Tensor, logp: Tensor, entropy: Tensor, batch: Batch, method: Method, cfg: Config
+) -> Tensor:
+    """SUMS over a micro-batch's tokens (8,), read from the device once a step."""
+    pg, clipped = method.policy_loss(logp, entropy, batch, cfg)
+    one, zero = torch.ones_like(logp), torch.zeros_like(logp)
+    kl = zero if batch.ref_logp is None else kl_k3(logp, batch.ref_logp)
+    sampled = torch.stack((pg, clipped.float(), entropy, kl, zero, one, zero))
+    given = torch.stack((zero, zero, zero, zero, -logp, zero, one))
+    return torch.cat((loss.detach()[None], torch.where(batch.given, given, sampled).sum(1)))
+
+
+def micro_batches(groups: list[Group], cfg: Config, model: Transformer) -> list:
+    """This process's micro-batches: (rows, 1 or 0), of at most token_budget padded tokens."""
+    rows = training_rows(groups, cfg, model)
+    batches = parallel.my_batches([packing.row_length(row) for row in rows], cfg.token_budget)
+    return [([rows[i] for i in batch], counted) for batch, counted in batches]
+
+
+# ---- the sampler's mismatch ----------------------------------------------
+
+
+def recompute_old_logprobs(
+    model: Transformer, groups: list[Group], cfg: Config, given: bool = False
+) -> None:
+    """Replace the sampler's log-probs by the training model's.
+
+    They differ if either computes in bfloat16, and even if both do: the sampler's weights
+    are rounded to bfloat16 after each update (or once adapters are merged), the trainer's
+    are not. Given tokens keep theirs, unless `given` asks for them too.
     """
-    rows, mine = training_rows(groups, cfg, model.config), {}
-    for batch, _ in my_batches([g.length() for g in rows], cfg.token_budget):
-        r = make_rows([rows[i] for i in batch], model.head_weight.device, row_layout(cfg))
-        with autocast(r.ids.device, cfg.dtype):
-            logp = model.run(row_logprobs, model, r, cfg)
-        values = iter(logp[~r.is_hint].tolist())
-        mine |= {i: [[next(values) for _ in c.tokens] for c in rows[i].completions] for i in batch}
-    for part in collect(mine):
-        for i, logprobs in part.items():
-            for completion, values in zip(rows[i].completions, logprobs, strict=True):
-                completion.logprobs = values  # rows and groups share their completions
+    number = {id(t): i for i, t in enumerate(flat(groups))}
+    mine = {}
+    for rows, _ in micro_batches(groups, cfg, model):
+        where, batch = make_batch(rows, model.head_weight.device, cfg)
+        with parallel.autocast(where.ids.device, cfg.dtype):
+            logp = logprobs(model, where, batch, cfg).double().cpu().numpy()
+        ends = np.cumsum([len(t.tokens) - t.start for t in flat(rows)])
+        for t, values in zip(flat(rows), np.split(logp, ends[:-1]), strict=True):
+            mine[number[id(t)]] = values if given else values[t.n_given - t.start :]
+    trajectories = flat(groups)
+    for part in parallel.collect(mine):
+        for i, values in part.items():
+            t = trajectories[i]
+            t.old_logp = np.concatenate((t.old_logp[: len(t.tokens) - len(values)], values))
 
 
-def correct_mismatch(
-    groups: list[Group], rollout_logprobs: list[list[list[float]]], cfg: Config
-) -> dict[str, float]:
-    """Measure the sampler's mismatch and, unless rollout_correction is none, weigh the advantages by it.
+def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str, float]:
+    """Make old log-probs the trainer's, where the sampler's arithmetic is another.
 
-    rollout_logprobs: for each group and completion the sampler's log-probs. To scale a token's advantage by a
-    positive factor scales its policy loss by the same. sampling/kl_k3 estimates KL(sampler || trainer).
+    rollout_correction weighs advantages by pi_trainer / pi_sampler, since to scale an
+    advantage by a positive factor scales its policy loss by the same. Returns metrics.
     """
-    logps, rollout_logps, weights, corrected = [], [], [], cfg.rollout_correction != "none"
-    for group, sampled in zip(groups, rollout_logprobs, strict=True):
-        for j, (completion, logprobs) in enumerate(zip(group.completions, sampled, strict=True)):
-            logp, rollout_logp = torch.tensor(completion.logprobs), torch.tensor(logprobs)
-            weight = rollout_weights(logp, rollout_logp, cfg.rollout_correction, cfg.rollout_cap)
-            if corrected:
-                group.advantages[j] = (torch.tensor(group.advantages[j]) * weight).tolist()
-            logps.append(logp)
-            rollout_logps.append(rollout_logp)
-            weights.append(weight)
-    if not logps:
+    one_precision = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
+    if not groups or one_precision and cfg.rollout_correction == "none":
         return {}
-    logp, rollout_logp, weight = torch.cat(logps), torch.cat(rollout_logps), torch.cat(weights)
-    difference = (logp - rollout_logp).abs()
-    return {
-        "sampling/logp_difference/mean": difference.mean().item(),
-        "sampling/logp_difference/max": difference.max().item(),
-        "sampling/kl_k3": kl_k3(rollout_logp, logp).mean().item(),
-        "sampling/weight/mean": weight.mean().item(),
-        "sampling/weight/min": weight.min().item(),
-        "sampling/weight/capped": (weight >= cfg.rollout_cap).float().mean().item() if corrected else 0.0,
-    }
+    started, trajectories = time.perf_counter(), flat(groups)
+    rollout_logp = [t.old_logp[t.n_given :] for t in trajectories]
+    recompute_old_logprobs(run.model, groups, cfg)
+    logp = [t.old_logp[t.n_given :] for t in trajectories]
+    kind, cap = cfg.rollout_correction, cfg.rollout_cap
+    weights, metrics = mismatch.measure(logp, rollout_logp, kind, cap)
+    for t, weight in zip(trajectories, weights, strict=True):
+        t.advantage = t.advantage * np.concatenate((np.ones(t.n_given), weight))
+    return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
 
 
-# ---- data --------------------------------------------------------------------------------------------------
+# ---- rollouts ------------------------------------------------------------
+
+# Keys of the random streams; infra/training.py's order of rows has 1.
+SAMPLING_STREAM, HINT_STREAM = 2, 3
 
 
-@dataclass
-class Problem:
-    """A training row and its token ids.
-
-    Prompt and hint are tokenised separately, because a rollout joins their ids.
-    """
-
-    row: dict
-    prompt: list[int]
-    cuts: list[int]  # number of sentences that 0, 1, 2, ... segments show
-
-    @property
-    def segments(self) -> int:
-        """How many segments the hint sentences are cut into."""
-        return len(self.cuts) - 1
-
-    def hint(self, segments: int) -> str:
-        return "".join(self.row["hint"][: self.cuts[segments]])
-
-    def solution(self) -> str:
-        """All hint sentences and the closing answer, which a hint never shows."""
-        return "".join(self.row["hint"]) + self.row["answer"]
+def make_picks(problems: list[int]) -> list[Pick]:
+    """The picks of a step, which may hold a problem twice where an epoch ends."""
+    return [Pick(i, problems[:k].count(i)) for k, i in enumerate(problems)]
 
 
-def solution_group(problem: Problem, tokenizer: Tokenizer) -> Group:
-    """A problem for supervised fine-tuning: its whole solution and the end token as a hint."""
-    return Group(problem.prompt, [*tokenizer.encode(problem.solution()), tokenizer.eos_id])
+def key_of(pick: Pick, data: Data) -> int:
+    """The key of a pick's random numbers, beside the seed and the step."""
+    return pick.problem + pick.draw * len(data.problems)
 
 
-@dataclass
-class Data:
-    task: ModuleType
-    problems: list[Problem]
-    test_rows: list[dict]
-    longest: int  # tokens of the longest prompt with its whole hint
+def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
+    """The pick for another attempt (1, 2, ...) in the same step."""
+    return pick._replace(draw=pick.draw + attempt * cfg.problems)
 
 
-def load_data(cfg: Config, tokenizer: Tokenizer, config: ModelConfig) -> Data:
-    """Training problems and test rows, checked against the algorithm, the model's window and the knobs."""
-    task = judged_by(load_task(cfg.task), cfg.checker)
-    options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
-    train_rows = load_rows(task, "train", cfg.data_path, cfg.train_rows, **options)
-    test_rows = load_rows(task, "test", cfg.data_path, cfg.test_rows, **options)
-    if note := split_note(cfg.data_path):
-        print(note)
-    require(
-        cfg,
-        "problems",
-        cfg.problems <= len(train_rows),
-        f"there are only {len(train_rows)} training problems",
-    )
-    require_solutions(train_rows, cfg)
-    prompts = encode_prompts(train_rows, "train", tokenizer, config.vocab_size, cfg)
-    test_prompts = encode_prompts(test_rows, "test", tokenizer, config.vocab_size, cfg)
-    problems = [
-        Problem(row, prompt, cut_points(len(row["hint"]), cfg.segments))
-        for row, prompt in zip(train_rows, prompts, strict=True)
-    ]
-    return Data(task, problems, test_rows, check_lengths(problems, test_prompts, tokenizer, config, cfg))
+def begin(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
+    """A trajectory with nothing sampled yet. k above its segments: the whole solution."""
+    problem = data.problems[pick.problem]
+    whole = k > problem.segments
+    text = problem.solution() if whole else problem.hint(k)
+    tokens = tokenizer.encode(text) + [tokenizer.eos_id] * whole
+    n, shown = len(tokens), min(k, problem.segments)
+    return Trajectory(pick, problem.prompt, tokens, n, np.zeros(n), shown, text, finished=whole)
 
 
-def require_solutions(rows: list[dict], cfg: Config) -> None:
-    """UserError if the algorithm needs hints, or whole solutions, that a row does not have."""
-    needed = "answer" if ALGOS[cfg.algo].supervised else "hint" if hint_rule(cfg) != "none" else None
-    for i, row in enumerate(rows if needed else ()):
-        if not row[needed]:
-            where = f"{cfg.data_path or cfg.task} train row {i}"
-            advice = f"{cfg.algo} needs it; --algo=rft needs no solutions"
-            raise UserError(f"{where}: field '{needed}' is missing or empty: {advice}")
+def demonstration(pick: Pick, data: Data, tokenizer: Tokenizer) -> Trajectory:
+    """A trajectory that is given entirely: the solution and the end token."""
+    return begin(pick, data.problems[pick.problem].segments + 1, data, tokenizer)
 
 
-def encode_prompts(
-    rows: list[dict], split: str, tokenizer: Tokenizer, vocab_size: int, cfg: Config
+def choose_hints(
+    picks: list[Pick], step: int, method: Method, run: Run, data: Data, cfg: Config
 ) -> list[list[int]]:
-    """The rows' prompts as ids, each at most max_prompt tokens."""
-    prompts = []
-    for i, row in enumerate(rows):
-        where = f"{cfg.data_path or cfg.task} {split} row {i}"
-        prompts.append(evaluate.encode_prompt(tokenizer, row))
-        if len(prompts[-1]) > cfg.max_prompt:
-            rule = f"must be >= {len(prompts[-1])}, the tokens of the prompt of {where}"
-            raise UserError(f"max_prompt = {cfg.max_prompt}: {rule}")
-        tokenizer.check_ids(prompts[-1], vocab_size, where)
-    return prompts
+    """For each pick, the segments to give in each of its trajectories."""
+    shown = []
+    for pick in picks:
+        key = (cfg.seed, HINT_STREAM, run.state["step"], key_of(pick, data))
+        rng, problem = np.random.default_rng(key), data.problems[pick.problem]
+        k = method.hint_length(step, problem, cfg, rng, run.state["memory"])
+        shown.append(list(k) if isinstance(k, list) else [k] * cfg.rollouts)
+    return shown
 
 
-def check_lengths(
-    problems: list[Problem], test_prompts: list[list[int]], tokenizer: Tokenizer, config: ModelConfig,
-    cfg: Config,
-) -> int:  # fmt: skip
-    """Tokens of the longest prompt with its hint. UserError if a completion or a solution may not fit."""
-    # The longest prompt with all of the hint that may be shown, and with a whole solution.
-    algo, longest, longest_solution = ALGOS[cfg.algo], max(map(len, test_prompts)), 0
-    for i, problem in enumerate(problems):
-        solution = tokenizer.encode(problem.solution())
-        tokenizer.check_ids(solution, config.vocab_size, f"{cfg.data_path or cfg.task} train row {i}")
-        shown = problem.segments if hint_rule(cfg) != "none" else 0
-        longest = max(longest, len(problem.prompt) + len(tokenizer.encode(problem.hint(shown))))
-        longest_solution = max(longest_solution, len(problem.prompt) + len(solution) + 1)
-    # The model's window, in rollouts, validation and the supervised phase.
-    window = config.max_position_embeddings
-    too_long = f"with the longest prompt and hint ({longest} tokens) it exceeds the {window} positions"
-    require(cfg, "max_new_tokens", longest + cfg.max_new_tokens <= window, too_long)
-    if algo.supervised and longest_solution > window:
-        where = cfg.data_path or cfg.task
-        size = f"a prompt and its solution have {longest_solution} tokens"
-        raise UserError(f"{where}: {size}, more than the model's {window} positions")
-    # A micro-batch holds at least one row.
-    row = longest + cfg.max_new_tokens if algo.reinforced else 0
-    row = max(row, longest_solution) if algo.supervised else row
-    require(cfg, "token_budget", cfg.token_budget >= row, f"must be >= {row}, the longest row that can occur")
-    return longest
+def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -> list[Group]:
+    """Sample trajectories and score them, divided among all processes.
 
-
-# ---- rollouts ----------------------------------------------------------------------------------------------
-
-SAMPLING_STREAM, HINT_STREAM = 2, 3  # keys of the random streams; infra/training.py's order of rows has 1
-
-
-class Pick(NamedTuple):
-    """A problem of a step and the key of its random draws; one that a batch holds twice has two keys."""
-
-    problem: int
-    key: int
-
-
-def pick_problems(step: int, n_problems: int, cfg: Config) -> list[Pick]:
-    """The problems of a step, which may hold one twice where an epoch ends."""
-    picks, times_seen = [], {}
-    for i in batch_rows(step, cfg.problems, n_problems, cfg.seed):
-        picks.append(Pick(i, i + times_seen.get(i, 0) * n_problems))
-        times_seen[i] = times_seen.get(i, 0) + 1
-    return picks
-
-
-def rollout(
-    run: Run, data: Data, picks: Sequence[Pick], shown: Sequence[int], step: int, attempt: int, cfg: Config
-) -> tuple[list[Group], Tensor, list[str]]:
-    """Sample and score completions of problems with `shown` segments of hint, divided among all processes.
-
-    Returns groups without advantages, rewards (P, n), and the last response of each group. A response is the
-    hint and the completion, as the checker sees them.
+    shown: for each pick a list with the segments given in each of its trajectories.
     """
-    mine, groups = share(list(picks)), []
-    hints = [data.problems[pick.problem].hint(k) for pick, k in zip(mine, share(list(shown)), strict=True)]
-    for pick, hint in zip(mine, hints, strict=True):
-        groups.append(Group(data.problems[pick.problem].prompt, run.tokenizer.encode(hint)))
+    # What is given.
+    groups = []
+    for pick, segments in zip(parallel.share(picks), parallel.share(shown), strict=True):
+        given = {k: begin(pick, k, data, run.tokenizer) for k in set(segments)}
+        groups.append([replace(given[k]) for k in segments])
+    # Sample the rest. Each trajectory has a number for its random draws; n equal prompts
+    # are run once.
+    R, numbers = cfg.rollouts, {}
+    for group in groups:
+        numbers |= {id(t): key_of(t.pick, data) * R + j for j, t in enumerate(group)}
+    to_sample = [t for t in flat(groups) if not t.finished]
+    n = R if all(len(k) == R and len({*k}) == 1 for k in shown) else 1
+    stream = np.random.SeedSequence((cfg.seed, SAMPLING_STREAM, run.state["step"], 0))
     completions = generate(
-        run.sampler, [g.prompt + g.hint for g in groups], cfg.rollouts, cfg.max_new_tokens, cfg.temperature,
-        run.tokenizer.stop_ids, sampling_seed(cfg.seed, step, attempt), batch_size=cfg.rollout_batch,
-        keys=[pick.key for pick in mine], fast=cfg.fast, **engine_options(run, data, cfg),
-    )  # fmt: skip
-    rewards, last = [], []
-    for pick, hint, group, sampled in zip(mine, hints, groups, completions, strict=True):
-        group.completions = sampled
-        responses = [hint + run.tokenizer.decode(c.tokens, skip_special=True) for c in sampled]
-        truth = data.problems[pick.problem].row["truth"]
-        rewards.append([data.task.score(response, truth)[0] for response in responses])
-        last.append(responses[-1])
-    return gather(groups), torch.tensor(gather(rewards), dtype=torch.float32), gather(last)
-
-
-def sampling_seed(seed: int, step: int, attempt: int) -> int:
-    """62 random bits for each attempt of each step."""
-    stream = np.random.SeedSequence((seed, SAMPLING_STREAM, step, attempt))
-    return int(stream.generate_state(1, np.uint64)[0] >> 2)
-
-
-def engine_options(run: Run, data: Data, cfg: Config) -> dict:
-    """Arguments of generate() that only the fast sampler uses."""
-    if not cfg.fast:
-        return {}
-    # Gradients and moments are allocated in the first update: leave room for them.
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    shares = 1 if cfg.lora_rank else world()  # every process has all adapters
-    reserve = 0 if run.optimizer.state else 12 * trained // shares
-    return {
-        "compile": False if cfg.compile == "false" else None,
-        "reserve": reserve,
-        "longest_prompt": data.longest,
-    }
-
-
-def retry_with_hints(
-    run: Run, data: Data, picks: list[Pick], shown: list[int], groups: list[Group], rewards: Tensor,
-    step: int, cfg: Config,
-) -> None:  # fmt: skip
-    """hint = on-failure: sample groups without a right completion again, with more of the solution shown.
-
-    1/4 of it is shown, then 1/2, then 3/4. Replaces the groups' entries in shown, groups and rewards.
-    """
-    for attempt, part in enumerate((0.25, 0.5, 0.75), 1):
-        counts = [data.problems[pick.problem].segments for pick in picks]
-        failed = [j for j in range(len(picks)) if (rewards[j] < 1).all() and counts[j]]
-        if not failed:
-            return
-        for j in failed:
-            shown[j] = max(1, round(part * counts[j]))
-        again, new, _ = rollout(
-            run, data, [picks[j] for j in failed], [shown[j] for j in failed], step, attempt, cfg
-        )
-        for j, group, r in zip(failed, again, new, strict=True):
-            groups[j], rewards[j] = group, r
+        run.rollout_model,
+        [t.prompt + t.tokens for t in to_sample[::n]],
+        n,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        run.tokenizer.stop_ids,
+        seed=int(stream.generate_state(1, np.uint64)[0] >> 2),
+        keys=[numbers[id(t)] // n for t in to_sample[::n]],
+        batch_size=cfg.rollout_batch,
+        fast=cfg.fast,
+        **training.engine_options(run, cfg, data.longest),
+    )
+    for t, completion in zip(to_sample, flat(completions), strict=True):
+        t.tokens, t.finished = t.tokens + completion.tokens, completion.finished
+        t.old_logp = np.array([0.0] * t.n_given + completion.logprobs)
+        t.response += run.tokenizer.decode(completion.tokens, skip_special=True)
+    # Score the given and the sampled text together.
+    truths = [data.problems[t.pick.problem].row["truth"] for t in flat(groups)]
+    responses, limits = [t.response for t in flat(groups)], training.scoring_limits(cfg)
+    scores = judge(data.task, responses, truths, **limits)
+    for t, score in zip(flat(groups), scores, strict=True):
+        t.reward, t.verdict = score
+    groups = parallel.gather(groups)
+    run.state["sampled_tokens"] += sum(len(t.tokens) - t.n_given for t in flat(groups))
+    return groups
 
 
 def split_evenly(groups: list[Group], size: int) -> list[list[Group]]:
@@ -960,182 +706,184 @@ def split_evenly(groups: list[Group], size: int) -> list[list[Group]]:
     return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
 
 
-def rollout_metrics(
-    groups: list[Group], rewards: Tensor, shown: list[int], problems: list[Problem]
-) -> dict[str, float]:
-    completions = [c for g in groups for c in g.completions]
-    shares = [k / max(1, p.segments) for p, k in zip(problems, shown, strict=True)]
-    solved, segments = (rewards == 1).float().mean(1), torch.tensor(shown)
+def is_dead(group: Group) -> bool:
+    """Whether all advantages of a group are 0, so that its completions give no signal."""
+    return not any(np.any(t.advantage) for t in group)
+
+
+def without_completions(group: Group, coef: float) -> Group:
+    """What is left of a dead group: its given tokens, if they are trained on."""
+    kept = [t for t in group if t.n_given and (coef if t.coef is None else t.coef)]
+    return [replace(t, tokens=t.tokens[: t.n_given], old_logp=np.zeros(t.n_given)) for t in kept]
+
+
+def rollout_metrics(groups: list[Group], data: Data) -> dict[str, float]:
+    """Means over the trajectories of which something was sampled."""
+    sampled = [t for t in flat(groups) if len(t.tokens) > t.n_given]
+    solved = {}
+    for t in sampled:
+        solved.setdefault(t.shown, []).append(t.reward == 1)
+    segments = [max(1, data.problems[t.pick.problem].segments) for t in sampled]
+
+    mean = lambda values: sum(values) / max(1, len(sampled))  # noqa: E731
     return {
-        "critic/rewards/mean": rewards.mean().item(),
-        "solved": solved.mean().item(),
-        **{f"solved/hint_{k}": solved[segments == k].mean().item() for k in sorted(set(shown))},
-        "hint/share": sum(shares) / len(shares),
-        "response_length/mean": sum(len(c.tokens) for c in completions) / len(completions),
-        "response_length/clip_ratio": sum(not c.finished for c in completions) / len(completions),
-        "dead_groups": dead_groups(rewards).float().mean().item(),
+        "critic/rewards/mean": mean(t.reward for t in sampled),
+        "solved": mean(t.reward == 1 for t in sampled),
+        **{f"solved/hint_{k}": sum(v) / len(v) for k, v in sorted(solved.items())},
+        "hint/share": mean(t.shown / m for t, m in zip(sampled, segments, strict=True)),
+        "response_length/mean": mean(len(t.tokens) - t.n_given for t in sampled),
+        "response_length/clip_ratio": mean(not t.finished for t in sampled),
+        "dead_groups": sum(map(is_dead, groups)) / len(groups),
     }
 
 
-def log_sample(run: Run, step: int, problem: Problem, shown: int, response: str, rewards: Tensor) -> None:
-    """Write a rollout to samples.jsonl."""
-    record = {"prompt": problem.row["prompt"], "hint_segments": shown, "response": response}
-    run.log.write("samples", step, record | {"rewards": rewards.tolist()})
+def log_groups(run: Run, groups: list[Group], data: Data, cfg: Config) -> None:
+    """Write two groups to samples.jsonl, with the trainer's log-probs of all tokens."""
+    chosen = samples.choose(groups, list(map(is_dead, groups)), run.state["step"])
+    chosen = [[replace(t) for t in group] for group in chosen]
+    recompute_old_logprobs(run.model, chosen, cfg, given=True)
+    for group in chosen:
+        prompt = data.problems[group[0].pick.problem].row["prompt"]
+        record = samples.group_record(run.tokenizer, prompt, group, is_dead(group))
+        run.log.write("samples", run.state["step"] + 1, record)
 
 
-def dead_groups(rewards: Tensor) -> Tensor:
-    """(P,) bool: all rewards of the group are equal, so its advantages are 0 and it gives no signal."""
-    return (rewards == rewards[:, :1]).all(1)
+# ---- validation ----------------------------------------------------------
 
 
-def drop_dead_groups(groups: list[Group], rewards: Tensor, hint_coef: float) -> list[Group]:
-    """Remove the completions of dead groups, and the groups too unless their hints are trained on."""
-    for g, dead in zip(groups, dead_groups(rewards).tolist(), strict=True):
-        if dead:
-            g.completions, g.advantages = [], []
-    return [g for g in groups if g.completions or g.hint and hint_coef]
-
-
-# ---- validation --------------------------------------------------------------------------------------------
-
-
-def validate(run: Run, data: Data, step: int, total: int, show: int, cfg: Config) -> None:
-    """Accuracy on the test rows, without hints, by default greedy; every process answers its share."""
-    validation_start = time.perf_counter()
-    fill_sampler(run)
-    rows = data.test_rows
-    answers = gather(evaluate.answer(
-        run.sampler, run.tokenizer, data.task, share(rows), cfg.val_n, cfg.max_new_tokens,
-        cfg.val_temperature, cfg.seed, keys=share(range(len(rows))), fast=cfg.fast,
-        batch_size=cfg.rollout_batch, progress=Counter(cfg.val_n * len(share(rows))),
-        **engine_options(run, data, cfg),
-    ))  # fmt: skip
-    release_sampler(run)
+def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
+    """Accuracy on the test rows, without hints, by default greedy."""
+    validation_start, step = time.perf_counter(), run.state["step"]
+    training.fill_rollout_model(run)
+    answers = evaluate.answer_rows(run, data.task, data.test_rows, cfg, data.longest)
+    training.release_rollout_model(run)
     accuracy, low, high = evaluate.accuracy_interval(answers)
+    rewards = [a["reward"] for group in answers for a in group]
     record = {"val/accuracy": accuracy, "val/low": low, "val/high": high}
-    record["val/reward"] = sum(a["reward"] for group in answers for a in group) / (len(rows) * cfg.val_n)
-    record |= {"timing_s/testing": time.perf_counter() - validation_start, "train_s": run.state["train_s"]}
+    record |= {"val/reward": sum(rewards) / len(rewards), "train_s": run.state["train_s"]}
+    record["timing_s/testing"] = time.perf_counter() - validation_start
     run.log.write("metrics", step, record)
-    interval = f"95 % interval {low:.1%} .. {high:.1%}"
-    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}) on {len(rows)} problems")
-    for row, (a, *_) in list(zip(rows, answers, strict=True))[:show]:
-        print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
-        run.log.write("samples", step, {"prompt": row["prompt"], **a})
+    interval = f"95 % interval {low:.1%} .. {high:.1%}) on {len(answers)} problems"
+    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}")
+    training.show_answers(run, data.test_rows, answers, show, step == total)
 
 
-COLUMNS = (  # of a console line: (name, metric, format)
-    ("reward", "critic/rewards/mean", ".2f"), ("solved", "solved", ".2f"), ("hint", "hint/share", ".2f"),
-    ("len", "response_length/mean", ".0f"), ("cut", "response_length/clip_ratio", ".2f"),
-    ("dead", "dead_groups", ".2f"), ("pg", "actor/pg_loss", ".3f"), ("hint_nll", "actor/hint_nll", ".2f"),
-    ("kl", "actor/kl_loss", ".3f"), ("gnorm", "actor/grad_norm", ".2f"), ("gen_s", "timing_s/gen", ".2f"),
-    ("upd_s", "timing_s/update", ".2f"), ("tok/s", "tokens_per_s", ".0f"), ("mfu", "mfu", ".0%"),
-)  # fmt: skip
+COLUMNS = {  # of a console line: name -> (metric, format)
+    "reward": ("critic/rewards/mean", ".2f"), "solved": ("solved", ".2f"),
+    "hint": ("hint/share", ".2f"), "len": ("response_length/mean", ".0f"),
+    "cut": ("response_length/clip_ratio", ".2f"), "dead": ("dead_groups", ".2f"),
+    "pg": ("actor/pg_loss", ".3f"), "hint_nll": ("actor/hint_nll", ".2f"),
+    "kl": ("actor/kl_loss", ".3f"), "gnorm": ("actor/grad_norm", ".2f"),
+    "gen_s": ("timing_s/gen", ".2f"), "upd_s": ("timing_s/update", ".2f"),
+    "tok/s": ("tokens_per_s", ".0f"), "mfu": ("mfu", ".0%"),
+}  # fmt: skip
 
 
-# ---- the run -----------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------
 
 
-def main(
-    argv: Sequence[str], hint_length: Callable = hint_length, remember: Callable = remember,
-    advantages: Callable = rollout_advantages, policy_loss: Callable = policy_loss,
-) -> None:  # fmt: skip
-    """Train as argv says.
+def find(algo: str) -> tuple[Method, type]:
+    """The method of this name, and its Config."""
+    method, module = config.find_method("algo", algo, METHODS, ROOT / "variants", "METHOD")
+    return method, getattr(module, "Config", Config)
 
-    The other arguments replace this file's hint_length, remember, rollout_advantages and policy_loss: see
-    variants/.
-    """
-    # Configuration, model, data, optimiser; all of it from out_dir/resume if the run continues.
-    cfg = parse_config(Config, argv, __doc__, table="train_uft")
-    check(cfg)
-    algo, rule = ALGOS[cfg.algo], hint_rule(cfg)
-    hint_coef = cfg.hint_coef if algo.hint_likelihood else 0.0
-    sft_steps = cfg.sft_steps if algo.supervised else 0
-    total = sft_steps + (cfg.steps if algo.reinforced else 0)
-    run = set_up(cfg, cfg.out_dir, start(cfg), cfg.rollout_dtype, cfg.resume)
-    data = load_data(cfg, run.tokenizer, run.model.config)
-    run.optimizer = torch.optim.AdamW(run.model.parameters(), weight_decay=cfg.weight_decay, fused=True)
-    fingerprints = {"train": fingerprint([p.row for p in data.problems]), "test": fingerprint(data.test_rows)}
+
+@training.leave_as_found
+def main(argv: Sequence[str]) -> None:
+    # Configuration, model, data, optimiser; from out_dir/resume if the run continues.
+    help = config.usage(__doc__, "algo", ROOT / "variants", "METHOD")
+
+    def config_class(given: dict) -> type:
+        return find(given.get("algo", Config.algo))[1]
+
+    cfg = config.parse_config(config_class, argv, help, "train_uft", MOVED)
+    method = find(cfg.algo)[0]
+    check(cfg, method)
+    sft_steps = cfg.sft_steps if method.supervised else 0
+    total = sft_steps + (cfg.steps if method.reinforced else 0)
+    resume = training.resuming(cfg)
+    run = training.set_up(cfg, cfg.out_dir, training.start(cfg), cfg.rollout_dtype, resume)
+    data = load_problems(cfg, method, run.tokenizer, run.model.config)
+    parameters = run.model.parameters()
+    run.optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=True)
+    splits = {"train": [p.row for p in data.problems], "test": data.test_rows}
+    state = {"memory": {"problems": [{} for _ in data.problems]}, "sampled_tokens": 0}
     reads_base = bool(cfg.lora_rank or cfg.kl_coef and not sft_steps)
-    start_or_resume(run, cfg, cfg.resume, {"memory": [None] * len(data.problems)}, fingerprints, reads_base)
-    memory, reference = run.state["memory"], None
+    training.start_or_resume(run, cfg, resume, state, splits, reads_base)
     counts = f"{len(data.problems)} train, {len(data.test_rows)} test problems"
-    print(f"{cfg.algo} on {cfg.task}: {counts}, {model_size(run)}")
+    print(f"{cfg.algo} on {cfg.task}: {counts}, {training.model_size(run)}")
     if run.state["step"] == 0:
-        validate(run, data, 0, total, cfg.show, cfg)
+        validate(run, data, total, cfg.show, cfg)
 
     for step in range(run.state["step"], total):
-        step_start = time.perf_counter()
+        step_start, run.metrics = time.perf_counter(), {}
         # 1. Choose the problems.
-        picks = pick_problems(step, len(data.problems), cfg)
-        problems = [data.problems[pick.problem] for pick in picks]
+        problems = method.pick_problems(step, len(data.problems), run.state["memory"], cfg)
+        picks = make_picks(problems)
         if step < sft_steps:
-            # 2-4, supervised phase: the whole solution as a hint, and no completions.
-            groups, metrics = [solution_group(p, run.tokenizer) for p in problems], {}
+            # 2-4, supervised phase: everything is given.
+            groups = [[demonstration(pick, data, run.tokenizer)] for pick in picks]
             mini_batches, coef = [groups], 1.0
-            lr = cfg.sft_lr * lr_factor(step, sft_steps, max(1, sft_steps // 10), "cosine")
-            set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.sft_beta2))
+            warmup = max(1, sft_steps // 10)
+            lr = cfg.sft_lr * training.lr_factor(step, sft_steps, warmup, "cosine")
+            training.set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.sft_beta2))
         else:
             t = step - sft_steps
-            if t == 0:  # reinforcement starts afresh from the result of the supervised phase
+            if t == 0:  # RL starts afresh from the result of the supervised phase
                 run.optimizer.state.clear()
-            if cfg.kl_coef and reference is None:  # loaded here, since out_dir/sft exists only now
-                reference = frozen_model(run.out / "sft" if sft_steps else run.base, run, cfg)
-            # 2. How much of each solution to show: l ~ Binomial(m, p(t)), eq. 3.1.
-            rngs = [np.random.default_rng((cfg.seed, HINT_STREAM, step, pick.key)) for pick in picks]
-            shown = [hint_length(rule, t, problem.segments, cfg, rng, memory[pick.problem])
-                     for pick, problem, rng in zip(picks, problems, rngs, strict=True)]  # fmt: skip
-            # 3. Sample completions of prompt + hint and score them.
-            fill_sampler(run)
-            groups, rewards, responses = rollout(run, data, picks, shown, step, 0, cfg)
-            if rule == "on-failure" and t < cfg.hint_steps:
-                retry_with_hints(run, data, picks, shown, groups, rewards, step, cfg)
-            for pick, k, r in zip(picks, shown, rewards, strict=True):
-                memory[pick.problem] = remember(
-                    rule, memory[pick.problem], k, (r == 1).float().mean().item(), cfg
-                )
-            release_sampler(run)
-            metrics = rollout_metrics(groups, rewards, shown, problems)
-            metrics["timing_s/gen"] = time.perf_counter() - step_start
-            if step % cfg.eval_every == 0:
-                log_sample(run, step + 1, problems[-1], shown[-1], responses[-1], rewards[-1])
+            if cfg.kl_coef and run.reference is None:  # out_dir/sft did not exist before
+                start = run.out / "sft" if sft_steps else run.base
+                run.reference = training.frozen_model(start, run, cfg)
+            # 2. Choose how much of each solution to give. UFT: l ~ Binomial(m, p(t)), eq. 3.1.
+            shown = choose_hints(picks, t, method, run, data, cfg)
+            # 3. Sample the rest and score it.
+            training.fill_rollout_model(run)
+            groups = rollout(run, data, picks, shown, cfg)
+            groups = method.after_rollout(groups, run, data, t, cfg)
+            training.release_rollout_model(run)
             # 4. Advantages: (r - mean) / std within each group.
-            for group, values in zip(groups, advantages(rewards, groups, cfg), strict=True):
-                group.advantages = values
-            groups = drop_dead_groups(groups, rewards, hint_coef) if cfg.drop_dead else groups
-            mini_batches, coef = split_evenly(groups, cfg.mini_batch), hint_coef
-            lr = cfg.lr * lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
-            set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
-            one_precision = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
-            if groups and not (one_precision and cfg.rollout_correction == "none"):
-                recompute_start = time.perf_counter()
-                rollout_logprobs = [[c.logprobs for c in g.completions] for g in groups]
-                with explain_failure(run, cfg, step):
-                    recompute_old_logprobs(run.model, groups, cfg)
-                metrics |= correct_mismatch(groups, rollout_logprobs, cfg)
-                metrics["timing_s/old_log_prob"] = time.perf_counter() - recompute_start
-        # 5. Loss (eq. 3.3) and one optimiser step per mini-batch.
-        updates, update_start = [], time.perf_counter()
+            method.advantages(groups, cfg)
+            run.metrics |= rollout_metrics(groups, data)
+            run.metrics["timing_s/gen"] = time.perf_counter() - step_start
+            if step % cfg.sample_every == 0:
+                log_groups(run, groups, data, cfg)
+            coef = cfg.hint_coef if method.trains_hints else 0.0
+            if cfg.drop_dead:
+                groups = [without_completions(g, coef) if is_dead(g) else g for g in groups]
+                groups = [g for g in groups if g]
+            mini_batches = split_evenly(groups, cfg.mini_batch)
+            lr = cfg.lr * training.lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
+            training.set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
+        # 5. Weigh the tokens; correct their log-probs where the sampler's arithmetic is
+        # another.
         for mini_batch in mini_batches:
-            with explain_failure(run, cfg, step):
-                updates.append(
-                    update(run.model, reference, run.optimizer, mini_batch, cfg, coef, policy_loss)
-                )
-        metrics |= mean_metrics(updates)
-        # 6. Log, validate, save.
+            weigh(mini_batch, method, coef, cfg)
+        with training.explain_failure(run, cfg, step):
+            if step >= sft_steps:
+                run.metrics |= settle_old_logprobs(run, groups, cfg)
+            # 6. Loss (eq. 3.3) and one optimiser step per mini-batch.
+            update_start = time.perf_counter()
+            updates = [update(run, mini_batch, method, cfg) for mini_batch in mini_batches]
+        # 7. Log, validate, save.
         update_s = time.perf_counter() - update_start
-        metrics |= {"lr": lr, "timing_s/update": update_s}
-        log_step(run, step, metrics, step_start, update_s, sum(g.length() for g in groups), len(groups))
+        run.metrics |= training.mean_metrics(updates)
+        run.metrics |= {"lr": lr, "timing_s/update": update_s}
+        run.metrics["sampled_tokens"] = run.state["sampled_tokens"]
+        tokens = sum(map(packing.row_length, groups))
+        training.log_step(run, step, step_start, update_s, tokens, len(groups))
         if (step + 1) % cfg.print_every == 0:
-            print(console_line(f"step {step + 1}/{total}", metrics, COLUMNS))
-        if step + 1 == sft_steps and algo.reinforced:
+            print(training.console_line(f"step {step + 1}/{total}", run.metrics, COLUMNS))
+        if step + 1 == sft_steps and method.reinforced:
             save_model(run.out, run.model, run.tokenizer, "sft")
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
-            validate(run, data, step + 1, total, cfg.show if step + 1 == total else 0, cfg)
-        save_and_stop(run, cfg, total)
+            validate(run, data, total, cfg.show if step + 1 == total else 0, cfg)
+        training.save_and_stop(run, cfg, total)
     print(f"{run.state['train_s']:.0f} s of training; model in {run.out / 'model'}")
     run.log.close()
     draw_run(run.out)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    from train_uft import main  # `import train_uft` in a variant is then this module
+
+    config.run_script(main)

@@ -2,16 +2,10 @@
 
 With `path`, rows are read from the published UFT data (github.com/liumy2010/UFT,
 data/countdown/{train,test}.parquet: 10,240 and 1,024 problems of 3 or 4 numbers, after TinyZero's
-Countdown-Tasks-3to4). Without it, problems are made here (about 15 s for as many). Made rows of style "paper"
+Countdown-Tasks-3to4). Without it, problems are made here (about 20 s for as many). Made rows of style "paper"
 look like the published ones: numbers from 1 to 99, targets from 10 to 100, whole intermediate results that
-are never negative, compound operands in parentheses. Style "short" is for tiny models with one token a
-number: numbers from 1 to 10, only + and -, and no problem that a random chain solves often, which rules out 3
-and 4 numbers. The first training row of each, where PROMPT is that of data/rows.py:
-
-    prompt  PROMPT with "Using the numbers [23, 82, 42], create an equation that equals 17. You can ..."
-    hint    ["82 - 42 = 40\\n", "40 - 23 = 17\\n", "Therefore, the final equation is (82 - 42) - 23"]
-    answer  " </think>\\n<answer> (82 - 42) - 23 </answer>"
-    truth   {"numbers": [23, 82, 42], "target": 17}
+are never negative. Style "short" is for tiny models with one token a number: numbers from 1 to 10, only + and
+-, and no problem that a random chain solves often, which rules out 3 and 4 numbers. A row of it:
 
     prompt  "10 5 9 3 6=21\\n"
     hint    ["10+9=19\\n", "3+19=22\\n", "22+5=27\\n", "27-6=21\\n"]
@@ -33,6 +27,7 @@ Kept although odd: an empty block earns 0.1; <think> is not checked; signs in fr
 after it ("19.") are accepted; "= target", leading zeros and characters that are not ASCII are not."""
 
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -41,9 +36,12 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+if __name__ == "__main__":  # python data/countdown.py
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.published import evaluate
 from data.published import score_published as published
-from data.rows import PROMPT, answer_block, first, read_rows
-from infra.config import UserError
+from data.rows import PROMPT, SOURCES, answer_block, first, read_rows, show
+from infra.config import UserError, run_script
 
 INSTRUCTION = (
     "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
@@ -57,6 +55,8 @@ LUCKY = 0.075  # style short leaves out problems that a random chain solves with
 PATIENCE = 20_000  # give up after this many draws without a new problem
 MAX_EQUATION = 500  # characters; this bounds the nesting and the size of every integer too
 MAX_CHAIN = 1000  # characters of the lines of style short
+
+NEEDS = {"numbers": list, "target": (int, float, str)}
 
 Number = int | Fraction
 Step = tuple[Number, str, Number, Number]  # a, op, b, c: a op b = c
@@ -76,8 +76,7 @@ def load(
     A larger n only extends the list. The training and test problems of any two seeds are disjoint.
     """
     if path is not None:
-        needs = {"numbers": list, "target": (int, float, str)}
-        return first(read_rows(path, split, needs, read_numbers), n, path, split)
+        return first(read_rows(path, split, NEEDS, read_numbers, SOURCES["countdown"][1]), n, path, split)
     if style not in DEFAULTS:
         raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     if split not in ("train", "test"):
@@ -232,49 +231,23 @@ def solve(numbers: list[int], target: int, whole: bool = False) -> list[Step] | 
     exist.
 
     whole: allow only whole intermediate results. Negative ones are never needed: replacing every x by |x|
-    only swaps some + and -. For small groups of numbers all reachable values are listed; a larger group is
-    cut in two, and each value of the smaller part leaves a goal for the other."""
-    listed: dict[int, dict[Number, tuple[Step, ...]]] = {1 << i: {v: ()} for i, v in enumerate(numbers)}
-    failed: set[tuple[int, Number]] = set()
-    small = max(2, len(numbers) // 2)
+    only swaps some + and -."""
+    failed = set()
 
-    def values(group: int) -> dict[Number, tuple[Step, ...]]:
-        if group not in listed:
-            found = {}
-            for one, other in _splits(group):
-                for x, xs in values(one).items():
-                    for y, ys in values(other).items():
-                        for step in _operations(x, y, whole):
-                            found.setdefault(step[3], (*xs, *ys, step))
-            listed[group] = found
-        return listed[group]
-
-    def find(group: int, goal: Number) -> tuple[Step, ...] | None:
-        if group.bit_count() <= small:
-            return values(group).get(goal)
-        if (group, goal) in failed:
-            return None
-        for one, other in _splits(group):
-            for x, xs in values(one).items():
-                for y in _partners(x, goal, whole):
-                    if (ys := find(other, y)) is not None:
-                        return (*xs, *ys, next(s for s in _operations(x, y, whole) if s[3] == goal))
-        failed.add((group, goal))
+    def find(left: tuple[Number, ...]) -> list[Step] | None:
+        if len(left) == 2:
+            return next(([step] for step in _operations(*left, whole) if step[3] == target), None)
+        if left not in failed:
+            for i, x in enumerate(left):
+                for j, y in enumerate(left[:i]):
+                    rest = left[:j] + left[j + 1 : i] + left[i + 1 :]
+                    for step in _operations(x, y, whole):
+                        if (steps := find(tuple(sorted((*rest, step[3]))))) is not None:
+                            return [step, *steps]
+        failed.add(left)
         return None
 
-    steps = find((1 << len(numbers)) - 1, target)
-    return None if steps is None else list(steps)
-
-
-@cache
-def _splits(group: int) -> list[tuple[int, int]]:
-    """All ways to cut a set of numbers (a bit mask) in two, the smaller part first."""
-    parts = sorted((part.bit_count(), part) for part in range(1, group) if part & group == part)
-    return [
-        (part, group ^ part)
-        for size, part in parts
-        if (size, part) < ((group ^ part).bit_count(), group ^ part)
-    ]
+    return find(tuple(sorted(numbers)))
 
 
 def _operations(x: Number, y: Number, whole: bool) -> Iterator[Step]:
@@ -285,23 +258,6 @@ def _operations(x: Number, y: Number, whole: bool) -> Iterator[Step]:
             yield a, "-", b, a - b
         if b and (a % b == 0 or not whole):
             yield a, "/", b, _quotient(a, b)
-
-
-def _partners(x: Number, goal: Number, whole: bool) -> Iterator[Number]:
-    """The values y >= 0 for which some operation on x and y gives `goal`.
-
-    x = 0 and goal = 0 allow any y, which is left out: multiplying the 0 by y's numbers one by one reaches the
-    goal too."""
-    yield x + goal
-    if goal >= x:
-        yield goal - x
-    if x > goal:
-        yield x - goal
-    if x:
-        yield goal * x
-    for a, b in ((goal, x), (x, goal)):
-        if b and (x or a is goal) and (a % b == 0 or not whole):
-            yield _quotient(a, b)
 
 
 def _quotient(a: Number, b: Number) -> Number:
@@ -357,7 +313,7 @@ def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> st
 
 
 def _check_equation(equation: str, numbers: list[int], target: int) -> str:
-    if len(equation) > MAX_EQUATION or re.search(r"[^-0-9+*/(). \t\r\n]", equation):
+    if len(equation) > MAX_EQUATION or re.search(r"[^-0-9+*/(). \t\r\n]|\*\*|//", equation):
         return "malformed"
     # a point belongs to the number before it ("19."); "3.4" becomes two numbers side by side: malformed
     tokens = re.findall(r"[0-9]+\.?|[^ \t\r\n]", equation)
@@ -365,7 +321,7 @@ def _check_equation(equation: str, numbers: list[int], target: int) -> str:
     if not used or any(digits[0] == "0" and digits != "0" for digits in used):
         return "malformed"
     try:
-        value = _evaluate(tokens)
+        value = evaluate(tokens, lambda token: Fraction(token.rstrip(".")))
     except ZeroDivisionError:
         value = None
     except SyntaxError:
@@ -375,44 +331,5 @@ def _check_equation(equation: str, numbers: list[int], target: int) -> str:
     return "right" if value == target else "wrong"
 
 
-BINDS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
-
-
-def _evaluate(tokens: list[str]) -> Fraction:
-    """The value of an equation, found with two stacks: without recursion no nesting is too deep."""
-    values: list[Fraction] = []
-    waiting = ["("]  # as if the whole equation were in parentheses
-    operand = True  # whether a number, a sign or "(" must come next
-    for token in [*tokens, ")"]:
-        if not waiting:
-            raise SyntaxError("unbalanced")
-        if operand:
-            if token in ("(", "-"):
-                waiting.append("negate" if token == "-" else "(")
-            elif token[0] in "0123456789":
-                values.append(Fraction(int(token.rstrip("."))))
-                operand = False
-            elif token != "+":
-                raise SyntaxError("no operand")
-            continue
-        if token != ")" and token not in "+-*/":
-            raise SyntaxError("no operator")
-        while waiting[-1] != "(" and (token == ")" or BINDS[waiting[-1]] >= BINDS[token]):
-            _apply(waiting.pop(), values)
-        if token == ")":
-            waiting.pop()
-        else:
-            waiting.append(token)
-            operand = True
-    if waiting:
-        raise SyntaxError("unbalanced")
-    return values[0]
-
-
-def _apply(op: str, values: list[Fraction]) -> None:
-    b = values.pop()
-    if op == "negate":
-        values.append(-b)
-        return
-    a = values.pop()
-    values.append(a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b)
+if __name__ == "__main__":
+    run_script(lambda argv: show("countdown", *argv))

@@ -32,13 +32,17 @@ As published, 18%, $18$, \boxed{18}, 36/2, "x = 18" and "The answer is 18" are m
 0.1, and <think> is not checked."""
 
 import re
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # python data/gsm8k.py
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.published import score_published as published
-from data.rows import answer_block, first, read_solved, text_field
-from infra.config import UserError
+from data.rows import FIELDS, SOURCES, answer_block, first, read_records, rows_of, show, text_field
+from infra.config import UserError, run_script
 
 MAX_ANSWER = 10_000  # characters
+NEEDS = {"target": (str, int, float)}
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 WORDS = re.compile(r"(?: [A-Za-z]+){1,3}")
 NO_UNITS = set(  # without a plural s
@@ -60,13 +64,15 @@ def load(split: str, path: str | Path | None = None, *, n: int | None = None) ->
         raise UserError(MISSING)
     if Path(path, "main").is_dir():  # beside it lies socratic, the same problems with other solutions
         path = Path(path, "main")
-    rows = []
-    for where, _, row in read_solved(path, split, "openai/gsm8k", _read_raw):
-        target = str(row["truth"]["target"])
-        if _number(target) is None:
-            raise UserError(f"{where}: the target '{target[:20]}' is not a number")
-        rows.append(row)
+    records = read_records(path, split, FIELDS)
+    rows = rows_of(records, NEEDS, unusable, SOURCES["gsm8k"][1], _read_raw)
     return first(rows, n, path, split)
+
+
+def unusable(truth: dict) -> str | None:
+    """Why a row of a file cannot be used, or None."""
+    target = str(truth["target"])
+    return None if _number(target) is not None else f"the target '{target[:20]}' is not a number"
 
 
 def score(response: str, truth: dict) -> tuple[float, str]:
@@ -111,4 +117,10 @@ def _read_raw(where: str, record: dict) -> tuple[str, str, str]:
     target = solution.rpartition("####")[2] if "####" in solution else ""
     if not target.strip():
         raise UserError(f"{where}: the answer has no '####' with the result after it")
+    if reason := unusable({"target": target.strip()}):
+        raise UserError(f"{where}: {reason}")
     return text_field(where, record, "question"), solution, target.strip().replace(",", "")
+
+
+if __name__ == "__main__":
+    run_script(lambda argv: show("gsm8k", *argv))

@@ -34,16 +34,19 @@ is a test):
 Kept although odd: an empty block earns 0.1, and <think> is not checked.
 """
 
-import math
 import re
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # python data/hendrycks_math.py
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.math_answer import closing_brace, equal
 from data.published import score_published as published
-from data.rows import answer_block, first, read_solved, text_field
-from infra.config import UserError
+from data.rows import FIELDS, SOURCES, answer_block, first, read_records, rows_of, show, text_field
+from infra.config import UserError, run_script
 
-SOURCE = "DigitalLearningGmbH/MATH-lighteval"
+SOURCE = SOURCES["hendrycks_math"][1]
+NEEDS = {"target": (str, int, float)}
 MAX_ANSWER = 2000  # characters; the longest published target has 204
 MISSING = (
     "data_path: MATH cannot be made, only read; give data/math/test.parquet (and train.parquet) of "
@@ -66,21 +69,22 @@ def load(
         raise UserError(MISSING)
     if sizes is not None and not (sizes and all(type(k) is int and 1 <= k <= 5 for k in sizes)):
         raise UserError(f"sizes: {list(sizes)}; must be one or more levels from 1 to 5")
-    rows = []
-    for where, record, row in read_solved(path, split, SOURCE, _read_raw):
-        if isinstance(row["truth"]["target"], float) and not math.isfinite(row["truth"]["target"]):
-            raise UserError(f"{where}: the target is not a number")
+    levels, records = [str(k) for k in sizes or (3, 4, 5)], []
+    for where, record in read_records(path, split, FIELDS):
         level = record.get("level")
         if level is None and sizes:
             raise UserError(f"{where}: sizes asks for levels, but there is no field 'level'")
         # "Level 5", 5 or, in two rows of MATH, "Level ?"
-        if level is None or str(level)[-1:] in map(str, sizes or (3, 4, 5)):
-            rows.append(row)
-    if not rows:
-        raise UserError(
-            f"sizes: {path} has no row of split {split} and the levels {list(sizes or (3, 4, 5))}"
-        )
-    return first(rows, n, path, split)
+        if level is None or str(level)[-1:] in levels:
+            records.append((where, record))
+    if not records:
+        raise UserError(f"sizes: {path} has no row of split {split} and the levels {', '.join(levels)}")
+    return first(rows_of(records, NEEDS, unusable, SOURCE, _read_raw), n, path, split)
+
+
+def unusable(truth: dict) -> str | None:
+    """Why a row of a file cannot be used, or None."""
+    return "the target is not a number" if str(truth["target"]) in ("nan", "inf", "-inf") else None
 
 
 def score(response: str, truth: dict) -> tuple[float, str]:
@@ -93,8 +97,7 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     answer = block[1]
     if len(answer) > MAX_ANSWER:
         return 0.1, "malformed"
-    asked = str(truth.get("question") or "").lower()
-    if equal(answer, str(truth["target"]), percent="percent" in asked or r"\%" in asked):
+    if equal(answer, str(truth["target"]), str(truth.get("question") or "")):
         return 1.0, "right"
     return 0.1, "wrong" if answer.strip() else "malformed"
 
@@ -116,3 +119,7 @@ def _read_raw(where: str, record: dict) -> tuple[str, str, str]:
     if not target:
         raise UserError(f"{where}: the solution has no \\boxed{{}} answer")
     return text_field(where, record, "problem"), solution, target
+
+
+if __name__ == "__main__":
+    run_script(lambda argv: show("hendrycks_math", *argv))

@@ -7,54 +7,17 @@ cc-by-nc-sa-4.0), or rows as load() returns them. Without it, problems are made 
 that ignores names and numbering decides its split, so train and test share no problem whatever their seeds.
 Wordings and names are our own; the reasoning is worded as published.
 
-A row of style "paper", load("train", n=1), with only the instruction of its prompt:
+A row of style "paper" has the paper's prompt and sentences such as "Tina cannot be a knight, because this
+would contradict the claim of their own that Peter is not a knight." A row of style "short", one token per
+word for models of 100,000 parameters:
 
-    prompt   ... On an island everybody is either a knight, who only says what is true, or a knave, who only
-             says what is false. You meet Peter, Daisy, and Tina. Asked about it, Peter answers that Tina is a
-             knave or Tina is a knight. "Daisy is a knave and Daisy is a knight," is what Daisy replies.
-             You hear from Tina that Peter is not a knight. Who is a knight and who is a knave? ...
-    hint     Assume Peter is a knight. No contradiction is found in their claim that Tina is a knave or Tina
-               is a knight.
-             Tina cannot be a knight, because this would contradict the claim of their own that Peter is not a
-               knight.
-             Assume Tina is a knave. No contradiction is found in their false claim that Peter is not a
-               knight.
-             Daisy cannot be a knight, because this would contradict the claim of their own that Daisy is a
-               knave and Daisy is a knight.
-             Assume Daisy is a knave. No contradiction is found in their false claim that Daisy is a knave and
-               Daisy is a knight.
-             Therefore, (1) Peter is a knight
-             (2) Daisy is a knave
-             (3) Tina is a knave
-    answer   </think>
-             <answer> (1) Peter is a knight
-             (2) Daisy is a knave
-             (3) Tina is a knave </answer>
-    truth    {'names': ['Peter', 'Daisy', 'Tina'], 'solution': [True, False, False], 'statements': "(('or',
-             ('lying', 2), ('telling-truth', 2)), ('and', ('lying', 1), ('telling-truth', 1)), ('not',
-             ('telling-truth', 0)))"}
-
-A row of style "short", load("train", n=1, style="short"), one token per word for models of 100,000
-parameters:
-
-    prompt   A: B knave or C knave
-             B: D knight and C knave
-             C: not A knight
-             D: C knight iff C knave
-    hint     A knight ok
-             B knight ok
-             D knight no D
-             D knave no B
-             back B
-             B knave ok
-             D knight no D
-             D knave ok
-             C knight no C
-             C knave ok
+    prompt   A: B knave or C knave | B: D knight and C knave | C: not A knight | D: C knight iff C knave
+    hint     A knight ok | B knight ok | D knight no D | D knave no B | back B | B knave ok | D knight no D |
+             D knave ok | C knight no C | C knave ok                                 (a line for each |)
     answer   <answer>A knight B knave C knave D knave</answer>
-    truth    {'names': ['A', 'B', 'C', 'D'], 'solution': [True, False, False, False], 'statements': "(('or',
-             ('lying', 1), ('lying', 2)), ('and', ('telling-truth', 3), ('lying', 2)), ('not',
-             ('telling-truth', 0)), ('<=>', ('telling-truth', 2), ('lying', 2)))", 'steps': True}
+    truth    {'names': ['A', 'B', 'C', 'D'], 'solution': [True, False, False, False], 'steps': True,
+             'statements': "(('or', ('lying', 1), ('lying', 2)), ('and', ('telling-truth', 3), ('lying', 2)),
+             ('not', ('telling-truth', 0)), ('<=>', ('telling-truth', 2), ('lying', 2)))"}
 
 trace() reproduces the hints of all 5,000 published rows from their names and statements alone. In the short
 style (truth["steps"]) score() also checks that each line before the answer is a sound step, in whatever order
@@ -79,14 +42,17 @@ import hashlib
 import io
 import random
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, reduce
 from operator import and_
 from pathlib import Path
 
+if __name__ == "__main__":  # python data/logic.py
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.published import score_published as published
-from data.rows import PROMPT, answer_block, first, read_rows
-from infra.config import UserError
+from data.rows import PROMPT, SOURCES, answer_block, first, read_rows, show
+from infra.config import UserError, run_script
 
 INSTRUCTION = (
     "On an island everybody is either a knight, who only says what is true, or a knave, who only says what "
@@ -107,6 +73,7 @@ NAMES = (
     "Nina Nora Oscar Otto Paula Peter Petra Rosa Rudi Sara Simon Tara Theo Tina Uma Vera Viktor Wanda "
     "Xenia Yara Yuri Zara"
 ).split()
+NEEDS = {"names": list, "solution": list, "statements": str}
 LETTERS = "ABCDEFG"
 MIN_SIZE, MAX_SIZE = 2, len(LETTERS)
 DEFAULTS = {
@@ -145,8 +112,7 @@ def load(
     if n is not None and n < 1:
         raise UserError(f"n: {n}; must be >= 1")
     if path is not None:
-        needs = {"names": list, "solution": list, "statements": str}
-        return first(read_rows(path, split, needs, unusable), n, path, split)
+        return first(read_rows(path, split, NEEDS, unusable, SOURCES["logic"][1]), n, path, split)
     if style not in DEFAULTS:
         raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     default_n, default_sizes = DEFAULTS[style]
@@ -222,40 +188,62 @@ def trace(names: Sequence[str], statements: tuple) -> list[str]:
     return [*sentences, "Therefore, " + lines[0], *lines[1:]]
 
 
+class Walk:
+    """The roles assumed so far, in that order, and what was refuted while d people had a role, which is void
+    once fewer have."""
+
+    def __init__(self, truth: dict):
+        self.people = {name: p for p, name in enumerate(truth["names"])}
+        self.agree = _agreement(parse_statements(truth["statements"], len(self.people)))
+        self.roles: dict[int, bool] = {}
+        self.refuted: list[set[tuple[int, bool]]] = [set()]
+
+    def is_refuted(self, person: int, is_knight: bool) -> bool:
+        return any((person, is_knight) in level for level in self.refuted)
+
+    def is_stuck(self) -> bool:
+        return any(self.is_refuted(p, True) and self.is_refuted(p, False) for p in self.people.values())
+
+    def contradicts(self, person: int, is_knight: bool, speakers: Iterable[int]) -> bool:
+        """Whether with this role a claim of the speakers cannot hold."""
+        return _contradicted({**self.roles, person: is_knight}, self.agree, speakers) is not None
+
+    def assume(self, person: int, is_knight: bool) -> None:
+        self.roles[person] = is_knight
+        self.refuted.append(set())
+
+    def undo(self) -> tuple[int, bool]:
+        """Take the last role back, which is refuted by that."""
+        self.refuted.pop()
+        self.refuted[-1].add(last := self.roles.popitem())
+        return last
+
+
 def random_walk(rng: random.Random, truth: dict) -> list[str]:
     """Sound lines (short style, see check_steps) until everybody has a role, but without method: the next
     person, the role tried first and, where several claims cannot hold, the speaker named are all drawn at
     random."""
-    names, lines = truth["names"], []
-    agree = _agreement(parse_statements(truth["statements"], len(names)))
-    roles: dict[int, bool] = {}
-    refuted: list[set[tuple[int, bool]]] = [set()]  # as in check_steps
-    while len(roles) < len(names):
-        known = set().union(*refuted)
-        left = [p for p in range(len(names)) if p not in roles]
-        if any((p, True) in known and (p, False) in known for p in left):
-            while True:
-                person, is_knight = roles.popitem()
-                refuted.pop()
-                refuted[-1].add((person, is_knight))
-                if not any((person, not is_knight) in level for level in refuted):
-                    break
-            lines.append(f"back {names[person]}\n")
+    names, lines, walk = truth["names"], [], Walk(truth)
+    while len(walk.roles) < len(names):
+        if walk.is_stuck():
+            last = walk.undo()
+            while walk.is_refuted(last[0], not last[1]):
+                last = walk.undo()
+            lines.append(f"back {names[last[0]]}\n")
             continue
         # a person with one role refuted comes first
-        begun = [p for p in left if (p, True) in known or (p, False) in known]
+        left = [p for p in range(len(names)) if p not in walk.roles]
+        begun = [p for p in left if walk.is_refuted(p, True) or walk.is_refuted(p, False)]
         person = rng.choice(begun or left)
-        is_knight = rng.choice([k for k in (True, False) if (person, k) not in known])
-        tried = {**roles, person: is_knight}
-        against = [s for s in tried if _contradicted(tried, agree, [s]) is not None]
+        is_knight = rng.choice([k for k in (True, False) if not walk.is_refuted(person, k)])
+        against = [s for s in [*walk.roles, person] if walk.contradicts(person, is_knight, [s])]
         lines.append(f"{names[person]} {'knight' if is_knight else 'knave'} ")
         if against:
             lines[-1] += f"no {names[rng.choice(against)]}\n"
-            refuted[-1].add((person, is_knight))
+            walk.refuted[-1].add((person, is_knight))
         else:
             lines[-1] += "ok\n"
-            roles = tried
-            refuted.append(set())
+            walk.assume(person, is_knight)
     return lines
 
 
@@ -270,48 +258,29 @@ def check_steps(text: str, truth: dict) -> bool:
                      C's present role is refuted, and all assumed from C on have no role again
     """
     before, block = answer_block(text) or ("", "")
-    if len(before) > MAX_STEPS:
-        return False
-    people = {name: p for p, name in enumerate(truth["names"])}
-    agree = _agreement(parse_statements(truth["statements"], len(people)))
-    roles: dict[int, bool] = {}  # in the order they were assumed: a stack
-    refuted: list[set[tuple[int, bool]]] = [
-        set()
-    ]  # refuted[d]: found while d people had a role; void once fewer have
-    for line in io.StringIO(before, newline="\n"):
-        known = set().union(*refuted)
+    walk = Walk(truth)
+    people, roles = walk.people, walk.roles
+    for line in io.StringIO(before[: MAX_STEPS + 1], newline="\n"):
         match line.split(maxsplit=4):
             case [name, "knight" | "knave" as role, *verdict] if name in people:
                 person, is_knight = people[name], role == "knight"
-                if person in roles or (person, is_knight) in known:
+                if person in roles or walk.is_refuted(person, is_knight):
                     return False
-                tried = {**roles, person: is_knight}
-                match verdict:
-                    case ["ok"]:
-                        if _contradicted(tried, agree, tried) is not None:
-                            return False
-                        roles = tried
-                        refuted.append(set())
-                    case ["no", speaker] if people.get(speaker) in tried:
-                        if _contradicted(tried, agree, [people[speaker]]) is None:
-                            return False
-                        refuted[-1].add((person, is_knight))
-                    case _:
-                        return False
-            case ["back", name] if people.get(name) in roles:
-                if not any((p, True) in known and (p, False) in known for p in people.values()):
+                if verdict == ["ok"] and not walk.contradicts(person, is_knight, [*roles, person]):
+                    walk.assume(person, is_knight)
+                    continue
+                speaker = people.get(verdict[1]) if len(verdict) == 2 and verdict[0] == "no" else None
+                if speaker not in (*roles, person) or not walk.contradicts(person, is_knight, [speaker]):
                     return False
-                while True:
-                    person, is_knight = roles.popitem()
-                    refuted.pop()
-                    refuted[-1].add((person, is_knight))
-                    if person == people[name]:
-                        break
-                    if not any((person, not is_knight) in level for level in refuted):
+                walk.refuted[-1].add((person, is_knight))
+            case ["back", name] if people.get(name) in roles and walk.is_stuck():
+                while (last := walk.undo())[0] != people[name]:
+                    if not walk.is_refuted(last[0], not last[1]):
                         return False
             case _:
                 return False
-    return len(roles) == len(people) and _read_answer(block, truth) == [roles[p] for p in sorted(roles)]
+    complete = len(before) <= MAX_STEPS and len(roles) == len(people)
+    return complete and _read_answer(block, truth) == [roles[p] for p in sorted(roles)]
 
 
 def parse_statements(text: str, n: int) -> tuple:
@@ -559,3 +528,7 @@ def unusable(truth: dict) -> str | None:
     if _contradicted(dict(enumerate(solution)), agree, range(len(names))) is not None:
         return "'solution' does not fit 'statements'"
     return None
+
+
+if __name__ == "__main__":
+    run_script(lambda argv: show("logic", *argv))

@@ -15,6 +15,10 @@ bits, count as malformed; the published code evaluates 9**9**9**9 until it is st
 no number is a UserError; there it is an exception."""
 
 import re
+from collections.abc import Callable
+from itertools import accumulate
+from operator import add, floordiv, mul, sub, truediv
+from typing import Any
 
 from infra.config import UserError
 
@@ -22,6 +26,7 @@ MAX_ANSWER = 10_000  # characters
 MAX_BITS = 100_000  # of an integer in a Countdown equation
 MARKERS = ("Assistant:", "<|im_start|>assistant")
 BINDS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "sign +": 3, "sign -": 3, "**": 4}
+OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv, "//": floordiv, "**": pow}
 
 
 def score_published(task: str, response: str, truth: dict, prompt: str = MARKERS[0]) -> tuple[float, str]:
@@ -65,47 +70,44 @@ def _countdown(equation: str, truth: dict) -> str:
     """
     if sorted(int(n) for n in re.findall(r"\d{1,4000}", equation)) != sorted(map(int, truth["numbers"])):
         return "wrong"
-    # \d and \s of the published filter take any script's, which Python's parser then refuses
-    if not re.fullmatch(r"[0-9+\-*/(). \t\f]+", equation):
+    # \d and \s of the published filter take any script's, which Python's parser then refuses, as it does 053
+    tokens = re.findall(r"[0-9]+\.?[0-9]*|\.[0-9]+|\*\*|//|[^ \t\f]", equation)
+    depths = accumulate((token == "(") - (token == ")") for token in tokens)
+    if not re.fullmatch(r"[0-9+\-*/(). \t\f]+", equation) or max(depths) > 200:
+        return "malformed"
+    if any(re.match("0[0-9]*[1-9]", token) and "." not in token for token in tokens):
         return "malformed"
     try:
-        return "right" if abs(_value(equation) - int(truth["target"])) < 1e-5 else "wrong"
+        value = evaluate(tokens, lambda token: float(token) if "." in token else int(token))
+        return "right" if abs(value - int(truth["target"])) < 1e-5 else "wrong"
     except (SyntaxError, ArithmeticError, ValueError, TypeError):
         return "malformed"
 
 
-def _value(equation: str) -> int | float | complex:
-    """The value of a Python expression of numbers, + - * / // ** and parentheses, by two stacks."""
-    tokens = re.findall(r"[0-9]+\.?[0-9]*|\.[0-9]+|\*\*|//|[^ \t\f]", equation)
-    values, waiting, operand, depth = [], ["("], True, 0
+def evaluate(tokens: list[str], number: Callable[[str], Any]) -> Any:
+    """The value of an expression of numbers, + - * / // ** and parentheses, by two stacks, so at any depth.
+
+    number: turns a token into a value. SyntaxError if it is no expression, and OverflowError, not a long
+    computation, for a whole number of more than MAX_BITS bits."""
+    values, waiting, operand = [], ["("], True  # operand: a number, a sign or "(" must come next
     for token in [*tokens, ")"]:
-        depth += (token == "(") - (token == ")")
-        if depth > 200 or not waiting:  # Python's parser gives up there
+        if not waiting or not operand and (token == "(" or token not in BINDS and token != ")"):
             raise SyntaxError
-        # where a number, a sign or "(" must come
-        if operand:
-            if token == "(":
-                waiting.append(token)
-            elif token in "+-":
-                waiting.append("sign " + token)
-            elif token[0] in "0123456789." and token != ".":
-                if re.match("0[0-9]*[1-9]", token) and "." not in token:
-                    raise SyntaxError  # 053
-                values.append(float(token) if "." in token else int(token))
-                operand = False
-            else:
+        if operand and token in ("(", "+", "-"):
+            waiting.append("(" if token == "(" else "sign " + token)
+        elif operand:
+            if not re.search("[0-9]", token):
                 raise SyntaxError
-            continue
-        # where an operator or ")" must come
-        if token != ")" and token not in BINDS or token == "(":
-            raise SyntaxError
-        while waiting[-1] != "(" and (token == ")" or BINDS[waiting[-1]] >= BINDS[token] != 4):
-            _apply(waiting.pop(), values)
-        if token == ")":
-            waiting.pop()
+            values.append(number(token))
+            operand = False
         else:
-            waiting.append(token)
-            operand = True
+            while waiting[-1] != "(" and (token == ")" or BINDS[waiting[-1]] >= BINDS[token] != 4):
+                _apply(waiting.pop(), values)
+            if token == ")":
+                waiting.pop()
+            else:
+                waiting.append(token)
+                operand = True
     if waiting:
         raise SyntaxError
     return values[0]
@@ -120,11 +122,7 @@ def _apply(operator: str, values: list) -> None:
     if operator == "**" and isinstance(a, int) and isinstance(b, int) and abs(a) > 1:
         if b * (a.bit_length() - 1) > MAX_BITS:
             raise OverflowError
-    operations = {
-        "+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b, "//": lambda: a // b,
-        "**": lambda: a**b,
-    }  # fmt: skip
-    value = operations[operator]()
+    value = OPERATIONS[operator](a, b)
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise OverflowError
     values.append(value)

@@ -1,5 +1,4 @@
-"""Everything the tasks share: the paper's prompt, rows read from files, the answer block, and finding a task
-by its name.
+"""What the tasks share: the paper's prompt, rows of files, the answer block, and finding a task by its name.
 
 A row is a dict with
 
@@ -8,16 +7,17 @@ A row is a dict with
     answer  str: the closing block after the last sentence, never shown as a hint; may be ""
     truth   what the task's score() needs, a dict in every task here
 
-A task is a file data/NAME.py with load(split, path=None) -> rows and score(response, truth) -> (reward,
-verdict). Its rows need only prompt and truth: reinforcement learning and evaluation need no reference
-solution."""
+A task is a Python file with load(split, path=None) -> rows and score(response, truth) -> (reward, verdict).
+Its rows need only prompt and truth: reinforcement learning and evaluation need no reference solution."""
 
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,24 +33,63 @@ PROMPT = (
 )
 """The prompt of the UFT paper (TinyZero's), plain text without a chat template."""
 ENDINGS = (".parquet", ".jsonl", ".json")
+FUNCTIONS = ("load(split, path=None) -> rows", "score(response, truth) -> (reward, verdict)")  # of a task
 TEST_EVERY = 10  # one row in ten of a single file is a test row
+FIELDS = "prompt question problem hint answer final_answer solution truth reward_model data_source level"
+FIELDS = set(FIELDS.split())
+SOURCES = {  # the papers' sources -> the task that judges them and their name in the column data_source
+    "math500": ("hendrycks_math", "math500"),
+    "aime": ("hendrycks_math", "aime"),
+    "amc": ("hendrycks_math", "amc"),
+    "minerva": ("hendrycks_math", "minerva"),
+    "olympiad_bench": ("hendrycks_math", "olympiad_bench"),
+    "gsm8k": ("gsm8k", "openai/gsm8k"),
+    "hendrycks_math": ("hendrycks_math", "DigitalLearningGmbH/MATH-lighteval"),
+    "countdown": ("countdown", "countdown"),
+    "logic": ("logic", "kk_logic"),
+}
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
 def load_task(name: str) -> ModuleType:
-    """The module data/`name`.py. UserError unless it has load() and score()."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    texts = {p.stem: p.read_text(encoding="utf-8") for p in files}
-    names = [
-        n
-        for n, text in texts.items()
-        if all(re.search(rf"^def {f}\(", text, re.M) for f in ("load", "score"))
-    ]
-    if name not in names:
-        raise UserError(f"task = {name!r}: there is no such task in data/; tasks are {', '.join(names)}")
-    return import_module(f"data.{name}")
+    """The module data/`name`.py, or that of the file `name` if this ends in .py. UserError unless it has
+    load() and score(), defined there or imported.
+    """
+    is_path = name.endswith(".py")
+    file = Path(name).expanduser() if is_path else Path(__file__).parent / f"{name}.py"
+    missing = [f"there is no such {'file' if is_path else 'task in data/'}"]
+    if file.is_file() and (is_path or name.isidentifier()):
+        try:
+            task = _module_of(file.resolve()) if is_path else import_module(f"data.{name}")
+        except UserError:
+            raise
+        except Exception as e:
+            raise UserError(f"task = {name!r}: cannot be imported ({type(e).__name__}: {e})") from e
+        missing = [f for f in FUNCTIONS if not callable(getattr(task, f.partition("(")[0], None))]
+        if not missing:
+            return task
+        missing = [f"{file} has no `def {missing[0]}`, of its own or imported"]
+    raise UserError(f"task = {name!r}: {missing[0]}; tasks are {', '.join(_task_names())}")
+
+
+@cache
+def _module_of(file: Path) -> ModuleType:
+    spec = spec_from_file_location(f"tasks.{file.stem}", file)
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    sys.path.append(str(file.parent))  # for what lies beside it
+    spec.loader.exec_module(module)
+    return module
+
+
+def _task_names() -> list[str]:
+    names = []
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        text = file.read_text(encoding="utf-8", errors="replace") if file.stem.isidentifier() else ""
+        defined = (rf"^(def {f}\(|from .*import .*\b{f}\b)" for f in ("load", "score"))
+        names += [file.stem] if all(re.search(pattern, text, re.M) for pattern in defined) else []
+    return names
 
 
 def judged_by(task: ModuleType, checker: str) -> ModuleType:
@@ -93,6 +132,14 @@ def load_rows(
     return first(rows, n or None, path or f"task {name}", split)
 
 
+def show(name: str, path: str | None = None) -> None:
+    """Print two rows of a task and the scores of their reference answers: python data/NAME.py [PATH]."""
+    task = load_task(name)
+    for row in load_rows(task, "test", path, n=0 if path else 2)[:2]:
+        print("\n".join(f"{field:8}{row[field]!r}" for field in ("prompt", "hint", "answer", "truth")))
+        print(f"score   {task.score(''.join(row['hint']) + row['answer'], row['truth'])}\n")
+
+
 def _parameters(task: ModuleType) -> set[str]:
     """Names of the arguments load() takes; "**" if it takes any."""
     parameters = inspect.signature(task.load).parameters.values()
@@ -112,7 +159,7 @@ def _accepted(task: ModuleType, name: str, given: dict[str, Any]) -> dict[str, A
     return accepted
 
 
-def _complete(row: Any, where: str) -> dict:
+def _complete(row: Any, where: str, truth: str = "truth") -> dict:
     """The row with hint and answer filled in. UserError for a field of another type."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be a dict with prompt and truth, not {type(row).__name__}")
@@ -123,7 +170,7 @@ def _complete(row: Any, where: str) -> dict:
     if not all(isinstance(sentence, str) for sentence in row["hint"]):
         raise UserError(f"{where}: field 'hint' must be a list of str")
     if row.get("truth") is None:
-        raise UserError(f"{where}: field 'truth' is missing")
+        raise UserError(f"{where}: field '{truth}' is missing")
     return row
 
 
@@ -168,46 +215,68 @@ def split_note(path: str | Path | None) -> str:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def read_records(path: str | Path, split: str) -> list[tuple[str, dict]]:
-    """(where, record) for every row of a .parquet, .jsonl or .json file, or of `path`/`split`.* if path is a
-    folder.
+def read_records(
+    path: str | Path, split: str, fields: Container[str] | None = None
+) -> list[tuple[str, dict]]:
+    """(where, record) for every row of a .parquet, .jsonl or .json file, or of a folder's files of a split.
 
-    `where` names the file and row for error messages. A .json file holds a list of objects, one object, or
-    one object a line. Parquet needs pyarrow (the `data` extra). UserError for anything that cannot be read.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = [p for p in (path / f"{split}{ending}" for ending in ENDINGS) if p.exists()]
-        if not found:
-            raise UserError(f"{path}: no {split}.parquet or {split}.jsonl")
-        path = found[0]
+    In a folder these are `split`.* or, at any depth, files named after the split (test-00000-of-00001.*) or
+    lying in a folder of that name; no hidden ones, as notebooks, downloads, macOS leave. `where` names the
+    file and row for error messages. A .json file holds a list of objects, one object, or one object a line.
+    Parquet needs pyarrow (the `data` extra); of its columns only those in `fields`, in any case, are read.
+    UserError for anything that cannot be read."""
+    found = []
+    for file in _files(Path(path), split):
+        if file.suffix not in ENDINGS:
+            raise UserError(f"{file}: unknown kind of file; must be .parquet, .jsonl or .json")
+        records = _read_parquet(file, fields) if file.suffix == ".parquet" else _read_json(file)
+        for n, record in enumerate(records):
+            if not isinstance(record, dict):
+                kind = type(record).__name__
+                raise UserError(f"{file} row {n}: must be an object with named fields, not {kind}")
+            found.append((f"{file} row {n}", record))
+    if not found:
+        raise UserError(f"{path}: no rows")
+    return found
+
+
+def _files(path: Path, split: str) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix not in ENDINGS:
-        raise UserError(f"{path}: unknown kind of file; must be .parquet, .jsonl or .json")
-    records = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
-    if not records:
-        raise UserError(f"{path}: no rows")
-    for n, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path} row {n}: must be an object with named fields, not {type(record).__name__}"
-            )
-    return [(f"{path} row {n}", record) for n, record in enumerate(records)]
+    if not path.is_dir():
+        return [path]
+    parts = {p: p.relative_to(path).parts for p in sorted(path.rglob("*")) if p.suffix in ENDINGS}
+    files = [p for p, names in parts.items() if not any(name.startswith((".", "~")) for name in names)]
+    whole = [path / f"{split}{ending}" for ending in ENDINGS]
+    files = [p for p in whole if p in files][:1] or [
+        p for p in files if re.match(rf"{re.escape(split)}[-_.]", p.name) or split in parts[p][:-1]
+    ]
+    if not files:
+        raise UserError(f"{path}: no {split}.parquet or {split}.jsonl")
+    return files
 
 
-def _read_parquet(path: Path) -> list:
+def _read_parquet(path: Path, fields: Container[str] | None) -> list[dict]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow: pip install -e '.[data]'") from None
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        names = pyarrow.parquet.read_schema(path).names
+        wanted = [name for name in names if fields is None or name.lower() in fields]
+        table = pyarrow.parquet.read_table(path, columns=wanted or None)
     except (pyarrow.ArrowException, OSError, ValueError) as e:
         raise UserError(
             f"{path}: not a readable parquet file ({(str(e) or type(e).__name__).splitlines()[0]})"
         ) from None
+    columns = {}
+    for name in table.column_names:
+        try:
+            columns[name] = table[name].to_pylist()
+        except (pyarrow.ArrowException, ValueError, OverflowError, ImportError):
+            pass  # a type that Python does not have, such as nanoseconds, is in no field of ours
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _read_json(path: Path) -> list:
@@ -266,97 +335,84 @@ def _without_surrogates(value: Any) -> Any:
     return value
 
 
+# ---- rows of files -------------------------------------------------------------------------------
+
+
 def read_rows(
-    path: str | Path,
-    split: str,
+    path: str | Path, split: str, needs: dict, check: Callable = lambda truth: None, source: str = ""
+) -> list[dict]:
+    """rows_of() the records of a file or folder."""
+    return rows_of(read_records(path, split, FIELDS), needs, check, source)
+
+
+def rows_of(
+    records: list[tuple[str, dict]],
     needs: dict[str, type | tuple[type, ...]],
     check: Callable[[dict], str | None] = lambda truth: None,
+    source: str = "",
+    read_raw: Callable[[str, dict], tuple[str, str, str]] | None = None,
 ) -> list[dict]:
-    """Rows of a file in the layout of the published UFT data (question, hint, answer,
-    reward_model.ground_truth) or in our own (prompt, hint, answer, truth); hint and answer may be missing.
+    """The rows of records from read_records() in any of these layouts, where hint and answer may be missing:
 
-    needs: the fields the truth must have, and their types. check(truth) says why a truth cannot be used, or
-    None; it may replace values of the truth by equal ones of another type."""
-    rows = []
-    for where, record in read_records(path, split):
-        # either layout
-        if "reward_model" in record or "question" in record:
-            prompt, truth = record.get("question"), _dig(record, "reward_model", "ground_truth")
-            prompt = prompt or _dig(record, "prompt", 0, "content")
-        else:
-            prompt, truth = record.get("prompt"), record.get("truth")
-        hint = [] if record.get("hint") is None else record["hint"]
-        answer = "" if record.get("answer") is None else record["answer"]
-        # types
-        fields = (
-            ("prompt", prompt, str),
-            ("hint", hint, list),
-            ("answer", answer, str),
-            ("truth", truth, dict),
-        )
-        for name, value, kind in fields:
-            if not isinstance(value, kind):
-                raise UserError(f"{where}: field '{name}' is missing or not a {kind.__name__}")
-        if not all(isinstance(sentence, str) for sentence in hint):
-            raise UserError(f"{where}: field 'hint' must be a list of str")
-        for name, kind in needs.items():
-            if not isinstance(truth.get(name), kind) or isinstance(truth[name], bool):
-                raise UserError(f"{where}: the ground truth lacks a usable '{name}'")
-        if reason := check(truth):
-            raise UserError(f"{where}: {reason}")
-        # the published answer repeats the hint, ours is the closing block alone
-        if "reward_model" in record or "question" in record:
-            if not answer.startswith("".join(hint)):
-                raise UserError(f"{where}: field 'answer' must begin with the sentences of 'hint'")
-            answer = answer[len("".join(hint)) :]
-        rows.append({"prompt": prompt, "hint": [s for s in hint if s], "answer": answer, "truth": truth})
-    return rows
+    - that of the published UFT data, of verl and of DAPO: question, or else prompt as a message; hint, answer
+      (which repeats the hint) and reward_model.ground_truth
+    - our own: prompt, hint, answer, truth
+    - any other that read_raw(where, record) turns into (question, solution, target)
+
+    needs: the fields the truth must have, and their types; a truth that is no dict is its target.
+    check(truth) says why a truth cannot be used, or None; it may replace its values by equal ones of another
+    type. source: leave out the rows that belong to another one of SOURCES."""
+    others = {name for _, name in SOURCES.values()} - {source} if source else ()
+    own = [(where, record) for where, record in records if record.get("data_source") not in others]
+    if not own:
+        raise UserError(f"{records[0][0].rpartition(' row ')[0]}: no row has data_source '{source}'")
+    return [
+        solved_row(*read_raw(where, record))
+        if read_raw and not {"reward_model", "truth"} & record.keys()
+        else _row_of(where, record, needs, check)
+        for where, record in own
+    ]
 
 
-def _dig(record: Any, *keys: str | int) -> Any:
-    for key in keys:
-        try:
-            record = record[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return record
+def _row_of(where: str, record: dict, needs: dict, check: Callable[[dict], str | None]) -> dict:
+    """The row of a record in the published layout or our own."""
+    published = "reward_model" in record or "question" in record
+    name = "reward_model.ground_truth" if published else "truth"
+    prompt, truth = record.get("prompt"), record.get("truth")
+    if published:
+        prompt = record.get("question") or _prompt_of(where, prompt)
+        truth = (record.get("reward_model") or {}).get("ground_truth")
+    row = _complete(
+        {k: record.get(k) for k in ("hint", "answer")} | {"prompt": prompt, "truth": truth}, where, name
+    )
+    if isinstance(truth, str | int | float) and list(needs) == ["target"]:
+        row["truth"] = truth = {"question": prompt, "target": truth}
+    if not isinstance(truth, dict):
+        raise UserError(f"{where}: field '{name}' is missing or not a dict with {', '.join(needs)}")
+    for field, kind in needs.items():
+        if not isinstance(truth.get(field), kind) or isinstance(truth[field], bool):
+            raise UserError(f"{where}: the ground truth lacks a usable '{field}'")
+    if reason := check(truth):
+        raise UserError(f"{where}: {reason}")
+    # the published answer repeats the hint, ours is the closing block alone
+    if published:
+        whole, hint = row["answer"], "".join(row["hint"])
+        if not whole.startswith(hint):
+            raise UserError(f"{where}: field 'answer' must begin with the sentences of 'hint'")
+        row["answer"] = whole[len(hint) :]
+    return row | {"hint": [s for s in row["hint"] if s]}
 
 
-# ---- problems with a worked solution -------------------------------------------------------------
-
-
-def read_solved(
-    path: str | Path, split: str, source: str, read_raw: Callable
-) -> list[tuple[str, dict, dict]]:
-    """(where, record, row) for each row whose data_source is `source` or missing.
-
-    Rows published with UFT and rows of our own layout are recognised by their fields. `read_raw(where,
-    record)` gives the question, solution and target of any other record. `path` is a file or a folder with,
-    at any depth, files named after the split (test.*, test-00000-of-00001.*) or lying in a folder of that
-    name."""
-    path, found = Path(path), []
-    files = [p for p in sorted(path.rglob("*")) if p.suffix in ENDINGS] if path.is_dir() else []
-    if any(p.parent == path and p.stem == split for p in files):
-        files = [path]
-    else:
-        files = [
-            p for p in files if p.name.startswith(f"{split}-") or split in p.relative_to(path).parts[:-1]
-        ] or [path]
-    for file in files:
-        records = read_records(file, split)
-        if "reward_model" in records[0][1] or "truth" in records[0][1]:
-            rows = read_rows(file, split, {"target": (str, int, float)})
-        else:
-            rows = [solved_row(*read_raw(where, record)) for where, record in records]
-        pairs = zip(records, rows, strict=True)
-        found += [
-            (where, record, row)
-            for (where, record), row in pairs
-            if record.get("data_source") in (None, source)
-        ]
-    if not found:
-        raise UserError(f"{path}: no row has data_source '{source}'")
-    return found
+def _prompt_of(where: str, messages: Any) -> Any:
+    """The text of a prompt: that of its user message, after that of the system message if there is one."""
+    if not isinstance(messages, list) or not messages:
+        return messages
+    roles = [m.get("role", "user") if isinstance(m, dict) else None for m in messages]
+    texts = [m.get("content") if isinstance(m, dict) else None for m in messages]
+    if roles not in (["user"], ["system", "user"]) or not all(isinstance(text, str) for text in texts):
+        wanted = "a user message, or a system and a user message, with text as content"
+        raise UserError(f"{where}: field 'prompt' must be {wanted}, not {len(messages)} messages of {roles}")
+    return "\n\n".join(texts)
 
 
 def solved_row(question: str, solution: str, target: str) -> dict:

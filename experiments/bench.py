@@ -36,7 +36,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -52,7 +54,7 @@ from infra.parallel import has_bfloat16, pick_device, refresh, settle_dtype, who
 from infra.training import speed_up
 from lora import add_adapters
 from model import ModelConfig, Transformer
-from sampler import generate
+from sampler import Completion, generate
 
 SHAPES = {  # model type, hidden, intermediate, layers, heads, kv heads, head size, vocabulary, tied
     "30m": ("qwen2", 512, 768, 8, 8, 2, 64, 32000, True),
@@ -299,6 +301,12 @@ def generation(cfg: Config, model: Transformer, folder: Path, geometric: bool = 
     return calls
 
 
+def trajectory(problem: int, prompt: list[int], c: Completion) -> train_uft.Trajectory:
+    """A completion as a trajectory, with a reward that depends on its tokens."""
+    old_logp, reward = np.array(c.logprobs), float(sum(c.tokens) % 7)
+    return train_uft.Trajectory(train_uft.Pick(problem), prompt, c.tokens, 0, old_logp, 0, "", reward)
+
+
 def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
     """One step: 4 completions of each problem, `prompt` + `grpo_new` tokens, rewards and one optimiser step.
 
@@ -322,17 +330,18 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
     speed_up(own, settings, device)
     sampler = whole_copy(own, getattr(torch, settings.dtype))
     optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
-    spent = {"rollouts": 0.0, "all": 0.0}
+    run = SimpleNamespace(model=own, device=device, optimizer=optimizer, reference=None)
+    method, spent = train_uft.METHODS["rft"], {"rollouts": 0.0, "all": 0.0}
 
     def step() -> None:
         refresh(sampler, own)
         outputs: list = []
         sample = partial(generate, sampler, ids, n, new, stop_ids=stop, fast=cfg.fast)
         spent["rollouts"] += seconds(lambda: outputs.extend(sample()), device)
-        rewards = torch.tensor([[float(sum(c.tokens) % 7) for c in group] for group in outputs])
-        advantages = train_uft.group_advantages(rewards).tolist()
-        groups = [train_uft.Group(p, [], c, a) for p, c, a in zip(ids, outputs, advantages, strict=True)]
-        train_uft.update(own, None, optimizer, groups, settings, 0.0)
+        groups = [[trajectory(i, ids[i], c) for c in group] for i, group in enumerate(outputs)]
+        method.advantages(groups, settings)
+        train_uft.weigh(groups, method, 0.0, settings)
+        train_uft.update(run, groups, method, settings)
 
     def ours() -> float:
         took = seconds(step, device)
@@ -380,8 +389,11 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False)
             add_adapters(own.to(getattr(torch, settings.dtype)), cfg.lora_rank, alpha=32.0)
         speed_up(own, settings, device)
         optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
-        arguments = (train_ift.LOSSES[name], own, None, optimizer, batch, 0.2, settings)
-        return partial(seconds, partial(train_ift.update, *arguments), device)
+        run = SimpleNamespace(model=own, device=device, optimizer=optimizer, reference=None)
+        method = train_ift.LOSSES[name]
+        residual = train_ift.make_residual(0, 0, settings) if method.residual else None
+        step = partial(train_ift.update, run, batch, method, residual, settings)
+        return partial(seconds, step, device)
 
     if ift:
         return {"nanoFT": ours("sft"), "ift": ours("ift")}
@@ -404,7 +416,7 @@ def transformers_sft(
     """A plain training loop around a transformers model, on a right-padded batch."""
     import transformers
 
-    ids, mask = train_ift.to_rows(batch, device)
+    ids, mask, _ = train_ift.to_rows(batch, range(len(batch)), device)
     lengths = torch.tensor([len(e.ids) for e in batch], device=device)
     inputs = {"input_ids": ids, "labels": ids.masked_fill(~mask, -100)}
     if len(set(lengths.tolist())) > 1:

@@ -5,6 +5,7 @@
     python experiments/compare.py --methods=uft,sft,sft-long --sft_long=1800 --args=config/logic-tiny.toml
     python experiments/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
     python experiments/compare.py --paper=ift --out_dir=out/compare-ift    SFT, IFT, its parts, other lambdas
+    python experiments/compare.py --suite=field --out_dir=out/field        docs/field.md
     python experiments/compare.py --table out/compare         the table and figure of the runs in a folder
 
 A run is `python train_uft.py --algo=METHOD --seed=...` or `python train_ift.py --loss=METHOD --seed=...` in a
@@ -26,12 +27,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments.field import STAGES
 from infra.checkpoint import resume_folder
 from infra.config import UserError, one_of, parse_config, require, require_each, run_script
 from infra.stats import mean_interval
@@ -42,7 +44,7 @@ IFT = {
     "sft": "--loss=sft",
     "ift": "--loss=ift",
     "propagation": "--loss=ift --lam=0",
-    "residual": "--loss=ift --gamma=0",
+    "residual": "--loss=ift --propagate=false",
     "frozen": "--loss=ift --train_embedding=false",
     **{f"lambda-{lam}": f"--loss=ift --lam={lam}" for lam in (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
 }
@@ -60,6 +62,7 @@ class Config:
     # What
     paper: str = "uft"  # uft: train_uft.py, or ift: train_ift.py
     methods: tuple[str, ...] = ()  # methods in this order; empty: all of the paper's
+    suite: str = ""  # field: the runs of docs/field.md, instead of methods and grid
     grid: str = ""  # knobs with values to try, each with each: "lr=2e-4,1e-3 hint_coef=.001,.1"
     seeds: int = 5  # number of seeds: 0, 1, ...
     sft_short: int = 313  # supervised steps of sft-rft: 5 epochs, as in the paper
@@ -234,8 +237,23 @@ def main(argv: Sequence[str]) -> None:
     cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
     if cfg.table:
         return report(read_runs(Path(cfg.table)), Path(cfg.table), cfg.goal)
-    # The runs, `jobs` at a time.
-    todo = [(*setting, seed) for seed in range(cfg.seeds) for setting in settings(cfg).items()]
+    if not cfg.suite:
+        return make_runs({name: (flags, cfg.seeds) for name, flags in settings(cfg).items()}, cfg)
+    one_of(cfg, "suite", ("field",))
+    out = Path(cfg.out_dir)
+    for stage, runs in STAGES.items():
+        make_runs(runs(out), replace(cfg, out_dir=str(out / stage)))
+
+
+def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:
+    """Make runs, name -> (arguments, seeds), `jobs` at a time, and report them."""
+    most = max(seeds for _, seeds in wanted.values())
+    todo = [
+        (name, flags, seed)
+        for seed in range(most)
+        for name, (flags, seeds) in wanted.items()
+        if seed < seeds
+    ]
     failures = 0
     with ThreadPoolExecutor(cfg.jobs) as pool:
         for (name, _, seed), failure in zip(todo, pool.map(lambda t: train(*t, cfg), todo), strict=True):
@@ -244,7 +262,7 @@ def main(argv: Sequence[str]) -> None:
     # Report what is there, failures or not.
     if failures < len(todo):
         runs = read_runs(Path(cfg.out_dir))
-        report({name: runs[name] for name in settings(cfg) if name in runs}, Path(cfg.out_dir), cfg.goal)
+        report({name: runs[name] for name in wanted if name in runs}, Path(cfg.out_dir), cfg.goal)
     if failures:
         raise UserError(f"{failures} of {len(todo)} runs failed, see above; the same command repeats them")
 

@@ -49,8 +49,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_uft
 from infra.config import UserError, one_of, parse_config, require, run_script
-from train_uft import uft_loss
+from train_uft import METHODS, Batch, uft_loss
 
 WRONG, GAP = 0.1, 0.9  # a wrong leaf's reward, and how much more the right one has
 
@@ -137,12 +138,13 @@ def ascend(theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: floa
     if cfg.kl == "exact":
         q = q - beta * (logp.detach() - reference)
     advantages = q - (pi * q).sum(-1, keepdim=True)
-    rl_weight, hint_weight = visited[..., None] * pi, beta * hint[..., None] * right
-    # Every pair (s, a) is a token of the trainer's loss.
-    tokens = (logp, torch.zeros_like(pi), logp.detach(), advantages, reference, rl_weight, hint_weight)
-    logp, entropy, old_logp, advantages, reference, rl_weight, hint_weight = (t.flatten() for t in tokens)
-    ref_logp = reference if cfg.kl == "k3" else None
-    loss = uft_loss(logp, entropy, old_logp, advantages, ref_logp, rl_weight, hint_weight, kl_coef=beta)
+    # Every pair (s, a) is two tokens of the trainer's loss: a sampled one and a given one.
+    twice = [x.flatten().repeat(2) for x in (logp, advantages, reference)]
+    weight = torch.cat([(visited[..., None] * pi).flatten(), (beta * hint[..., None] * right).flatten()])
+    given = torch.arange(len(weight)) >= pi.numel()
+    batch = Batch(None, given, None, twice[0].detach(), twice[1], weight, twice[2] if cfg.kl == "k3" else None)
+    settings = train_uft.Config(kl_coef=beta, entropy_coef=0.0)
+    loss = (weight * uft_loss(METHODS["uft"], twice[0], torch.zeros_like(weight), batch, settings)).sum()
     return (theta - cfg.step_size * torch.autograd.grad(loss, theta)[0]).detach()
 
 

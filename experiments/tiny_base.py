@@ -17,7 +17,6 @@ texts whose lines are mostly random. Its 20,000 problems of 3 people are drawn f
 problems, so many training problems are among them.
 """
 
-import importlib.util
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -157,20 +156,6 @@ def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[St
 # ---- training --------------------------------------------------------------------------------------------
 
 
-def find_task(name: str) -> ModuleType:
-    """The module of a task of data/, or of a file. UserError unless it has load() and score()."""
-    if not name.endswith(".py"):
-        return load_task(name)
-    if not Path(name).is_file():
-        raise UserError(f"task = {name!r}: there is no such file")
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    task = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(task)
-    if not (hasattr(task, "load") and hasattr(task, "score")):
-        raise UserError(f"{name}: must define load() and score()")
-    return task
-
-
 def token_nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (B, T) of the tokens of each response and of its end, and their mask (B, T)."""
     rows = [(tokenizer.encode(p), [*tokenizer.encode(r), tokenizer.eos_id]) for p, r in texts]
@@ -186,7 +171,7 @@ def token_nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[Text]) -
 def make(name: str, cfg: Config) -> None:
     """Learn a tokenizer, pretrain a model on the task's texts, write both to out_dir/task and check them."""
     # 1. The tokenizer, from texts of all stages.
-    task, embedded = find_task(name), name in STAGES
+    task, embedded = load_task(name), name in STAGES
     stages = STAGES.get(name, lambda rng: own_stages(task, cfg, rng))
     sample = [maker() for _, _, maker in stages(random.Random(0)) for _ in range(2000)]
     numbers = [f"{i} " for i in range(100)]

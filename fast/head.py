@@ -8,7 +8,7 @@ pass (token_logprobs) or, for losses that are sums over tokens, turned into thei
 import ctypes
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -230,16 +230,42 @@ class _TokenLoss(torch.autograd.Function):
 
 def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
-    temperature: float | Tensor = 1.0, entropy: bool = False, chunks: list[slice] | None = None,
+    temperature: float | Tensor = 1.0, entropy: bool = False, together: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Twin of model.token_loss. The result may be differentiated once.
 
-    loss_fn is called once per chunk, so it must be a sum over tokens, or over groups of tokens that `chunks`
-    keeps together. Its gradient is known as soon as the logits are, so there are three products with the head
-    (logits, gradient of the states, gradient of the head); token_logprobs computes the logits twice.
+    loss_fn is called once per chunk, so it must be a sum over tokens, or over the groups of consecutive
+    tokens whose sizes are `together`. Its gradient is known as soon as the logits are, so there are three
+    products with the head (logits, gradient of the states, gradient of the head); token_logprobs, which takes
+    over where a group is too long to hold the gradient of its logits, computes the logits twice.
     """
+    chunks = None
+    if together is not None:
+        chunks = _chunks_of_groups(together, len(weight), hidden.device)
+        if chunks is None:
+            logp, entropies = token_logprobs(hidden, weight, targets, temperature, entropy)
+            return loss_fn(logp, entropies, *columns), logp.detach(), entropies.detach()
     hidden = _in_head_dtype(hidden, weight)
     return _TokenLoss.apply(hidden, weight, targets, loss_fn, columns, temperature, entropy, chunks)
+
+
+LONGEST = 1 << 26  # most logits of a group whose loss and gradient are computed at once: 256 MB
+
+
+def _chunks_of_groups(sizes: Sequence[int], vocab: int, device: torch.device) -> list[slice] | None:
+    """Slices of whole groups of tokens; None if one exceeds LONGEST logits.
+
+    A slice holds as many groups as fit into chunk_size(), but at least one.
+    """
+    if max(sizes, default=0) * vocab > LONGEST:
+        return None
+    slices, begin, end = [], 0, 0
+    for n in sizes:
+        if end > begin and (end + n - begin) * vocab > chunk_size(device):
+            slices.append(slice(begin, end))
+            begin = end
+        end += n
+    return [*slices, slice(begin, end)] if end > begin else slices
 
 
 # ---- KL, predictions ---------------------------------------------------------------------------------------

@@ -1,67 +1,98 @@
-"""Packed rows: the completions of a group share their prompt in one row, so n completions cost one prompt.
+"""Packed rows: the trajectories of a group share their prompt in one row, so n completions cost one prompt.
 
     prompt hint | completion 1 | completion 2 | ...
 
 Every completion continues the positions of the prompt, and a block mask lets it attend only to the prompt and
-to itself.
+to itself. A row is a list of trajectories, which have `prompt` and `tokens` (ids) and `start`: the tokens
+before it are the same in the whole group.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model import ModelConfig
+from model import Transformer
 
 
-def lay_out(groups: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor | None]:
-    """One row per group: ids and positions (B, T), places (N,), mask (B, 1, T, T) bool or None.
+class Layout(NamedTuple):
+    """Rows of tokens, and where each trajectory stands in the flattened rows.
 
-    The twin of train_uft.lay_out. A group has `prompt`, `hint` (ids), `completions` with `tokens`, and
-    length(). places index the flattened B x T: the positions whose states predict the group's tokens, first
-    the hint's, then those of each completion.
+    A trajectory's token i stands at begin + i if i < shared, else at own + i - shared.
     """
-    # Prompt and hint, then the completions one after another. owner: 0 for the former, else 1, 2, ...
-    T = max(g.length() for g in groups)
-    ids, positions, owner = (np.zeros((len(groups), T), np.int64) for _ in range(3))
+
+    ids: np.ndarray  # (B, T)
+    positions: np.ndarray  # (B, T)
+    owner: (
+        np.ndarray | None
+    )  # (B, T) 0: shared by the row's trajectories, else 1, 2, ...; None: no packing
+    begin: np.ndarray  # (trajectories,)
+    own: np.ndarray
+    shared: np.ndarray
+
+
+def shared_tokens(row: Sequence) -> int:
+    """How many of their tokens the trajectories of a row have in common."""
+    return row[-1].start if len(row) > 1 else 0
+
+
+def row_length(row: Sequence) -> int:
+    """Tokens of a row. The last one of a trajectory is predicted but need not be fed."""
+    shared = shared_tokens(row)
+    return len(row[0].prompt) + shared + sum(len(t.tokens[shared:-1]) for t in row)
+
+
+def lay_out(rows: Sequence[Sequence], device: torch.device) -> Layout:
+    """The twin of train_uft.lay_out: a row holds all its trajectories."""
+    T = max(map(row_length, rows))
+    packed = any(len(row) > 1 for row in rows)
+    if packed and device.type == "cuda":
+        T = -(-T // 8) * 8  # or attention would pad the mask in every layer
+    ids, positions, owner = (np.zeros((len(rows), T), np.int64) for _ in range(3))
     places = []
-    for b, g in enumerate(groups):
-        prefix = g.prompt + (g.hint if g.completions else g.hint[:-1])
-        n = len(prefix)
-        ids[b, :n], positions[b, :n] = prefix, np.arange(n)
-        places.append(b * T + len(g.prompt) - 1 + np.arange(len(g.hint)))
-        end = n
-        for i, c in enumerate(g.completions):
-            k = len(c.tokens)
-            ids[b, end : end + k - 1] = c.tokens[:-1]  # the last token is predicted but need not be fed
-            positions[b, end : end + k - 1] = n + np.arange(k - 1)
-            owner[b, end : end + k - 1] = i + 1
-            places.append(b * T + np.concatenate(([n - 1], end + np.arange(k - 1))))
-            end += k - 1
-    # The block mask (B, 1, queries, keys): a token attends to the prompt, the hint and its own completion.
-    mask = None
-    if any(len(g.completions) > 1 for g in groups):
-        o = torch.from_numpy(owner)
-        mask = ((o[:, None, :] == 0) | (o[:, None, :] == o[:, :, None])).tril_()[:, None]
-    return ids, positions, np.concatenate(places), mask
+    for b, row in enumerate(rows):
+        shared, first = shared_tokens(row), row[0]
+        begin = len(first.prompt)
+        prefix = first.prompt + first.tokens[:shared]
+        end = len(prefix)
+        ids[b, :end], positions[b, :end] = prefix, np.arange(end)
+        for number, t in enumerate(row, 1):
+            fed = t.tokens[shared:-1]
+            here = slice(end, end + len(fed))
+            ids[b, here], owner[b, here] = fed, number
+            positions[b, here] = np.arange(len(prefix), len(prefix) + len(fed))
+            places.append((b * T + begin, b * T + end, shared))
+            end += len(fed)
+    return Layout(ids, positions, owner if packed else None, *np.array(places).T)
 
 
-def packing_pays(group, config: ModelConfig, most: int) -> bool:
-    """Whether one row of at most `most` tokens takes fewer multiplications than a row per completion.
+def block_mask(owner: Tensor) -> Tensor:
+    """(B, 1, T, T) bool: a token attends to what its row shares and to its own trajectory. owner (B, T)."""
+    queries, keys = owner[:, :, None], owner[:, None, :]
+    return ((keys == 0) | (keys == queries)).tril_()[:, None]
+
+
+MASKED_COST = {"cpu": 1.0, "cuda": 5.0}  # of a pair of tokens in attention with a mask, beside a causal one's
+
+
+def packing_pays(row: Sequence, model: Transformer, most: int) -> bool:
+    """Whether one row of at most `most` tokens costs less than a row per trajectory, by multiplications.
 
     A packed row runs its prompt once, but attention with a mask computes every pair of tokens, while a causal
-    row computes half of its pairs: long completions are cheaper apart.
+    row computes half of its pairs: long completions are cheaper apart. On CUDA its kernels are slower too.
     """
-    if len(group.completions) < 2:
+    if len(row) < 2:
         return True
-    prompt, lengths = len(group.prompt) + len(group.hint), [len(c.tokens) - 1 for c in group.completions]
-    packed = prompt + sum(lengths)
-    c, d = config, config.head_dim
+    packed, c, d = row_length(row), model.config, model.config.head_dim
     per_token = c.hidden_size * (
-        2 * c.num_attention_heads * d + 2 * c.num_key_value_heads * d + 3 * c.intermediate_size
+        2 * c.num_attention_heads * d
+        + 2 * c.num_key_value_heads * d
+        + 3 * c.intermediate_size
     )
     per_pair = 2 * c.num_attention_heads * d
-    together = packed * per_token + packed**2 * per_pair
-    apart = sum((prompt + k) * per_token + (prompt + k) ** 2 / 2 * per_pair for k in lengths)
+    together = packed * per_token + packed**2 * per_pair * MASKED_COST.get(model.head_weight.device.type, 1.0)
+    lengths = [len(t.prompt) + len(t.tokens) - 1 for t in row]
+    apart = sum(n * per_token + n**2 / 2 * per_pair for n in lengths)
     return packed <= most and together < apart

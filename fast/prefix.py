@@ -4,8 +4,6 @@ Both passes share the prompt, so it is run once and its keys and values are reus
 than SFT on the answers only, not on whole rows.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,18 +40,15 @@ class Prefix:
         return torch.cat((self.positions.expand(len(positions), -1), positions), 1)
 
 
-def ift_states(
-    model: Transformer, ids: Tensor, mask: Tensor, lam: float, predict: Callable[[Tensor], Tensor],
-    train_embedding: bool = True,
-) -> Tensor:  # fmt: skip
+def ift_states(model: Transformer, rows, residual) -> Tensor:
     """Hidden states (N, C) that predict the N targets, on embeddings mixed with the model's own predictions.
 
-    Arguments as in train_ift.ift_states: ids, mask (B, T); predict: states (N, C) -> embeddings (N, C).
+    rows, residual: as in train_ift.ift_states.
     """
-    embeddings = model.model.embed_tokens(ids)
-    embeddings = embeddings if train_embedding else embeddings.detach()
+    ids, mask = rows.ids, rows.mask
+    embeddings = residual.embed(model, ids)
     row, column = mask.nonzero(as_tuple=True)  # of the targets
-    if lam == 0:
+    if residual.lam == 0:
         return model.hidden(inputs_embeds=embeddings)[row, column - 1]
 
     # Split every row into a prefix, which ends just before the state that predicts the first target, and the
@@ -65,9 +60,11 @@ def ift_states(
     if model.gradient_checkpointing:
         start = torch.zeros_like(start)
     # Under FSDP all processes run the same number of passes, whether or not their own rows have a prefix.
-    distributed = dist.is_initialized()
-    P = max(int(start.max()), int(distributed))
+    forced = dist.is_initialized() and not model.gradient_checkpointing
+    P = max(int(start.max()), int(forced))
     A = max(1, int((last - start).max()))  # positions of the longest part
+    if P and ids.is_cuda:
+        A += -(P + A) % 8  # or attention would pad the mask in every layer
 
     # The prefix, once.
     prefix = attention = None
@@ -77,26 +74,24 @@ def ift_states(
         before = (places[:P] < start[:, None])[:, None, None].expand(-1, 1, A, -1)
         causal = torch.ones(A, A, dtype=torch.bool, device=ids.device).tril().expand(B, 1, -1, -1)
         attention = torch.cat((before, causal), -1)  # (B, 1, A, P + A)
-    positions = (start[:, None] + places[:A]).clamp(max=T - 1)  # (B, A)
+    positions = start[:, None] + torch.arange(A, device=ids.device)
+    positions = positions.clamp(max=T - 1)  # (B, A)
     part = embeddings.gather(1, positions[..., None].expand(-1, -1, embeddings.shape[2]))
     # FSDP gathers a block for its backward pass when a gradient reaches its output: send one to the prefix.
-    if P and distributed:
+    if forced:
         part = part + 0 * end[:, -1:]
 
     # First pass: predict every target from the data's own tokens.
     place = column - 1 - start[row]  # in the part, of the state that predicts each target
+    passes = {"positions": positions, "mask": attention, "cache": prefix}
     with torch.no_grad():
-        states = model.hidden(inputs_embeds=part, positions=positions, mask=attention, cache=prefix)[
-            row, place
-        ]
-    own = predict(states)
-    own = own if train_embedding else own.detach()
+        states = model.hidden(inputs_embeds=part, **passes)[row, place]
+    own = residual.predict(model, states, rows)
 
     # Mix the predictions into the embeddings of all targets that are fed: all but each row's last.
     fed = column < last[row]
     where = (row[fed], place[fed] + 1)
-    mixed = (1 - lam) * part[where] + lam * own[fed].to(part.dtype)
-    part = part.index_put(where, mixed)
+    part = part.index_put(where, residual.mix(part[where], own[fed], torch.ones_like(row[fed])))
 
     # Second pass.
-    return model.hidden(inputs_embeds=part, positions=positions, mask=attention, cache=prefix)[row, place]
+    return model.hidden(inputs_embeds=part, **passes)[row, place]

@@ -1,49 +1,44 @@
-"""Checkpoints: out_dir/model and out_dir/sft (Hugging Face directories), out_dir/adapter and out_dir/resume.
+"""Checkpoints of a run: folders of out_dir that never change once they are whole.
 
-Each is replaced as a whole.
+    step-000300/model    a Hugging Face directory         out_dir/model links to the newest
+    step-000300/resume   weights, optimiser, state        out_dir/resume: what --resume reads
+    step-000300/adapter  with LoRA, as peft reads it      out_dir/adapter
+    step-sft/sft         sft-rft: the model after SFT     out_dir/sft
 
-A run touches only its own files. Other files in a folder that it replaces are carried over.
+A folder is written as NAME.tmp and then renamed, and a link is replaced by renaming a new one.
+So a kill leaves whole checkpoints, and perhaps a NAME.tmp that nobody reads and the next save
+deletes. Links take no room and change at once; they are relative, so out_dir can be moved. On a
+disk without links the newest step folder is continued. A folder in which somebody else put a
+file is never deleted.
 """
 
-import filecmp
+import fcntl
 import itertools
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infra.config import UserError, write_toml
-from infra.parallel import barrier, full, rank
+from infra.huggingface import write_safetensors
+from infra.parallel import barrier, collect, rank
 from lora import adapter_files, base_parameters
 
 # The first line of a run's config.toml.
 MARK = "# written by nanoFT; a run in this folder continues with --resume=true"
-RUN_FILES = (
-    "config.toml", "metrics.jsonl", "samples.jsonl", "curve.png", "model", "model.old", "sft", "sft.old",
-    "adapter", "adapter.old",
-)  # fmt: skip
-MODEL_FILE = (
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja"
-    r"|model[\w-]*\.safetensors(\.index\.json)?"
-)
-OWN_FILE = {  # names that runs write into each folder
-    "model": MODEL_FILE,
-    "sft": MODEL_FILE,
-    "adapter": r"adapter_config\.json|adapter_model\.safetensors",
-    "resume": r"state\.json|(tensors|parameters|optimizer)[\w-]*\.safetensors",
-}
-UNFINISHED = r"\.tmp[A-Za-z0-9]{6}"  # what safetensors leaves if it is killed while it writes
-PART_BYTES = 2 * 10**9  # approximate size of a file in out_dir/resume
+LINKS = ("model", "sft", "adapter", "resume")  # in out_dir
+RUN_FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "curve.png", "model", "sft", "adapter")
 
 # ---- out_dir -----------------------------------------------------------------------------------------------
 
@@ -53,22 +48,20 @@ def check_out_dir(out_dir: str, base: Path, resume: bool) -> Path:
     if not out_dir.strip():
         raise UserError("out_dir is empty: name the folder to write to")
     out = Path(out_dir)
-    for name in ("model", "sft", "adapter", "resume", "model.old", "sft.old", "adapter.old", "resume.old"):
-        if base.resolve() == (out / name).resolve():
-            raise UserError(
-                f"out_dir = {out_dir!r}: its {name}/ is the model to start from and would be replaced"
-            )
+    for folder in (*(out / name for name in LINKS), *out.glob("step-*/*")):
+        if base.resolve() == folder.resolve():
+            what = f"its {folder.relative_to(out)}/ is the model to start from and would be replaced"
+            raise UserError(f"out_dir = {out_dir!r}: {what}")
     if resume and resume_folder(out) is None:
         raise UserError(f"{out / 'resume'}: no checkpoint to resume from; start without --resume=true")
     if not resume:
-        if any((out / name).exists() for name in ("resume", "resume.old")):
+        if resume_folder(out) or (out / "resume").exists():
             advice = "--resume=true continues it, or give another out_dir"
             raise UserError(f"out_dir = {out_dir!r} holds a run already: {advice}")
-        if foreign := next((name for name in RUN_FILES if (out / name).exists()), None):
-            if not _is_run(out):
-                raise UserError(
-                    f"out_dir = {out_dir!r} holds a {foreign} that no run here wrote; give another"
-                )
+        names = (*RUN_FILES, *(folder.name for folder in out.glob("step-*")))
+        foreign = next((name for name in names if (out / name).exists()), None)
+        if foreign and not _is_run(out):
+            raise UserError(f"out_dir = {out_dir!r} holds a {foreign} that no run here wrote; give another")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # has no name, so a kill leaves nothing
@@ -85,21 +78,49 @@ def _is_run(out: Path) -> bool:
         return False
 
 
-def check_disk(out: Path, model) -> None:
-    """UserError if the disk has no room for model/ and resume/ beside the ones they replace."""
-    # Bytes: model 4 a parameter, resume 12 a trained one (weight and two moments). While one of the two is
-    # replaced, it is there twice. What an earlier part of the run wrote is in place already.
-    written = 4 * sum(p.numel() for p in base_parameters(model).values())
-    kept = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    needed = max(2 * written + kept, written + 2 * kept)
-    folders = [out / name for name in ("model", "model.old", "resume", "resume.old")]
-    in_place = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if _is_own(path)]
-    needed -= sum(path.stat().st_size for path in in_place)
+_locks: dict[Path, TextIO] = {}  # held by this process
+
+
+def lock(out: Path) -> None:
+    """UserError if another process runs in this folder. A collective; rank 0 holds the lock.
+
+    The lock goes with the process, and its children do not share it.
+    """
+    taken = False
+    if rank() == 0 and out.resolve() not in _locks:
+        file = open(out / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (kept open)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:  # others: a disk without locks
+            taken = isinstance(e, BlockingIOError | PermissionError)
+        _locks[out.resolve()] = file
+        if taken:
+            unlock(out)
+    if any(collect(taken)):
+        advice = "wait for it or give another out_dir"
+        raise UserError(f"{out}: another run is writing to this folder; {advice}")
+
+
+def unlock(out: Path) -> None:
+    if file := _locks.pop(out.resolve(), None):
+        file.close()
+
+
+def check_disk(out: Path, model, dtype: torch.dtype = torch.float32) -> None:
+    """UserError if the disk has no room for two checkpoints: an old one goes after a new one.
+
+    dtype: of the weights in model/. Folders of the run that are there already count as room.
+    """
+    # Bytes: in resume/ 12 a trained parameter, for the weight and its two moments.
+    size = dtype.itemsize * sum(p.numel() for p in base_parameters(model).values())
+    size += 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own = [f for f in out.glob("step-*") if f.suffix == ".tmp" or not _foreign_files(f)]
+    in_place = sum((folder / file).stat().st_size for folder in own for file in _files(folder))
+    needed = 2 * size - in_place
     free = shutil.disk_usage(out).free
     if free < needed:
-        raise UserError(
-            f"{out}: the disk has {free / 1e9:.2f} GB free, checkpoints need {needed / 1e9:.2f} GB"
-        )
+        need = f"checkpoints need {needed / 1e9:.2f} GB"
+        raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, {need}")
 
 
 def write_config(out: Path, config: Any) -> None:
@@ -111,151 +132,151 @@ def write_config(out: Path, config: Any) -> None:
         os.replace(new, out / "config.toml")  # before that a kill leaves no config.toml without its mark
 
 
-# ---- folders replaced as a whole ---------------------------------------------------------------------------
+# ---- folders that are whole or not there -------------------------------------------------------------------
 
 
-def new_folder(folder: Path) -> None:
-    """Make an empty folder for rank 0 to fill; leftovers of an interrupted run are deleted."""
+def save_checkpoint(out: Path, parts: dict[str, Callable[[Path], None]], step: int, keep: int = 1) -> None:
+    """Write the folder of this step, and delete earlier ones, so that the last `keep` are left.
+
+    Later ones, of a run that was continued from an earlier step, stay until it comes to them.
+    """
+    name = f"step-{step:06}"
+    save_folder(out, name, parts)
     if rank() == 0:
-        discard(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    barrier()
+        steps = _steps(out)
+        for folder in steps[: max(0, steps.index(out / name) + 1 - keep)]:
+            _delete(folder)
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Replace `target` with a finished folder. At every moment either `target` or `target`.old is whole."""
-    barrier()
-    if rank() == 0:
-        old = target.with_name(target.name + ".old")
-        if target.exists():
-            discard(old, rescue_to=target)
-            os.replace(target, old)
-        os.replace(new, target)
-        discard(old, rescue_to=target)
+def save_folder(out: Path, name: str, parts: dict[str, Callable[[Path], None]]) -> None:
+    """Write out_dir/`name`, a folder for each part, and link out_dir/PART to it. A collective.
+
+    parts: functions that write into the folder they get, on rank 0 alone.
+    """
+    folder, new = out / name, out / f"{name}.tmp"
+    try:
+        if rank() == 0:
+            for left in out.glob("step-*.tmp"):  # by a kill
+                shutil.rmtree(left)
+        for part, write in parts.items():
+            if rank() == 0:
+                (new / part).mkdir(parents=True)
+            write(new / part)
+        if rank() == 0:
+            files = json.dumps(["files.json", *_files(new)])
+            (new / "files.json").write_text(files, encoding="utf-8")
+            if folder.exists() and not _delete(folder):
+                _set_aside(folder)
+            os.replace(new, folder)
+            for part in parts:
+                _point(out / part, f"{name}/{part}")
+    except OSError as e:
+        reason = f"cannot be written ({e.strerror or e}); the one written before is kept"
+        raise UserError(f"{folder}: {reason}") from None
     barrier()  # before any process reads it
 
 
-def finish_replacing(out: Path) -> None:
-    """Discard the folders that a run killed in replace_folder() left beside the ones that replaced them."""
-    last_files = {"model": "config.json", "sft": "config.json", "adapter": "adapter_config.json"}
-    for name, last_file in (last_files | {"resume": "state.json"}).items():
-        if rank() == 0 and (out / name / last_file).exists():
-            discard(out / f"{name}.old", rescue_to=out / name)
+def _steps(out: Path) -> list[Path]:
+    """The whole step folders of a run, the newest last."""
+    found = (f for f in out.glob("step-*") if re.fullmatch(r"step-\d+", f.name))
+    return sorted(found, key=lambda f: int(f.name.removeprefix("step-")))
 
 
-def discard(folder: Path, rescue_to: Path | None = None) -> None:
-    """Delete the files that runs write from a folder, and the folder if nothing else is left in it.
-
-    Other files are moved to `rescue_to`, if given.
-    """
-    if not folder.is_dir():
-        return
-    for path in list(folder.iterdir()):
-        if _is_own(path):
-            path.unlink()
-        elif rescue_to:
-            _move(path, rescue_to / path.name)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+def _files(folder: Path) -> list[str]:
+    paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(p.relative_to(folder).as_posix() for p in paths)
 
 
-def _is_own(path: Path) -> bool:
-    """Whether runs write a file of this name into its folder: model, model.new, model.old and so on."""
-    names = OWN_FILE[path.parent.name.partition(".")[0]]
-    return path.is_file() and bool(re.fullmatch(f"{names}|{UNFINISHED}", path.name))
+def _foreign_files(folder: Path) -> list[str]:
+    """The files that no run wrote; all of a folder that was moved elsewhere and linked."""
+    try:
+        own = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        own = []
+    return [file for file in _files(folder) if file not in own or folder.is_symlink()]
 
 
-def _move(path: Path, target: Path) -> None:
-    """Move a file or folder without losing one that exists at `target`.
+def _delete(folder: Path) -> bool:
+    """Delete a folder of a run, or say what somebody else put there and keep it all."""
+    if foreign := _foreign_files(folder):
+        _say(f"{folder} is kept, since no run wrote its {foreign[0]}")
+        return False
+    left = folder.with_name(f"{folder.name}.old.tmp")
+    os.replace(folder, left)  # so that a kill leaves no half folder of this name
+    shutil.rmtree(left, ignore_errors=True)
+    return True
 
-    Folders are merged, equal files become one, and other files get a free name.
-    """
-    if path.is_dir() and target.is_dir() and not path.is_symlink():
-        for inner in list(path.iterdir()):
-            _move(inner, target / inner.name)
-        path.rmdir()
-    elif path.is_file() and target.is_file() and filecmp.cmp(path, target, shallow=False):
-        path.unlink()
-    else:
-        free = (target.with_name(f"{target.name}.{i}") for i in itertools.count(1))
-        os.replace(path, next(p for p in free if not p.exists()) if target.exists() else target)
+
+def _set_aside(path: Path) -> None:
+    """Give what stands in the way another name."""
+    names = (path.with_name(f"{path.name}.kept{i or ''}") for i in itertools.count())
+    kept = next(p for p in names if not os.path.lexists(p))
+    os.replace(path, kept)
+    _say(f"{path} was there already and is {kept} now")
+
+
+def _point(link: Path, target: str) -> None:
+    """Make `link` a relative link to `target`. On a disk without links, say where it is."""
+    ours = link.is_symlink() and re.fullmatch(rf"step-\w+/{link.name}", os.readlink(link))
+    if os.path.lexists(link) and not ours:  # a directory, or the user's link elsewhere
+        _set_aside(link)
+    new = link.with_name(f"{link.name}.tmp")
+    try:
+        new.unlink(missing_ok=True)
+        os.symlink(target, new)
+        os.replace(new, link)
+    except OSError as e:
+        where = f"{link.parent}/step-*/{link.name}"
+        _say(f"{link}: no link can be made here ({e.strerror}); look into {where}")
+
+
+@cache
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# ---- the parts of a checkpoint -----------------------------------------------------------------------------
 
 
 def save_model(out: Path, model, tokenizer, name: str = "model", stop_ids=(), template: str = "auto") -> None:
-    """Write out_dir/`name`, a Hugging Face directory. stop_ids: further ids that end a completion."""
-    new = out / f"{name}.new"
-    new_folder(new)
-    with _disk_errors(out / name):
-        model.save_pretrained(new, stop_ids={*tokenizer.stop_ids, *stop_ids}, write=rank() == 0)
-        if rank() == 0:
-            tokenizer.save(new, template)
-    replace_folder(new, out / name)
+    """Write out_dir/`name`, a Hugging Face directory, outside of the checkpoints."""
+    write = partial(write_model, model, tokenizer, stop_ids, template, None)
+    save_folder(out, f"step-{name}", {name: write})
 
 
-def save_adapter(out: Path, model, base: Path) -> None:
-    """Write out_dir/adapter, which peft reads on top of the starting model `base`."""
-    new = out / "adapter.new"
-    new_folder(new)
-    with _disk_errors(out / "adapter"):
-        if rank() == 0:
-            config, tensors = adapter_files(model, str(base.resolve()))
-            save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
-            (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    replace_folder(new, out / "adapter")
+def write_model(
+    model, tokenizer, stop_ids: Iterable[int], template: str, dtype: torch.dtype | None, folder: Path
+) -> None:
+    """A Hugging Face directory. dtype None: the parameters' own. stop_ids: further stop ids."""
+    model.save_pretrained(folder, dtype, stop_ids={*tokenizer.stop_ids, *stop_ids})
+    if rank() == 0:
+        tokenizer.save(folder, template)
+        pieces = (tokenizer.source or folder) / "tokenizer.model"
+        if pieces.exists():  # other programs' converters read it
+            shutil.copyfile(pieces, folder / pieces.name)
 
 
-class _disk_errors:
-    """Turns a failed write into a UserError that says that the previous version is kept."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, _traceback) -> None:
-        if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(
-                f"{self.path}: cannot be written ({reason}); the one written before is kept"
-            ) from None
+def write_adapter(model, base: Path, folder: Path) -> None:
+    """What peft reads on top of the starting model `base`."""
+    config, tensors = adapter_files(model, os.path.abspath(base))
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    if rank() == 0:
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- resume ------------------------------------------------------------------------------------------------
+def write_resume(model, optimizer: torch.optim.Optimizer, state: dict, config: Any, folder: Path) -> None:
+    """Trained parameters, optimiser state and `state` (JSON), whatever the number of processes.
 
-
-def save_resume(out: Path, model, optimizer: torch.optim.Optimizer, state: dict, config: Any) -> None:
-    """Write out_dir/resume: trained parameters, optimiser state and `state` (JSON).
-
-    The content does not depend on the number of processes. Random numbers are functions of (seed, step, row),
-    so there is no generator to keep. Tensors are gathered one by one and written by rank 0 in files of about
-    PART_BYTES.
+    Random numbers are functions of (seed, step, row), so there is no generator to keep.
     """
-    new = out / "resume.new"
-    new_folder(new)
-    with _disk_errors(out / "resume"):
-        part, size, count = {}, 0, 0
-        for name, tensor in _named_tensors(model, optimizer):
-            whole = full(tensor)
-            if rank() == 0:
-                part[name] = whole.detach().to("cpu").contiguous()
-                size += part[name].nbytes
-                if size >= PART_BYTES:
-                    save_file(part, new / f"tensors-{count:05}.safetensors")
-                    part, size, count = {}, 0, count + 1
-        if rank() == 0:
-            save_file(part, new / f"tensors-{count:05}.safetensors")
-            content = state | {"config": asdict(config)}
-            (new / "state.json").write_text(json.dumps(content), encoding="utf-8")
-    replace_folder(new, out / "resume")
-
-
-def _named_tensors(model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """("parameter/NAME", tensor) and ("MOMENT/NAME", tensor) to keep, in the same order on every process."""
+    tensors = {}
     for name, p in _trained(model).items():
-        yield f"parameter/{name}", p
-        for key, value in sorted(optimizer.state.get(p, {}).items()):
-            yield f"{key}/{name}", value
+        tensors[f"parameter/{name}"] = p
+        tensors |= {f"{moment}/{name}": t for moment, t in sorted(optimizer.state.get(p, {}).items())}
+    write_safetensors(folder / "tensors-00000.safetensors", tensors)
+    if rank() == 0:
+        content = state | {"config": asdict(config)}
+        (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _trained(model) -> dict[str, torch.nn.Parameter]:
@@ -263,11 +284,22 @@ def _trained(model) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+# ---- resume ------------------------------------------------------------------------------------------------
+
+
 MAY_DIFFER = (  # knobs that a resumed run may change
     "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing",
-    "fast", "token_budget", "pack", "eval_every", "save_every", "print_every", "show",
+    "fast", "token_budget", "pack", "eval_every", "save_every", "keep", "save_dtype", "print_every",
+    "sample_every", "show", "tf32", "score_timeout", "score_workers", "score_errors", "data_path",
     "wandb",
 )  # fmt: skip
+MAY_CHANGE = ("lr", "sft_lr", "warmup", "warmup_ratio", "lr_schedule", "steps", "epochs")  # and it is said
+
+
+def resume_folder(out: Path) -> Path | None:
+    """The checkpoint to continue from, or None: out_dir/resume, or else the newest step's."""
+    steps = [folder / "resume" for folder in reversed(_steps(out))]
+    return next((f for f in (out / "resume", *steps) if (f / "state.json").exists()), None)
 
 
 def load_resume(
@@ -298,17 +330,16 @@ def load_resume(
     return state
 
 
-def resume_folder(out: Path) -> Path | None:
-    """The folder of the last complete checkpoint, or None."""
-    return next((f for f in (out / "resume", out / "resume.old") if (f / "state.json").exists()), None)
-
-
 def _check_same(folder: Path, saved: dict, config: Any) -> None:
     for f in fields(config):
         # A knob added since the checkpoint was written counts as its default.
-        now, was = (list(v) if isinstance(v, tuple) else v
-                    for v in (getattr(config, f.name), saved.get(f.name, f.default)))  # fmt: skip
-        if f.name not in MAY_DIFFER and now != was:
+        now, was = getattr(config, f.name), saved.get(f.name, f.default)
+        now, was = (list(v) if isinstance(v, tuple) else v for v in (now, was))
+        if f.name == "model":  # DIR/ is DIR
+            now, was = os.path.normpath(now), os.path.normpath(was)
+        if f.name in MAY_CHANGE and now != was:
+            print(f"note: from here on {f.name} = {now}, which was {was}")
+        elif f.name not in MAY_DIFFER and now != was:
             same = "the same, on a device that computes in it" if was == "bfloat16" else "the same"
             raise UserError(f"{folder}: the run has {f.name} = {was!r}, not {now!r}; resume with {same}")
 
@@ -317,23 +348,21 @@ def _fill(folder: Path, model, optimizer: torch.optim.Optimizer) -> None:
     """Copy the saved tensors into the parameters and the optimiser's state."""
     parameters = _trained(model)
     missing = set(parameters)
-    for path in sorted(folder.glob("tensors-*.safetensors")):
+    for path in sorted(folder.glob("tensors*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a dict)
                 kind, _, name = key.partition("/")
                 p, value = parameters.get(name), file.get_tensor(key)
                 if p is None or kind == "parameter" and value.shape != p.shape:
                     raise UserError(f"{path}: {name} is not a parameter of this model or has another shape")
-                if kind == "parameter":
-                    missing.discard(name)
                 if isinstance(p, DTensor) and value.dim():
-                    value = distribute_tensor(
-                        value.to(p.device), p.device_mesh, p.placements, src_data_rank=None
-                    )
-                if kind == "parameter":
-                    with torch.no_grad():
-                        p.copy_(value)
-                else:
+                    value = value.to(p.device)
+                    value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+                if kind != "parameter":
                     optimizer.state[p][kind] = value.to(p.device)
+                    continue
+                missing.discard(name)
+                with torch.no_grad():
+                    p.copy_(value)
     if missing:
         raise UserError(f"{folder}: {min(missing)} is missing")

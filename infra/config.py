@@ -1,7 +1,9 @@
 """Knobs and errors: a dataclass filled from a TOML file and --key=value; mistakes reported in one line."""
 
+import ast
 import difflib
 import errno
+import importlib.util
 import inspect
 import json
 import math
@@ -9,15 +11,15 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from types import MappingProxyType, ModuleType
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
-
-C = TypeVar("C")
 
 
 class UserError(Exception):
@@ -46,10 +48,10 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
     Other exceptions keep their traceback.
     """
-    # A character that the console cannot show must not end the run.
+    # A character that the console cannot show must not end the run, and a line is there once it is printed.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
     except UserError as e:
@@ -70,38 +72,67 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 # ---- knobs -------------------------------------------------------------------------------------------------
 
 
+class Bound(NamedTuple):
+    """What a knob's value must satisfy."""
+
+    rule: str
+    holds: Callable[[Any], bool]
+
+
+# Types of knobs. A dataclass declares each knob in one line: name, type with its bound, default, help.
+Count = Annotated[int, Bound("must be >= 1", lambda v: v >= 1)]
+Natural = Annotated[int, Bound("must be >= 0", lambda v: v >= 0)]
+Positive = Annotated[float, Bound("must be above 0", lambda v: v > 0)]
+NonNegative = Annotated[float, Bound("must be >= 0", lambda v: v >= 0)]
+Fraction = Annotated[float, Bound("must be from 0 to 1", lambda v: 0 <= v <= 1)]
+Decay = Annotated[float, Bound("must be >= 0 and below 1", lambda v: 0 <= v < 1)]
+Switch = Literal["auto", "true", "false"]
+
 TABLES = ("train_uft", "train_ift")  # of a TOML file, one for each trainer
 
 
-def parse_config(cls: type[C], argv: Sequence[str], usage: str, table: str = "") -> C:
+def parse_config(
+    cls: type | Callable[[dict[str, Any]], type],
+    argv: Sequence[str],
+    usage: str,
+    table: str = "",
+    moved: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
     """An instance of the dataclass `cls` from the arguments [file.toml] --key=value ...
 
+    cls may be a function from the given values to the dataclass, where one knob adds further knobs.
     table: the table of TOML files whose knobs are meant for this script alone, one of TABLES. They override
-    the knobs outside of tables; the other script's table is not read. UserError for unknown keys and wrong
-    types.
+    the knobs outside of tables; the other script's table is not read. moved: what "knob=value" of earlier
+    versions is called now. UserError for unknown knobs and values that cannot work.
     """
-    if {"--help", "-h"} & set(argv):
-        print(
-            f"{usage}\n\nEvery knob with its default (also as key = value in the TOML file):\n"
-            + describe_knobs(cls)
-        )
-        sys.exit(0)
-    types_of, values = get_type_hints(cls), {}
-    # The TOML file first, then the command line, which overrides it.
-    for arg in argv:
-        if not arg.startswith("--"):
-            for path, content in _own_knobs(_read_toml(Path(arg).expanduser()), table):
-                values |= {_known(k, types_of, f"{path}: "): (v, f"{path}: ") for k, v in content.items()}
-    for arg in argv:
-        if arg.startswith("--"):
+    # The command line, which overrides the TOML file.
+    given = {}  # knob: (value, where it was found)
+    for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
+        if arg.startswith("--") and arg != "--help":
             key, equals, text = arg[2:].partition("=")
-            key = _known(key.replace("-", "_"), types_of, "")
-            if not equals and types_of[key] is bool:
-                text = "true"
-            elif not equals:
-                raise UserError(f"--{key} needs a value: --{key}=...")
-            values[key] = (text, "")
-    return cls(**{k: _convert(k, v, types_of[k], where) for k, (v, where) in values.items()})
+            if not equals and not following.startswith("-") and not following.endswith(".toml"):
+                raise UserError(f"--{key} {following}: write --{key}={following}")
+            given[key.replace("-", "_")] = (text if equals else None, "")
+    in_files = {}
+    for arg in argv:
+        if not arg.startswith("-"):
+            for path, content in _own_knobs(_read_toml(Path(arg).expanduser()), table):
+                in_files |= {key: (value, f"{path}: ") for key, value in content.items()}
+    given = in_files | given
+    for key, (value, where) in given.items():
+        if now := moved.get(f"{key}={value}"):
+            raise UserError(f"{where}{key}={value} is now {now}")
+    if not isinstance(cls, type):
+        cls = cls({key: value for key, (value, _) in given.items()})
+    if {"--help", "-h"} & set(argv):
+        print(f"{usage}\n\nEvery knob with its default (also as key = value in the TOML file):")
+        print(describe_knobs(cls))
+        sys.exit(0)
+    types_of = get_type_hints(cls, include_extras=True)
+    return cls(**{
+        _known(key, types_of, where): _convert(key, value, types_of[key], where)
+        for key, (value, where) in given.items()
+    })  # fmt: skip
 
 
 def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
@@ -153,7 +184,31 @@ def _known(key: str, types_of: dict, where: str) -> str:
 
 
 def _convert(key: str, value: Any, kind: Any, where: str) -> Any:
-    """A TOML value or a command-line string, converted to the type of its field."""
+    """A TOML value or a command-line string, converted to the type of its field and checked.
+
+    None stands for a flag without a value, --key.
+    """
+    bound, choices = None, ()
+    if get_origin(kind) is Annotated:
+        kind, bound = get_args(kind)
+    if get_origin(kind) is Literal:
+        kind, choices = str, get_args(kind)
+        value = str(value).lower() if isinstance(value, bool) else value
+    if value is None:
+        if kind is not bool and "true" not in choices:
+            raise UserError(f"--{key} needs a value: --{key}=...")
+        value = "true"
+    converted = _as_type(key, value, kind, where)
+    if choices and converted not in choices:
+        near = difflib.get_close_matches(converted, choices, 1, 0)[0]
+        listed = ", ".join(repr(c) if c == "" else c for c in choices)
+        raise UserError(f"{where}{key} = {value!r} is not one of {listed}; the nearest is '{near}'")
+    if bound and not bound.holds(converted):
+        raise UserError(f"{where}{key} = {converted!r}: {bound.rule}")
+    return converted
+
+
+def _as_type(key: str, value: Any, kind: Any, where: str) -> Any:
     try:
         if get_origin(kind) is tuple:
             items = value.split(",") if isinstance(value, str) else value
@@ -161,6 +216,7 @@ def _convert(key: str, value: Any, kind: Any, where: str) -> Any:
         if kind is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
         if kind is str and isinstance(value, str):
+            value = os.path.expandvars(value)
             return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
         if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4000}", value):
             return int(value)
@@ -199,15 +255,75 @@ def one_of(config: Any, key: str, choices: Sequence[str]) -> None:
 
 
 def describe_knobs(cls: type) -> str:
-    """The fields of a dataclass with their defaults and comments, grouped as in its source."""
-    lines, source = [], inspect.getsource(cls).split('"""')[-1]
-    for line in source.splitlines():
-        if match := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)$", line):
-            name, default, comment = match.groups()
-            lines.append(f"  --{name}={default.strip(chr(34))}".ljust(34) + f" {comment}")
-        elif match := re.match(r"    # (.+)$", line):
-            lines.append(f"\n{match[1]}")
+    """The fields of a dataclass with their defaults and comments, grouped as in its source.
+
+    Its own come first, then those that it inherits.
+    """
+    lines, seen = [], set()
+    for part in filter(is_dataclass, cls.__mro__):
+        for line in inspect.getsource(part).split('"""')[-1].splitlines():
+            if match := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)$", line):
+                name, default, comment = match.groups()
+                if name not in seen:
+                    lines.append(f"  --{name}={default.strip(chr(34))}".ljust(34) + f" {comment}")
+                seen.add(name)
+            elif match := re.match(r"    # (.+)$", line):
+                lines.append(f"\n{match[1]}")
     return "\n".join(lines)
+
+
+# ---- files that add to a script ----------------------------------------------------------------------------
+
+
+def import_file(name: str, folder: Path, wants: str) -> ModuleType:
+    """Import folder/NAME.py, or NAME itself if it is a path of a Python file, which must define `wants`."""
+    path = Path(name).expanduser() if name.endswith(".py") else folder / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"{name}: there is no file {path}")
+    module_name = f"{folder.name}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # so that its source can be read for --help
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as e:
+        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__))), 0)
+        raise UserError(f"{path} line {line}: {type(e).__name__}: {e}") from None
+    if not hasattr(module, wants):
+        raise UserError(f"{path}: must define {wants}")
+    return module
+
+
+def find_method(knob: str, name: str, table: dict, folder: Path, wants: str) -> tuple[Any, ModuleType | None]:
+    """A row of the table, or what a file of the folder (or at a path) defines as `wants`, and that module."""
+    if name in table:
+        return table[name], None
+    variants = first_lines(folder, wants)
+    if not (name in variants or name.endswith(".py")):
+        raise UserError(f"{knob} = {name!r} is not one of {', '.join([*table, *variants])}, nor a FILE.py")
+    module = import_file(name, folder, wants)
+    return getattr(module, wants), module
+
+
+def first_lines(folder: Path, wants: str) -> dict[str, str]:
+    """Name -> first line of the docstring of each file of a folder that defines `wants`."""
+    found = {}
+    for path in sorted(folder.glob("[!._]*.py")):
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf"^{wants}\b", text, re.M):
+            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return found
+
+
+def usage(docstring: str, knob: str, folder: Path, wants: str) -> str:
+    """A script's docstring and the files that add to it, for --help."""
+    lines = [f"  {name:12} {line}" for name, line in first_lines(folder, wants).items()]
+    return "\n".join([docstring, f"Files of {folder.name}/ (--{knob}=NAME):", *lines])
+
+
+# ---- written files -----------------------------------------------------------------------------------------
 
 
 def write_toml(config: Any, path: Path) -> None:

@@ -26,7 +26,7 @@ from infra.parallel import barrier, rank, world
 Key = tuple[str, int]  # of a problem: its task, and its index among the task's rows
 WRITTEN_BY = "written by evaluate.py"  # in the first line of every table
 
-# ---- before the work ---------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def check_output(knob: str, path: str, mine: Callable[[str], bool]) -> None:
@@ -47,7 +47,24 @@ def check_output(knob: str, path: str, mine: Callable[[str], bool]) -> None:
         raise UserError(f"{knob} = {path!r}: exists and holds something else; give another file or delete it")
 
 
-# ---- answers -----------------------------------------------------------------------------------------------
+def _replace(path: str, text: str) -> None:
+    new = Path(f"{path}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+
+
+def write_export(path: str, text: str) -> None:
+    """Write the whole file; rank 0 alone."""
+    if rank() == 0:
+        _replace(path, text)
+        print(f"{path} written")
+
+
+# ---- answers: a line of settings, then a line for each problem ---------------------------------------------
 
 
 def is_answers(first_line: str) -> bool:
@@ -73,39 +90,34 @@ def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
             record = json.loads(line)
             if number == 1:
                 settings = record["evaluation"]
-            else:
-                records[record["task"], record["index"]] = record
-                _ = (
-                    [(a["reward"], a["verdict"], a["cut"]) for a in record["answers"]][0],
-                    record["prompt"],
-                    record["truth"],
-                )
+                continue
+            records[record["task"], record["index"]] = record
+            # Whatever is read later must be there now.
+            _ = record["prompt"], record["truth"], record["answers"][0]
+            _ = [(a["reward"], a["verdict"], a["cut"]) for a in record["answers"]]
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{path} line {number}: not a line that evaluate.py --save writes") from None
     return settings, records
 
 
 def resume_answers(path: str, settings: dict, compared: Sequence[str]) -> tuple[dict[Key, dict], TextIO]:
-    """The answers saved so far by this or any number of processes, and the file to append this process's own
-    to.
+    """The answers saved so far, and the file to append this process's own to.
 
-    UserError, by name, for a file made with another value of a setting in `compared`.
+    Any number of processes may have saved them. UserError, by name, if a setting in `compared` was another.
     """
     # 1. Every process reads all files.
     saved: dict[Key, dict] = {}
     settings = json.loads(json.dumps(settings))
     for file in _answer_files(path):
-        if "\n" in file.read_text(
-            encoding="utf-8", errors="replace"
-        ):  # else not even its first line is whole
-            other, records = read_answers(file)
-            for key in compared:
-                if other.get(key) != settings[key]:
-                    raise UserError(
-                        f"save = {path!r}: was made with {key} = {other.get(key)!r}, not {settings[key]!r}; "
-                        "repeat that command to continue it, or give another file"
-                    )
-            saved |= records
+        if "\n" not in file.read_text(encoding="utf-8", errors="replace"):
+            continue  # not even its first line is whole
+        other, records = read_answers(file)
+        for key in compared:
+            if other.get(key) != settings[key]:
+                was = f"was made with {key} = {other.get(key)!r}, not {settings[key]!r}"
+                advice = "repeat that command to continue it, or give another file"
+                raise UserError(f"save = {path!r}: {was}; {advice}")
+        saved |= records
     # 2. One process brings them together.
     barrier()
     merge_answers(path, settings, saved)
@@ -118,14 +130,9 @@ def resume_answers(path: str, settings: dict, compared: Sequence[str]) -> tuple[
 
 def _answer_files(path: str) -> list[Path]:
     file = Path(path)
-    parts = sorted(
-        p for p in file.parent.glob("*") if re.fullmatch(re.escape(file.name) + r"\.part-\d+", p.name)
-    )
+    part = re.compile(re.escape(file.name) + r"\.part-\d+")
+    parts = sorted(p for p in file.parent.glob("*") if part.fullmatch(p.name))
     return [p for p in [file, *parts] if p.exists() and p.stat().st_size]
-
-
-def _line(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
 def append(file: TextIO | None, record: dict) -> None:
@@ -138,24 +145,10 @@ def append(file: TextIO | None, record: dict) -> None:
 def merge_answers(path: str, settings: dict, records: dict[Key, dict]) -> None:
     """Replace the file and the parts of all processes by one with these records. Rank 0 writes, all wait."""
     if rank() == 0:
-        lines = [_line({"evaluation": settings}), *map(_line, records.values())]
-        _replace(path, "".join(lines))
+        _replace(path, "".join([_line({"evaluation": settings}), *map(_line, records.values())]))
         for part in _answer_files(path)[1:]:
             part.unlink()
     barrier()
-
-
-def write_export(path: str, text: str) -> None:
-    """Write the whole file; rank 0 alone."""
-    if rank() == 0:
-        _replace(path, text)
-        print(f"{path} written")
-
-
-def _replace(path: str, text: str) -> None:
-    new = Path(f"{path}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -163,12 +156,11 @@ def _replace(path: str, text: str) -> None:
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left and the others to the right; rows[0] are the names."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
-    return "\n".join(lines)
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(
+        "  ".join([name.ljust(first), *(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))])
+        for name, *cells in rows
+    )
 
 
 def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, results: list[dict]) -> None:
@@ -178,19 +170,17 @@ def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, result
     if path.endswith(".json"):
         content = {WRITTEN_BY: True, "settings": settings, "results": results}
         text = json.dumps(content, ensure_ascii=False, indent=1, default=str)
-        return _replace(path, text.replace("{\n ", "{", 1) + "\n")
+        return _replace(path, text.replace("{\n ", "{", 1) + "\n")  # WRITTEN_BY in the first line
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
-    _replace(
-        path,
-        "\n".join([f"<!-- {WRITTEN_BY} {_line(settings).strip()} -->", lines[0], rule, *lines[1:]]) + "\n",
-    )
+    head = f"<!-- {WRITTEN_BY} {_line(settings).strip()} -->"
+    _replace(path, "\n".join([head, lines[0], rule, *lines[1:], ""]))
 
 
 # ---- exports: prompts -> the text of a file ----------------------------------------------------------------
 #
 # ask(conversations, temperatures=None, n=0) gives n replies to each conversation: a list of messages, which
-# goes through the chat template, or a bare text. temperatures has one for each; None and 0 mean the
+# goes through the chat template, or a bare string. temperatures has one for each; None and 0 mean the
 # evaluation's.
 
 Ask = Callable[..., list[list[str]]]
@@ -207,8 +197,10 @@ def read_prompts(path: str, split: str, fields: Sequence[str]) -> list[tuple[str
 
 def name_of(folder: Path) -> str:
     """The name of a checkpoint: that of its directory, or of the run whose out_dir/model it is."""
-    folder = folder.resolve()
-    return folder.parent.name if folder.name in ("model", "sft") else folder.name
+    folder = Path(os.path.abspath(folder))  # links are not followed: they lead into a step folder
+    if folder.name in ("model", "sft"):
+        folder = folder.parent
+    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("step-") else folder.name
 
 
 def _user(text: str, system: str) -> list[dict]:
@@ -236,40 +228,44 @@ TEMPERATURES = {  # FastChat's, by category; 0.7 for any other
 
 
 def mt_bench(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
-    """Records of question_id, category and turns, as FastChat's question.jsonl has them; each turn sees the
-    ones before.
+    """Records of question_id, category and turns, as FastChat's question.jsonl has them.
+
+    Each turn sees the ones before.
     """
     for where, record in records:
         whole = isinstance(record.get("question_id"), int) and isinstance(record.get("category"), str)
         if not whole or not all(isinstance(turn, str) for turn in record["turns"]):
             raise UserError(f"{where}: must have question_id (a whole number), category and turns (texts)")
-    # choices[i][k]: the replies of choice k to question i, one a turn
-    choices: list[list[list[str]]] = [[] for _ in records]
-    for turn in range(max(len(record["turns"]) for _, record in records)):
-        asked = [i for i, (_, record) in enumerate(records) if turn < len(record["turns"])]
-        # The first turn is asked once for all choices; later ones differ, so each choice is asked by itself.
-        talks = [(i, k) for i in asked for k in (range(len(choices[i])) if turn else [0])]
-        conversations = []
-        for i, k in talks:
-            messages = _user(records[i][1]["turns"][0], system)
-            for said, reply in zip(records[i][1]["turns"][1:], choices[i][k] if turn else [], strict=False):
-                messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": said}]
-            conversations.append(messages)
-        temperatures = [TEMPERATURES.get(records[i][1]["category"], 0.7) for i, _ in talks]
-        for (i, k), replies in zip(talks, ask(conversations, temperatures, 1 if turn else 0), strict=True):
-            if turn:
-                choices[i][k].append(replies[0].strip())
-            else:
-                choices[i] = [[reply.strip()] for reply in replies]
+    questions = [record for _, record in records]
+    temperatures = [TEMPERATURES.get(q["category"], 0.7) for q in questions]
+    # The first turn is asked once for all choices: choices[i][k] is a conversation about question i.
+    first = ask([_user(q["turns"][0], system) for q in questions], temperatures, 0)
+    choices = [
+        [[*_user(q["turns"][0], system), _assistant(reply)] for reply in replies]
+        for q, replies in zip(questions, first, strict=True)
+    ]
+    # The conversations differ from now on, so each is asked by itself.
+    for turn in range(1, max(len(q["turns"]) for q in questions)):
+        waiting = [i for i, q in enumerate(questions) if turn < len(q["turns"])]
+        asked = [(i, talk) for i in waiting for talk in choices[i]]
+        for i, talk in asked:
+            talk += _user(questions[i]["turns"][turn], "")
+        replies = ask([list(talk) for _, talk in asked], [temperatures[i] for i, _ in asked], 1)
+        for (_, talk), reply in zip(asked, replies, strict=True):
+            talk.append(_assistant(reply[0]))
     lines = []
-    for (_, record), replies in zip(records, choices, strict=True):
-        answer = {"question_id": record["question_id"], "answer_id": uuid4().hex, "model_id": name}
-        answer |= {
-            "choices": [{"index": k, "turns": turns} for k, turns in enumerate(replies)],
+    for question, talks in zip(questions, choices, strict=True):
+        answers = [[m["content"] for m in talk if m["role"] == "assistant"] for talk in talks]
+        lines.append(_line({
+            "question_id": question["question_id"], "answer_id": uuid4().hex, "model_id": name,
+            "choices": [{"index": k, "turns": turns} for k, turns in enumerate(answers)],
             "tstamp": time.time(),
-        }
-        lines.append(_line(answer))
+        }))  # fmt: skip
     return "".join(lines)
+
+
+def _assistant(reply: str) -> dict:
+    return {"role": "assistant", "content": reply.strip()}
 
 
 def qwen_math(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
@@ -281,38 +277,32 @@ def qwen_math(records: list[tuple[str, dict]], ask: Ask, name: str, system: str)
     truths = [_ground_truth(where, record) for where, record in records]
     numbers = [record["idx"] for _, record in records if "idx" in record]
     if numbers and not len(set(map(str, numbers))) == len(numbers) == len(records):
-        raise UserError(
-            f"{records[0][0]}: idx must be another in every record; the reader keeps one record of each"
-        )
+        raise UserError(f"{records[0][0]}: idx must be unique; the reader keeps one record of each")
     questions = [next(r[f] for f in ("question", "problem", "prompt") if f in r) for _, r in records]
     replies = ask([q if isinstance(q, list) else _user(q, system) for q in questions])
     lines = []
-    for i, ((_, record), question, (gt_cot, gt), texts) in enumerate(
-        zip(records, questions, truths, replies, strict=True)
-    ):
-        line = {"idx": record.get("idx", i), "question": question, "gt_cot": gt_cot, "gt": gt}
-        lines.append(_line(line | {"pred": [final_answer(t) for t in texts], "code": texts}))
+    for i, (_, record) in enumerate(records):
+        gt_cot, gt = truths[i]
+        line = {"idx": record.get("idx", i), "question": questions[i], "gt_cot": gt_cot, "gt": gt}
+        lines.append(_line(line | {"pred": [final_answer(t) for t in replies[i]], "code": replies[i]}))
     return "".join(lines)
 
 
 def _ground_truth(where: str, record: dict) -> tuple[str, str]:
     """(solution, answer) of a record, also of one of MATH (solution) or GSM8K (answer with ####)."""
-    given = next((str(record[f]) for f in ("gt", "answer", "target") if record.get(f) is not None), None)
+    given = next((str(record[f]) for f in ("gt", "answer", "target") if record.get(f) is not None), "")
     solution = record.get("gt_cot") or record.get("solution")
-    if given and "####" in given:
+    if "####" in given:
         return given, given.rpartition("####")[2].strip().replace(",", "")
-    gt = given if given is not None else final_answer(str(solution)) if solution else ""
+    gt = given or final_answer(str(solution or ""))
     if not gt:
-        raise UserError(
-            f"{where}: must have the field gt, answer or target, or a solution with a boxed answer"
-        )
+        advice = "must have the field gt, answer or target, or a solution with a boxed answer"
+        raise UserError(f"{where}: {advice}")
     return solution or f"\\boxed{{{gt}}}", gt
 
 
 def final_answer(text: str) -> str:
-    """What a response gives as its answer: the last \\boxed{}, else the last <answer> block, else the last
-    number.
-    """
+    """The answer of a response: the last \\boxed{}, else the last <answer> block, else the last number."""
     start = text.rfind(r"\boxed{")
     if start >= 0 and (end := closing_brace(text, start + len(r"\boxed"))) >= 0:
         return text[start + len(r"\boxed{") : end].strip()
@@ -323,14 +313,10 @@ def final_answer(text: str) -> str:
 
 
 def tldr(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
-    """Records of a prompt: a bare text such as TL;DR's "SUBREDDIT: ... TL;DR:", or a list of messages for the
-    template.
-    """
-    replies = ask([r["prompt"] for _, r in records])
-    pairs = zip(records, replies, strict=True)
-    return "".join(
-        _line({"prompt": r["prompt"], "completion": reply[0], "model": name}) for (_, r), reply in pairs
-    )
+    """Records of a prompt: a bare string such as TL;DR's "SUBREDDIT: ... TL;DR:", or a list of messages."""
+    prompts = [record["prompt"] for _, record in records]
+    pairs = zip(prompts, ask(prompts), strict=True)
+    return "".join(_line({"prompt": p, "completion": reply[0], "model": name}) for p, reply in pairs)
 
 
 EXPORTS = {  # kind -> the fields of which a record must have one, and the function
@@ -342,11 +328,10 @@ EXPORTS = {  # kind -> the fields of which a record must have one, and the funct
 
 
 def uft_eval(records: Sequence[dict], data_sources: dict[str, str]) -> str:
-    """The eval.json of the published code: data_source -> type -> list of [prompt and response, ground
-    truth].
+    """The eval.json of the published code: data_source -> type -> [[prompt and response, ground truth], ...].
 
-    Its types are the published checkers' messages, of which only "right" is told apart here: they are named
-    as in evaluate.py's table. data_sources: of each task.
+    Its types are the published checkers' messages; here they are the verdicts of evaluate.py's table.
+    data_sources: of each task.
     """
     found: dict[str, dict[str, list]] = {}
     for record in records:

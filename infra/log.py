@@ -21,7 +21,7 @@ class Log:
     """metrics.jsonl and samples.jsonl of a run; `step` counts the steps done.
 
     A run resumed after `steps_done` steps writes later lines again, so they are cut off first, as is a
-    half-written line.
+    half-written line at the end. Blank or broken lines between are kept.
     """
 
     def __init__(self, out_dir: Path, steps_done: int):
@@ -30,11 +30,15 @@ class Log:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = out_dir / name
-            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() and steps_done else []
-            kept = takewhile(lambda line: json.loads(line)["step"] <= steps_done, lines)  # steps are in order
-            size = sum(len(line) + 1 for line in kept)
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() and steps_done else []
+            if lines and not lines[-1].endswith(b"\n") and _step(lines[-1]) < 0:
+                lines.pop()
+            kept = list(takewhile(lambda line: _step(line) <= steps_done, lines))  # steps are in order
             with open(path, "ab") as f:
-                f.truncate(size)  # writing the lines again could lose them to a full disk or a kill
+                # Writing the lines again could lose them to a full disk or a kill.
+                f.truncate(sum(map(len, kept)))
+                if kept and not kept[-1].endswith(b"\n"):  # an editor's doing
+                    f.write(b"\n")
 
     def start_wandb(self, project: str, run_id: str | None, cfg: Any) -> str | None:
         """Log metrics to wandb too, on rank 0. Returns the id of the run there; run_id continues a run."""
@@ -66,16 +70,25 @@ class Log:
             self.wandb_run.finish()
 
 
+def _step(line: bytes) -> int:
+    """The step of a record; -1 for a line that holds none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
 def import_wandb() -> ModuleType:
-    """The module wandb. UserError if it is not installed."""
+    """The module wandb. UserError if it is not installed, or cannot be imported."""
     try:
         import wandb
 
-        if not hasattr(wandb, "init"):  # a folder of logs named wandb/ imports as an empty package
-            raise ImportError
-    except ImportError:
-        raise UserError("wandb: it needs the extra `wandb`: pip install -e '.[wandb]'") from None
-    return wandb
+        if hasattr(wandb, "init"):  # a folder of logs named wandb/ imports as an empty package
+            return wandb
+    except Exception as e:  # of whatever it imports
+        if getattr(e, "name", "") != "wandb":
+            raise UserError(f"wandb: cannot be imported ({type(e).__name__}: {e})") from None
+    raise UserError("wandb: it needs the extra `wandb`: pip install -e '.[wandb]'")
 
 
 class Counter:

@@ -7,6 +7,7 @@ sums over all processes, never on the data of one process.
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,9 @@ from lora import adapted_layers, base_parameters, merged_weight
 # ---- processes: torchrun starts them, each calls start_process() -------------------------------------------
 
 
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # rank 0 writes a checkpoint of 100 GB while the others wait
+
+
 def start_process(device: str, threads: int) -> torch.device:
     """Set this process up and return its device.
 
@@ -29,7 +33,9 @@ def start_process(device: str, threads: int) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     picked = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    # cuDNN's attention gives NaN gradients for some masks (T % 128 = 64), and plans anew for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
         missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if missing:
             raise UserError(
@@ -47,7 +53,11 @@ def start_process(device: str, threads: int) -> torch.device:
             torch.cuda.set_device(picked)
         # Join the other processes.
         try:
-            dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "nccl" if picked.type == "cuda" else "gloo",
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=picked if picked.type == "cuda" else None,
+            )
         except (dist.DistError, RuntimeError, ValueError) as e:
             reason = (str(e).strip().splitlines() or [""])[0]
             raise UserError(
@@ -206,6 +216,7 @@ def refresh(copy, model) -> None:
     if copy is not model:
         if copy.head_weight.is_meta:
             copy.to_empty(device=model.head_weight.device)
+            copy.frequencies = model.frequencies
         theirs = base_parameters(model)
         for name, p in copy.named_parameters():
             p.copy_(merged_weight(model, name, full(theirs[name])))
@@ -224,7 +235,18 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def settle_dtype(cfg: Any, device: torch.device) -> None:
-    """Replace bfloat16 with float32, with a warning, if the device lacks it; on CUDA, UserError instead."""
+    """Settle dtypes of auto: bfloat16 on CUDA, and for LoRA where the device computes in it.
+
+    bfloat16 asked for where it is missing becomes float32, with a warning; on CUDA, UserError instead.
+    """
+    native = has_bfloat16(device)
+    if cfg.dtype == "auto":
+        lora = bool(getattr(cfg, "lora_rank", 0))
+        cfg.dtype = "bfloat16" if native and (lora or device.type == "cuda") else "float32"
+    if getattr(cfg, "rollout_dtype", "") == "auto":
+        cfg.rollout_dtype = cfg.dtype if device.type == "cuda" else "float32"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if getattr(cfg, "tf32", True) else "highest")
     if "bfloat16" not in (cfg.dtype, getattr(cfg, "rollout_dtype", "")) or has_bfloat16(device):
         return
     if device.type == "cuda":

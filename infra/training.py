@@ -7,47 +7,102 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from data.judge import reset_signals_in_children
+from data.rows import load_task
 from data.tokenizer import Tokenizer
 from fast.compiled import compile_blocks
 from fast.head import trim_heap, trim_heap_at_peaks
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
-    finish_replacing,
     load_resume,
-    save_adapter,
-    save_model,
-    save_resume,
+    lock,
+    resume_folder,
+    save_checkpoint,
+    unlock,
+    write_adapter,
     write_config,
+    write_model,
+    write_resume,
 )
-from infra.config import UserError, memory_advice
-from infra.huggingface import load_model, rounded_tensors, weights_mark
-from infra.log import Log, import_wandb, mfu
+from infra.config import Count, Natural, NonNegative, Positive, Switch, UserError, memory_advice, require
+from infra.huggingface import check_folder, load_model, stored_dtype, weights_mark
+from infra.log import Log, brief, import_wandb, mfu
 from infra.parallel import (
     collect,
     full,
-    has_bfloat16,
     rank,
     refresh,
     settle_dtype,
     sharding,
     start_process,
     whole_copy,
+    world,
 )
 from lora import StartingModel, adapted_layers, add_adapters, average_gradients
 from model import Transformer
 
 ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class RunConfig:
+    """The knobs of both trainers."""
+
+    # What
+    model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
+    hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
+    task: str = "countdown"  # a file of data/, or the path of your own
+    style: str = "short"  # prompt style of the task: paper, or short for tiny models
+    checker: Literal["ours", "published"] = "ours"  # judge of the answers: ours, or the papers' code
+    data_path: str = ""  # folder or file of rows; empty: the task makes them
+    train_rows: Natural = 0  # use the first N rows; 0: all, or the task's default number
+    test_rows: Natural = 0  # the same for the test rows
+    sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
+    out_dir: str = "out"  # where everything goes
+    resume: Literal["false", "true", "auto"] = "false"  # continue the run in out_dir; auto: if there is one
+    seed: Natural = 0  # random seed
+    # Scoring
+    score_timeout: NonNegative = 10.0  # seconds for a task's score() of one answer; 0: no limit
+    score_workers: Natural = 0  # processes for a slow score(); 0: none
+    score_errors: Literal["stop", "zero"] = "stop"  # a score() that raises ends the run, or is reward 0
+    # LoRA
+    lora_rank: Natural = 0  # rank of LoRA's adapters; 0: no LoRA, all weights are trained
+    lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    # Speed
+    fast: bool = True  # use fast/: same results, faster; false: the plain path
+    token_budget: Count = 32768  # most tokens of a micro-batch, padding included
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
+    compile: Switch = "auto"  # fast: torch.compile: true, false, or auto (on CUDA)
+    device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 on CUDA and for LoRA
+    tf32: bool = True  # CUDA: float32 products in TF32
+    threads: Natural = 0  # CPU threads; 0: torch's choice
+    # Validation and reports
+    max_new_tokens: Count = 64  # longest completion
+    eval_every: Count = 100  # steps between validations
+    val_n: Count = 1  # answers per test problem; accuracy is their mean (avg@n)
+    val_temperature: NonNegative = 0.0  # temperature of validation; 0: greedy
+    rollout_batch: Natural = 0  # completions decoded at a time; 0: all, or on CUDA as many as memory holds
+    save_every: Count = 100  # steps between checkpoints
+    keep: Count = 1  # checkpoints to keep
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of out_dir/model; auto: the base's
+    print_every: Count = 10  # steps between console lines
+    sample_every: Count = 20  # steps between rollouts, or rows, written to samples.jsonl
+    show: Natural = 3  # answers printed before and after training
+    wandb: str = ""  # project on wandb to log the metrics to as well; empty: none
 
 
 @dataclass
@@ -59,10 +114,22 @@ class Run:
     device: torch.device
     tokenizer: Tokenizer
     model: Transformer
-    sampler: Transformer  # the weights to sample with: the model itself, or a copy that refresh() fills
+    rollout_model: Transformer  # the weights to sample with: the model itself, or a copy that refresh() fills
+    reference: Transformer | StartingModel | None = None  # frozen, for a KL term or a pair loss
     optimizer: torch.optim.Optimizer | None = None
-    state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, memory of each problem
+    state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, a method's memory
+    metrics: dict | None = None  # of the step in progress
     log: Log | None = None
+
+
+def check_shared(cfg: Any) -> None:
+    """Combinations of the knobs of both trainers that cannot work."""
+    alpha_used = cfg.lora_rank or cfg.lora_alpha == RunConfig.lora_alpha
+    require(cfg, "lora_alpha", alpha_used, "needs a lora_rank")
+    sampled = cfg.val_n == 1 or cfg.val_temperature > 0
+    require(cfg, "val_n", sampled, "needs a val_temperature above 0")
+    if cfg.task:
+        load_task(cfg.task)  # UserError if there is no such task
 
 
 # ---- set-up ------------------------------------------------------------------------------------------------
@@ -73,8 +140,6 @@ def start(cfg: Any) -> torch.device:
     if cfg.wandb:
         import_wandb()  # UserError now rather than after the model is loaded
     device = start_process(cfg.device, cfg.threads)
-    if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if cfg.lora_rank and has_bfloat16(device) else "float32"
     settle_dtype(cfg, device)
     if device.type not in ("cpu", "cuda"):  # mps and xpu: the plain path in float32, untested so far
         cfg.fast, cfg.dtype, cfg.compile = False, "float32", "false"
@@ -87,6 +152,7 @@ def starting_model(cfg: Any) -> Path:
     """The directory to start from: the knob `model`, or the task's tiny base. UserError unless it exists."""
     base = Path(cfg.model) if cfg.model else ROOT / "data" / "tiny" / cfg.task
     if base.exists():
+        check_folder(base)
         return base
     if not cfg.model:
         raise UserError(
@@ -106,6 +172,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     """
     base = starting_model(cfg)
     out = check_out_dir(out_dir, base, resume)
+    lock(out)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
         raise UserError(
@@ -115,8 +182,8 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     dtype = getattr(torch, cfg.dtype) if cfg.lora_rank else torch.float32
     model = load_model(base, dtype, device, sharding(cfg.dtype))
     if cfg.lora_rank:
-        if dtype == torch.bfloat16 and rank() == 0 and (rounded := rounded_tensors(base)):
-            print(f"warning: LoRA freezes the weights in bfloat16, which rounds {rounded} tensors of {base}; "
+        if dtype == torch.bfloat16 != stored_dtype(model.config) and rank() == 0:
+            print(f"warning: LoRA freezes the weights in bfloat16, which rounds those of {base}; "
                   "--dtype=float32 keeps them as they are", file=sys.stderr)  # fmt: skip
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     elif not resume and (out / "adapter").exists():
@@ -124,9 +191,14 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
             f"out_dir = {out_dir!r} holds the adapter/ of an earlier run with LoRA; give another out_dir"
         )
     speed_up(model, cfg, device)
-    check_disk(out, model)
-    sampler = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
-    return Run(out, base, device, tokenizer, model, sampler)
+    check_disk(out, model, saved_dtype(model, cfg))
+    rollout_model = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
+    return Run(out, base, device, tokenizer, model, rollout_model)
+
+
+def resuming(cfg: Any) -> bool:
+    """Whether to continue the run in out_dir. resume = auto: if there is one."""
+    return cfg.resume == "true" or cfg.resume == "auto" and resume_folder(Path(cfg.out_dir)) is not None
 
 
 def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
@@ -139,20 +211,20 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
             print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
 
 
-def fill_sampler(run: Run) -> None:
+def fill_rollout_model(run: Run) -> None:
     """Copy the current weights to the model to sample from, unless it is the trained model itself."""
-    if run.sampler.head_weight.is_meta:  # it is to be allocated: first give back what the last update freed
+    if run.rollout_model.head_weight.is_meta:  # allocated now: first give back what the last update freed
         trim_heap()
-    refresh(run.sampler, run.model)
+    refresh(run.rollout_model, run.model)
 
 
-def release_sampler(run: Run) -> None:
-    """Give back the memory of the sampler's copy of the weights, until fill_sampler() takes it again.
+def release_rollout_model(run: Run) -> None:
+    """Give back the memory of the sampler's copy of the weights, until fill_rollout_model() takes it again.
 
     Only on a CPU. On CUDA the graphs refer to the addresses of the weights, so the copy stays.
     """
-    if run.sampler is not run.model and run.device.type == "cpu":
-        run.sampler.to("meta")
+    if run.rollout_model is not run.model and run.device.type == "cpu":
+        run.rollout_model.to("meta")
         trim_heap()
 
 
@@ -168,6 +240,32 @@ def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:
     return model.requires_grad_(False)
 
 
+def scoring_limits(cfg: Any) -> dict:
+    """Arguments of data.judge.judge."""
+    return {"timeout": cfg.score_timeout, "workers": cfg.score_workers, "on_error": cfg.score_errors}
+
+
+def engine_options(run: Run, cfg: Any, longest_prompt: int = 0) -> dict:
+    """Arguments of generate() that only the fast sampler uses."""
+    if not cfg.fast:
+        return {}
+    # Gradients and moments are allocated in the first update: leave room for them.
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    shares = 1 if cfg.lora_rank else world()  # every process has all adapters
+    reserve = 0 if run.optimizer.state else 12 * trained // shares
+    compiled = False if cfg.compile == "false" else None
+    return {"compile": compiled, "reserve": reserve, "longest_prompt": longest_prompt}
+
+
+def show_answers(run: Run, rows: list[dict], answers: list[list[dict]], n: int, last: bool) -> None:
+    """Print the first n answers; write them to samples.jsonl, or all if it is the last validation."""
+    pairs = list(zip(rows, answers, strict=bool(answers)))
+    for row, (a, *_) in pairs[:n]:
+        print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
+    for row, (a, *_) in pairs if last else pairs[:n]:
+        run.log.write("samples", run.state["step"], {"kind": "answer", "prompt": row["prompt"], **a})
+
+
 def model_size(run: Run) -> str:
     """How many parameters there are and are trained, and where, for the console."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -176,18 +274,18 @@ def model_size(run: Run) -> str:
 
 
 def start_or_resume(
-    run: Run, cfg: Any, resume: bool, state: dict, data: dict[str, str], reads_base: bool
+    run: Run, cfg: Any, resume: bool, state: dict, splits: dict[str, Sequence], reads_base: bool
 ) -> None:
     """Fill the run's state from out_dir/resume, or begin with `state`.
 
-    data: a fingerprint of each split's rows, which a resumed run must share. reads_base: a resumed run needs
-    the starting model too, for LoRA or as the reference, and it must not have changed.
+    splits: the rows of each split, which a resumed run must share. reads_base: a resumed run needs the
+    starting model too, for LoRA or as the reference, and it must not have changed.
     """
+    data = {name: fingerprint(rows) for name, rows in splits.items()}
     if reads_base:
-        data = data | {"base": weights_mark(run.base)}
+        data["base"] = weights_mark(run.base)
     if resume:
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
-        finish_replacing(run.out)
     else:
         write_config(run.out, cfg)
         run.state = {"step": 0, "train_s": 0.0} | state
@@ -270,45 +368,61 @@ def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
         ):
             yield
     except UserError as e:
-        saved = f"{run.out / 'resume'} is the last good checkpoint"
-        saved = saved if (run.out / "resume").exists() else "there is no checkpoint yet"
+        folder = resume_folder(run.out)
+        saved = f"{folder} is the last good checkpoint" if folder else "there is no checkpoint yet"
         raise UserError(f"step {step + 1}: {e} ({saved})") from None
 
 
 # ---- the end of a step -------------------------------------------------------------------------------------
 
 
+def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step's optimiser steps, averaged."""
+    return {k: sum(u[k] for u in updates) / len(updates) for k in (updates or [{}])[0]}
+
+
 def log_step(
-    run: Run, step: int, metrics: dict, started: float, update_s: float, tokens: int, rows: int
+    run: Run, step: int, started: float, update_s: float, tokens: int, rows: int
 ) -> None:
-    """Count the step done, add its times and speed to the metrics, and write them down."""
+    """Count the step done, add its times and speed to run.metrics, and write them down."""
     seconds = time.perf_counter() - started
     run.state["step"], run.state["train_s"] = step + 1, run.state["train_s"] + seconds
-    metrics["tokens_per_s"] = tokens / seconds
+    run.metrics["tokens_per_s"] = tokens / seconds
     if (utilisation := mfu(run.model, tokens, rows, update_s)) is not None:
-        metrics["mfu"] = utilisation
-    run.log.write("metrics", step + 1, metrics)
+        run.metrics["mfu"] = utilisation
+    run.log.write("metrics", step + 1, run.metrics)
 
 
 def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:
-    """Write out_dir/model and out_dir/resume when they are due; after a signal to stop, at once, and exit."""
+    """Write a checkpoint when it is due; after a signal to stop, at once, and exit."""
     done, stop = run.state["step"], stop_requested()
     if done % cfg.save_every == 0 or done == total or stop:
-        save_model(run.out, run.model, run.tokenizer, stop_ids=stop_ids, template=template)
+        dtype = saved_dtype(run.model, cfg)
+        parts = {
+            "model": partial(write_model, run.model, run.tokenizer, stop_ids, template, dtype),
+            "resume": partial(write_resume, run.model, run.optimizer, run.state, cfg),
+        }
         if adapted_layers(run.model):
-            save_adapter(run.out, run.model, run.base)
-        save_resume(run.out, run.model, run.optimizer, run.state, cfg)
+            parts["adapter"] = partial(write_adapter, run.model, run.base)
+        save_checkpoint(run.out, parts, done, cfg.keep)
+    if done == total or stop:
+        unlock(run.out)
     if stop and done < total:
         run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
         sys.exit(128 + stop)
 
 
+def saved_dtype(model: Transformer, cfg: Any) -> torch.dtype:
+    """The dtype of out_dir/model: the knob save_dtype, or else that of the starting model's files."""
+    return stored_dtype(model.config) if cfg.save_dtype == "auto" else getattr(torch, cfg.save_dtype)
+
+
 _signals: list[int] = []  # signals received so far
 
 
 def catch_signals() -> None:
-    """SIGTERM, SIGUSR1 and Ctrl-C end the run after the step in progress; a second one ends it at once."""
+    """SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C end the run after the step in progress; a second one at once."""
 
     def remember(number: int, _frame) -> None:
         if _signals:
@@ -316,12 +430,35 @@ def catch_signals() -> None:
         _signals.append(number)
         print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
+    reset_signals_in_children()
     _signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         try:
             signal.signal(number, remember)
         except ValueError:  # not in the main thread, as in a test: the caller keeps its handlers
             return
+
+
+def leave_as_found(main: Callable) -> Callable:
+    """Have main() leave the process as it found it: signal handlers, standard output, torch's settings."""
+
+    @wraps(main)
+    def wrapped(argv: Sequence[str]) -> None:
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+        handlers, stdout, threads = [signal.getsignal(n) for n in numbers], sys.stdout, torch.get_num_threads()
+        precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+        try:
+            main(argv)
+        finally:
+            sys.stdout = stdout
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in zip(numbers, handlers, strict=True):
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    return wrapped
 
 
 def stop_requested() -> int:
@@ -329,8 +466,7 @@ def stop_requested() -> int:
     return max(collect(_signals[0] if _signals else 0))
 
 
-def console_line(head: str, metrics: dict[str, float], columns: Sequence[tuple[str, str, str]]) -> str:
-    """`head | name value | ...` for the (name, key, format) columns that the metrics have."""
-    return " | ".join(
-        [head, *(f"{name} {format(metrics[key], f)}" for name, key, f in columns if key in metrics)]
-    )
+def console_line(head: str, metrics: dict[str, float], columns: dict[str, tuple[str, str]]) -> str:
+    """`head | name value | ...` for the columns, name -> (metric, format), that the metrics have."""
+    shown = [f"{n} {format(metrics[key], f)}" for n, (key, f) in columns.items() if key in metrics]
+    return " | ".join([head, *shown])

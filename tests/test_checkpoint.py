@@ -1,10 +1,15 @@
-"""infra/checkpoint.py: which folders a run may write to, folders replaced as a whole, and resume."""
+"""infra/checkpoint.py: which folders a run may write to, checkpoints that are whole or not there, resume."""
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +22,13 @@ from infra.checkpoint import (
     MARK,
     check_disk,
     check_out_dir,
-    discard,
     load_resume,
-    new_folder,
-    replace_folder,
+    lock,
     resume_folder,
-    save_resume,
+    save_checkpoint,
+    unlock,
     write_config,
+    write_resume,
 )
 from infra.config import UserError, parse_config
 from model import Transformer
@@ -68,7 +73,7 @@ def test_an_empty_name_is_refused(out_dir):
     assert refused(out_dir) == "out_dir is empty: name the folder to write to"
 
 
-@pytest.mark.parametrize("name", checkpoint.RUN_FILES)
+@pytest.mark.parametrize("name", [*checkpoint.RUN_FILES, "step-000003", "step-000003.tmp"])
 def test_what_no_run_wrote_is_refused_by_name(name, tmp_path):
     (tmp_path / name).mkdir()
     assert refused(tmp_path).startswith(f"out_dir = '{tmp_path}' holds a {name} that no run here wrote")
@@ -90,22 +95,22 @@ def test_a_run_that_left_no_checkpoint_may_begin_again(tmp_path):
     assert parse_config(Config, [str(tmp_path / "config.toml")], "") == Config(sizes=(3,))
 
 
-@pytest.mark.parametrize("name", ["resume", "resume.old"])
+@pytest.mark.parametrize("name", ["resume", "step-000003/resume"])
 def test_a_run_with_a_checkpoint_is_only_continued(name, tmp_path):
     write_config(tmp_path, Config())
-    (tmp_path / name).mkdir()
-    assert "holds a run already: --resume=true continues it" in refused(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         check_out_dir(str(tmp_path), BASE, True)
     (tmp_path / name / "state.json").write_text("{}")
+    assert "holds a run already: --resume=true continues it" in refused(tmp_path)
     assert check_out_dir(str(tmp_path), BASE, True) == tmp_path
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("name", ["model", "sft", "resume", "model.old", "sft.old", "resume.old"])
+@pytest.mark.parametrize("name", ["model", "sft", "resume", "step-000003/model", "step-sft/sft"])
 def test_the_base_is_not_overwritten(name, resume, tmp_path):
     message = f"its {name}/ is the model to start from and would be replaced"
-    (tmp_path / name).mkdir()
+    (tmp_path / name).mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / name)
     for base in (tmp_path / name, tmp_path / "x/.." / name, tmp_path / "link"):
         assert message in refused(tmp_path, base, resume)
@@ -131,168 +136,258 @@ def sized(n):
 
 def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 27_999_999))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage(0, 0, 31_999_999)
+    )  # two of 16 bytes a parameter
     check_disk(tmp_path, sized(999_999))
     with pytest.raises(UserError, match=r"the disk has 0\.03 GB free, checkpoints need 0\.03 GB"):
         check_disk(tmp_path, sized(1_000_000))
-    # A resumed run has model/ and resume/ in place; what others put there takes room of its own.
-    for name, size in (("model/notes.safetensors", 99), ("model/model.safetensors", 4), ("resume/a.json", 9)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x" * size)
+    check_disk(tmp_path, sized(1_142_857), torch.bfloat16)  # 14 bytes
+    with pytest.raises(UserError, match="the disk has"):
+        check_disk(tmp_path, sized(1_142_858), torch.bfloat16)
+    # What a run may delete counts as room; a folder in which others put a file stays.
+    save(tmp_path, "step-000003", "x" * 31)
+    (tmp_path / "step-000006.tmp").mkdir()
+    (tmp_path / "step-000006.tmp/half").write_text("x" * (32 - 31 - 2))
+    size = sum(p.stat().st_size for p in (tmp_path / "step-000003").rglob("*") if p.is_file())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 32_000_000 - size))
     check_disk(tmp_path, sized(1_000_000))
     with pytest.raises(UserError, match="the disk has"):
         check_disk(tmp_path, sized(1_000_001))
+    (tmp_path / "step-000003/model/notes.txt").write_text("")
+    with pytest.raises(UserError, match="the disk has"):
+        check_disk(tmp_path, sized(1_000_000))
 
 
-# ---- folders replaced as a whole ---------------------------------------------------------------------------
+def start_other(out, body):
+    """Another process that locks the folder and does `body`."""
+    code = f"from pathlib import Path; from infra.checkpoint import lock; lock(Path({str(out)!r})); {body}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
-def folder(path, content):
-    path.mkdir()
-    (path / "state.json").write_text(content)
-    return path
+def test_two_runs_cannot_have_one_folder(tmp_path):
+    # The other process starts a child that outlives it: the lock is not the child's.
+    fork = "import os, time; pid = os.fork(); pid or time.sleep(60); print(pid, flush=True); input()"
+    other = start_other(tmp_path, fork)
+    child = int(other.stdout.readline())
+    message = f"{tmp_path}: another run is writing to this folder; wait for it or give another out_dir"
+    with pytest.raises(UserError, match=re.escape(message)):
+        lock(tmp_path)
+    lock(tmp_path.parent)
+    unlock(tmp_path.parent)
+    other.kill()
+    other.wait()
+    lock(tmp_path)
+    lock(tmp_path)  # a run that goes on in the same process, as in a notebook
+    os.kill(child, signal.SIGKILL)
+    other.stdout.close()
+    another = start_other(tmp_path, "")
+    assert another.wait() and b"another run" in another.stderr.read()
+    unlock(tmp_path)
+    unlock(tmp_path)
+    assert start_other(tmp_path, "").wait() == 0
 
 
-def wholes(target):
-    """What the folder and its .old hold."""
-    both = (target, target.with_name(target.name + ".old"))
-    return {(p / "state.json").read_text() for p in both if (p / "state.json").exists()}
+# ---- whole or not there ------------------------------------------------------------------------------------
 
 
-def interrupted_at(monkeypatch, call):
-    """A kill at the `call`-th renaming."""
-    real, calls = os.replace, []
-
-    def replace(*args):
-        calls.append(args)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        real(*args)
-
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
+def part(content, name="state.json"):
+    return lambda folder: (folder / name).write_text(content)
 
 
-def test_replacing_a_folder(tmp_path):
-    target = tmp_path / "resume"
-    for content in "abc":
-        replace_folder(folder(tmp_path / "new", content), target)
-        assert wholes(target) == {content}
-        assert [p.name for p in tmp_path.iterdir()] == ["resume"]
+def save(out, name, content):
+    checkpoint.save_folder(out, name, {"model": part(content, "config.json"), "resume": part(content)})
 
 
-@pytest.mark.parametrize("call", [1, 2])
-def test_a_kill_between_the_renamings_leaves_the_old_folder(call, tmp_path, monkeypatch):
-    target = folder(tmp_path / "resume", "a")
+def seen(out):
+    """What out_dir/model and the checkpoint to continue from hold."""
+    return (out / "model/config.json").read_text(), (resume_folder(out) / "state.json").read_text()
+
+
+def names(out):
+    return sorted(p.name for p in out.iterdir())
+
+
+def test_checkpoints_and_their_links(tmp_path, capfd):
+    out = tmp_path / "out"
+    for step in (3, 6, 9):
+        save_checkpoint(
+            out, {"model": part(str(step), "config.json"), "resume": part(str(step))}, step, keep=2
+        )
+        assert seen(out) == (str(step),) * 2
+    assert names(out) == ["model", "resume", "step-000006", "step-000009"]
+    assert os.readlink(out / "model") == "step-000009/model"
+    out.rename(tmp_path / "moved")
+    assert seen(tmp_path / "moved") == ("9", "9") and capfd.readouterr().err == ""
+
+
+def test_going_back_to_an_earlier_step(tmp_path):
+    """By the link out_dir/resume: the later folder stays until the run comes to it."""
+    for step in (3, 9):
+        save_checkpoint(tmp_path, {"resume": part(str(step))}, step, keep=2)
+    (tmp_path / "resume").unlink()
+    (tmp_path / "resume").symlink_to("step-000003/resume")
+    for step, left in ((6, [6, 9]), (9, [9]), (12, [12])):
+        save_checkpoint(tmp_path, {"resume": part(f"again {step}")}, step)
+        assert (resume_folder(tmp_path) / "state.json").read_text() == f"again {step}"
+        assert names(tmp_path) == ["resume", *(f"step-{n:06}" for n in left)]
+
+
+def test_millions_of_steps_are_in_order(tmp_path):
+    for step in (999_999, 1_000_000, 2_000_000):
+        save_checkpoint(tmp_path, {"resume": part(str(step))}, step, keep=2)
+    (tmp_path / "resume").unlink()
+    assert resume_folder(tmp_path) == tmp_path / "step-2000000/resume"
+    assert names(tmp_path) == ["step-1000000", "step-2000000"]
+
+
+def killed_at(operation, monkeypatch, act):
+    """Whether act() came to that call of those that change the disk, where it is killed."""
+    calls = []
+
+    def counted(real):
+        def call(*args, **kw):
+            calls.append(real)
+            if len(calls) == operation:
+                raise KeyboardInterrupt
+            return real(*args, **kw)
+
+        return call
+
     with monkeypatch.context() as m:
-        interrupted_at(m, call)
-        with pytest.raises(KeyboardInterrupt):
-            replace_folder(folder(tmp_path / "new", "b"), target)
-    assert wholes(target) == {"a"}
+        for module, names in (
+            (os, ("replace", "symlink", "unlink", "rmdir")),
+            (Path, ("mkdir", "write_text", "unlink")),
+        ):
+            for name in names:
+                m.setattr(module, name, counted(getattr(module, name)))
+        try:
+            act()
+        except KeyboardInterrupt:
+            return True
+    return False
 
 
-def test_a_second_kill_leaves_the_old_folder_too(tmp_path, monkeypatch):
-    target = tmp_path / "resume"
-    folder(tmp_path / "resume.old", "a")  # what the first kill left
-    interrupted_at(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
-        replace_folder(folder(tmp_path / "new", "b"), target)
-    assert wholes(target) == {"a"}
+def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Each operation in turn, until a save is not interrupted."""
+
+    def at_step(out, step):
+        parts = {"model": part(str(step), "config.json"), "resume": part(str(step))}
+        return partial(save_checkpoint, out, parts, step)
+
+    killed, operation = True, 0
+    while killed:
+        operation += 1
+        out = tmp_path / str(operation)
+        at_step(out, 3)()
+        killed = killed_at(operation, monkeypatch, at_step(out, 6))
+        assert set(seen(out)) <= {"3", "6"}, operation
+        for folder in checkpoint._steps(out):
+            files = sorted(json.loads((folder / "files.json").read_text()))
+            assert checkpoint._files(folder) == files, operation
+        at_step(out, 6)()
+        assert seen(out) == ("6", "6"), operation
+        assert names(out) == ["model", "resume", "step-000006"], operation
+    assert operation > 15
 
 
-def with_foreign_files(path):
-    (path / "notes.txt").write_text("mine")
-    (path / "runs").mkdir()
-    (path / "runs/state.json").write_text("mine too")
-    (path / "weights.safetensors").mkdir()
-    (path / "model.safetensors").mkdir()  # of a run's name, but no run makes a folder of it
-
-
-def foreign(path):
-    return {
-        str(p.relative_to(path)): p.read_text()
-        for p in path.rglob("*")
-        if p.is_file() and p.name != "config.json"
-    }
-
-
-def test_replacing_a_folder_carries_over_what_no_run_wrote(tmp_path):
-    target = tmp_path / "model"
-    target.mkdir()
-    (target / "config.json").write_text("a")
-    (target / "model-00001-of-00002.safetensors").write_text("a")
-    with_foreign_files(target)
-    for content in "bc":
-        (tmp_path / "new").mkdir()
-        (tmp_path / "new/config.json").write_text(content)
-        replace_folder(tmp_path / "new", target)
-        assert (target / "config.json").read_text() == content
-        assert foreign(target) == {"notes.txt": "mine", "runs/state.json": "mine too"}
-        assert (target / "weights.safetensors").is_dir() and (target / "model.safetensors").is_dir()
-        assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_foreign_file_is_kept_by_an_interrupted_replacement_too(tmp_path, monkeypatch):
-    """The kill comes after the second renaming, before the old folder's files are moved."""
-    target = folder(tmp_path / "resume", "a")
-    (target / "notes.txt").write_text("mine")
-    with monkeypatch.context() as m:
-        interrupted_at(m, 3)
-        with pytest.raises(KeyboardInterrupt):
-            replace_folder(folder(tmp_path / "new", "b"), target)
-    replace_folder(folder(tmp_path / "new", "c"), target)
-    assert wholes(target) == {"c"} and [p.read_text() for p in tmp_path.rglob("notes.txt")] == ["mine"]
-
-
-def test_two_files_of_one_name_are_both_kept(tmp_path):
-    target, old = folder(tmp_path / "resume", "b"), folder(tmp_path / "resume.old", "a")
-    for path, content in ((target, "new"), (old, "old")):
-        (path / "notes.txt").write_text(content)
-        (path / "same.txt").write_text("equal")
-        (path / "runs").mkdir()
-        (path / f"runs/{content}.txt").write_text(content)
-    discard(old, rescue_to=target)
-    kept = {
-        "notes.txt": "new",
-        "notes.txt.1": "old",
-        "same.txt": "equal",
-        "runs/new.txt": "new",
-        "runs/old.txt": "old",
-    }
-    assert foreign(target) == {"state.json": "b"} | kept and not old.exists()
-    replace_folder(folder(tmp_path / "new", "c"), target)
-    assert foreign(target) == {"state.json": "c"} | kept and [p.name for p in tmp_path.iterdir()] == [
-        "resume"
+def test_a_folder_with_a_file_of_the_users_is_kept(tmp_path, capfd):
+    for step, name in ((3, "model/notes.txt"), (6, "new/sub/x"), (9, "")):
+        save_checkpoint(tmp_path, {"model": part("a", "config.json"), "resume": part("a")}, step)
+        if name:
+            (tmp_path / f"step-{step:06}" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"step-{step:06}" / name).write_text("mine")
+    assert names(tmp_path) == ["model", "resume", "step-000003", "step-000006", "step-000009"]
+    assert [p.read_text() for p in tmp_path.rglob("notes.txt")] == ["mine"]
+    assert capfd.readouterr().err.splitlines() == [
+        f"{tmp_path}/step-000003 is kept, since no run wrote its model/notes.txt",
+        f"{tmp_path}/step-000006 is kept, since no run wrote its new/sub/x",
     ]
+    # The same step once more, as after going back to an earlier checkpoint.
+    (tmp_path / "step-000009/notes.txt").write_text("mine")
+    save(tmp_path, "step-000009", "b")
+    assert seen(tmp_path) == ("b", "b") and (tmp_path / "step-000009.kept/notes.txt").exists()
 
 
-def test_a_base_with_several_chat_templates_is_saved_again_and_again(tmp_path):
+def test_what_stands_where_a_link_belongs_gets_another_name(tmp_path, capfd):
+    """Directories of earlier versions, and the user's own links to another disk."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    for folder in (out / "model", disk):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("old")
+    (disk / "state.json").write_text("old")
+    (out / "resume").symlink_to(disk)
+    assert seen(out) == ("old", "old")
+    for step in (3, 6):
+        save(out, f"step-{step:06}", str(step))
+        assert seen(out) == (str(step),) * 2
+    assert (out / "model.kept/config.json").read_text() == "old" and (out / "resume.kept").resolve() == disk
+    assert (disk / "state.json").read_text() == "old" and capfd.readouterr().err.count(
+        "was there already"
+    ) == 2
+
+
+def test_a_link_that_leads_nowhere_is_no_obstacle(tmp_path):
+    """out_dir/model moved to another disk: a relative link that is moved leads nowhere."""
+    save(tmp_path, "step-000003", "3")
+    for name in ("model", "resume"):
+        os.replace(tmp_path / name, tmp_path / f"{name}.moved")
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    assert resume_folder(tmp_path) == tmp_path / "step-000003/resume"
+    save(tmp_path, "step-000006", "6")
+    assert seen(tmp_path) == ("6", "6") and os.readlink(tmp_path / "model.kept") == str(
+        tmp_path / "disk/model"
+    )
+
+
+def test_a_step_folder_that_was_moved_and_linked_is_kept(tmp_path):
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    save_checkpoint(out, {"resume": part("3")}, 3)
+    (out / "step-000003").rename(disk)
+    (out / "step-000003").symlink_to(disk)
+    save_checkpoint(out, {"resume": part("6")}, 6)
+    assert (disk / "resume/state.json").read_text() == "3" and (out / "step-000003").is_symlink()
+
+
+def test_a_disk_without_links(tmp_path, monkeypatch, capfd):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    for step in (3, 6):
+        save_checkpoint(tmp_path, {"resume": part(str(step))}, step)
+    assert names(tmp_path) == ["step-000006"] and resume_folder(tmp_path) == tmp_path / "step-000006/resume"
+    (line,) = capfd.readouterr().err.splitlines()
+    where = f"{tmp_path}/step-*/resume"
+    assert line == f"{tmp_path}/resume: no link can be made here (Operation not permitted); look into {where}"
+
+
+def test_the_written_model_has_the_bases_files(tmp_path):
+    """Chat templates beside the default one, sampling defaults, tokenizer.model; a mode as umask says."""
     base = tmp_path / "base"
     shutil.copytree(ROOT / "data/tiny/countdown", base)
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    (base / "generation_config.json").write_text('{"temperature": 0.5, "_from_model_config": true}')
     model, tokenizer = Transformer.from_pretrained(base), Tokenizer.from_pretrained(base)
     files = []
-    for _ in range(4):
+    for _ in range(3):
         checkpoint.save_model(tmp_path / "out", model, tokenizer)
         files.append(sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")))
-    assert files == files[:1] * 4 and "model/additional_chat_templates/tool_use.jinja" in files[0]
-
-
-def test_a_new_folder_loses_only_what_an_interrupted_run_left(tmp_path):
-    new = tmp_path / "model.new"
-    new.mkdir()
-    for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"):
-        (new / name).write_text("half")
-    for name in ("notes.txt", "adapter_config.json", "adapter_model.safetensors", "state.json"):
-        (new / name).write_text("mine")  # the last three are a run's own in adapter/ and resume/ only
-    new_folder(new)
-    kept = sorted(p.name for p in new.iterdir())
-    assert kept == ["adapter_config.json", "adapter_model.safetensors", "notes.txt", "state.json"]
-    discard(tmp_path / "none")
-    for name in kept:
-        (new / name).unlink()
-    discard(new)
-    assert not new.exists()
+    assert files == files[:1] * 3
+    model_dir = tmp_path / "out/model"
+    assert (model_dir / "additional_chat_templates/tool_use.jinja").exists()
+    assert (model_dir / "tokenizer.model").read_bytes() == b"pieces"
+    written = json.loads((model_dir / "generation_config.json").read_text())
+    assert written["temperature"] == 0.5 and written["eos_token_id"] and "_from_model_config" not in written
+    assert len({p.stat().st_mode & 0o777 for p in model_dir.iterdir() if p.is_file()}) == 1
 
 
 # ---- resume ------------------------------------------------------------------------------------------------
@@ -309,9 +404,11 @@ def trained(steps, model=None, optimizer=None):
     return model, optimizer
 
 
-@pytest.mark.parametrize("part_bytes", [1, 60, 10**9])
-def test_parameters_optimiser_and_state_come_back_bit_for_bit(part_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PART_BYTES", part_bytes)
+def save_resume(out, *args):
+    save_checkpoint(out, {"resume": partial(write_resume, *args)}, args[2].get("step", 0))
+
+
+def test_parameters_optimiser_and_state_come_back_bit_for_bit(tmp_path):
     model, optimizer = trained(3)
     save_resume(tmp_path, model, optimizer, {"step": 3, "shares": [0.5, None]}, Config(sizes=(1, 2)))
     other, fresh = trained(0)
@@ -320,8 +417,20 @@ def test_parameters_optimiser_and_state_come_back_bit_for_bit(part_bytes, tmp_pa
     for m, o in ((model, optimizer), (other, fresh)):
         trained(2, m, o)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
-    files = list((tmp_path / "resume").glob("tensors-*"))
-    assert len(files) == 1 if part_bytes == 10**9 else len(files) > 3
+
+
+def test_a_checkpoint_of_an_earlier_version_in_parts_is_read(tmp_path):
+    model, optimizer = trained(2)
+    save_resume(tmp_path, model, optimizer, {"step": 2}, Config())
+    (tmp_path / "resume").unlink()
+    os.replace(tmp_path / "step-000002/resume", tmp_path / "resume")
+    whole = load_file(tmp_path / "resume/tensors-00000.safetensors")
+    (tmp_path / "resume/tensors-00000.safetensors").unlink()
+    for i, key in enumerate(whole):
+        save_file({key: whole[key]}, tmp_path / f"resume/tensors-{i:05}.safetensors")
+    other, fresh = trained(0)
+    assert load_resume(tmp_path, other, fresh, Config(), {}) == {"step": 2}
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("make", [torch.optim.RMSprop, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)])
@@ -338,21 +447,6 @@ def test_other_optimisers_resume_too(make, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_resuming_reads_the_old_folder_after_a_kill(tmp_path, monkeypatch):
-    model, optimizer = trained(1)
-    save_resume(tmp_path, model, optimizer, {"step": 1}, Config())
-    trained(1, model, optimizer)
-    with monkeypatch.context() as m:
-        interrupted_at(m, 2)
-        with pytest.raises(KeyboardInterrupt):
-            save_resume(tmp_path, model, optimizer, {"step": 2}, Config())
-    assert resume_folder(tmp_path) == tmp_path / "resume.old"
-    assert load_resume(tmp_path, *trained(0), Config(), {}) == {"step": 1}
-    save_resume(tmp_path, model, optimizer, {"step": 2}, Config())
-    assert load_resume(tmp_path, *trained(0), Config(), {}) == {"step": 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["resume"]
-
-
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     model, optimizer = trained(1)
     save_resume(tmp_path, model, optimizer, {"step": 1}, Config())
@@ -360,11 +454,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(
-        UserError,
-        match=r"resume: cannot be written \(No space left on device\); the one written before is kept",
-    ):
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    message = r"step-000002: cannot be written \(No space left on device\); the one written before is kept"
+    with pytest.raises(UserError, match=message):
         save_resume(tmp_path, model, optimizer, {"step": 2}, Config())
     assert load_resume(tmp_path, *trained(0), Config(), {}) == {"step": 1}
 

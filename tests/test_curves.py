@@ -1,4 +1,4 @@
-"""infra/curves.py and experiments/plot.py: curves of runs; solved/hint_K; the same metrics on wandb."""
+"""experiments/plot.py: curves of runs; solved/hint_K; the same metrics on wandb."""
 
 import json
 import sys
@@ -10,9 +10,9 @@ import torch
 import train_ift
 import train_uft
 from experiments import plot
+from experiments.plot import BY_HINT, PANELS, LoggedRun, all_curves, curve, read_run
 from infra import log
 from infra.config import UserError
-from infra.curves import BY_HINT, PANELS, LoggedRun, all_curves, curve, read_run
 
 PANEL = {p.key: p for p in PANELS}
 UFT = (
@@ -242,6 +242,33 @@ def test_each_loss_is_a_run_on_wandb_and_without_matplotlib_nothing_is_drawn(tmp
     assert fake.finished == ["id1", "id2"] and [i["name"] for i in fake.inits] == ["sft", "ift"]
     assert fake.logged == {"id1": metrics_of(tmp_path / "sft"), "id2": metrics_of(tmp_path / "ift")}
     assert not (tmp_path / "ift/curve.png").exists() and capsys.readouterr().err == ""
+
+
+def test_a_broken_matplotlib_or_log_does_not_fail_a_run_that_has_ended(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write("\n\n")
+    assert len(read_run(run).records) == 1
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write("nonsense\n")
+    plot.draw_run(run)
+    assert "curve.png: not drawn (UserError: " in capsys.readouterr().err
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib/__init__.py").write_text("raise AttributeError('_ARRAY_API not found')")
+    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    plot.draw_run(write_run(tmp_path / "other", [{"step": 1, "loss": 1.0}]))
+    assert "curve.png: not drawn (AttributeError: _ARRAY_API not found)" in capsys.readouterr().err
+
+
+def test_a_wandb_that_cannot_be_imported_is_named_with_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/__init__.py").write_text("import protobuf_of_another_version")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"^wandb: cannot be imported \(ModuleNotFoundError: .*protobuf"):
+        log.import_wandb()
 
 
 @pytest.mark.parametrize("module", [None, SimpleNamespace()])  # not installed; a folder of logs named wandb/

@@ -133,7 +133,7 @@ def test_qwen_math_ground_truths():
     )
     with pytest.raises(UserError, match="file row 0: must have the field gt"):
         exports.qwen_math(at({"question": "q"}), ask, "m", "")
-    with pytest.raises(UserError, match="idx must be another in every record"):
+    with pytest.raises(UserError, match="idx must be unique"):
         exports.qwen_math(
             at({"question": "q", "gt": "1", "idx": 1}, {"question": "q", "gt": "1"}), ask, "m", ""
         )
@@ -242,6 +242,7 @@ def test_refusals(tmp_path):
 
 def test_the_name_of_a_run_is_its_folders():
     assert exports.name_of(Path("out/logic/model")) == "logic" and exports.name_of(BASE) == "countdown"
+    assert exports.name_of(Path("out/logic/step-000300/model")) == "logic-step-000300"
 
 
 def test_tables_in_markdown_keep_their_columns(tmp_path):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import train_ift
-from infra.config import UserError
 from experiments import frozen_lake
 from experiments.frozen_lake import (
     GOAL,
@@ -32,6 +31,7 @@ from experiments.frozen_lake import (
     train,
     transitions,
 )
+from infra.config import UserError
 
 LEFT, DOWN, RIGHT, UP = range(4)
 SMALL = ["--maps=2", "--seeds=2", "--steps=3", "--start_steps=2"]

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_uft
-from infra.checkpoint import finish_replacing, new_folder, resume_folder, write_config
+from infra.checkpoint import resume_folder, write_config
 from infra.log import Log
 
 ROOT = Path(__file__).parent.parent
@@ -147,7 +147,12 @@ def content(out: Path) -> dict:
         "state": {k: v for k, v in state.items() if k != "last"},
         "model": load_file(out / "model/model.safetensors"),
         "resume": load_file(out / "resume/tensors-00000.safetensors"),
-        "files": sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.name != "notes.txt"),
+        "files": sorted(str(p.relative_to(out)) for p in out.iterdir() if not p.name.startswith("step-")),
+        "checkpoint": sorted(
+            str(p.relative_to(p.parents[1]))
+            for p in (out / "model").resolve().parent.glob("*/*")
+            if p.name != "notes.txt"
+        ),
     }
 
 
@@ -163,7 +168,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def leave_notes(out: Path, kept: set[str]) -> None:
-    """Put a file of the user's own into out_dir/model and out_dir/resume."""
+    """Put a file of the user's own into out_dir/model and out_dir/resume, and so into a step folder."""
     for name in ("model", "resume"):
         if name not in kept and (out / name).is_dir():
             (out / name / "notes.txt").write_text(f"mine, {name}")
@@ -171,7 +176,8 @@ def leave_notes(out: Path, kept: set[str]) -> None:
 
 
 def notes_are_there(out: Path, kept: set[str]) -> bool:
-    return all((out / name / "notes.txt").read_text() == f"mine, {name}" for name in kept)
+    """A folder that a resumed run had to write again has another name now."""
+    return {p.read_text() for p in out.glob("step-*/*/notes.txt")} == {f"mine, {name}" for name in kept}
 
 
 # ---- killed runs -------------------------------------------------------------------------------------------
@@ -188,13 +194,10 @@ def kill_some_time(rng: Random, runs: Runs, flags: str, out: Path) -> int:
         while not runs.ended(0.001) and time.monotonic() < began + wait:
             pass
     else:
-        folder, saves = (
-            out / rng.choice(("model.new", "resume.new", "model.old", "resume.old")),
-            rng.randrange(1, 4),
-        )
+        name, saves = rng.choice(("*.tmp/model", "*.tmp/resume", "*.old.tmp")), rng.randrange(1, 4)
         inside = rng.uniform(0, 0.004)
         while saves and not runs.ended():
-            if folder.exists():
+            if any(out.glob(f"step-{name}")):
                 saves -= 1
                 time.sleep(inside if saves == 0 else 0.02)
     if not runs.ended():
@@ -222,32 +225,6 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(flags, kills, runs, whole, tm
             killed += 1
             leave_notes(out, notes)
         assert same(content(out), whole(flags)) and notes_are_there(out, notes)
-
-
-def test_a_folder_replaced_just_before_a_kill_is_tidied_up(tmp_path):
-    for name in ("model", "model.old", "resume", "resume.old", "sft.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / ("state.json" if "resume" in name else "config.json")).write_text(name)
-    (tmp_path / "resume.old/notes.txt").write_text("mine")
-    finish_replacing(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "model",
-        "resume",
-        "sft.old",
-    ]  # nothing replaced sft
-    assert (tmp_path / "resume/notes.txt").read_text() == "mine"
-    assert (tmp_path / "resume/state.json").read_text() == "resume"
-    (tmp_path / "resume").rename(tmp_path / "resume.old")
-    finish_replacing(tmp_path)
-    assert (tmp_path / "resume.old/state.json").exists()
-
-
-def test_what_a_kill_left_half_written_goes_and_the_users_files_stay(tmp_path):
-    for name in ("tensors-00000.safetensors", ".tmpgXsYOO", "notes.txt", ".tmp"):
-        (tmp_path / "resume.new").mkdir(exist_ok=True)
-        (tmp_path / "resume.new" / name).write_text(name)
-    new_folder(tmp_path / "resume.new")
-    assert sorted(p.name for p in (tmp_path / "resume.new").iterdir()) == [".tmp", "notes.txt"]
 
 
 # ---- full disks --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ folder with uft/reward_math.jsonl) switch on the tests over the published rows a
 
 import json
 import os
+import random
 import time
 from pathlib import Path
 
@@ -148,6 +149,40 @@ RIGHT = {
         (r"\lfloor n/2\rfloor", r"\lfloor\frac n2\rfloor"), (r"m_{\max }=n^2", r"m_{\max}=n^{2}"),
         ("n!", "n!"), ("6+9i", "9i+6"),
     ],
+    "values of formulas": [
+        (r"(1+\sqrt2)(1-\sqrt2)+1", "0"),
+        ("(x+1)(x-1)", "x^2-1"), ("n(n+1)/2", r"\frac{n^2+n}{2}"), (r"\ln 4", r"2\ln 2"), (r"\log_2 8", "3"),
+        ("(-1)^{n+1}", "-(-1)^n"), (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2"), ("|x-y|", "|y-x|"),
+        (r"\frac{-1+\sqrt{-3}}{2}", r"-\frac12+\frac{\sqrt3}{2}i"), ("2^{100000}-1", "2^{100000}-1"),
+        (r"\sqrt{10^{50}}", "10^{25}"), (r"\exp(x)", "e^x"), ("10^-2", "0.01"), ("2^(n+1)", r"2\cdot2^n"),
+    ],
+    "marks around an answer": [
+        ("**5**", "5"), ("*5*", "5"), ("__5__", "5"), ("_5_", "5"), ("`5`", "5"), ("**$5$**", "5"),
+        ("$**5**$", "5"), ("***5.***", "5"), ("**5** cm", "5"), (r"**\boxed{5}**", "5"),
+        (r"\boxed{**5**}", "5"),
+    ],
+    "one box in prose": [
+        (r"The answer is \boxed{5}.", "5"), (r"So $x=\boxed{5}$, as asked.", "5"), (r"x=\boxed{5}", "5"),
+        (r"\boxed{5}\text{ cm}", "5"), (r"The result: $\boxed{\frac12}$", "0.5"), (r"2+3=\boxed{5}", "5"),
+        (r"The answer is \boxed{\text{(C)}}", "C"), (r"Both: \boxed{1,2}", "2,1"),
+    ],
+    "other scripts": [
+        ("２５", "25"), ("٢٥", "25"), ("२५", "25"), ("（１，２）", "(1,2)"),
+        ("－５．５", "-5.5"), ("5元", "5"),
+        ("5 個", "5"), ("5€", "5"), ("£5", "5"), ("α+1", r"1+\alpha"), ("Δ", r"\Delta"), ("λ", r"\lambda"),
+    ],
+    "empty set, sets, arrays": [
+        (r"\varnothing", r"\emptyset"), ("∅", r"\emptyset"), (r"\{\}", r"\varnothing"), ("{1,2}", r"\{2,1\}"),
+        ("2, 1", r"\left\{1,2\right\}"),
+        (r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+        (r"\left[\begin{array}{c}1\\2\end{array}\right]", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+        (r"\begin{pmatrix} 1 & 2 \\ \end{pmatrix}", r"\left(\begin{matrix}1&2\end{matrix}\right)"),
+    ],
+    "choices": [
+        ("A)", "A"), ("A.", "A"), ("Option A", "A"), ("choice (A)", "A"), ("**(A)**", "A"),
+        (r"\boxed{A}", "(A)"),
+        (r"\textbf{(A) }", "A"), ("Answer: A", "A"),
+    ],
     "what stands around": [
         (r"\boxed{24}", "24"), (r"\boxed{\boxed{24}}", "24"), (r"\fbox{24}", "24"), (r"\boxed 24", "24"),
         ("$24$", "24"), (r"\(24\)", "24"),
@@ -189,6 +224,22 @@ RIGHT = {
     ],
 }  # fmt: skip
 WRONG = {
+    "marks, boxes, scripts, sets, choices": [
+        ("**6**", "5"), ("2**3**4", "234"), ("**5** or **6**", "5"), (r"\boxed{4} or \boxed{5}", "5"),
+        (r"\boxed{x} or \boxed{5}", "5"),
+        (r"\boxed{6}, not \boxed{5}", "5"), (r"\boxed{5}+3", "5"), (r"2\boxed{5}", "5"),
+        (r"\boxed{5}^2", "5"),
+        (r"\boxed{5} or 6", "5"), (r"-\boxed{5}", "5"), ("２６", "25"), ("5元", "6"),
+        (r"\{1,3\}", r"\{1,2\}"),
+        ("(1,2)", r"\{1,2\}"), ("{12}", "{1,2}"), ("0", r"\emptyset"), ("B)", "A"), ("AB", "A"),
+        (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+        (r"\begin{pmatrix}1&2\\3&5\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+        (r"\begin{pmatrix}1&2\end{pmatrix}", "(1,2)"),
+    ],
+    "close values": [
+        ("|x|", "x"), ("2^{100000}", "2^{100000}-1"), (r"\sqrt{10^{60}+1}", "10^{30}"), ("x^3", "x^2"),
+        (r"\sin x", r"\cos x"), ("3.14159265358979", r"\pi"), ("x+y", "x-y"), (r"1+10^{-40}", "1"),
+    ],
     "other numbers": [
         ("-5", "5"), ("50", "5"), ("6", "5"), ("0.33", "1/3"), ("0.20", r"\frac{16}{81}"),
         (r"\frac52", r"\frac25"), ("136", r"\frac1{36}"),
@@ -222,8 +273,9 @@ WRONG = {
         (r"\frac{-a+b}{2}", r"-\frac{a+b}{2}"),
     ],
     "unfinished": [
-        ("2+3", "5"), ("x+x", "2x"), (r"\frac{1}{2}+\frac{1}{3}", r"\frac56"), ("(x+1)(x-1)", "x^2-1"),
-        ("x^2-1", "(x+1)(x-1)"),
+        ("2+3", "5"), ("x+x", "2x"), (r"\frac{1}{2}+\frac{1}{3}", r"\frac56"),
+        (r"2\sqrt5+\sqrt5", r"3\sqrt5"),
+        (r"\frac{2+3}{7}", r"\frac57"),
     ],
     "code": [("2**3", "8"), ("__import__('os')", "os"), ("9**9**9", "1"), ("7//2", "3")],
     "endless": [
@@ -254,6 +306,18 @@ def test_a_percent_sign_does_not_matter_where_the_question_asks_for_percent():
         (None, "wrong"),
     ):
         assert score(r"<answer>25\%</answer>", {"target": "25", "question": question})[1] == verdict
+
+
+def test_a_question_that_asks_to_factor_or_expand_wants_that_form():
+    for question, answer, target, verdict in (
+        ("Factor $x^2-1$.", "x^2-1", "(x+1)(x-1)", "wrong"),
+        ("Factor $x^2-1$.", "(x-1)(x+1)", "(x+1)(x-1)", "right"),
+        ("Factor $x^4-1$ completely.", "(x^2+1)(x^2-1)", "(x^2+1)(x+1)(x-1)", "wrong"),
+        ("Expand $(x+1)^2$.", "(x+1)^2", "x^2+2x+1", "wrong"),
+        ("Expand $(x+1)^2$.", "1+x^2+2x", "x^2+2x+1", "right"),
+        ("Find the area.", "(x+1)^2", "x^2+2x+1", "right"),
+    ):
+        assert score(f"<answer>{answer}</answer>", {"target": target, "question": question})[1] == verdict
 
 
 NUMBERS = st.fractions(max_denominator=30).filter(lambda q: abs(q) < 1000)
@@ -335,6 +399,15 @@ def test_any_text_gets_a_verdict_and_is_equal_to_itself(text):
     block = answer_block(text)
     if block is not None and len(block[1]) <= 2000:
         assert score(text, {"target": block[1]}) == (1.0, "right")
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_random_answers():
+    rng, letters = random.Random(0), [chr(c) for c in range(32, 0x3000)]
+    for i in range(100_000):
+        pieces = PIECES if i % 4 else letters
+        text = "".join(rng.choice(pieces) for _ in range(rng.choice((3, 6, 10, 20, 40, 80))))
+        assert judge(text, "8")[1] in ("right", "wrong", "malformed", "no answer")
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -421,7 +494,7 @@ def test_rows_as_load_returns_them_and_rows_of_other_sources(tmp_path):
         (RAW, {"path": None}, "data_path: MATH.*liumy2010/UFT.*hf download EleutherAI/hendrycks_math"),
         (RAW, {"sizes": (6,)}, "sizes: .*1 to 5"), (RAW, {"sizes": ()}, "sizes: .*1 to 5"),
         (RAW, {"n": 2}, "n: 2 rows"),
-        (RAW, {"sizes": (1, 2)}, r"sizes: .*levels \[1, 2\]"),
+        (RAW, {"sizes": (1, 2)}, "sizes: .*levels 1, 2"),
         (RAW | {"problem": None}, {}, "x.jsonl row 0: field 'problem'"),
         ({"problem": "?"}, {}, "row 0: field 'solution'"),
         (RAW | {"solution": "It is 2."}, {}, "row 0: .*boxed"),

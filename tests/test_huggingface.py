@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from safetensors.torch import load_file, save_file
 import model as model_file
 from infra import huggingface
 from infra.config import UserError
-from infra.huggingface import config_from_dict, config_to_dict, load_model
+from infra.huggingface import check_folder, config_from_dict, config_to_dict, load_model
 from model import FAMILIES, ModelConfig, Transformer
 
+ROOT = Path(__file__).parent.parent
 SIZES = {
     "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -133,14 +136,23 @@ def test_a_config_written_and_read_is_the_same(family):
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gemma",
+            "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gemma, olmo2",
         ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling of type 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling of type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling of type 'dynamic' is not"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor is missing or not"),
+        (
+            {"rope_scaling": {"type": "yarn"} | LLAMA3 | {"attention_factor": "1"}},
+            "rope_scaling: attention_factor is missing or not a number above 0",
+        ),
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling of type ['llama3']"),
+        (
+            {"rope_scaling": {"type": "yarn"} | LLAMA3 | {"mscale": 1.0}},
+            "rope_scaling: mscale is not supported, only attention_factor",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear': must be an object"),
         ({"rope_parameters": [1]}, "rope_scaling = [1]: must be an object"),
         (
@@ -193,10 +205,81 @@ def test_a_config_written_and_read_is_the_same(family):
             "eos_token_id = [2, None]: must be a whole number, a list of them, or null",
         ),
         ({"sliding_window": 4096.5}, "sliding_window = 4096.5: must be a whole number or null"),
+        ({"no_rope_layers": [1]}, "no_rope_layers = [1]: must be a list with 0 or 1 for each layer"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1},
+            "use_sliding_window = True is not supported for llama, must be False",
+        ),
     ],
 )
 def test_fields_that_a_config_cannot_have_are_named(fields, message):
     assert f"config.json: {message}" in refused(config_from_dict, LLAMA | fields)
+
+
+def test_null_and_needless_fields():
+    """null is as if the field were not there, and a setting that changes nothing is no reason to refuse."""
+    plain = config_from_dict(LLAMA)
+    nulls = (
+        "hidden_act", "attention_bias", "mlp_bias", "rms_norm_eps", "head_dim", "rope_theta",
+        "tie_word_embeddings", "num_key_value_heads", "partial_rotary_factor", "use_sliding_window",
+    )  # fmt: skip
+    needless = (
+        {"use_sliding_window": True, "max_window_layers": 2},
+        {"use_sliding_window": True, "max_window_layers": 28},
+        {"use_sliding_window": True, "layer_types": ["full_attention"] * 2},
+        {"rope_scaling": {"rope_type": "default", "factor": None}},
+        {"pretraining_tp": 1, "attention_dropout": 0.1},
+    )
+    for fields in (*({key: None} for key in nulls), *needless):
+        config = config_from_dict(LLAMA | fields)
+        config.extra = plain.extra
+        assert config == plain, fields
+    assert config_from_dict(SIZES | {"model_type": "gemma", "tie_word_embeddings": None}).tie_word_embeddings
+
+
+def test_a_mistral_has_the_window_that_transformers_gives_it():
+    mistral = SIZES | {"model_type": "mistral"}
+    for fields, window in (({}, 4096), ({"sliding_window": None}, 0), ({"sliding_window": 7}, 7)):
+        config = config_from_dict(mistral | fields)
+        again = config_from_dict(config_to_dict(config))
+        assert config.window == again.window == window
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_of_fields_that_are_not_there(family):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoConfig.for_model(family, **SIZES)
+    config = config_from_dict(SIZES | {"model_type": family})
+    for key in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "initializer_range"):
+        if (theirs := getattr(peer, key, None)) is not None:
+            assert getattr(config, key) == theirs, key
+    theta = getattr(peer, "rope_theta", None) or peer.rope_parameters["rope_theta"]
+    assert config.rope_theta == theta
+
+
+def test_what_is_written_on_and_what_is_not(tmp_path):
+    """The base's sampling defaults and a valid pad id; not its quantisation, private paths and code."""
+    ours().save_pretrained(tmp_path / "base")
+    private = {
+        "quantization_config": {"load_in_4bit": True},
+        "_name_or_path": "/home/me",
+        "auto_map": {"A": "b.C"},
+    }
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    for pad, valid in ((100, True), (101, False), (-1, False)):
+        change_config(tmp_path / "base", **private, pad_token_id=pad, eos_token_id=3, use_cache=False)
+        base = sampling | {"eos_token_id": [4, 5], "pad_token_id": pad, "_from_model_config": True}
+        (tmp_path / "base/generation_config.json").write_text(json.dumps(base))
+        Transformer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "out", stop_ids=[9])
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert not private.keys() & config.keys() and config["use_cache"] is False
+        assert config["pad_token_id"] == (pad if valid else None)
+        written = json.loads((tmp_path / "out/generation_config.json").read_text())
+        expected = sampling | {"eos_token_id": [3, 4, 5, 9]} | ({"pad_token_id": pad} if valid else {})
+        assert written == expected
+        transformers = pytest.importorskip("transformers")
+        peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert peer.generation_config.top_k == 20 and not hasattr(peer.config, "quantization_config")
 
 
 def test_gemma_without_its_tanh_is_refused():
@@ -310,31 +393,14 @@ def test_shards_with_an_index(tmp_path):
 
 def test_an_index_left_beside_a_whole_file_is_stale(tmp_path):
     """As in transformers, model.safetensors goes first: a model saved over shards leaves their index."""
-    model = ours()
-    model.save_pretrained(tmp_path, shard_bytes=12_000)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "model-1.safetensors"}}))
     other = ours(seed=1)
     other.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert index.exists()
     assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, other.head_weight)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, other.head_weight)
-
-
-def test_writing_in_shards(tmp_path):
-    model = ours(model_type="qwen2")
-    model.save_pretrained(tmp_path, stop_ids=[7, 3], shard_bytes=12_000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
-    assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
-    sizes = {f: sum(t.nbytes for t in load_file(tmp_path / f).values()) for f in files}
-    assert all(size <= 12_000 or len(load_file(tmp_path / f)) == 1 for f, size in sizes.items())
-    assert index["metadata"]["total_size"] == sum(sizes.values())
-    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [3, 7]}
-    again = Transformer.from_pretrained(tmp_path)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    transformers = pytest.importorskip("transformers")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert (peer(some_ids(1, 9)).logits - model(some_ids(1, 9))).abs().max() < 1e-4
 
 
 # ---- tied heads --------------------------------------------------------------------------------------------
@@ -402,7 +468,7 @@ UP, NORM, KEYS_PROJECTION = "layers.1.mlp.up_proj", "layers.1.self_attn.q_norm",
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
-            "model.norm.weight is of type torch.int8, not a floating-point one",
+            "model.safetensors: is quantised (tensor model.norm.weight, I8); give the model before that",
         ),
     ],
 )
@@ -410,6 +476,122 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
     ours().save_pretrained(tmp_path)
     change_tensors(tmp_path, change)
     assert message in refused(Transformer.from_pretrained, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "rename", [lambda n: n.removeprefix("model."), lambda n: f"model.{n}"], ids=["without", "twice"]
+)
+def test_names_with_and_without_their_prefix(rename, tied, tmp_path):
+    """As AutoModel and wrappers of a model write them."""
+    model = ours(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    save_file({rename(n): t for n, t in load_file(tmp_path / "model.safetensors").items()}, tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / "model.safetensors")
+    assert torch.equal(Transformer.from_pretrained(tmp_path)(some_ids(1, 9)), model(some_ids(1, 9)))
+    change_tensors(
+        tmp_path,
+        lambda t: t.update({EMBEDDING: torch.ones(101, 32), "embed_tokens.weight": torch.ones(101, 32)}),
+    )
+    assert "embed_tokens.weight is not part of this llama model" in refused(
+        Transformer.from_pretrained, tmp_path
+    )
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {f"{Q}.weight": torch.zeros(512, 1, dtype=torch.uint8)},  # bitsandbytes, 4 bits
+        {f"{Q}.weight": torch.zeros(32, 32, dtype=torch.float8_e4m3fn)},
+        {f"{Q}.weight_scale_inv": torch.ones(1, 1)},  # FP8 with plain dtypes elsewhere
+        {f"{Q}.weight.absmax": torch.ones(16)},
+        {
+            f"{Q}.qweight": torch.zeros(4, 32, dtype=torch.int32),
+            f"{Q}.g_idx": torch.zeros(32, dtype=torch.int32),
+        },
+        {f"{Q}.scales": torch.ones(1, 32, dtype=torch.float16)},
+        {f"{Q}.weight_packed": torch.zeros(32, 4, dtype=torch.int32)},
+    ],
+)
+def test_quantised_weights_are_said_to_be(tensors, tmp_path):
+    ours().save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda t: t.update(tensors))
+    message = refused(Transformer.from_pretrained, tmp_path)
+    assert message.startswith(f"{tmp_path / 'model.safetensors'}: is quantised (tensor {Q}.")
+
+
+def test_adapters_and_weights_that_are_no_numbers_are_said_to_be(tmp_path):
+    ours().save_pretrained(tmp_path)
+    for name in (f"base_model.model.{Q}.lora_A.weight", f"{Q}.lora_B.default.weight"):
+        change_tensors(tmp_path, lambda t, name=name: t.update({name: torch.ones(2, 2)}))
+        assert "holds a LoRA adapter (tensor " in refused(Transformer.from_pretrained, tmp_path)
+        change_tensors(tmp_path, lambda t, name=name: t.pop(name))
+    for value in (math.nan, math.inf, -math.inf):
+        change_tensors(tmp_path, lambda t, v=value: t["model.norm.weight"][3].fill_(v))
+        message = refused(Transformer.from_pretrained, tmp_path)
+        assert message.endswith("tensor model.norm.weight holds NaN or infinity; give an earlier checkpoint")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+        "shard",
+    ],
+)
+def test_pointers_of_git_lfs_are_said_to_be(name, tmp_path):
+    shutil.copytree(ROOT / "data/tiny/countdown", tmp_path, dirs_exist_ok=True)
+    if name == "shard":
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+        index = {"weight_map": {"x": "model-1.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        name = "model-1.safetensors"
+    (tmp_path / name).write_bytes(POINTER)
+
+    def start(folder):
+        check_folder(folder)
+        Transformer.from_pretrained(folder)
+
+    fetch = "is a Git LFS pointer, not the file; fetch it with git lfs pull"
+    assert refused(start, tmp_path) == f"{tmp_path / name}: {fetch}"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("config.json adapter_config.json training_args.bin optimizer.pt", "is a LoRA adapter; give"),
+        ("config.json adapter_config.json model.safetensors", "is a LoRA adapter; give the merged model"),
+        ("snapshots/ab12/config.json refs/main", "is a folder of the hub's cache; give its "),
+        ("model/config.json config.toml", "holds models in folders; give one of them, such as "),
+        ("checkpoint-500/config.json", "holds models in folders; give one of them, such as "),
+        ("config.json original/config.json pytorch_model.bin", "only safetensors files are read; convert"),
+        ("model-q4.gguf", "holds GGUF; give the Hugging Face model"),
+        ("config.json pytorch_model_fsdp_0/__0_0.distcp", "holds FSDP's shards; merge them with accelerate"),
+        ("__0_0.distcp .metadata", "holds FSDP's shards; merge them with accelerate"),
+        ("config.json model_world_size_8_rank_0.pt", "holds FSDP's shards; merge them with python -m verl"),
+        ("config.json zero_to_fp32.py latest", "holds DeepSpeed's shards; merge them: python zero_to"),
+        ("params.json consolidated.safetensors", "holds Mistral's own format; give"),
+        ("config.json training_args.bin rng_state_0.pth", "no such file, nor an index of shards"),
+        ("config.json model.safetensors tokenizer.model", "has only tokenizer.model; write tokenizer.json"),
+    ],
+)
+def test_a_directory_of_another_kind_is_named(files, message, tmp_path):
+    files = files.split()
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(LLAMA))
+    assert f": {message}" in refused(check_folder, tmp_path)
+    assert "is a file; give the directory" in refused(check_folder, tmp_path / files[0])
 
 
 def test_a_tensor_in_two_shards_is_one_line(tmp_path):

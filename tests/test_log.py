@@ -34,6 +34,18 @@ def test_a_new_log_is_empty_and_a_resumed_one_keeps_the_steps_done(tmp_path):
     assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_lines_that_an_editor_or_a_crash_left_do_not_stop_a_run(tmp_path):
+    path, records = tmp_path / "metrics.jsonl", [b'{"step": %d}' % s for s in (1, 2, 3)]
+    for junk in (b"", b"  ", b"\r", b'{"step": 1, "lo', b"null", b"[1]", b"\xff", b'{"step": null}', b"{}"):
+        path.write_bytes(b"\n".join([junk, records[0], junk, records[1], junk, records[2], junk, b""]))
+        Log(tmp_path, 2).write("metrics", 3, {"again": 1})
+        lines = path.read_bytes().split(b"\n")
+        assert lines == [junk, records[0], junk, records[1], junk, b'{"step": 3, "again": 1}', b""], junk
+    path.write_bytes(b"\n".join(records))  # without its last newline: the record is whole
+    Log(tmp_path, 3).write("metrics", 4, {})
+    assert path.read_bytes() == b"\n".join([*records, b'{"step": 4}', b""])
+
+
 def test_a_counter_writes_on_a_terminal_only(capsys, monkeypatch):
     Counter(3)(1, 10)
     assert capsys.readouterr().out == ""

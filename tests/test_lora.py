@@ -230,7 +230,7 @@ def test_rounding_the_frozen_weights_is_said(tmp_path, monkeypatch, capsys):
 
 def test_the_adapter_of_an_earlier_run_is_not_left_beside_another_model(tmp_path):
     train_uft.main([*UFT, f"--out_dir={tmp_path}"])
-    shutil.rmtree(tmp_path / "resume")
+    shutil.rmtree((tmp_path / "resume").resolve())
     with pytest.raises(UserError, match="holds the adapter/ of an earlier run with LoRA"):
         train_uft.main([*UFT, f"--out_dir={tmp_path}", "--lora_rank=0"])
 

@@ -21,12 +21,14 @@ SIZES = {
     "num_attention_heads": 4,
 }  # fmt: skip
 LLAMA3 = {
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 48,
-}
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+TURNS = {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
+IDS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 VARIANTS = {  # model_type, fields, rope_theta, scaling
     "llama": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-2}, 10000.0, None),
     "llama-gqa-tied-head_dim": ("llama", {"num_key_value_heads": 2, "head_dim": 12} | TIED, 500.0, None),
@@ -37,19 +39,28 @@ VARIANTS = {  # model_type, fields, rope_theta, scaling
     "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 13} | UNTIED, 1e4, None),
     "mistral-full": ("mistral", {"num_key_value_heads": 2, "sliding_window": None} | UNTIED, 1e4, None),
     "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 12} | TIED, 1e4, None),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2} | UNTIED, 5e5, None),
+    "smollm3": ("smollm3", {"num_key_value_heads": 2, "no_rope_layers": [1, 0], **IDS} | TIED, 2e6, None),
+    "smollm3-every": ("smollm3", {"num_key_value_heads": 2, "no_rope_layer_interval": 2, **IDS}, 1e4, None),
+    "linear": ("llama", {"num_key_value_heads": 2} | UNTIED, 1e4, LINEAR),
+    "yarn": ("qwen2", {"num_key_value_heads": 2} | TIED, 1e4, YARN),
+    "yarn-turns": ("qwen3", {"num_key_value_heads": 2, "head_dim": 12} | TIED, 1e6, YARN | TURNS),
+    "yarn-attention": ("olmo2", {"num_key_value_heads": 4}, 1e4, YARN | {"attention_factor": 0.7}),
+    "yarn-smollm3": ("smollm3", {"num_key_value_heads": 1, "no_rope_layers": [0, 1], **IDS}, 1e4, YARN),
 }
-FAMILIES = ["llama", "llama3-scaling", "qwen2-tied", "qwen3", "mistral-window", "gemma"]  # one of each kind
+FAMILIES = [  # one of each kind
+    "llama", "llama3-scaling", "qwen2-tied", "qwen3", "mistral-window", "gemma", "olmo2", "smollm3", "yarn",
+]  # fmt: skip
 
 
 def theirs(kind, knobs, theta, scaling, seed=0):
     """A random model of transformers whose norms and biases are random too, so that every part matters."""
     transformers = pytest.importorskip("transformers")
     if transformers.__version__ < "5":
-        rope = {"rope_theta": theta, "rope_scaling": scaling and {"rope_type": "llama3", **scaling}}
+        rope = {"rope_theta": theta, "rope_scaling": scaling}
     else:
-        rope = {"rope_theta": theta, "rope_type": "llama3" if scaling else "default", **(scaling or {})}
-        rope = {"rope_parameters": rope}
-    make = getattr(transformers, f"{kind.capitalize()}Config")
+        rope = {"rope_parameters": {"rope_theta": theta, "rope_type": "default", **(scaling or {})}}
+    make = getattr(transformers, {"smollm3": "SmolLM3"}.get(kind, kind.capitalize()) + "Config")
     config = make(**SIZES, **knobs, **rope, max_position_embeddings=192, initializer_range=0.2)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -82,6 +93,8 @@ def test_logits_equal_transformers_in_both_directions(variant, tmp_path):
     mask = torch.arange(60) < torch.tensor([60, 41, 7])[:, None]  # right-padded
     expected = peer(ids, attention_mask=mask.long()).logits
     assert (model(ids) - expected)[mask].abs().max() < 1e-4
+    greedy = peer.generate(ids[:1, :9], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert sampler.generate(model, [ids[0, :9].tolist()], 1, 12, 0.0)[0][0].tokens == greedy[0, 9:].tolist()
     model.save_pretrained(tmp_path / "ours")
     back = type(peer).from_pretrained(tmp_path / "ours", dtype=torch.float32)
     torch.testing.assert_close(back(ids, attention_mask=mask.long()).logits, expected, rtol=0, atol=1e-6)
@@ -136,7 +149,6 @@ def test_right_padding_needs_no_mask():
 
 def variant_of_ours(variant):
     kind, knobs, theta, scaling = VARIANTS[variant]
-    scaling = scaling and {"rope_type": "llama3", **scaling}
     return ours(model_type=kind, rope_theta=theta, rope_scaling=scaling, **knobs)
 
 

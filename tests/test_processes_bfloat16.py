@@ -43,7 +43,7 @@ def rows(name):
         yield {"prompt": "" if i % 3 == 0 else f"{i} 1={i + 1}\n", **answer}
 
 
-CASES = [f"{UFT} --algo={algo}" for algo in train_uft.ALGOS]
+CASES = [f"{UFT} --algo={algo}" for algo in train_uft.METHODS]
 CASES += [f"{UFT} --hint_loss=ift", f"{UFT} --hint=on-failure --fast=false", f"{TASK} --loss=ift --batch=1"]
 CASES += [
     f"{TASK} --loss=ift --batch=3 --gradient_checkpointing=true",

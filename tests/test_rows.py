@@ -2,11 +2,16 @@
 blocks."""
 
 import json
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from data import countdown, gsm8k, hendrycks_math, sources
+from data import rows as rows_module
 from data.rows import (
     answer_block,
     first,
@@ -19,6 +24,7 @@ from data.rows import (
 )
 from infra.config import UserError
 
+ROOT = Path(__file__).parent.parent
 NEEDS = {"target": int, "numbers": list}
 TRUTH = {"target": 6, "numbers": [1, 5]}
 OWN = {"prompt": "1 5=6\n", "hint": ["1+5=6\n"], "answer": "<answer>6</answer>", "truth": TRUTH}
@@ -104,8 +110,9 @@ def test_a_missing_field_is_named_with_file_and_row(change, wanted, tmp_path):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"reward_model": {}}, "'truth'"),
-        ({"reward_model": None}, "'truth'"),
+        ({"reward_model": {}}, "'reward_model.ground_truth' is missing"),
+        ({"reward_model": None}, "'reward_model.ground_truth' is missing"),
+        ({"reward_model": {"ground_truth": "6"}}, "'reward_model.ground_truth' is missing or not a dict"),
         ({"question": None, "prompt": []}, "'prompt'"),
         ({"question": None, "prompt": [{"role": "user"}]}, "'prompt'"),
         ({"hint": 3}, "'hint'"),
@@ -331,3 +338,163 @@ def test_few_rows_keep_one_for_testing():
 )  # fmt: skip
 def test_the_last_and_innermost_block(text, block):
     assert answer_block(text) == block
+
+
+# ---- files and layouts of others -----------------------------------------------------------------
+
+
+def verl(i, truth, **other):
+    prompt = [{"role": "user", "content": f"What is {i} + 2?"}]
+    return {"data_source": "openai/gsm8k", "prompt": prompt, "reward_model": {"ground_truth": truth}, **other}
+
+
+def test_ground_truth_of_verl_and_dapo(tmp_path):
+    write(tmp_path / "test.jsonl", [verl(i, str(i + 2), extra_info={"index": i}) for i in range(4)])
+    rows = gsm8k.load("test", tmp_path)
+    assert rows[3] == {"prompt": "What is 3 + 2?", "hint": [], "answer": "", "truth": rows[3]["truth"]}
+    assert rows[3]["truth"] == {"question": "What is 3 + 2?", "target": "5"}
+    dapo = [
+        verl(i, r"\frac12") | {"data_source": "math_dapo"} for i in range(2)
+    ]  # a source that is none of ours
+    assert (
+        hendrycks_math.load("test", write(tmp_path / "dapo.jsonl", dapo))[1]["truth"]["target"] == r"\frac12"
+    )
+    assert len(sources.load("aime", str(tmp_path / "dapo.jsonl"), "test")) == 2
+    with pytest.raises(UserError, match="row 0: the target 'two' is not a number"):
+        gsm8k.load("test", write(tmp_path / "bad.jsonl", [verl(0, "two")]))
+    with pytest.raises(
+        UserError, match="row 0: field 'reward_model.ground_truth' .*dict with numbers, target"
+    ):
+        countdown.load("test", write(tmp_path / "bad.jsonl", [verl(0, "5") | {"data_source": "countdown"}]))
+
+
+def test_a_prompt_of_messages_is_whole_or_refused(tmp_path):
+    def prompt(*messages):
+        record = {
+            "prompt": [{"role": r, "content": c} for r, c in messages],
+            "reward_model": {"ground_truth": TRUTH},
+        }
+        return read_rows(write(tmp_path / "rows.jsonl", [record]), "train", NEEDS)[0]["prompt"]
+
+    assert prompt(("system", "Count."), ("user", "1 5=6")) == "Count.\n\n1 5=6"
+    for messages in (
+        [("user", "1 2=3"), ("assistant", "3"), ("user", "1 5=6")],
+        [("system", "Count.")],
+        [("user", [{"type": "text", "text": "1 5=6"}])],
+    ):
+        with pytest.raises(UserError, match="row 0: field 'prompt' must be a user message"):
+            prompt(*messages)
+
+
+def test_stray_files_are_no_rows(tmp_path):
+    for split in ("train", "test"):
+        for name in (
+            "part.jsonl",
+            ".ipynb_checkpoints/part-checkpoint.jsonl",
+            "._part.jsonl",
+            ".part.jsonl.lock",
+        ):
+            path = tmp_path / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, [OWN]) if name[0] != "." or "/" in name else path.write_bytes(b"\0\5\26\7")
+    (tmp_path / ".cache" / "test").mkdir(parents=True)
+    write(tmp_path / ".cache" / "test" / "x.json", [OWN] * 7)
+    assert len(read_rows(tmp_path, "test", NEEDS)) == 1
+
+
+def test_shards_of_a_hub_folder_are_read_in_order(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        name = tmp_path / "data" / f"train-0000{i}-of-00002.parquet"
+        write(name, [{"ID": i, "Problem": f"What is 1+{i}?", "Answer": i + 1}])
+    rows = sources.load("aime", str(tmp_path), "train")
+    assert [r["truth"]["target"] for r in rows] == ["1", "2"] and "What is 1+1?" in rows[1]["prompt"]
+    with pytest.raises(UserError, match="no test.parquet or test.jsonl"):
+        sources.load("aime", str(tmp_path), "test")
+
+
+def test_olympiad_bench_as_published(tmp_path):
+    row = {
+        "question": "Solve.",
+        "solution": ["So.", "It is 2 or 3."],
+        "final_answer": ["2", "$3$"],
+        "unit": None,
+    }
+    (got,) = sources.load("olympiad_bench", str(write(tmp_path / "o.jsonl", [row])), "test")
+    assert got["truth"]["target"] == "2, $3$" and "".join(got["hint"]) == "So.\nIt is 2 or 3."
+    assert hendrycks_math.score("<answer>3, 2</answer>", got["truth"])[1] == "right"
+    for missing in (None, [], [None]):
+        with pytest.raises(UserError, match="row 0: must have the fields problem .or question. and answer"):
+            sources.load(
+                "olympiad_bench", str(write(tmp_path / "bad.jsonl", [row | {"final_answer": missing}])), "x"
+            )
+
+
+def test_columns_that_nothing_needs_do_not_matter(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    beyond = pa.array([2**62] * 3, pa.timestamp("us"))  # a time that Python does not have
+    columns = {k: [v] * 3 for k, v in OWN.items()} | {"created": beyond}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    assert read_rows(tmp_path / "rows.parquet", "train", NEEDS) == [OWN] * 3
+    read = [
+        record for _, record in read_records(tmp_path / "rows.parquet", "train")
+    ]  # all that Python can hold
+    assert [r["prompt"] for r in read] == [OWN["prompt"]] * 3 and "created" not in read[0]
+    monkeypatch.setattr(pq, "read_table", lambda path, columns: pytest.fail(f"reads {columns}"))
+    with pytest.raises(pytest.fail.Exception, match=r"reads \['prompt', 'hint', 'answer', 'truth'\]"):
+        read_rows(tmp_path / "rows.parquet", "train", NEEDS)
+
+
+MINE = """
+from data.countdown import score
+from beside import N
+
+def load(split, path=None):
+    return [{"prompt": "1 5=6", "truth": {"numbers": [1, 5], "target": 6}}] * N
+"""
+
+
+def test_a_task_may_be_a_path_and_import_its_functions(tmp_path):
+    (tmp_path / "beside.py").write_text("N = 3\n")
+    (tmp_path / "mine.py").write_text(MINE)
+    mine = load_task(str(tmp_path / "mine.py"))
+    assert mine is load_task(f"{tmp_path}/./mine.py") and len(load_rows(mine, "test")) == 3
+    assert mine.score("<answer>1+5</answer>", {"numbers": [1, 5], "target": 6}) == (1.0, "right")
+    for i, (text, wanted) in enumerate((
+        ("def load(split): ...\n", r"0.py has no `def score\(response, truth\) -> \(reward, verdict\)`"),
+        ("score = 3\n", r"1.py has no `def load\(split, path=None\) -> rows`"),
+        ("import no_such_package\n", r"2.py': cannot be imported \(ModuleNotFoundError: .*no_such_package"),
+        ("def load(:\n", r"3.py': cannot be imported \(SyntaxError"),
+    )):  # fmt: skip
+        (tmp_path / f"{i}.py").write_text(text)
+        with pytest.raises(UserError, match=wanted) as e:
+            load_task(str(tmp_path / f"{i}.py"))
+        assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="nothing.py': there is no such file; tasks are countdown"):
+        load_task(str(tmp_path / "nothing.py"))
+
+
+def test_a_task_file_runs_by_itself(tmp_path):
+    for name, arguments in (("countdown", []), ("gsm8k", [tmp_path / "rows.jsonl"]), ("logic", [])):
+        write(tmp_path / "rows.jsonl", [{"question": "1+1?", "answer": "It is 2.\n#### 2"}] * 3)
+        command = [sys.executable, ROOT / "data" / f"{name}.py", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.count("score   (1.0, 'right')") == 2, done.stderr
+    done = subprocess.run([sys.executable, ROOT / "data" / "gsm8k.py"], capture_output=True, text=True)
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: data_path: GSM8K")
+        and "\n" not in done.stderr[:-1]
+    )
+
+
+def test_stray_files_are_no_tasks(monkeypatch, tmp_path):
+    for name, content in (
+        ("._countdown.py", b"\0\5\26\7\xb0\xff"),
+        ("notes-old.py", b"def load(\ndef score(\n"),
+    ):
+        (tmp_path / name).write_bytes(content)
+    shutil.copy(ROOT / "data" / "gsm8k.py", tmp_path)
+    monkeypatch.setattr(rows_module, "__file__", str(tmp_path / "rows.py"))
+    with pytest.raises(UserError, match="tasks are gsm8k$"):
+        load_task("._countdown")

@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
-from infra.config import UserError
 from experiments import search_tree
 from experiments.search_tree import Config, ascend, draw_hit, draw_step, leaves_to_half, main, right_after
+from infra.config import UserError
 
 
 def random_case(seed: int = 0, runs: int = 6, height: int = 3, branching: int = 3):

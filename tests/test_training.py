@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train_ift
 import train_uft
 from data.chat import Example
+from data.tokenizer import Tokenizer
 from infra import training
 from infra.config import UserError
 from infra.training import (
@@ -52,7 +53,8 @@ def test_a_missing_model_says_how_to_download_it(tmp_path, monkeypatch):
     ):
         starting_model(SimpleNamespace(model="", hub="", task="math"))
     assert starting_model(SimpleNamespace(model="", task="countdown")) == ROOT / "data/tiny/countdown"
-    assert starting_model(SimpleNamespace(model=str(tmp_path), task="countdown")) == tmp_path
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        starting_model(SimpleNamespace(model=str(tmp_path), task="countdown"))
 
 
 def test_a_base_without_an_end_of_text_token_is_refused(tmp_path):
@@ -221,6 +223,24 @@ IFT = (
     " --own=sampled --optimizer=rmsprop --lr=1e-4 --eval_every=6 --save_every=5 --print_every=1 --device=cpu"
     " --threads=1 --show=0"
 )
+
+
+@pytest.mark.parametrize("knobs", [[], ["--lora_rank=2"]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_written_model_has_the_dtype_of_the_base_and_resume_is_exact(dtype, knobs, tmp_path):
+    Transformer.from_pretrained(ROOT / "data/tiny/countdown").save_pretrained(tmp_path / "base", dtype)
+    Tokenizer.from_pretrained(ROOT / "data/tiny/countdown").save(tmp_path / "base")
+    flags = [*UFT.split()[1:], "--steps=1", "--eval_every=9", f"--model={tmp_path / 'base'}", *knobs]
+    train_uft.main([*flags, f"--out_dir={tmp_path / 'out'}"])
+    written = load_file(tmp_path / "out/model/model.safetensors")
+    assert {t.dtype for t in written.values()} == {dtype}
+    config = json.loads((tmp_path / "out/model/config.json").read_text())
+    assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
+    kept = load_file(tmp_path / "out/resume/tensors-00000.safetensors")
+    assert {t.dtype for t in kept.values()} == {torch.float32}
+    if not knobs:
+        for name, tensor in written.items():
+            assert torch.equal(kept[f"parameter/{name}"].to(dtype), tensor)
 
 
 def start(flags, out, **options):

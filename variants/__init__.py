@@ -1,1 +1,1 @@
-"""Examples of changing one function of a trainer."""
+"""One method per file: METHOD for train_uft.py --algo=NAME, LOSS for train_ift.py --loss=NAME."""

@@ -1,0 +1,100 @@
+"""What the tests of train_ift.py share: tiny models, ragged examples, a step without a run, its records."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+import model as plain_head
+import train_ift
+from data.chat import Example
+from fast import head as fast_head
+from fast import prefix as fast_prefix
+from infra.training import ROOT, Run
+from model import Transformer
+
+MODELS = Path(__file__).parent / "vectors/uft/models"
+CPU = torch.device("cpu")
+COUNTDOWN = ROOT / "data/tiny/countdown"
+
+
+def tiny(kind="llama"):
+    """A tiny model of 97 tokens; "window" is one whose tokens see the last three only."""
+    model = Transformer.from_pretrained(MODELS / f"tiny_{'llama' if kind == 'window' else kind}")
+    if kind == "window":
+        model.config.model_type, model.config.extra["sliding_window"] = "mistral", 3
+    return model
+
+
+def rows_of(examples):
+    return train_ift.to_rows(examples, range(len(examples)), CPU)
+
+
+def residual(cfg, lam=None, seed=0):
+    head = fast_head if cfg.fast else plain_head
+    return train_ift.Residual(cfg.lam if lam is None else lam, cfg.own, cfg.train_embedding, seed, head)
+
+
+def states_of(model, rows, cfg, lam=None):
+    """The states after both passes, as train_ift.examples_loss() asks for them."""
+    ift_states = fast_prefix.ift_states if cfg.fast else train_ift.ift_states
+    return ift_states(model, rows, residual(cfg, lam))
+
+
+def take_step(loss, model, batch, cfg, optimizer, lam=0.3, reference=None, seed=5):
+    """The metrics of an optimiser step, outside of a run."""
+    method, device = train_ift.find_loss(loss)[0], model.head_weight.device
+    run = Run(None, None, device, None, model, model, reference, optimizer)
+    mixed = residual(cfg, lam, seed) if method.residual else None
+    return train_ift.update(run, batch, method, mixed, cfg)
+
+
+def gradients(loss, model, batch, lam=0.3, reference=None, **knobs):
+    """The metrics and gradients of a step that does not move the model."""
+    cfg = train_ift.Config(grad_clip=1e9, **knobs)
+    still = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    metrics = take_step(loss, model, batch, cfg, still, lam, reference)
+    return metrics, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a, b, tolerance):
+    """Gradients agree within `tolerance` of the largest tensor's norm."""
+    scale = max(g.norm() for g in b.values())
+    assert a.keys() == b.keys()
+    for name in b:
+        assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
+
+
+def some_examples(n=6, seed=0):
+    """Ragged rows, some with two turns; id 0, the padding, is among prompts and targets."""
+    rng, examples = random.Random(seed), []
+    for _ in range(n):
+        ids, mask = [], []
+        for _ in range(rng.randint(1, 2)):
+            for is_target, k in ((0, rng.randint(1, 6)), (1, rng.randint(1, 9))):
+                ids += [rng.choice([0, *range(97)]) for _ in range(k)]
+                mask += [is_target] * k
+        examples.append(Example(ids, mask, False, 0))
+    return examples
+
+
+def some_pairs(n=5):
+    return list(zip(some_examples(n, 1), some_examples(n, 2), strict=True))
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+
+
+def metrics(out, left_out=("timing_s/", "train_s", "tokens_per_s", "mfu")):
+    """The records of metrics.jsonl without what no two runs have in common."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
+
+
+def pairs_flags(folder, n=16):
+    """The flags of a run on n pairs, which are written to the folder."""
+    rows = [{"prompt": f"{a} + 3 = ", "chosen": f"{a + 3}", "rejected": f"{a + 4} or so"} for a in range(n)]
+    path = Path(folder) / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return ["--task=", f"--data_path={path}", f"--model={COUNTDOWN}"]
