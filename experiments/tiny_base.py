@@ -132,13 +132,14 @@ STAGES = {"countdown": countdown_stages, "logic": logic_stages}
 
 def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[Stage]:
     """One stage, of a task's base_text or of the solutions of its training rows."""
+    name = task.__name__.rpartition(".")[2]
 
     def own_text() -> Text:
         text = task.base_text(rng)
         text = ("", text) if isinstance(text, str) else text
         if not (isinstance(text, tuple) and [*map(type, text)] == [str, str]):
             rule = "must return (prompt, response) or a string"
-            raise UserError(f"task {task.__name__}: base_text() {rule}, not {text!r}")
+            raise UserError(f"task {name}: base_text() {rule}, not {text!r}")
         return text
 
     def mixed_text() -> Text:
@@ -149,7 +150,7 @@ def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[St
     if not hasattr(task, "base_text"):
         rows = load_rows(task, "train", cfg.data_path, style="short")
         if not all(row["answer"] for row in rows):
-            raise UserError(f"task {task.__name__}: needs base_text(rng), since its rows have no solutions")
+            raise UserError(f"task {name}: needs base_text(rng), since its rows have no solutions")
     yield cfg.steps, cfg.lr, own_text if hasattr(task, "base_text") else mixed_text
 
 
