@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from infra.config import parse_config, require, require_each, run_script
+from infra.config import Count, Fraction, Natural, Positive, parse_config, require_each, run_script
 from infra.training import lr_factor
 from train_ift import dpo_loss, ift_loss, mix_embeddings, orpo_loss
 
@@ -60,27 +60,17 @@ class Config:
     # Runs
     maps: int = 17  # random maps besides gymnasium's
     seeds: int = 20  # runs of each method on each map
-    seed: int = 0  # random seed
+    seed: Natural = 0  # random seed
     out_dir: str = "out/frozen_lake"  # folder for table.json and picture.png
     # Methods
-    lam: float = 0.2  # lambda of the temporal residual
-    gamma: float = 0.95  # discount of relation propagation
-    orpo_beta: float = 0.25  # weight of ORPO's odds ratio
-    dpo_betas: tuple[float, ...] = (0.1, 0.5, 2.0)  # DPO's beta, a method each
+    lam: Fraction = 0.2  # lambda of the temporal residual
+    gamma: Fraction = 0.95  # discount of relation propagation
+    orpo_beta: Positive = 0.25  # weight of ORPO's odds ratio
+    dpo_betas: tuple[Positive, ...] = (0.1, 0.5, 2.0)  # DPO's beta, a method each
     # Optimiser
-    lr: float = 3e-3  # peak learning rate of RMSprop
-    start_steps: int = 20  # steps of the start policy, on both trajectories
-    steps: int = 200  # steps of every method
-
-
-def check(cfg: Config) -> None:
-    """Refuse values that cannot work, naming the knob."""
-    require_each(cfg, ("maps", "seeds"), lambda v: v >= 2, "must be >= 2, for a standard error")
-    require(cfg, "seed", cfg.seed >= 0, "must be >= 0")
-    require_each(cfg, ("lam", "gamma"), lambda v: 0 <= v <= 1, "must be from 0 to 1")
-    require(cfg, "dpo_betas", min(cfg.dpo_betas, default=0) > 0, "each must be above 0")
-    require_each(cfg, ("lr", "orpo_beta"), lambda v: v > 0, "must be above 0")
-    require_each(cfg, ("start_steps", "steps"), lambda v: v >= 1, "must be >= 1")
+    lr: Positive = 3e-3  # peak learning rate of RMSprop
+    start_steps: Count = 20  # steps of the start policy, on both trajectories
+    steps: Count = 200  # steps of every method
 
 
 # ---- the lake --------------------------------------------------------------------------------------------
@@ -405,7 +395,7 @@ def plot(table: dict, path: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    check(cfg)
+    require_each(cfg, ("maps", "seeds"), lambda v: v >= 2, "must be >= 2, for a standard error")
     table = measure(cfg)
     print(show(table))
     out = Path(cfg.out_dir)

@@ -43,6 +43,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_uft
-from infra.config import UserError, one_of, parse_config, require, run_script
+from infra.config import Count, Natural, NonNegative, Positive, UserError, parse_config, require, run_script
 from train_uft import METHODS, Batch, uft_loss
 
 WRONG, GAP = 0.1, 0.9  # a wrong leaf's reward, and how much more the right one has
@@ -62,29 +63,16 @@ class Config:
 
     # Trees
     branching: tuple[int, ...] = (2, 3, 4)  # B, actions in each state
-    heights: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # H, steps to a leaf
+    heights: tuple[Count, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # H, steps to a leaf
     # Learning
-    betas: tuple[float, ...] = (0.001, 0.1, 0.0)  # weights of UFT's KL and hint terms; 0: hints only
-    kl: str = "exact"  # exact, or k3, the trainer's estimator
-    step_size: float = 1.0  # step size of plain gradient ascent
-    max_steps: int = 10000  # most updates of a method before it is given up
+    betas: tuple[NonNegative, ...] = (0.001, 0.1, 0.0)  # weights of UFT's KL and hint terms; 0: hints only
+    kl: Literal["exact", "k3"] = "exact"  # exact, or k3, the trainer's estimator
+    step_size: Positive = 1.0  # step size of plain gradient ascent
+    max_steps: Count = 10000  # most updates of a method before it is given up
     # Runs
     seeds: int = 20  # runs of each method on each tree
-    seed: int = 0  # random seed
+    seed: Natural = 0  # random seed
     out_dir: str = "out/search_tree"  # folder for table.json and plot.png
-
-
-def check(cfg: Config) -> None:
-    """Refuse values that cannot work, naming the knob."""
-    require(cfg, "branching", min(cfg.branching, default=0) >= 2, "each must be >= 2")
-    enough = len(set(cfg.heights)) >= 2 and min(cfg.heights) >= 1
-    require(cfg, "heights", enough, "must be two or more numbers >= 1")
-    require(cfg, "betas", min(cfg.betas, default=-1) >= 0, "each must be >= 0")
-    one_of(cfg, "kl", ("exact", "k3"))
-    require(cfg, "step_size", cfg.step_size > 0, "must be above 0")
-    require(cfg, "max_steps", cfg.max_steps >= 1, "must be >= 1")
-    require(cfg, "seeds", cfg.seeds >= 2, "must be >= 2, for a standard error")
-    require(cfg, "seed", cfg.seed >= 0, "must be >= 0")
 
 
 # ---- one step of Algorithm 2 -----------------------------------------------------------------------------
@@ -139,12 +127,13 @@ def ascend(theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: floa
         q = q - beta * (logp.detach() - reference)
     advantages = q - (pi * q).sum(-1, keepdim=True)
     # Every pair (s, a) is two tokens of the trainer's loss: a sampled one and a given one.
-    twice = [x.flatten().repeat(2) for x in (logp, advantages, reference)]
+    logp, advantages, reference = (x.flatten().repeat(2) for x in (logp, advantages, reference))
     weight = torch.cat([(visited[..., None] * pi).flatten(), (beta * hint[..., None] * right).flatten()])
     given = torch.arange(len(weight)) >= pi.numel()
-    batch = Batch(None, given, None, twice[0].detach(), twice[1], weight, twice[2] if cfg.kl == "k3" else None)
+    ref_logp = reference if cfg.kl == "k3" else None
+    batch = Batch(None, given, None, logp.detach(), advantages, weight, ref_logp)
     settings = train_uft.Config(kl_coef=beta, entropy_coef=0.0)
-    loss = (weight * uft_loss(METHODS["uft"], twice[0], torch.zeros_like(weight), batch, settings)).sum()
+    loss = (weight * uft_loss(METHODS["uft"], logp, torch.zeros_like(weight), batch, settings)).sum()
     return (theta - cfg.step_size * torch.autograd.grad(loss, theta)[0]).detach()
 
 
@@ -265,7 +254,9 @@ def plot(table: dict, path: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    check(cfg)
+    require(cfg, "branching", min(cfg.branching, default=0) >= 2, "each must be >= 2")
+    require(cfg, "heights", len(set(cfg.heights)) >= 2, "must be two or more, for a slope")
+    require(cfg, "seeds", cfg.seeds >= 2, "must be >= 2, for a standard error")
     table = measure(cfg)
     print(show(table))
     out = Path(cfg.out_dir)

@@ -34,7 +34,7 @@ import evaluate
 from data import countdown, logic
 from data.rows import load_rows, load_task
 from data.tokenizer import Tokenizer
-from infra.config import UserError, parse_config, require, require_each, run_script
+from infra.config import Count, Fraction, Natural, Positive, UserError, parse_config, run_script
 from infra.training import ROOT, lr_factor
 from model import ModelConfig, Transformer
 
@@ -47,12 +47,12 @@ class Config:
     task: str = "all"  # countdown, logic, all: both; another task of data/, or the path of your own
     data_path: str = ""  # where the task's rows are; empty: the task makes them
     out_dir: str = ""  # folder for a folder a task; empty: data/tiny, or out/base for other tasks
-    seed: int = 0  # random seed of weights and texts
-    batch: int = 64  # texts a step
+    seed: Natural = 0  # random seed of weights and texts
+    batch: Count = 64  # texts a step
     # Other tasks than countdown and logic
-    right: float = 0.05  # without base_text: share of the texts whose solution belongs to their prompt
-    steps: int = 1500  # steps of training
-    lr: float = 2e-3  # peak learning rate
+    right: Fraction = 0.05  # without base_text: share of the texts whose solution belongs to their prompt
+    steps: Count = 1500  # steps of training
+    lr: Positive = 2e-3  # peak learning rate
 
 
 Text = tuple[str, str]  # prompt, response
@@ -246,10 +246,6 @@ def check_base(model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    require_each(cfg, ("batch", "steps"), lambda v: v >= 1, "must be >= 1")
-    require(cfg, "seed", cfg.seed >= 0, "must be >= 0")
-    require(cfg, "right", 0 <= cfg.right <= 1, "must be from 0 to 1")
-    require(cfg, "lr", cfg.lr > 0, "must be above 0")
     for name in STAGES if cfg.task == "all" else (cfg.task,):
         make(name, cfg)
 
