@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ from data.chat import Example, encode_rows, rows_of_task
 from data.rows import load_rows, load_task
 from data.tokenizer import Tokenizer
 from fast.head import CUDA_CHUNK
-from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.config import Count, Natural, UserError, one_of, parse_config, require, run_script
 from infra.log import flops_per_token
 from infra.parallel import has_bfloat16, pick_device, refresh, settle_dtype, whole_copy
 from infra.training import speed_up
@@ -84,24 +85,24 @@ class Config:
     model: str = ""  # Hugging Face directory to measure instead of random weights of a shape
     task: str = ""  # sft and grpo: rows of this task, by the tokenizer of `model`, instead of random tokens
     data_path: str = ""  # where the task's rows are; empty: the task makes them
-    dtype: str = "float32"  # weights of generate and geometric: float32 or bfloat16
-    train_dtype: str = "float32"  # arithmetic of sft, ift and grpo: float32, or bfloat16 over float32 weights
+    dtype: Literal["float32", "bfloat16"] = "float32"  # weights of generate and geometric
+    train_dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of sft, ift and grpo
     gradient_checkpointing: bool = False  # in our sft and ift steps
-    lora_rank: int = 0  # memory: of our sft step with LoRA beside our step on all weights, not the peers'
+    lora_rank: Natural = 0  # memory: of our sft step with LoRA beside our step on all weights, not the peers'
     fast: bool = True  # our side uses fast/; false: the plain path
     peers: bool = False  # measure transformers and TRL too
-    only: str = ""  # sft of this one alone: nanoFT, transformers or TRL
+    only: Literal["", "nanoFT", "transformers", "TRL"] = ""  # sft of this one alone
     # Size
-    rows: int = 0  # rows generated (0: 64), or of an sft or ift step (0: 8)
+    rows: Natural = 0  # rows generated (0: 64), or of an sft or ift step (0: 8)
     length: int = 512  # tokens of a row of sft and ift
-    prompt: int = 64  # prompt tokens of generation and grpo
-    new: int = 128  # new tokens of generate; at most so many of geometric, whose mean is 32
-    problems: int = 16  # problems of grpo, 4 completions each
-    grpo_new: int = 64  # tokens of a completion of grpo
-    repeats: int = 3  # measurements of each
+    prompt: Count = 64  # prompt tokens of generation and grpo
+    new: Count = 128  # new tokens of generate; at most so many of geometric, whose mean is 32
+    problems: Count = 16  # problems of grpo, 4 completions each
+    grpo_new: Count = 64  # tokens of a completion of grpo
+    repeats: Count = 3  # measurements of each
     # How
     device: str = "auto"  # auto, cpu or cuda
-    threads: int = 1  # CPU threads
+    threads: Count = 1  # CPU threads
 
 
 def check(cfg: Config) -> None:
@@ -110,12 +111,6 @@ def check(cfg: Config) -> None:
         if name not in WORKLOADS:
             raise UserError(f"what: '{name}' is not one of {', '.join(WORKLOADS)}, or fit alone")
     one_of(cfg, "shape", tuple(SHAPES))
-    one_of(cfg, "only", ("", "nanoFT", "transformers", "TRL"))
-    for knob in ("dtype", "train_dtype"):
-        one_of(cfg, knob, ("float32", "bfloat16"))
-    positive = ("prompt", "new", "problems", "grpo_new", "repeats", "threads")
-    require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
-    require_each(cfg, ("rows", "lora_rank"), lambda v: v >= 0, "must be >= 0")
     require(cfg, "lora_rank", not (cfg.lora_rank and cfg.peers), "give 0 with peers = true")
     require(cfg, "length", cfg.length >= 2, "must be >= 2")
     rule = "needs --model=DIR and --what=sft, grpo or both"

@@ -34,7 +34,7 @@ import evaluate
 from data import countdown, logic
 from data.rows import load_rows, load_task
 from data.tokenizer import Tokenizer
-from infra.config import UserError, parse_config, require, require_each, run_script
+from infra.config import Count, Fraction, Natural, Positive, UserError, parse_config, run_script
 from infra.training import ROOT, lr_factor
 from model import ModelConfig, Transformer
 
@@ -47,12 +47,12 @@ class Config:
     task: str = "all"  # countdown, logic, all: both; another task of data/, or the path of your own
     data_path: str = ""  # where the task's rows are; empty: the task makes them
     out_dir: str = ""  # folder for a folder a task; empty: data/tiny, or out/base for other tasks
-    seed: int = 0  # random seed of weights and texts
-    batch: int = 64  # texts a step
+    seed: Natural = 0  # random seed of weights and texts
+    batch: Count = 64  # texts a step
     # Other tasks than countdown and logic
-    right: float = 0.05  # without base_text: share of the texts whose solution belongs to their prompt
-    steps: int = 1500  # steps of training
-    lr: float = 2e-3  # peak learning rate
+    right: Fraction = 0.05  # without base_text: share of the texts whose solution belongs to their prompt
+    steps: Count = 1500  # steps of training
+    lr: Positive = 2e-3  # peak learning rate
 
 
 Text = tuple[str, str]  # prompt, response
@@ -132,13 +132,14 @@ STAGES = {"countdown": countdown_stages, "logic": logic_stages}
 
 def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[Stage]:
     """One stage, of a task's base_text or of the solutions of its training rows."""
+    name = task.__name__.rpartition(".")[2]
 
     def own_text() -> Text:
         text = task.base_text(rng)
         text = ("", text) if isinstance(text, str) else text
         if not (isinstance(text, tuple) and [*map(type, text)] == [str, str]):
             rule = "must return (prompt, response) or a string"
-            raise UserError(f"task {task.__name__}: base_text() {rule}, not {text!r}")
+            raise UserError(f"task {name}: base_text() {rule}, not {text!r}")
         return text
 
     def mixed_text() -> Text:
@@ -149,7 +150,7 @@ def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[St
     if not hasattr(task, "base_text"):
         rows = load_rows(task, "train", cfg.data_path, style="short")
         if not all(row["answer"] for row in rows):
-            raise UserError(f"task {task.__name__}: needs base_text(rng), since its rows have no solutions")
+            raise UserError(f"task {name}: needs base_text(rng), since its rows have no solutions")
     yield cfg.steps, cfg.lr, own_text if hasattr(task, "base_text") else mixed_text
 
 
@@ -245,10 +246,6 @@ def check_base(model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    require_each(cfg, ("batch", "steps"), lambda v: v >= 1, "must be >= 1")
-    require(cfg, "seed", cfg.seed >= 0, "must be >= 0")
-    require(cfg, "right", 0 <= cfg.right <= 1, "must be from 0 to 1")
-    require(cfg, "lr", cfg.lr > 0, "must be above 0")
     for name in STAGES if cfg.task == "all" else (cfg.task,):
         make(name, cfg)
 

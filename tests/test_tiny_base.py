@@ -96,7 +96,7 @@ def test_a_task_makes_its_own_texts(tmp_path, capsys):
     [
         ("", "", [], r"task say: needs base_text\(rng\)"),
         ("def base_text(rng):\n    return 3\n", "", [], r"base_text\(\) must return \(prompt, response\)"),
-        ("del score\n", SOLUTION, [], r"must define load\(\) and score\(\)"),
+        ("del score\n", SOLUTION, [], r"has no `def score"),
         ("", SOLUTION, ["--task=nowhere.py"], "nowhere.py.*no such file"),
         ("", SOLUTION, ["--task=chess"], "chess"),
         ("", SOLUTION, ["--right=2"], "right = 2.0"),
