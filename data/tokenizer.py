@@ -18,21 +18,19 @@ letters or digits, and `truncation` and `padding` in tokenizer.json are ignored 
 itself).
 """
 
-import heapq
 import json
 import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, groupby, pairwise
+from itertools import groupby
+from operator import add
 from pathlib import Path
 
-import numpy as np
 import regex
-import tiktoken
 
 from data import templates
-from data.templates import TEMPLATES  # noqa: F401
+from data.bpe import BYTE_TOKENS, Merger, token_bytes
 from infra.config import UserError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
@@ -48,8 +46,7 @@ GPT4_PATTERN = (  # DIGITS differs between families
 )
 # Words keep their space; every number up to 99 can be one token.
 TINY_PATTERN = r" ?\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]"
-# These patterns match all of a text, so findall and tiktoken, which skip what is between matches, can cut by them.
-COVERING = {
+COVERING = {  # patterns whose matches are all of a text
     GPT2_PATTERN,
     TINY_PATTERN,
     GPT4_PATTERN.replace("DIGITS", r"\p{N}"),  # Qwen2.5
@@ -57,20 +54,6 @@ COVERING = {
     # GPT-2's pattern as other files spell it
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-# SentencePiece does not cut. Where no token continues after a word, cutting there gives the same ids faster.
-PIECE_PATTERN = r"▁*[^▁]+|▁+"
-LONG_SPACE = regex.compile(r"(?<!\s)\s{100000}")  # tiktoken's regular expressions give up on a million
-CACHED_WORDS = 2**18  # words whose ids are remembered, each of at most
-CACHED_LENGTH = 64  # characters
-
-# A byte-level tokenizer.json writes a byte as itself if it is printable, else as a character from U+0100 up.
-PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE}
-BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
-CHAR_TO_BYTE = {ord(char): b for b, char in BYTE_TO_CHAR.items()}
-ALPHABET = frozenset(BYTE_TO_CHAR.values())
-BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # SentencePiece's
-SPACE = "▁".encode()  # SentencePiece's
 
 
 class Tokenizer:
@@ -96,7 +79,8 @@ class Tokenizer:
         (see from_pretrained).
         """
         self.config, self.source, model = config, None, description["model"]
-        _refuse_model(model, where)
+        if model.get("type", "BPE") != "BPE":
+            raise UserError(f"{where}: a tokenizer of kind {model['type']} is not supported, only BPE")
         vocab, pieces = model["vocab"], bool(model.get("byte_fallback"))
 
         # Added tokens, with the eos among them even where only config.json names it
@@ -104,33 +88,32 @@ class Tokenizer:
         ids = vocab | {t: a["id"] for t, a in added.items()}
         names = {i: t for t, i in ids.items()}
         if len(names) < len(ids):
-            twice = Counter(ids.values()).most_common(1)[0][0]
-            same = ", ".join(repr(t) for t, i in ids.items() if i == twice)
-            raise UserError(f"{where}: {same} all have id {twice}, so it could not be decoded")
+            id, times = Counter(ids.values()).most_common(1)[0]
+            raise UserError(f"{where}: {times} tokens have id {id}, which could not be decoded")
         eos = templates.named_tokens(config).get("eos_token")
         self.eos_id = next((i for i in eos_ids if i in names), None) if eos is None else ids[eos]
-        if self.eos_id is not None:
-            added.setdefault(
-                names[self.eos_id], {"content": names[self.eos_id], "id": self.eos_id, "special": True}
-            )
+        if self.eos_id is not None and (eos := names[self.eos_id]) not in added:
+            added[eos] = {"content": eos, "id": self.eos_id, "special": True}
         self.stop_ids = tuple(sorted({*stop_ids, self.eos_id} - {None}))
         self.bos_id = _bos(description.get("post_processor"), ids, where)
         self.vocab_size = max(names) + 1
-        self.description = description | {"added_tokens": list(added.values())}
+        self.description = description | {"added_tokens": [*added.values()]}
 
         # Encoding. Some added tokens are looked for in the raw text, the others in the normalised text.
         self._normalizers = _normalizer(description.get("normalizer"), where)
-        self._raw = AddedTokens({t: a for t, a in added.items() if not a.get("normalized")})
         normalized = {self._normalize(t): a for t, a in added.items() if a.get("normalized")}
+        self._raw = AddedTokens({t: a for t, a in added.items() if not a.get("normalized")})
         self._normalized = AddedTokens(normalized)
         self._cuts, pattern = _pre_tokenizer(description.get("pre_tokenizer"), pieces, where)
-        spelled = {t: (_piece_bytes if pieces else token_bytes)(t) for t in vocab}
+        spelled = {t: token_bytes(t, pieces) for t in vocab}
         self._merger = Merger(model, spelled, pattern, where)
 
         # Decoding
         spelled |= {t: t.encode() for t in added}
-        self._bytes = {i: spelled[t].replace(SPACE, b" ") if pieces else spelled[t] for i, t in names.items()}
-        self._byte_ids = {i for t, i in ids.items() if pieces and t in BYTE_TOKENS}
+        self._bytes = {i: spelled[t] for i, t in names.items()}
+        if pieces:
+            self._bytes = {i: b.replace("▁".encode(), b" ") for i, b in self._bytes.items()}
+        self._byte_ids = {i for i, t in names.items() if t in BYTE_TOKENS} if pieces else set()
         self._strip = _decoder(description.get("decoder"), pieces, where)
         # Reward checkers look for TAGS in decoded answers, so tags are kept even if flagged special
         self._skipped_ids = {a["id"] for t, a in added.items() if a.get("special") and t not in TAGS}
@@ -218,7 +201,7 @@ class Tokenizer:
         If the vocabulary lacks a byte, its place is taken by the unk token, or by nothing if there is no unk
         token.
         """
-        text = _replace_surrogates(text)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids: list[int] = []
         for part, at_start, token in self._raw.cut(text):
             for words, normalized_at_start, normalized_token in self._normalized.cut(self._normalize(part)):
@@ -249,17 +232,15 @@ class Tokenizer:
         """
         skip = self._skipped_ids if skip_special else ()
         ids = [i for i in ids if i in self._bytes and i not in skip]
-        runs = groupby(ids, self._byte_ids.__contains__) if self._byte_ids else [(False, ids)]
-        text = "".join(self._decode_run(list(run), in_bytes) for in_bytes, run in runs)
+        text = ""
+        for in_bytes, run in groupby(ids, self._byte_ids.__contains__):
+            data = b"".join(map(self._bytes.__getitem__, run))
+            try:
+                text += data.decode("utf-8", "strict" if in_bytes else "replace")
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(data)
         spaces = len(text) - len(text.lstrip(" "))
         return text[min(spaces, self._strip) :]
-
-    def _decode_run(self, ids: list[int], in_bytes: bool) -> str:
-        run = b"".join(map(self._bytes.__getitem__, ids))
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return "\ufffd" * len(run) if in_bytes else run.decode("utf-8", "replace")
 
     def check_ids(self, ids: Iterable[int], vocab_size: int, where: str) -> None:
         """Raise UserError if an id has no row in the embedding of a model with vocab_size rows. where: names
@@ -368,9 +349,7 @@ def _read_config(dir: Path) -> dict:
 
 # ---- added tokens ------------------------------------------------------------------------------------------
 
-# A word character and a space as Rust's regular expressions define them
-WORD_CLASS = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
-ENDS_WORD, STARTS_WORD = regex.compile(WORD_CLASS + r"\Z"), regex.compile(WORD_CLASS)
+# White space as Rust's regular expressions define it
 SPACES = regex.compile(r"\p{White_Space}*")
 SPACES_BACKWARDS = regex.compile(r"(?r)\p{White_Space}*")
 
@@ -394,9 +373,6 @@ class AddedTokens:
         end = 0
         for found in self.pattern.finditer(text):
             token, (start, stop) = self.tokens[found.group()], found.span()
-            in_word = ENDS_WORD.search(text, max(start - 1, 0), start) or STARTS_WORD.match(text, stop)
-            if token.get("single_word") and in_word:
-                continue
             if token.get("lstrip"):
                 start = max(SPACES_BACKWARDS.match(text, 0, start).start(), end)
             if token.get("rstrip"):
@@ -407,22 +383,30 @@ class AddedTokens:
 
 
 def _added_tokens(tokens: list[dict], config: dict, vocab: dict[str, int], where: str) -> dict[str, dict]:
-    """Added tokens by content: those of tokenizer.json, then those that only the configuration lists or names.
+    """Added tokens by content: those of tokenizer.json, then those that only the configuration has.
 
     As in transformers, a token has the vocabulary's id, else the next free one.
     """
+    eos = templates.named_tokens(config).get("eos_token")
+    configured = [t for t in _configured_tokens(config) if t["content"]]
+    known = {t["content"] for t in (*tokens, *(t for t in configured if "id" in t))}
+    if eos and eos not in known and eos not in vocab:
+        raise UserError(f"tokenizer_config.json: eos_token {eos!r} is not a token of {where}")
     added: dict[str, dict] = {}
-    configured, following = _configured_tokens(config), len(vocab)
-    for token in chain(tokens, configured):
-        content, listed = token["content"], len(added) < len(tokens)
-        if listed and (content == "" or content in added):
-            raise UserError(f"{where}: added token {content!r} is empty or listed twice")
-        if content == "" or content in added:
-            continue
+    following = len(vocab)
+    for n, token in enumerate([*tokens, *configured]):
+        content, file = token["content"], where if n < len(tokens) else "tokenizer_config.json"
         place = vocab.get(content, following)
-        if token.get("id", place) != place or (listed and type(token["id"]) is not int):
-            error = f"added token {content!r} has id {token['id']!r}, but its place gives it id {place}"
-            raise UserError(f"{where if listed else 'tokenizer_config.json'}: {error}")
+        if n < len(tokens) and content in ("", *added):
+            raise UserError(f"{where}: added token {content!r} is empty or listed twice")
+        if content in added:
+            continue
+        if token.get("single_word"):
+            raise UserError(f"{file}: single_word = true of added token {content!r} is not supported")
+        if type(id := token.get("id", place)) is not int or id != place:
+            raise UserError(
+                f"{file}: added token {content!r} has id {id!r}, but its place gives it id {place}"
+            )
         added[content] = token | {"id": place}
         following = max(following, place + 1)
     return added
@@ -435,11 +419,10 @@ def _configured_tokens(config: dict) -> list[dict]:
         listed = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         tokens = [listed[i] | {"id": i} for i in sorted(listed)]
-        for name in sorted(named, key=lambda name: NAMED.index(name) if name in NAMED else len(NAMED)):
-            tokens.append(config[name] if isinstance(config[name], dict) else {"content": named[name]})
-            tokens[-1] = tokens[-1] | {"special": True}
-        for token in extra.values() if isinstance(extra, dict) else extra:
-            tokens.append({"special": True} | (token if isinstance(token, dict) else {"content": token}))
+        names = [name for name in (*NAMED, *(named.keys() - NAMED)) if name in named]
+        extra = extra.values() if isinstance(extra, dict) else extra
+        for token in (*(config[name] for name in names), *extra):
+            tokens.append((token if isinstance(token, dict) else {"content": token}) | {"special": True})
         "".join(token["content"] for token in tokens)
     except MALFORMED as e:
         raise UserError(f"tokenizer_config.json: its lists of tokens are malformed ({e!r})") from None
@@ -452,30 +435,22 @@ def _bos(part: dict | None, ids: dict[str, int], where: str) -> int | None:
     parts = part["processors"] if part and part["type"] == "Sequence" else [part] if part else []
     before: list[str] = []
     for p in parts:
-        if p["type"] not in ("TemplateProcessing", "ByteLevel"):
-            raise UserError(
-                f"{where}: post_processor {p['type']} is not supported, only TemplateProcessing and ByteLevel"
-            )
-        if p["type"] == "TemplateProcessing":
+        kind = p["type"]
+        if kind not in ("TemplateProcessing", "ByteLevel"):
+            only = "only TemplateProcessing and ByteLevel"
+            raise UserError(f"{where}: post_processor {kind} is not supported, {only}")
+        if kind == "TemplateProcessing":
             names = [item.get("SpecialToken", {}).get("id") for item in p["single"]]
             if names.count(None) != 1:
-                raise UserError(f"{where}: post_processor TemplateProcessing must contain the text once")
+                raise UserError(f"{where}: post_processor {kind} must contain the text once")
             before += names[: names.index(None)]
     if len(before) > 1 or not ids.keys() >= set(before):
-        error = f"post_processor TemplateProcessing puts {before} in front; one token of the vocabulary is supported"
-        raise UserError(f"{where}: {error}")
+        rule = "must be at most one token of the vocabulary"
+        raise UserError(f"{where}: post_processor TemplateProcessing puts {before} in front, which {rule}")
     return ids[before[0]] if before else None
 
 
 # ---- normalising -------------------------------------------------------------------------------------------
-
-
-def _replace_surrogates(text: str) -> str:
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _normalizer(part: dict | None, where: str) -> list[Callable[[str], str]]:
@@ -488,26 +463,10 @@ def _normalizer(part: dict | None, where: str) -> list[Callable[[str], str]]:
     if kind == "NFC":
         return [lambda text: unicodedata.normalize("NFC", text)]
     if kind == "Prepend":
-        prefix = _string(part, "prepend", where)
-        return [lambda text: text and prefix + text]
-    if kind == "Replace" and "String" in part["pattern"]:
-        old, new = _string(part["pattern"], "String", where), part["content"]
-        return [lambda text: text.replace(old, new)]
+        return [lambda text: text and part["prepend"] + text]
+    if kind == "Replace" and part["pattern"].get("String"):
+        return [lambda text: text.replace(part["pattern"]["String"], part["content"])]
     raise UserError(f"{where}: normalizer {kind} is not supported, only NFC, Prepend and Replace of a string")
-
-
-def _string(part: dict, key: str, where: str) -> str:
-    value = part.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {part.get('type', 'pattern')}'s {key} = {value!r} must be a text")
-    return value
-
-
-def _flag(part: dict, key: str, where: str, default: bool | None = None) -> bool:
-    value = part.get(key, default)
-    if not isinstance(value, bool):
-        raise UserError(f"{where}: {part['type']}'s {key} = {value!r} must be true or false")
-    return value
 
 
 # ---- cutting into pieces -----------------------------------------------------------------------------------
@@ -515,8 +474,8 @@ def _flag(part: dict, key: str, where: str, default: bool | None = None) -> bool
 Cut = Callable[[str, bool], list[str]]  # (text, whether it begins the whole text) -> its pieces
 BEHAVIORS = {  # of a Split: (text, match, text, ..., match, text) -> pieces
     "Isolated": lambda parts: parts,
-    "MergedWithPrevious": lambda parts: [*map("".join, zip(parts[::2], parts[1::2])), parts[-1]],
-    "MergedWithNext": lambda parts: [parts[0], *map("".join, zip(parts[1::2], parts[2::2]))],
+    "MergedWithPrevious": lambda parts: [*map(add, parts[::2], parts[1::2]), parts[-1]],
+    "MergedWithNext": lambda parts: [parts[0], *map(add, parts[1::2], parts[2::2])],
 }
 
 # The tokenizers package reads patterns with Oniguruma. These parts mean the same to Python's regex module.
@@ -546,14 +505,13 @@ def _pre_tokenizer(part: dict | None, pieces: bool, where: str) -> tuple[list[Cu
         if kind == "Split":
             cuts.append(_split(p, where))
         elif kind == "Digits":
-            digits = r"\p{N}" if _flag(p, "individual_digits", where) else r"\p{N}+"
-            cuts.append(_cut(digits, "Isolated", where))
+            cuts.append(_cut(r"\p{N}" if p["individual_digits"] else r"\p{N}+", "Isolated", where))
         elif kind == "Metaspace" and pieces:
             cuts.append(_metaspace(p, where))
         elif kind == "ByteLevel" and not pieces and n == len(parts) - 1:
-            if _flag(p, "add_prefix_space", where):
+            if p["add_prefix_space"]:
                 cuts.append(lambda text, at_start: [text if text.startswith(" ") else " " + text])
-            if _flag(p, "use_regex", where, default=True):
+            if p.get("use_regex", True):
                 return cuts, GPT2_PATTERN
         else:
             only = "Split, Digits and Metaspace" if pieces else "Split, Digits and, at the end, ByteLevel"
@@ -572,21 +530,17 @@ def _flatten(part: dict | None) -> list[dict]:
 
 
 def _split(part: dict, where: str) -> Cut:
-    behavior, invert, pattern = part["behavior"], _flag(part, "invert", where), part["pattern"]
+    behavior, invert, pattern = part["behavior"], part["invert"], part["pattern"]
     if behavior not in BEHAVIORS or (invert and behavior != "Isolated"):
         kind = f"behavior {behavior}" + (" and invert = true" if invert else "")
         raise UserError(f"{where}: a pre_tokenizer Split with {kind} is not supported")
     if len(pattern) != 1:
         raise UserError(f"{where}: the pattern of a pre_tokenizer Split must be either a Regex or a String")
     if "String" in pattern:
-        return _cut(regex.escape(_string(pattern, "String", where)), behavior, where)
-    source = _string(pattern, "Regex", where)
-    if not KNOWN_PATTERN.fullmatch(source):
-        raise UserError(f"{where}: the pattern {source!r} has a part that is not supported")
-    try:
-        return _cut(NUMBERED_GROUP.sub("(?:", source), behavior, where)
-    except regex.error as e:
-        raise UserError(f"{where}: the pattern {source!r} is not a regular expression ({e})") from None
+        return _cut(regex.escape(pattern["String"]), behavior, where)
+    if not KNOWN_PATTERN.fullmatch(pattern["Regex"]):
+        raise UserError(f"{where}: the pattern {pattern['Regex']!r} has a part that is not supported")
+    return _cut(NUMBERED_GROUP.sub("(?:", pattern["Regex"]), behavior, where)
 
 
 def _cut(pattern: str, behavior: str, where: str) -> Cut:
@@ -604,12 +558,13 @@ def _cut(pattern: str, behavior: str, where: str) -> Cut:
 
 def _metaspace(part: dict, where: str) -> Cut:
     """Writes spaces as the replacement, puts one in front and, with `split`, cuts before each of them."""
-    space, scheme = _string(part, "replacement", where), part.get("prepend_scheme", "always")
-    split = part.get("split") is None or _flag(part, "split", where)
-    legacy = part.get("add_prefix_space") is False and scheme != "never"
-    if len(space) != 1 or scheme not in ("always", "first", "never") or legacy:
-        raise UserError(f"{where}: Metaspace with replacement {space!r}, prepend_scheme {scheme!r} and "
-                        f"add_prefix_space {part.get('add_prefix_space')!r} is not supported")  # fmt: skip
+    space, scheme = part["replacement"], part.get("prepend_scheme", "always")
+    split = part.get("split") is not False
+    if len(space) != 1 or scheme not in ("always", "first", "never"):
+        rule = f"replacement {space!r} and prepend_scheme {scheme!r}"
+        raise UserError(f"{where}: Metaspace with {rule} is not supported")
+    if part.get("add_prefix_space") is False and scheme != "never":
+        raise UserError(f"{where}: Metaspace has add_prefix_space = false but prepend_scheme = {scheme!r}")
     words = _cut(regex.escape(space), "MergedWithNext", where)
 
     def cut(text: str, at_start: bool) -> list[str]:
@@ -619,236 +574,6 @@ def _metaspace(part: dict, where: str) -> Cut:
         return words(text, at_start) if split else [text]
 
     return cut
-
-
-# ---- merging -----------------------------------------------------------------------------------------------
-
-Ranks = dict[tuple[str, str], int]  # the pairs of tokens that merge, and the place of each in the file
-
-
-class Merger:
-    """Cuts text into words and merges the characters of each into tokens."""
-
-    def __init__(self, model: dict, spelled: dict[str, bytes], pattern: str | None, where: str):
-        """spelled: the bytes of each token of the vocabulary. pattern: cuts text into words and loses nothing;
-        None: each text is one word, or, for a SentencePiece vocabulary, is cut here."""
-        self.vocab, self.ranks, self.unk = model["vocab"], _ranks(model, where), model.get("unk_token")
-        self.pieces, self.fuse_unk = bool(model.get("byte_fallback")), bool(model.get("fuse_unk"))
-        self.whole_words = bool(model.get("ignore_merges"))  # a word that is a token becomes it unmerged
-        self.cache: dict[str, list[int]] = {}
-
-        # Every byte has a token; else the unk token or nothing stands for it
-        byte_ids = _byte_ids(self.vocab, self.pieces)
-        lacking = None in byte_ids
-        if lacking and (self.pieces or self.unk is not None and self.unk not in self.vocab):
-            by = "" if self.pieces else f" and unk_token {self.unk!r}"
-            raise UserError(f"{where}: the vocabulary lacks byte {byte_ids.index(None):#04x}{by}")
-
-        # SentencePiece's words begin with spaces. No merge crosses their borders if no token does.
-        if self.pieces and not self.whole_words:
-            crossed = any("▁" in (left + right).lstrip("▁") for left, right in self.ranks)
-            pattern = None if crossed else PIECE_PATTERN
-        self.words = regex.compile(pattern) if pattern else None
-
-        # tiktoken, where it gives the same ids
-        self.encoding = None
-        if not lacking and len(self.ranks) == len(model["merges"]):
-            table, pairs = _byte_table(self.vocab, self.ranks, spelled, byte_ids, self.pieces)
-            whole = self.whole_words and (self.pieces or len(table) < len(self.vocab))
-            if not whole and _tiktoken_agrees(table, pairs):
-                self._use_tiktoken(table, pattern or GPT2_PATTERN, len(table) < 256 + len(pairs))
-
-    def _use_tiktoken(self, table: "Table", pattern: str, several: bool) -> None:
-        """several: more than one pair makes a token."""
-
-        def encoding() -> tiktoken.Encoding:
-            ranks = {token: rank for rank, token in enumerate(table)}
-            return tiktoken.Encoding("from_file", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-        self.encoding = encoding()
-        if several and not self.whole_words:
-            # tiktoken looks for whole words first, so tokens that merging does not make must go. A token with
-            # FF behind it is no whole word, and FF merges with nothing.
-            merged = self.encoding._encode_single_piece
-            table = {token: ids for token, ids in table.items() if len(merged(token + b"\xff")) <= 2}
-            self.encoding = encoding()
-        self.ids = [*table.values()]
-
-    def encode(self, parts: list[str]) -> list[int]:
-        """Ids of the pieces of a text."""
-        if self.encoding and self.words and len(parts) == 1 and not _has_long_space(parts[0]):
-            return self._ids_of(self.encoding.encode_ordinary(parts[0]))
-        ids: list[int] = []
-        for part in parts:
-            for word in self.words.findall(part) if self.words else (part,):
-                ids += self.cache.get(word) or self._encode_word(word)
-        return ids
-
-    def _encode_word(self, word: str) -> list[int]:
-        if self.encoding:
-            ids = self._ids_of(self.encoding._encode_single_piece(word.encode()))
-        else:
-            written = word if self.pieces else word.encode().decode("latin-1").translate(BYTE_TO_CHAR)
-            symbols = [written] if self.whole_words and written in self.vocab else self._symbols(written)
-            ids = [self.vocab[symbol] for symbol in merge(symbols, self.ranks)]
-        if len(word) <= CACHED_LENGTH:
-            if len(self.cache) >= CACHED_WORDS:
-                self.cache.clear()
-            self.cache[word] = ids
-        return ids
-
-    def _ids_of(self, ranks: list[int]) -> list[int]:
-        return list(chain.from_iterable(map(self.ids.__getitem__, ranks)))
-
-    def _symbols(self, word: str) -> list[str]:
-        """The tokens that merging starts from: characters, and what stands for those without a token."""
-        symbols, unknown = [], False
-        for char in word:
-            if char in self.vocab:
-                symbols.append(char)
-            elif self.pieces:
-                symbols += [f"<0x{b:02X}>" for b in char.encode()]
-            elif self.unk is not None and not (self.fuse_unk and unknown):
-                symbols.append(self.unk)
-            unknown = char not in self.vocab
-        return symbols
-
-
-def merge(symbols: list[str], ranks: Ranks) -> list[str]:
-    """Merge neighbours until no pair is listed: always the pair of lowest rank, of equal ones the leftmost.
-
-    Takes O(n log n) for n symbols: a heap holds the pairs, and symbols are linked to their neighbours.
-    """
-    end = len(symbols)
-    before, after = list(range(-1, end - 1)), list(range(1, end + 1))
-    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
-    heapq.heapify(heap)
-    while heap:
-        rank, i = heapq.heappop(heap)
-        j = after[i]
-        if j == end or ranks.get((symbols[i], symbols[j])) != rank:  # one of the two has merged since
-            continue
-        symbols[i], symbols[j], after[i] = symbols[i] + symbols[j], "", after[j]
-        if after[i] < end:
-            before[after[i]] = i
-        for left, right in ((before[i], i), (i, after[i])):
-            if left >= 0 and right < end and (rank := ranks.get((symbols[left], symbols[right]))) is not None:
-                heapq.heappush(heap, (rank, left))
-    return [symbol for symbol in symbols if symbol]
-
-
-def token_bytes(token: str) -> bytes:
-    """The bytes that a token of a byte-level vocabulary stands for; a token of other characters is its text."""
-    return token.translate(CHAR_TO_BYTE).encode("latin-1") if ALPHABET.issuperset(token) else token.encode()
-
-
-def _piece_bytes(token: str) -> bytes:
-    return bytes([BYTE_TOKENS[token]]) if token in BYTE_TOKENS else token.encode()
-
-
-def _has_long_space(text: str) -> bool:
-    return len(text) >= 100_000 and LONG_SPACE.search(text) is not None
-
-
-def _refuse_model(model: dict, where: str) -> None:
-    """Raise UserError for a kind of model or a setting that would give other ids."""
-    if model.get("type", "BPE") != "BPE":
-        raise UserError(f"{where}: a tokenizer of kind {model.get('type')} is not supported, only BPE")
-    for flag in ("byte_fallback", "ignore_merges", "fuse_unk"):
-        if model.get(flag) is not None and not isinstance(model[flag], bool):
-            raise UserError(f"{where}: {flag} = {model[flag]!r} must be true or false")
-    for flag in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(flag):
-            raise UserError(f"{where}: {flag} = {model[flag]!r} is not supported")
-    for token, i in model["vocab"].items():
-        if type(i) is not int or not 0 <= i < 2**31:
-            raise UserError(f"{where}: token {token!r} has id {i!r}, which is not an id")
-
-
-def _ranks(model: dict, where: str) -> Ranks:
-    """The place of each pair in the list of those that merge."""
-    merges = (tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"])
-    ranks = {pair: rank for rank, pair in enumerate(merges)}
-    used = {*chain.from_iterable(ranks), *(left + right for left, right in ranks)}
-    if not model["vocab"].keys() >= used:
-        lacking = min(used - model["vocab"].keys())
-        raise UserError(f"{where}: the vocabulary lacks {lacking!r}, a part or the result of a merge")
-    return ranks
-
-
-def _byte_ids(vocab: dict[str, int], pieces: bool) -> list[int | None]:
-    """The id of each byte. In a SentencePiece vocabulary, an ASCII character can be a token besides its byte."""
-    if not pieces:
-        return [vocab.get(BYTE_TO_CHAR[b]) for b in range(256)]
-    return [vocab.get(chr(b) if b < 128 and chr(b) in vocab else token) for token, b in BYTE_TOKENS.items()]
-
-
-# ---- tiktoken ----------------------------------------------------------------------------------------------
-
-Table = dict[
-    bytes, tuple[int, ...]
-]  # what tiktoken merges, in order of rank, and the ids that each stands for
-BytePairs = list[tuple[bytes, bytes]]
-
-
-def _byte_table(
-    vocab: dict[str, int], ranks: Ranks, spelled: dict[str, bytes], byte_ids: list[int], pieces: bool
-) -> tuple[Table, BytePairs]:
-    """What merging starts from and makes, as bytes, and the pairs that merge.
-
-    SentencePiece starts from characters, tiktoken from bytes. So the first merges make the characters of a
-    SentencePiece vocabulary, through their UTF-8 prefixes. A character without a token stays bytes, or a prefix
-    and bytes; a prefix stands for the ids of its bytes.
-    """
-    table: Table = {bytes([b]): (i,) for b, i in enumerate(byte_ids)}
-    pairs: BytePairs = []
-    for char in (t.encode() for t in vocab if pieces and len(t) == 1 and ord(t) > 127):
-        for n in range(2, len(char) + 1):
-            if char[:n] not in table:
-                pairs.append((char[: n - 1], char[n - 1 : n]))
-                table[char[:n]] = tuple(byte_ids[b] for b in char[:n])
-        table[char] = (vocab[char.decode()],)
-    for left, right in ranks:
-        pairs.append((spelled[left], spelled[right]))
-        table[spelled[left] + spelled[right]] = (vocab[left + right],)
-    return table, pairs
-
-
-def _tiktoken_agrees(table: Table, pairs: BytePairs) -> bool:
-    """Whether tiktoken, given the table, merges the listed pairs and no others.
-
-    tiktoken merges any two neighbours whose concatenation is in the table, that of lowest rank first. It agrees
-    with the file if all pairs that make a token are listed, one after the other; or if each token is listed once
-    and merging its own text ends with that pair, since inside a longer text it is merged as it is alone.
-    """
-    tokens = [*table]
-    made = [token for token, _ in groupby(left + right for left, right in pairs)]
-    if made != tokens[256:] or b"\xff" in b"".join(made):
-        return False
-    if len(made) < len(pairs):
-        return len(pairs) == sum(t[:n] in table and t[n:] in table for t in made for n in range(1, len(t)))
-
-    # Go back in time from each pair, all at once: take apart the token at the border that was made later, until
-    # both are bytes. No listed pair across the border may have merged before that token was made.
-    number = {token: i for i, token in enumerate(tokens)}
-    parts = np.array([(number.get(left, -1), number.get(right, -1)) for left, right in pairs]).reshape(-1, 2)
-    if ((parts < 0) | (parts >= np.arange(256, len(tokens))[:, None])).any():
-        return False
-    keys = parts @ [len(tokens), 1]
-    order = np.argsort(keys)
-    first, last = np.concatenate([np.zeros((256, 2), int), parts]).T
-    left, right = parts.T
-    while len(left):
-        in_left, time = left > right, np.maximum(left, right)
-        left, right = np.where(in_left, last[left], left), np.where(in_left, right, first[right])
-        key = left * len(tokens) + right
-        place = order[np.minimum(np.searchsorted(keys, key, sorter=order), len(keys) - 1)]
-        across = np.where(keys[place] == key, place + 256, len(tokens))
-        if (across < time + ~in_left).any():  # of two equal pairs the first merges first
-            return False
-        unfinished = np.maximum(left, right) >= 256
-        left, right = left[unfinished], right[unfinished]
-    return True
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
