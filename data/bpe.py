@@ -31,7 +31,8 @@ CACHED_WORDS = 2**18  # words whose ids are remembered
 CACHED_LENGTH = 64  # characters of the longest of them
 
 Ranks = dict[tuple[str, str], int]  # the pairs that merge, and the place of each in the file
-Table = dict[bytes, tuple[int, ...]]  # what tiktoken merges, in order of rank, and the ids each stands for
+Table = dict[bytes, int]  # what tiktoken merges, in order of rank, and the id of each
+Prefixes = dict[int, list[int]]  # negative ids of UTF-8 prefixes, and the ids of the bytes of each
 
 
 def merge(symbols: list[str], ranks: Ranks) -> list[str]:
@@ -99,7 +100,7 @@ class Merger:
         self.encoding = None
         if lacking or len(self.ranks) < len(model["merges"]):
             return
-        table, pairs = _byte_table(self.ranks, self.vocab, byte_ids, spelled, self.pieces)
+        table, pairs, self.prefixes = _byte_table(self.ranks, self.vocab, byte_ids, spelled, self.pieces)
         if self.whole_words and (self.pieces or len(table) < len(self.vocab)):
             return
         if _tiktoken_agrees(table, pairs):
@@ -108,7 +109,7 @@ class Merger:
                 # Leave out tokens that merging does not make: with FF behind it, a token is no whole word,
                 # and FF merges with nothing.
                 made = self.encoding._encode_single_piece
-                table = {token: ids for token, ids in table.items() if len(made(token + b"\xff")) <= 2}
+                table = {token: id for token, id in table.items() if len(made(token + b"\xff")) <= 2}
                 self.encoding = _tiktoken(table, pattern)
             self.ids = [*table.values()]
 
@@ -139,7 +140,10 @@ class Merger:
         return ids
 
     def _ids_of(self, ranks: list[int]) -> list[int]:
-        return list(chain.from_iterable(map(self.ids.__getitem__, ranks)))
+        ids = list(map(self.ids.__getitem__, ranks))
+        if self.prefixes and min(ids, default=0) < 0:
+            return [i for id in ids for i in self.prefixes.get(id, (id,))]
+        return ids
 
     def _symbols(self, word: str) -> list[str]:
         """What merging starts from: characters, and what stands for those without a token."""
@@ -164,15 +168,15 @@ def _refuse(model: dict, where: str) -> None:
     for flag in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(flag):
             raise UserError(f"{where}: {flag} = {model[flag]!r} is not supported")
-    for token, i in model["vocab"].items():
-        if type(i) is not int or not 0 <= i < 2**31:
-            raise UserError(f"{where}: token {token!r} has id {i!r}, which is not an id")
+    for token, id in model["vocab"].items():
+        if type(id) is not int or not 0 <= id < 2**31:
+            raise UserError(f"{where}: token {token!r} has id {id!r}, which is not an id")
 
 
 def _read_ranks(model: dict, where: str) -> Ranks:
     merges = (tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"])
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    used = {*chain.from_iterable(ranks), *(left + right for left, right in ranks)}
+    used = {*chain.from_iterable(ranks), *map("".join, ranks)}
     if not model["vocab"].keys() >= used:
         lacking = min(used - model["vocab"].keys())
         raise UserError(f"{where}: the vocabulary lacks {lacking!r}, a part or the result of a merge")
@@ -180,7 +184,7 @@ def _read_ranks(model: dict, where: str) -> Ranks:
 
 
 def _byte_ids(vocab: dict[str, int], pieces: bool) -> list[int | None]:
-    """The id of each byte. In a SentencePiece vocabulary an ASCII character can be a token besides its byte."""
+    """The id of each byte. In SentencePiece, an ASCII character can be a token besides its byte."""
     if not pieces:
         return [vocab.get(BYTE_TO_CHAR[b]) for b in range(256)]
     return [vocab.get(chr(b) if b < 128 and chr(b) in vocab else t) for t, b in BYTE_TOKENS.items()]
@@ -197,25 +201,27 @@ def _tiktoken(table: Table, pattern: str | None) -> tiktoken.Encoding:
 
 def _byte_table(
     ranks: Ranks, vocab: dict[str, int], byte_ids: list[int], spelled: dict[str, bytes], pieces: bool
-) -> tuple[Table, list[tuple[bytes, bytes]]]:
+) -> tuple[Table, list[tuple[bytes, bytes]], Prefixes]:
     """The table for tiktoken, which starts from bytes, and the pairs of bytes that may merge.
 
     SentencePiece starts from characters. So the first merges make the characters of the vocabulary, through
     their UTF-8 prefixes. A character without a token stays bytes, or a prefix and bytes; a prefix stands for
     the ids of its bytes.
     """
-    table: Table = {bytes([b]): (i,) for b, i in enumerate(byte_ids)}
+    table: Table = {bytes([b]): id for b, id in enumerate(byte_ids)}
     pairs: list[tuple[bytes, bytes]] = []
+    prefixes: Prefixes = {}
     for char in (t.encode() for t in vocab if pieces and len(t) == 1 and ord(t) > 127):
         for n in range(2, len(char) + 1):
             if char[:n] not in table:
                 pairs.append((char[: n - 1], char[n - 1 : n]))
-                table[char[:n]] = tuple(byte_ids[b] for b in char[:n])
-        table[char] = (vocab[char.decode()],)
-    for left, right in ranks:
-        pairs.append((spelled[left], spelled[right]))
-        table[spelled[left] + spelled[right]] = (vocab[left + right],)
-    return table, pairs
+                table[char[:n]] = -len(prefixes) - 1
+                prefixes[-len(prefixes) - 1] = [byte_ids[b] for b in char[:n]]
+        table[char] = vocab[char.decode()]
+    listed = [(spelled[left], spelled[right]) for left, right in ranks]
+    made = map(vocab.__getitem__, map("".join, ranks))
+    table |= zip(map(b"".join, listed), made, strict=True)
+    return table, pairs + listed, prefixes
 
 
 def _tiktoken_agrees(table: Table, pairs: list[tuple[bytes, bytes]]) -> bool:
@@ -226,9 +232,10 @@ def _tiktoken_agrees(table: Table, pairs: list[tuple[bytes, bytes]]) -> bool:
     once and merging its own text ends with that pair, since inside a longer text it is merged as it is alone.
     """
     tokens = [*table]
-    made = [token for token, _ in groupby(left + right for left, right in pairs)]
-    used = {*chain.from_iterable(pairs)}
-    if made != tokens[256:] or not table.keys() >= used or b"\xff" in b"".join(made):
+    made = [token for token, _ in groupby(map(b"".join, pairs))]
+    number = {token: i for i, token in enumerate(tokens)}
+    parts = [*map(number.get, chain.from_iterable(pairs))]
+    if made != tokens[256:] or None in parts or b"\xff" in b"".join(made):
         return False
     if len(made) < len(pairs):
         splits = sum(t[:n] in table and t[n:] in table for t in made for n in range(1, len(t)))
@@ -236,8 +243,7 @@ def _tiktoken_agrees(table: Table, pairs: list[tuple[bytes, bytes]]) -> bool:
 
     # Go back in time from each pair, all pairs at once: take apart the token at the border that was made
     # later, until both are bytes. No pair across the border may have merged before that token was made.
-    number = {token: i for i, token in enumerate(tokens)}
-    parts = np.array([(number[left], number[right]) for left, right in pairs]).reshape(-1, 2)
+    parts = np.array(parts, int).reshape(-1, 2)
     if (parts.max(1) >= np.arange(256, len(tokens))).any():  # a token comes before its parts
         return False
     keys = parts @ [len(tokens), 1]

@@ -96,7 +96,7 @@ class Tokenizer:
             added[eos] = {"content": eos, "id": self.eos_id, "special": True}
         self.stop_ids = tuple(sorted({*stop_ids, self.eos_id} - {None}))
         self.bos_id = _bos(description.get("post_processor"), ids, where)
-        self.vocab_size = max(names) + 1
+        self.vocab_size = max(names, default=-1) + 1
         self.description = description | {"added_tokens": [*added.values()]}
 
         # Encoding. Some added tokens are looked for in the raw text, the others in the normalised text.
@@ -484,7 +484,7 @@ GROUP = r"\(\?(?:[:=!>]|<[=!])"
 # Upper or lower case, without letters that can be one ligature
 ANY_CASE = r"\(\?i:(?!['’a-zA-Z|]*(?i:ss|st|ff|fi|fl))['’a-zA-Z|]+\)"
 COUNT = r"\{(?:\d+(?:,\d*)?|,\d+)\}(?![+?])"
-CLASS = rf"(?<class>\[\^?(?!\])(?:{ESCAPE}|(?&class)|(?!&&|\|\||--|~~|\[:)[^\\\[\]])+\])"
+CLASS = rf"(?<class>\[\^?(?!\])(?:(?!&&|\|\||--|~~|\[:)(?:{ESCAPE}|(?&class)|[^\\\[\]]))+\])"
 KNOWN_PATTERN = regex.compile(rf"(?:{ESCAPE}|{GROUP}|{ANY_CASE}|{COUNT}|{CLASS}|(?!\(\?)[^\\{{\[])*", regex.S)
 NUMBERED_GROUP = regex.compile(rf"(?:{ESCAPE}|{CLASS})(*SKIP)(*FAIL)|\((?!\?)")
 

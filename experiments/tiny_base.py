@@ -29,7 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_uft
 from data import countdown, logic
-from data.tokenizer import BYTE_TO_CHAR, TAGS, TINY_PATTERN, Tokenizer, merge, token_bytes
+from data.bpe import BYTE_TO_CHAR, merge, token_bytes
+from data.tokenizer import TAGS, TINY_PATTERN, Tokenizer
 from infra.config import one_of, parse_config, require, run_script
 from infra.training import ROOT, lr_factor, set_options
 from model import ModelConfig, Transformer
