@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import chat, countdown, turns
-from data.tokenizer import END, TEMPLATES, Tokenizer
+from data.templates import TEMPLATES
+from data.tokenizer import Tokenizer
+from experiments.tiny_base import END, learn_tokenizer
 from infra.config import UserError
 
 REAL = Path(os.environ.get("NANOFT_TOKENIZERS", "")).absolute() / "cases" / "chat"
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>")
-LEARNED = Tokenizer.learn(
+LEARNED = learn_tokenizer(
     ["User: the cat sat\nAssistant: on the mat\n 12 + 3 = 15\n\nsystem user assistant"] * 3, 60
 )
 

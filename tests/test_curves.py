@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from trajectories import answer
 
 import train_ift
 import train_uft
@@ -12,7 +13,6 @@ from experiments import plot
 from experiments.plot import BY_HINT, PANELS, LoggedRun, all_curves, curve, read_run
 from infra import log, training
 from infra.config import UserError
-from trajectories import answer
 
 PANEL = {p.key: p for p in PANELS}
 UFT = (
