@@ -16,8 +16,9 @@ a row of UltraChat-200k and one of UltraFeedback-binarised, contents shortened:
 
 A conversation may have `tools` beside its messages, and a message any field that the chat template reads
 (tool_calls, reasoning_content, name ...). "weight": 0 or "train": false takes the loss off an assistant's
-turn. Fields that the training should heed and cannot are refused by name; others (prompt_id, score_chosen)
-are left alone.
+turn, "label": false (KTO's) leaves a row out. Fields that the training should heed and cannot are refused by
+name; others (prompt_id, score_chosen) are left alone. Up to 5 % of the rows may be bad: they are skipped,
+counted and printed.
 
 The paper's files are parquet, so `pip install -e '.[data]'`:
 
@@ -33,11 +34,12 @@ learn to stop.
 
 import json
 import multiprocessing
+import os
 import sys
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -47,84 +49,25 @@ import numpy as np
 
 from data.rows import ENDINGS, is_one_file, read_records, split_rows
 from data.tokenizer import Tokenizer
-from data.turns import CALLS, REASONING, REWRITTEN, MarkedTemplate, encode_parts, find_turns
+from data.turns import CALLS, REASONING, REWRITTEN, encode_parts, find_turns
 from infra.config import UserError
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
-UNSUPPORTED = (
-    "functions",
-    "documents",
-    "chat_template_kwargs",
-    "images",
-    "videos",
-    "audios",
-)  # fields of a row
-KINDS = (
-    "prefs",
-    "sft",
-    "gen",
-)  # of a hub folder's splits (train_prefs, train_sft ...); the first one found is read
-CHUNK = 500  # rows that a process encodes at a time
-COUNTED = 5000  # with at least this many rows a terminal shows a counter
+FORMS = (("chosen", "rejected"), ("messages",), ("prompt", "completion"))  # the first that a row has counts
+LABELS = ("label", "kto_tag")  # fields that call an answer good or bad
+CONTEXT = ("system", "system_prompt", "system_message", "history", "functions", "documents")
+MEDIA = ("images", "videos", "audios")
+KINDS = ("", "prefs", "sft", "gen")  # of a hub folder's splits (train_prefs ...); the first found is read
+MOST_BAD = 0.05  # share of bad rows that are skipped; more end the run
+MANY = 5000  # with at least this many rows all cores encode, and a terminal shows a counter
 
 
 class Example(NamedTuple):
     ids: np.ndarray  # (T,) int32
     mask: np.ndarray  # (T,) bool: the tokens that are targets
     cut: bool  # the end did not fit into max_length
-    rewritten: (
-        int  # assistant turns without loss, because the template rewrites them once the conversation goes on
-    )
+    rewritten: int  # assistant turns without loss, since the template rewrites them once others follow
     ends: tuple[int, ...] = ()  # ids of the special tokens that end its trained turns
-
-
-class Examples(Sequence):
-    """A sequence of Examples, or of (chosen, rejected) pairs of them, in flat arrays: 5 bytes a token and 21
-    an Example.
-    """
-
-    def __init__(self, pairs: bool = False):
-        self.pairs = pairs
-        self.ids, self.mask = array("i"), array("B")
-        self.offsets = array("q", [0])  # Example k has the tokens offsets[k] to offsets[k + 1]
-        self.cut, self.rewritten, self.ends = array("B"), array("i"), []
-        self._shared: dict[tuple, tuple] = {}  # one tuple for all Examples with equal ends
-
-    def append(self, *examples: Example) -> None:
-        """Add one element: an Example, or the two of a pair."""
-        for e in examples:
-            self.ids.frombytes(e.ids.tobytes())
-            self.mask.frombytes(e.mask.tobytes())
-            self.offsets.append(len(self.ids))
-            self.cut.append(e.cut)
-            self.rewritten.append(e.rewritten)
-            self.ends.append(self._shared.setdefault(e.ends, e.ends))
-
-    def extend(self, other: "Examples") -> None:
-        begin = len(self.ids)
-        for name in ("ids", "mask", "cut", "rewritten"):
-            getattr(self, name).extend(getattr(other, name))
-        self.offsets.extend(array("q", [begin + offset for offset in other.offsets[1:]]))
-        self.ends.extend(self._shared.setdefault(ends, ends) for ends in other.ends)
-
-    def __len__(self) -> int:
-        return (len(self.offsets) - 1) // (2 if self.pairs else 1)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        return (
-            (self._example(2 * index), self._example(2 * index + 1)) if self.pairs else self._example(index)
-        )
-
-    def _example(self, k: int) -> Example:
-        begin, end = self.offsets[k], self.offsets[k + 1]
-        ids = np.frombuffer(self.ids, np.int32)[begin:end]
-        mask = np.frombuffer(self.mask, np.bool_)[begin:end]
-        return Example(ids, mask, bool(self.cut[k]), self.rewritten[k], self.ends[k])
 
 
 def turn_ends(examples: Iterable[Example | tuple[Example, Example]]) -> set[int]:
@@ -133,10 +76,8 @@ def turn_ends(examples: Iterable[Example | tuple[Example, Example]]) -> set[int]
 
     A turn contributes none if max_length cuts it or the template ends it without a special token.
     """
-    if isinstance(examples, Examples):
-        return {i for ends in set(examples.ends) for i in ends}
     flat = (e for row in examples for e in ((row,) if isinstance(row, Example) else row))
-    return {i for e in flat for i in e.ends}
+    return {i for ends in {e.ends for e in flat} for i in ends}
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -150,52 +91,63 @@ def load(split: str, path: str | Path, one_file: str = "all") -> list[dict]:
     where, prompt, completion           texts
     where, prompt, chosen, rejected     texts
 
-    and `tools` where a conversation has them. first: the number of leading messages that are the prompt, and
-    so have no loss whatever their role. Messages keep all their fields that are not null.
+    and `tools` where a conversation has them, `label` where it is false. first: the number of leading
+    messages that are the prompt, and so have no loss whatever their role. Messages keep all their fields that
+    are not null.
 
     A folder, or its subfolder data/ as on the hub, holds `split`.parquet, .jsonl or .json, or the shards
     `split`-*.parquet or `split`_KIND-*.parquet. Of several kinds the first of prefs, sft, gen is read, and a
     line says so; the path "FOLDER:KIND" chooses another. one_file: "all" reads every row of a single file for
     any split, "split" only the rows that rows.split_rows() gives to `split`.
 
-    UserError: names the file, row and field at fault.
+    UserError: a file cannot be read, or more than 5 % of the rows are bad; names the first and its field.
     """
-    rows, first = [], None
-    for where, record in (r for file in _files(split, path) for r in read_records(file, split)):
-        row, form = _row(record, where)
-        first = first or form
-        if form != first:
-            raise UserError(
-                f"{where}: has {form}, but the rows before it have {first}; a file must keep to one form"
-            )
-        rows.append({"where": where} | row)
+    rows, bad, form = [], [], None
+    records = [record for file in _files(split, path) for record in read_records(file, split)]
+    for where, record in records:
+        try:
+            row, found = _row(record)
+            form = form or found
+            if found != form:
+                raise UserError(f"has {found}, but the rows before it have {form}; a file has one form")
+            rows.append({"where": where} | row)
+        except UserError as e:
+            bad.append(f"{where}: {e}")
+    _judge(bad, len(records))
     return split_rows(rows, split) if one_file == "split" and is_one_file(path) else rows
+
+
+def _judge(bad: list[str], rows: int) -> None:
+    """Print the errors of bad rows. UserError with the first if there are too many to skip."""
+    share = f"{len(bad):,} of {rows:,} rows"
+    if len(bad) > MOST_BAD * rows:
+        raise UserError(f"{bad[0]} ({share} are bad; up to {MOST_BAD:.0%} would be skipped)")
+    if bad:
+        print(f"skipped {share}: " + "; ".join(bad[:3]) + "; ..." * (len(bad) > 3))
 
 
 def _files(split: str, path: str | Path) -> list[Path]:
     """The shards of a split, named as on the hub, or else the file or folder itself."""
-    folder, kind = Path(path), ""
+    folder, asked = Path(path), None
     if ":" in str(path) and not folder.exists():
-        name, _, kind = str(path).rpartition(":")
+        name, _, asked = str(path).rpartition(":")
         folder = Path(name)
     for place in (folder, folder / "data"):
-        if not kind and (shards := sorted(place.glob(f"{split}-*.parquet"))):
-            return shards
-        if not kind and any((place / f"{split}{ending}").exists() for ending in ENDINGS):
+        if asked is None and any((place / f"{split}{ending}").exists() for ending in ENDINGS):
             return [place]
-        shards = {
-            p: p.stem.partition("-")[0].removeprefix(f"{split}_") for p in place.glob(f"{split}_*.parquet")
-        }
-        kinds = sorted(set(shards.values()))
-        taken = kind or next((k for k in [*KINDS, *kinds] if k in kinds), None)
-        if taken not in kinds:
+        kinds = {}
+        for shard in sorted([*place.glob(f"{split}-*.parquet"), *place.glob(f"{split}_*.parquet")]):
+            kind = shard.stem.partition("-")[0].removeprefix(split).removeprefix("_")
+            kinds.setdefault(kind, []).append(shard)
+        kind = next((k for k in [*KINDS, *kinds] if k in kinds), None) if asked is None else asked
+        if kind not in kinds:
             continue
-        if len(kinds) > 1 and not kind:
-            others = ", ".join(f"{split}_{k}" for k in kinds if k != taken)
-            print(f"{place}: reading {split}_{taken}, not {others}; the path {folder}:KIND chooses another")
-        return sorted(p for p, k in shards.items() if k == taken)
-    if kind:
-        raise UserError(f"{path}: no {split}_{kind}-*.parquet in {folder} or {folder / 'data'}")
+        if len(kinds) > 1 and asked is None:
+            others = ", ".join(f"{split}_{k}" for k in kinds if k != kind)
+            print(f"{place}: reading {split}_{kind}, not {others}; the path {folder}:KIND chooses another")
+        return kinds[kind]
+    if asked is not None:
+        raise UserError(f"{path}: no {split}_{asked}-*.parquet in {folder} or {folder / 'data'}")
     return [folder]
 
 
@@ -207,136 +159,152 @@ def rows_of_task(rows: list[dict]) -> list[dict]:
     ]
 
 
-def _row(record: dict, where: str) -> tuple[dict, str]:
+def _row(record: dict) -> tuple[dict, str]:
     """The row of a record, and the name of its form."""
-    prompt, completion, chosen, rejected = (
-        record.get(k) for k in ("prompt", "completion", "chosen", "rejected")
-    )
-    conversation = record.get("messages")
-    preference = chosen is not None or rejected is not None
+    for name in (*CONTEXT, *MEDIA, "chat_template_kwargs"):
+        if record.get(name):
+            raise UserError(f"field '{name}' is not supported; put it into the prompt or messages, or remove it")
+    names = next((names for names in FORMS if record.get(names[-1]) is not None), None)
+    if names is None:
+        needed = "'messages', 'prompt' and 'completion', or 'chosen' and 'rejected'"
+        raise UserError(f"there is no answer; a row needs the fields {needed}, but has {', '.join(record)}")
+    form = " and ".join(f"'{name}'" for name in names)
+    row, prompt = {}, record.get("prompt")
+    for name in LABELS:
+        if (label := record.get(name)) not in (None, True, False):
+            raise UserError(f"field '{name}' is {label!r}; must be true or false, for a good or a bad answer")
+        if label is not None and not label:
+            row["label"] = False
 
     # Texts.
-    if all(isinstance(t, str) for t in (prompt, chosen, rejected)):
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, "'chosen' and 'rejected' as texts"
-    if not preference and conversation is None and isinstance(prompt, str) and isinstance(completion, str):
-        if not completion.strip():
-            raise UserError(f"{where}: field 'completion' is empty, so there is no answer to learn")
-        return {"prompt": prompt, "completion": completion}, "'prompt' and 'completion' as texts"
+    if names != ("messages",) and all(isinstance(record.get(k), str) for k in ("prompt", *names)):
+        if record.get("tools"):
+            raise UserError("field 'tools' needs messages, since only a chat template can write it")
+        for name in names:
+            row[name] = prompt if name == "prompt" else _without_prompt(record[name], prompt)
+            if name != "prompt" and not row[name].strip():
+                raise UserError(f"field '{name}' is empty, so there is no answer to learn")
+        return {"prompt": prompt} | row, f"{form} as texts"
 
-    # Two conversations with a common beginning.
-    tools = _tools(record, where)
-    if preference:
-        if not isinstance(chosen, list) or not isinstance(rejected, list):
-            raise UserError(
-                f"{where}: 'chosen' and 'rejected' must both be lists of messages, or texts like 'prompt'"
-            )
-        pair = []
-        for name in ("chosen", "rejected"):
-            answer = _messages(record[name], f"{where}: field '{name}'", may_be_empty=True)
-            before = []
-            if isinstance(prompt, list):
-                before = _messages(prompt, f"{where}: field 'prompt'", answered=False)
-            elif isinstance(prompt, str) and answer[0]["role"] == "assistant":
-                before = [{"role": "user", "content": prompt}]
-            pair.append(answer if answer[: len(before)] == before else before + answer)
-        first = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(*pair, strict=False)))
-        if first == 0:
-            raise UserError(f"{where}: 'chosen' and 'rejected' do not begin with the same message")
-        first = min(first, len(pair[0]) - 1, len(pair[1]) - 1)
-        row = {"chosen": pair[0], "rejected": pair[1], "first": first}
-        return row | tools, "'chosen' and 'rejected' as messages"
-
-    # One conversation.
-    if conversation is not None:
-        row = {"messages": _messages(conversation, f"{where}: field 'messages'"), "first": 0}
-        return row | tools, "'messages'"
-    if isinstance(prompt, list) and isinstance(completion, list):
-        before = _messages(prompt, f"{where}: field 'prompt'", answered=False)
-        after = _messages(completion, f"{where}: field 'completion'")
-        row = {"messages": before + after, "first": len(before)}
-        return row | tools, "'prompt' and 'completion' as messages"
-    if prompt is not None and completion is not None:
-        raise UserError(f"{where}: 'prompt' and 'completion' must both be texts or both be lists of messages")
-    needed = "'messages', 'prompt' and 'completion', or 'chosen' and 'rejected'"
-    raise UserError(
-        f"{where}: there is no answer; a row needs the fields {needed}, but has {', '.join(record)}"
-    )
+    # Conversations. An answer may repeat the prompt, or its last messages.
+    if not all(isinstance(record.get(name), list) for name in names):
+        raise UserError(f"{form} must be lists of messages, or texts beside a 'prompt' that is a text")
+    before = _messages(prompt, "prompt") if names != ("messages",) and isinstance(prompt, list) else []
+    answers = [name for name in names if name != "prompt"]
+    for name in answers:
+        answer = _messages(record[name], name)
+        if answer[-1]["role"] != "assistant":
+            raise UserError(f"field '{name}' ends with a turn of the {answer[-1]['role']}, not of the assistant")
+        if name != "messages" and isinstance(prompt, str) and answer[0]["role"] == "assistant":
+            before = [{"role": "user", "content": prompt}]
+        repeated = next(n for n in range(len(before), -1, -1) if before[len(before) - n :] == answer[:n])
+        row[name] = before + answer[repeated:]
+    if tools := _functions(record.get("tools"), "tools"):
+        row["tools"] = tools
+    row["first"] = len(before)
+    if "rejected" in names:
+        same = takewhile(lambda two: two[0] == two[1], zip(row["chosen"], row["rejected"], strict=False))
+        row["first"] = min(len(list(same)), *(len(row[name]) - 1 for name in answers))
+        if row["first"] == 0:
+            raise UserError("'chosen' and 'rejected' do not begin with the same message")
+    elif "completion" in names:
+        row["messages"] = row.pop("completion")
+        if len(row["messages"]) == row["first"]:
+            raise UserError("field 'completion' adds nothing to 'prompt', so there is no answer to learn")
+    return row, f"{form} as messages"
 
 
-def _tools(record: dict, where: str) -> dict:
-    """{"tools": list} if a row has tools, as a list or as the JSON of one."""
-    for name in UNSUPPORTED:
-        if record.get(name):
-            raise UserError(
-                f"{where}: field '{name}' is not supported; remove it if the answers do not need it"
-            )
-    tools = record.get("tools")
-    if isinstance(tools, str) and tools.strip():
+def _without_prompt(answer: str, prompt: str) -> str:
+    """An answer without the prompt that it may begin with, give or take white space around that."""
+    for begun, text in ((prompt, answer), (prompt.strip(), answer.lstrip())):
+        rest = text[len(begun) :]
+        inside_a_word = begun[-1:].isalnum() and rest[:1].isalnum()
+        if begun.strip() and text.startswith(begun) and not inside_a_word:
+            return rest
+    return answer
+
+
+def _messages(value: list, name: str) -> list[dict]:
+    """The checked messages of a field."""
+    if not value:
+        raise UserError(f"field '{name}' must be a list of messages, not an empty one")
+    messages = []
+    for n, message in enumerate(value):
         try:
-            tools = json.loads(tools)
-        except ValueError as e:
-            raise UserError(f"{where}: field 'tools' is not JSON ({e})") from None
-    if tools and not isinstance(tools, list):
-        raise UserError(f"{where}: field 'tools' must be a list of tools, or the JSON of one")
-    return {"tools": tools} if tools else {}
-
-
-def _messages(value, where: str, answered: bool = True, may_be_empty: bool = False) -> list[dict]:
-    """A checked conversation. answered: it must end with an assistant turn; may_be_empty: that turn may have
-    no text.
-    """
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where} must be a list of messages" + (", not an empty one" if value == [] else ""))
-    messages = [_message(m, f"{where}, message {n}") for n, m in enumerate(value)]
-    if not answered:
-        return messages
-    for n, m in enumerate(messages):
-        if m["role"] == "assistant" and not may_be_empty and not has_answer(m):
-            raise UserError(f"{where}, message {n}: the answer is empty")
-    if not any(m["role"] == "assistant" for m in messages):
-        raise UserError(f"{where} has no assistant turn, so there is no answer to learn")
-    if messages[-1]["role"] != "assistant":
-        raise UserError(f"{where} ends with a turn of the {messages[-1]['role']}, not of the assistant")
+            messages.append(_message(message))
+        except UserError as e:
+            raise UserError(f"field '{name}', message {n}: {e}") from None
     return messages
 
 
-def _message(message, where: str) -> dict:
-    """A checked message without its null fields, since parquet gives every message the fields of all of
-    them.
-    """
+def _message(message: dict) -> dict:
+    """A checked message without its null fields: parquet gives every message the fields of all of them."""
     if not isinstance(message, dict):
-        raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
+        raise UserError(f"must be an object with role and content, not {type(message).__name__}")
     named = f"the message has the fields {', '.join(message)}"
     message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
-        raise UserError(f"{where}: field 'role' is {role!r}; must be one of {', '.join(ROLES)}; {named}")
+        raise UserError(f"field 'role' is {role!r}; must be one of {', '.join(ROLES)}; {named}")
 
     # Texts. A call may stand for the content.
-    if role == "assistant" and any(message.get(k) for k in CALLS):
+    for name in CALLS:
+        calls = message.pop(name, None)
+        if found := _functions([calls] if isinstance(calls, dict) else calls, name):
+            message[name] = found[0] if isinstance(calls, dict) else found
+    called = role == "assistant" and not message.keys().isdisjoint(CALLS)
+    if called:
         message.setdefault("content", None)
     elif "content" not in message:
-        raise UserError(f"{where}: field 'content' is missing or null; {named}")
+        raise UserError(f"field 'content' is missing or null; {named}")
     for name in ("content", *REASONING):
         if not isinstance(message.get(name, ""), str | None):
-            raise UserError(f"{where}: field '{name}' must be a text, not {type(message[name]).__name__}")
+            raise UserError(f"field '{name}' must be a text, not {type(message[name]).__name__}")
+    if role == "assistant" and not called and not message["content"].strip():
+        raise UserError("the answer is empty")
 
     # Which turns have a loss.
     for name, on, off in (("weight", 1, 0), ("train", True, False)):
         value = message.get(name, off)
         if value not in (on, off):
-            raise UserError(
-                f"{where}: field '{name}' is {value!r}, which cannot be honoured; must be {on} or {off}"
-            )
+            raise UserError(f"field '{name}' is {value!r}, which cannot be honoured; must be {on} or {off}")
         if value and role != "assistant":
-            raise UserError(
-                f"{where}: field '{name}' asks to train on the {role}; only the assistant is trained on"
-            )
+            raise UserError(f"field '{name}' asks to train on the {role}; only the assistant is trained on")
     return message
 
 
-def has_answer(message: dict) -> bool:
-    return bool((message["content"] or "").strip() or any(message.get(k) for k in CALLS))
+def _functions(value, name: str) -> list[dict]:
+    """Tools or calls. All of them, one, its arguments and its parameters may be given as JSON text. Null
+    fields are left out, since parquet gives every object the fields of all of them; those in a text stay.
+    """
+    functions = []
+    for item in _parsed(_without_nulls(value), list, name):
+        item = _parsed(item, dict, name)
+        function = _parsed(item.get("function", item), dict, f"{name}: function")
+        for key in function.keys() & {"arguments", "parameters"}:
+            function[key] = _parsed(function[key], dict, f"{name}: {key}")
+        functions.append(item | {"function": function} if "function" in item else function)
+    return functions
+
+
+def _parsed(value, kind: type, name: str):
+    """A list or dict, empty if it is missing. It may be given as JSON text."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"field '{name}' is not JSON ({e})") from None
+    if value and not isinstance(value, kind):
+        raise UserError(f"field '{name}' must be a {kind.__name__}, or the JSON of one, not {value!r:.80}")
+    return value or kind()
+
+
+def _without_nulls(value):
+    if isinstance(value, list):
+        return [_without_nulls(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return value
 
 
 # ---- examples ----------------------------------------------------------------------------------------------
@@ -349,147 +317,98 @@ def encode_rows(
     template: str = "auto",
     pairs: bool = False,
     window: int = 0,
-    processes: int = 0,
-) -> tuple[Examples, dict[str, int]]:
+) -> tuple[list[Example] | list[tuple[Example, Example]], dict[str, int]]:
     """Examples of the rows, or with pairs (chosen, rejected) of Examples, and how many were kept, truncated
     and skipped.
 
     Without pairs a preference row gives its chosen answer. An example longer than max_length loses its end;
     one whose prompt leaves no room for a token of an answer is skipped, and so are pairs that are equal up to
     there. window: the positions that the model was built for (0: unknown); kept rows that exceed it are
-    counted. processes: how many processes share the work, with the same result; below 2 this one does it.
-    UserError: names the first row that cannot be encoded.
+    counted. UserError: more than 5 % of the rows cannot be encoded; names the first.
     """
-    settings = {
-        "max_length": max_length,
-        "template": template,
-        "pairs": pairs,
-        "window": window or max_length,
-    }
-    examples, counts = Examples(pairs), Counter(rows=len(rows), kept=0, truncated=0)
-    chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
-    live = len(rows) >= COUNTED and sys.stdout.isatty()
-    for n, (made, counted) in enumerate(
-        _in_order(partial(_encode_chunk, **settings), chunks, tokenizer, processes), 1
-    ):
-        examples.extend(made)
-        counts.update(counted)
-        if live:
-            end = "\n" if n == len(chunks) else ""
-            print(f"\rtokenizing {min(n * CHUNK, len(rows)):,}/{len(rows):,} rows", end=end, flush=True)
+    if tokenizer.eos_id is None:
+        raise UserError("the tokenizer's configuration has no eos_token, without which no answer ends")
+    tokenizer.template_name(template)  # there must be such a template
+    encode_one = partial(_encode_row, tokenizer, max_length, template, pairs)
+    examples, counts, bad = [], Counter(rows=len(rows), kept=0, truncated=0), []
+    with closing(_in_processes(encode_one, rows)) as encoded:
+        for done, (made, notes, error) in enumerate(encoded, 1):
+            counts.update(notes)
+            bad += [error] if error else []
+            if len(bad) > MOST_BAD * len(rows):
+                break
+            if made:
+                examples.append(made if pairs else made[0])
+                counts["kept"] += 1
+                counts["truncated"] += any(e.cut for e in made)
+                if window and max(len(e.ids) for e in made) > window:
+                    counts[f"longer than the model's window of {window:,} tokens"] += 1
+            if len(rows) >= MANY and sys.stdout.isatty() and (done % 500 == 0 or done == len(rows)):
+                end = "\n" if done == len(rows) else ""
+                print(f"\rtokenizing {done:,}/{len(rows):,} rows", end=end, flush=True)
+    _judge(bad, len(rows))
     return examples, dict(counts)
 
 
-def _in_order(
-    work: Callable, chunks: list[list[dict]], tokenizer: Tokenizer, processes: int
-) -> Iterator[tuple[Examples, Counter]]:
-    """work(chunk, tokenizer) for every chunk, in order, in this process or shared among several."""
-    processes = min(processes, len(chunks))
+def _in_processes(work: Callable, rows: list[dict]) -> Iterator:
+    """work(row) for every row, in order. Many rows are shared among processes, one for each core that this
+    process may use: torchrun's processes share the cores of a machine.
+    """
+    processes = 1
+    if len(rows) >= MANY and sys.platform == "linux":  # elsewhere a fork is not safe
+        processes = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes < 2:
-        yield from (work(chunk, tokenizer) for chunk in chunks)
+        yield from map(work, rows)
         return
-    # A forked process inherits the tokenizer. A spawned one must build it, since it cannot be pickled.
-    if "fork" in multiprocessing.get_all_start_methods():
-        context, begin = "fork", (_keep_tokenizer, (tokenizer,))
-    else:
-        parts = (tokenizer.description, tokenizer.config, tokenizer.stop_ids, tokenizer.eos_id)
-        context, begin = "spawn", (_build_tokenizer, parts)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context(context), *begin) as pool:
-        yield from pool.map(partial(_work_here, work), chunks)
+    _inherited.update(work=work, rows=rows)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_work_on, range(len(rows)), chunksize=500)
 
 
-_tokenizer: Tokenizer | None = None  # in a process that encodes for another
+_inherited: dict = {}  # by forked processes, so that neither the rows nor the tokenizer have to be sent
 
 
-def _keep_tokenizer(tokenizer: Tokenizer) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
+def _work_on(i: int):
+    return _inherited["work"](_inherited["rows"][i])
 
 
-def _build_tokenizer(description: dict, config: dict, stop_ids: tuple[int, ...], eos_id: int) -> None:
-    _keep_tokenizer(Tokenizer(description, config, stop_ids, eos_ids=[eos_id]))
-
-
-def _work_here(work: Callable, chunk: list[dict]) -> tuple[Examples, Counter]:
-    return work(chunk, _tokenizer)
-
-
-def _encode_chunk(
-    rows: list[dict], tokenizer: Tokenizer, max_length: int, template: str, pairs: bool, window: int
-) -> tuple[Examples, Counter]:
-    examples, counts, marked = Examples(pairs), Counter(), MarkedTemplate.of(tokenizer, template)
-    for row in rows:
-        # Which answers of the row are needed, and whether it has them.
-        preference = "rejected" in row
-        if pairs and not preference:
-            raise UserError(
-                f"{row['where']}: this loss needs pairs, but the row has no 'chosen' and 'rejected'"
-            )
-        names = ("chosen", "rejected") if pairs else ("chosen",) if preference else ("",)
-        answers = [row[name] for name in names if name]
-        if not all(a.strip() if isinstance(a, str) else has_answer(a[-1]) for a in answers):
-            counts["skipped: an answer is empty"] += (
-                1  # common in collected pairs; elsewhere load() refuses it
-            )
-            continue
-
-        # Encode them. Skip the row if nothing would be learned from it.
-        made, notes = zip(
-            *(_encode(row, tokenizer, max_length, template, n, marked) for n in names), strict=True
-        )
-        if without := [e for e in made if not e.mask.any()]:
-            counts[
-                f"skipped: {'the prompt fills max_length' if without[0].cut else 'no turn to train on'}"
-            ] += 1
-            continue
-        if pairs and np.array_equal(made[0].ids, made[1].ids):
-            counts["skipped: chosen equals rejected"] += 1
-            continue
-
-        # Keep them.
-        counts["kept"] += 1
-        counts["truncated"] += any(e.cut for e in made)
-        if max(len(e.ids) for e in made) > window:
-            counts[f"longer than the model's window of {window:,} tokens"] += 1
-        for noted in notes:
-            counts.update(noted)
-        examples.append(*made)
-    return examples, counts
+def _encode_row(
+    tokenizer: Tokenizer, max_length: int, template: str, pairs: bool, row: dict
+) -> tuple[tuple[Example, ...], list[str], str]:
+    """The Example of a row or the two of a pair, () if it is skipped; notes to count; its error or ""."""
+    names = ("chosen", "rejected") if pairs else (next(names for names in FORMS if names[-1] in row)[0],)
+    names = ("completion",) if names == ("prompt",) else names
+    try:
+        if pairs and "rejected" not in row:
+            raise UserError("this loss needs pairs, but the row has no 'chosen' and 'rejected'")
+        if row.get("label") is False:
+            return (), ["skipped: labelled as a bad answer"], ""
+        encoded = [encode(row, name, tokenizer, max_length, template) for name in names]
+    except UserError as e:
+        return (), ["skipped: a bad row"], f"{row['where']}: {e}"
+    made, notes = tuple(e for e, _ in encoded), [note for _, some in encoded for note in some]
+    for e in made:
+        if not e.mask.any():
+            return (), [f"skipped: {'the prompt fills max_length' if e.cut else 'no turn to train on'}"], ""
+    if pairs and np.array_equal(made[0].ids, made[1].ids):
+        return (), ["skipped: chosen equals rejected"], ""
+    return made, notes, ""
 
 
 def encode(
-    row: dict, tokenizer: Tokenizer, max_length: int, template: str = "auto", answer: str = ""
-) -> Example:
-    """The Example of a row, cut to max_length; answer: chosen or rejected, in a preference row.
+    row: dict, name: str, tokenizer: Tokenizer, max_length: int, template: str = "auto"
+) -> tuple[Example, list[str]]:
+    """The Example of row[name], cut to max_length, and a note for each turn that was treated specially.
 
-    The loss is on all assistant turns, in a preference row on those after the common beginning. Texts become
-    prompt ids + completion ids + eos, the two encoded separately.
+    The loss is on all assistant turns but those of the first messages. Texts become prompt ids + answer ids +
+    eos, the two encoded separately.
     """
-    return _encode(row, tokenizer, max_length, template, answer, None)[0]
-
-
-def _encode(
-    row: dict,
-    tokenizer: Tokenizer,
-    max_length: int,
-    template: str,
-    answer: str,
-    marked: MarkedTemplate | None,
-) -> tuple[Example, Counter]:
-    """The Example, and how many of its turns were treated specially."""
-    if tokenizer.eos_id is None:
-        raise UserError("the tokenizer's configuration has no eos_token, without which no answer ends")
-
     # Ids of the parts of the text, of which every second one is a target.
-    notes: Counter[str] = Counter()
     if "prompt" in row:
-        parts = [tokenizer.encode(row["prompt"], bos=True), tokenizer.encode(row[answer or "completion"])]
+        parts, notes = [tokenizer.encode(row["prompt"], bos=True), tokenizer.encode(row[name])], []
         closed = [parts[1][-1:] == [tokenizer.eos_id]]
     else:
-        try:
-            text, cuts, closed, notes = find_turns(row, answer or "messages", tokenizer, template, marked)
-        except UserError as e:
-            raise UserError(f"{row['where']}: {e}") from None
+        text, cuts, closed, notes = find_turns(row, name, tokenizer, template)
         parts = encode_parts(text, cuts, tokenizer)
     if closed and not closed[-1]:
         parts = parts[: 2 * len(closed)]  # no turn with a loss follows
@@ -503,7 +422,5 @@ def _encode(
     mask[:1] = False  # nothing stands before the first token, so nothing can predict it
     last = np.cumsum(sizes)[1::2] - 1
     ends = {int(ids[t]) for t, special in zip(last, closed, strict=True) if special and t < max_length}
-    example = Example(
-        ids[:max_length], mask[:max_length], len(ids) > max_length, notes[REWRITTEN], tuple(sorted(ends))
-    )
-    return example, notes
+    rewritten, cut = notes.count(REWRITTEN), len(ids) > max_length
+    return Example(ids[:max_length], mask[:max_length], cut, rewritten, tuple(sorted(ends))), notes
