@@ -2,17 +2,13 @@
 made of them.
 
 A row of a file (.jsonl, .json, .parquet) has one of these forms, told apart by its fields. The first two are
-a row of UltraChat-200k and one of UltraFeedback-binarised, contents shortened:
+UltraChat-200k's and UltraFeedback-binarised's:
 
-    {"prompt": "Create a fully-developed protagonist ...", "prompt_id": "...",
-     "messages": [{"content": "Create a fully-developed protagonist ...", "role": "user"},
-                  {"content": "Name: Ava\\n\\n Ava was just 16 years old ...", "role": "assistant"}, ...]}
-    {"prompt": "how can i develop a habit ...", "messages": [...], "score_chosen": 8.5, ...
-     "chosen": [{"content": "how can i ...", "role": "user"}, {"content": "Dev...", "role": "assistant"}],
-     "rejected": [{"content": "how can i ...", "role": "user"}, {"content": "The...", "role": "assistant"}]}
-    {"prompt": "2+3=", "completion": "5"}                        text without a chat template
+    {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}, ...], ...}
+    {"chosen": [{"role": "user", "content": "2+3?"}, ...], "rejected": [...], "prompt": "2+3?", ...}
     {"prompt": [{"role": "user", "content": "2+3?"}], "completion": [{"role": "assistant", "content": "5"}]}
-    {"prompt": "2+3=", "chosen": "5", "rejected": "6"}           prompt + completion may be lists here too
+    {"prompt": "2+3=", "completion": "5"}                      text without a chat template
+    {"prompt": "2+3=", "chosen": "5", "rejected": "6"}         also with lists of messages
 
 A conversation may have `tools` beside its messages, and a message any field that the chat template reads
 (tool_calls, reasoning_content, name ...). "weight": 0 or "train": false takes the loss off an assistant's
@@ -41,7 +37,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,10 +48,10 @@ from data.turns import CALLS, REASONING, REWRITTEN, encode_parts, find_turns
 from infra.config import UserError
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
-FORMS = (("chosen", "rejected"), ("messages",), ("prompt", "completion"))  # the first that a row has counts
+FORMS = (("chosen", "rejected"), ("messages",), ("completion",))  # fields with answers; the first form counts
 LABELS = ("label", "kto_tag")  # fields that call an answer good or bad
 CONTEXT = ("system", "system_prompt", "system_message", "history", "functions", "documents")
-MEDIA = ("images", "videos", "audios")
+UNSUPPORTED = (*CONTEXT, "images", "videos", "audios", "chat_template_kwargs")  # an answer may depend on them
 KINDS = ("", "prefs", "sft", "gen")  # of a hub folder's splits (train_prefs ...); the first found is read
 MOST_BAD = 0.05  # share of bad rows that are skipped; more end the run
 MANY = 5000  # with at least this many rows all cores encode, and a terminal shows a counter
@@ -92,8 +87,7 @@ def load(split: str, path: str | Path, one_file: str = "all") -> list[dict]:
     where, prompt, chosen, rejected     texts
 
     and `tools` where a conversation has them, `label` where it is false. first: the number of leading
-    messages that are the prompt, and so have no loss whatever their role. Messages keep all their fields that
-    are not null.
+    messages that are the prompt, and so have no loss. Messages keep all their fields that are not null.
 
     A folder, or its subfolder data/ as on the hub, holds `split`.parquet, .jsonl or .json, or the shards
     `split`-*.parquet or `split`_KIND-*.parquet. Of several kinds the first of prefs, sft, gen is read, and a
@@ -161,141 +155,115 @@ def rows_of_task(rows: list[dict]) -> list[dict]:
 
 def _row(record: dict) -> tuple[dict, str]:
     """The row of a record, and the name of its form."""
-    for name in (*CONTEXT, *MEDIA, "chat_template_kwargs"):
-        if record.get(name):
-            raise UserError(f"field '{name}' is not supported; put it into the prompt or messages, or remove it")
     names = next((names for names in FORMS if record.get(names[-1]) is not None), None)
     if names is None:
         needed = "'messages', 'prompt' and 'completion', or 'chosen' and 'rejected'"
         raise UserError(f"there is no answer; a row needs the fields {needed}, but has {', '.join(record)}")
-    form = " and ".join(f"'{name}'" for name in names)
-    row, prompt = {}, record.get("prompt")
+    if name := next((name for name in UNSUPPORTED if record.get(name)), ""):
+        raise UserError(f"field '{name}' is not supported; move it into prompt or messages, or remove it")
+    row, prompt, form = {}, record.get("prompt"), " and ".join(f"'{name}'" for name in names)
     for name in LABELS:
-        if (label := record.get(name)) not in (None, True, False):
+        label = record.get(name)
+        if label not in (None, True, False):
             raise UserError(f"field '{name}' is {label!r}; must be true or false, for a good or a bad answer")
         if label is not None and not label:
             row["label"] = False
 
     # Texts.
-    if names != ("messages",) and all(isinstance(record.get(k), str) for k in ("prompt", *names)):
+    answers = {name: record.get(name) for name in names}
+    if "messages" not in names and all(isinstance(text, str) for text in (prompt, *answers.values())):
         if record.get("tools"):
             raise UserError("field 'tools' needs messages, since only a chat template can write it")
-        for name in names:
-            row[name] = prompt if name == "prompt" else _without_prompt(record[name], prompt)
-            if name != "prompt" and not row[name].strip():
-                raise UserError(f"field '{name}' is empty, so there is no answer to learn")
-        return {"prompt": prompt} | row, f"{form} as texts"
+        return {"prompt": prompt} | answers | row, f"{form} as texts"
 
     # Conversations. An answer may repeat the prompt, or its last messages.
-    if not all(isinstance(record.get(name), list) for name in names):
-        raise UserError(f"{form} must be lists of messages, or texts beside a 'prompt' that is a text")
-    before = _messages(prompt, "prompt") if names != ("messages",) and isinstance(prompt, list) else []
-    answers = [name for name in names if name != "prompt"]
-    for name in answers:
+    before = _messages(prompt, "prompt") if "messages" not in names and isinstance(prompt, list) else []
+    for name in names:
         answer = _messages(record[name], name)
-        if answer[-1]["role"] != "assistant":
-            raise UserError(f"field '{name}' ends with a turn of the {answer[-1]['role']}, not of the assistant")
-        if name != "messages" and isinstance(prompt, str) and answer[0]["role"] == "assistant":
+        if answer[0]["role"] == "assistant" and "messages" not in names and isinstance(prompt, str):
             before = [{"role": "user", "content": prompt}]
         repeated = next(n for n in range(len(before), -1, -1) if before[len(before) - n :] == answer[:n])
         row[name] = before + answer[repeated:]
-    if tools := _functions(record.get("tools"), "tools"):
-        row["tools"] = tools
+        if not answer[repeated:] or answer[-1]["role"] != "assistant":
+            raise UserError(f"field '{name}' does not end with an answer, which is a turn of the assistant")
     row["first"] = len(before)
     if "rejected" in names:
-        same = takewhile(lambda two: two[0] == two[1], zip(row["chosen"], row["rejected"], strict=False))
-        row["first"] = min(len(list(same)), *(len(row[name]) - 1 for name in answers))
+        same = [a == b for a, b in zip(row["chosen"], row["rejected"], strict=False)]
+        row["first"] = min([*same, False].index(False), len(row["chosen"]) - 1, len(row["rejected"]) - 1)
         if row["first"] == 0:
             raise UserError("'chosen' and 'rejected' do not begin with the same message")
-    elif "completion" in names:
+    if "completion" in names:
         row["messages"] = row.pop("completion")
-        if len(row["messages"]) == row["first"]:
-            raise UserError("field 'completion' adds nothing to 'prompt', so there is no answer to learn")
+    if tools := _functions(record.get("tools"), "field 'tools'"):
+        row["tools"] = tools
     return row, f"{form} as messages"
-
-
-def _without_prompt(answer: str, prompt: str) -> str:
-    """An answer without the prompt that it may begin with, give or take white space around that."""
-    for begun, text in ((prompt, answer), (prompt.strip(), answer.lstrip())):
-        rest = text[len(begun) :]
-        inside_a_word = begun[-1:].isalnum() and rest[:1].isalnum()
-        if begun.strip() and text.startswith(begun) and not inside_a_word:
-            return rest
-    return answer
 
 
 def _messages(value: list, name: str) -> list[dict]:
     """The checked messages of a field."""
-    if not value:
-        raise UserError(f"field '{name}' must be a list of messages, not an empty one")
-    messages = []
-    for n, message in enumerate(value):
-        try:
-            messages.append(_message(message))
-        except UserError as e:
-            raise UserError(f"field '{name}', message {n}: {e}") from None
-    return messages
+    if not isinstance(value, list) or not value:
+        raise UserError(f"field '{name}' must be a list of messages, or a text beside a 'prompt' of text")
+    return [_message(message, f"field '{name}', message {n}") for n, message in enumerate(value)]
 
 
-def _message(message: dict) -> dict:
-    """A checked message without its null fields: parquet gives every message the fields of all of them."""
+def _message(message: dict, where: str) -> dict:
+    """A checked message without its null fields: parquet gives every message the fields of all others."""
     if not isinstance(message, dict):
-        raise UserError(f"must be an object with role and content, not {type(message).__name__}")
-    named = f"the message has the fields {', '.join(message)}"
+        raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
+    has = f"the message has the fields {', '.join(message)}"
     message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
-        raise UserError(f"field 'role' is {role!r}; must be one of {', '.join(ROLES)}; {named}")
+        raise UserError(f"{where}: field 'role' is {role!r}; must be one of {', '.join(ROLES)}; {has}")
 
     # Texts. A call may stand for the content.
-    for name in CALLS:
-        calls = message.pop(name, None)
-        if found := _functions([calls] if isinstance(calls, dict) else calls, name):
-            message[name] = found[0] if isinstance(calls, dict) else found
+    calls = {field: message.pop(field, None) for field in CALLS}
+    for field, value in calls.items():
+        functions = _functions([value] if isinstance(value, dict) else value, f"{where}: field '{field}'")
+        if functions and any(functions):
+            message[field] = functions[0] if isinstance(value, dict) else functions
     called = role == "assistant" and not message.keys().isdisjoint(CALLS)
-    if called:
-        message.setdefault("content", None)
-    elif "content" not in message:
-        raise UserError(f"field 'content' is missing or null; {named}")
-    for name in ("content", *REASONING):
-        if not isinstance(message.get(name, ""), str | None):
-            raise UserError(f"field '{name}' must be a text, not {type(message[name]).__name__}")
+    if "content" not in message and not called:
+        raise UserError(f"{where}: field 'content' is missing or null; {has}")
+    for field in ("content", *REASONING):
+        if not isinstance(message.get(field, ""), str):
+            raise UserError(f"{where}: field '{field}' must be a text, not {type(message[field]).__name__}")
+    message.setdefault("content", None)
     if role == "assistant" and not called and not message["content"].strip():
-        raise UserError("the answer is empty")
+        raise UserError(f"{where}: the answer is empty")
 
     # Which turns have a loss.
-    for name, on, off in (("weight", 1, 0), ("train", True, False)):
-        value = message.get(name, off)
-        if value not in (on, off):
-            raise UserError(f"field '{name}' is {value!r}, which cannot be honoured; must be {on} or {off}")
-        if value and role != "assistant":
-            raise UserError(f"field '{name}' asks to train on the {role}; only the assistant is trained on")
+    for field, on, off in (("weight", 1, 0), ("train", True, False)):
+        allowed = (on, off) if role == "assistant" else (off,)
+        if message.get(field, off) not in allowed:
+            must = " or ".join(map(str, allowed))
+            raise UserError(f"{where}: field '{field}' of the {role} is {message[field]!r}; must be {must}")
     return message
 
 
-def _functions(value, name: str) -> list[dict]:
+def _functions(value, where: str) -> list[dict]:
     """Tools or calls. All of them, one, its arguments and its parameters may be given as JSON text. Null
-    fields are left out, since parquet gives every object the fields of all of them; those in a text stay.
+    fields are left out, since parquet gives every object the fields of all others; those in a text stay.
     """
-    functions = []
-    for item in _parsed(_without_nulls(value), list, name):
-        item = _parsed(item, dict, name)
-        function = _parsed(item.get("function", item), dict, f"{name}: function")
-        for key in function.keys() & {"arguments", "parameters"}:
-            function[key] = _parsed(function[key], dict, f"{name}: {key}")
-        functions.append(item | {"function": function} if "function" in item else function)
+    functions = [_parsed(item, dict, where) for item in _parsed(_without_nulls(value), list, where)]
+    for item in functions:
+        if "function" in item:
+            item["function"] = _parsed(item["function"], dict, where)
+        function = item.get("function", item)
+        for name in function.keys() & {"arguments", "parameters"}:
+            function[name] = _parsed(function[name], dict, f"{where}, {name}")
     return functions
 
 
-def _parsed(value, kind: type, name: str):
+def _parsed(value, kind: type, where: str):
     """A list or dict, empty if it is missing. It may be given as JSON text."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
-            raise UserError(f"field '{name}' is not JSON ({e})") from None
+            raise UserError(f"{where} is not JSON ({e})") from None
     if value and not isinstance(value, kind):
-        raise UserError(f"field '{name}' must be a {kind.__name__}, or the JSON of one, not {value!r:.80}")
+        raise UserError(f"{where} must be a {kind.__name__}, or the JSON of one, not {value!r:.80}")
     return value or kind()
 
 
@@ -334,7 +302,8 @@ def encode_rows(
     with closing(_in_processes(encode_one, rows)) as encoded:
         for done, (made, notes, error) in enumerate(encoded, 1):
             counts.update(notes)
-            bad += [error] if error else []
+            if error:
+                bad.append(error)
             if len(bad) > MOST_BAD * len(rows):
                 break
             if made:
@@ -368,7 +337,7 @@ def _in_processes(work: Callable, rows: list[dict]) -> Iterator:
 _inherited: dict = {}  # by forked processes, so that neither the rows nor the tokenizer have to be sent
 
 
-def _work_on(i: int):
+def _work_on(i: int) -> tuple:
     return _inherited["work"](_inherited["rows"][i])
 
 
@@ -376,20 +345,19 @@ def _encode_row(
     tokenizer: Tokenizer, max_length: int, template: str, pairs: bool, row: dict
 ) -> tuple[tuple[Example, ...], list[str], str]:
     """The Example of a row or the two of a pair, () if it is skipped; notes to count; its error or ""."""
-    names = ("chosen", "rejected") if pairs else (next(names for names in FORMS if names[-1] in row)[0],)
-    names = ("completion",) if names == ("prompt",) else names
+    names = FORMS[0] if pairs else [name for name in ("chosen", "messages", "completion") if name in row]
     try:
-        if pairs and "rejected" not in row:
+        if "rejected" in names and "rejected" not in row:
             raise UserError("this loss needs pairs, but the row has no 'chosen' and 'rejected'")
-        if row.get("label") is False:
+        if "label" in row:
             return (), ["skipped: labelled as a bad answer"], ""
         encoded = [encode(row, name, tokenizer, max_length, template) for name in names]
     except UserError as e:
-        return (), ["skipped: a bad row"], f"{row['where']}: {e}"
+        return (), ["skipped: bad rows"], f"{row['where']}: {e}"
     made, notes = tuple(e for e, _ in encoded), [note for _, some in encoded for note in some]
-    for e in made:
-        if not e.mask.any():
-            return (), [f"skipped: {'the prompt fills max_length' if e.cut else 'no turn to train on'}"], ""
+    if unused := [e for e in made if not e.mask.any()]:
+        reason = "the prompt fills max_length" if unused[0].cut else "no turn to train on"
+        return (), [f"skipped: {reason}"], ""
     if pairs and np.array_equal(made[0].ids, made[1].ids):
         return (), ["skipped: chosen equals rejected"], ""
     return made, notes, ""
@@ -398,18 +366,23 @@ def _encode_row(
 def encode(
     row: dict, name: str, tokenizer: Tokenizer, max_length: int, template: str = "auto"
 ) -> tuple[Example, list[str]]:
-    """The Example of row[name], cut to max_length, and a note for each turn that was treated specially.
+    """The Example of row[name], cut to max_length, and notes on what was treated specially.
 
     The loss is on all assistant turns but those of the first messages. Texts become prompt ids + answer ids +
     eos, the two encoded separately.
     """
     # Ids of the parts of the text, of which every second one is a target.
     if "prompt" in row:
-        parts, notes = [tokenizer.encode(row["prompt"], bos=True), tokenizer.encode(row[name])], []
+        answer = _without_prompt(row[name], row["prompt"])
+        notes = [] if answer == row[name] else ["answers without the prompt that they repeat"]
+        if not answer.strip():
+            raise UserError(f"field '{name}' is empty, so there is no answer to learn")
+        parts = [tokenizer.encode(row["prompt"], bos=True), tokenizer.encode(answer)]
         closed = [parts[1][-1:] == [tokenizer.eos_id]]
     else:
-        text, cuts, closed, notes = find_turns(row, name, tokenizer, template)
-        parts = encode_parts(text, cuts, tokenizer)
+        text, turns, notes = find_turns(row, name, tokenizer, template)
+        parts = encode_parts(text, [cut for turn in turns for cut in turn[:2]], tokenizer)
+        closed = [turn[2] for turn in turns]
     if closed and not closed[-1]:
         parts = parts[: 2 * len(closed)]  # no turn with a loss follows
         parts[-1].append(tokenizer.eos_id)
@@ -424,3 +397,13 @@ def encode(
     ends = {int(ids[t]) for t, special in zip(last, closed, strict=True) if special and t < max_length}
     rewritten, cut = notes.count(REWRITTEN), len(ids) > max_length
     return Example(ids[:max_length], mask[:max_length], cut, rewritten, tuple(sorted(ends))), notes
+
+
+def _without_prompt(answer: str, prompt: str) -> str:
+    """An answer without the prompt that it may begin with, give or take white space around that."""
+    for begun, text in ((prompt, answer), (prompt.strip(), answer.lstrip())):
+        rest = text[len(begun) :]
+        inside_a_word = begun[-1:].isalnum() and rest[:1].isalnum()
+        if begun.strip() and text.startswith(begun) and not inside_a_word:
+            return rest
+    return answer

@@ -30,21 +30,17 @@ UNPROMPTED = "turns without loss (no prompt before them)"
 BARE = "turns trained without the thought that the template begins"
 
 
-# ---- turns -------------------------------------------------------------------------------------------------
-
-
 def find_turns(
     row: dict, name: str, tokenizer: Tokenizer, template: str
-) -> tuple[str, list[int], list[bool], list[str]]:
-    """The rendered conversation row[name] and its trained turns: turn k is text[cuts[2k]:cuts[2k + 1]].
+) -> tuple[str, list[tuple[int, int, bool]], list[str]]:
+    """The text of the conversation row[name]; where each trained turn begins and ends in it, and whether a
+    special token ends it; and a note for each turn that is treated specially.
 
-    Also whether a special token ends each turn, and a note for each that was treated specially. A turn is
-    trained if it stands in the whole conversation as it does with nothing behind it. Else it is context
-    without loss: Qwen3's template drops the thoughts of earlier turns. UserError: the template cannot render
-    the row, or leaves something out.
+    A turn is trained if it stands in the whole conversation as it does with nothing behind it. Else it is
+    context without loss: Qwen3's template drops the thoughts of earlier turns. UserError: the template cannot
+    render the row, or leaves something out.
     """
-    messages, tools = row[name], row.get("tools")
-    spans, notes = [], []
+    messages, tools, turns, notes = row[name], row.get("tools"), [], []
 
     def render(messages: list[dict], ask: bool = False, tools: list | None = tools) -> str:
         return tokenizer.render(messages, ask, template, date_string=DATE, tools=tools)
@@ -69,7 +65,7 @@ def find_turns(
         if start is None and is_last:
             raise UserError(
                 f"chat template '{template}' does not write an answer where it asks for one; "
-                f"expected {_brief(prompt)} before it, found {_brief(whole)}"
+                f"expected {prompt!r:.200} before it, found {whole!r:.200}"
             )
         end, closed = (0, False) if start is None else _end_of_turn(text, start, i, message, tokenizer)
         if start is None or not (is_last or whole.startswith(text[:end])):
@@ -77,10 +73,8 @@ def find_turns(
             continue
         whole = text if is_last else whole
         notes += [BARE] if start < len(prompt) else []
-        spans.insert(0, (start, end, closed))
-
-    cuts, closed = [cut for span in spans for cut in span[:2]], [span[2] for span in spans]
-    return whole if not cuts or closed[-1] else whole[: cuts[-1]], cuts, closed, notes
+        turns.insert(0, (start, end, closed))
+    return whole, turns, notes
 
 
 def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> tuple[str, int | None]:
@@ -108,27 +102,19 @@ def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> t
         start = shared + len(rest)
         if rest:
             text, start = prompt + text[start:], len(prompt)
-    full = _in_full(messages[-1], prompt[start:].strip(), text[start:])
-    return (text, start) if full is None else (prompt + full, len(prompt))
 
-
-def _in_full(message: dict, begun: str, written: str) -> str | None:
-    """A turn with its thought, as it continues a prompt that ends with `begun` ("" or "<think>"). None if the
-    turn has no thought, or if `written`, the template's text of the turn, has it already.
-    """
-    content = message["content"] or ""
-    thought = next((message[name] for name in REASONING if message.get(name)), "")
+    # The thought: begun by the prompt, in a field of its own or in the content.
+    begun, written, content = prompt[start:].strip(), text[start:], messages[-1]["content"] or ""
+    thought = next((messages[-1][name] for name in REASONING if messages[-1].get(name)), "")
     if thought and begun:
-        thought, answer = f"{thought}\n{CLOSE}\n\n", content
-    elif CLOSE in content and (begun or CLOSE not in written):
-        thought, _, answer = content.rpartition(CLOSE)
-        if begun and thought.lstrip().startswith(begun):
-            thought = thought.lstrip().removeprefix(begun).removeprefix("\n")
-        thought += CLOSE + answer[: len(answer) - len(answer.lstrip())]
-    else:
-        return None
-    found = written.find(answer.strip())
-    return None if found < 0 else thought + written[found:]
+        content = f"{thought}\n{CLOSE}\n\n{content}"
+    answer = content.rpartition(CLOSE)[2].strip()
+    found = written.find(answer)
+    if CLOSE not in content or CLOSE in written and not begun or found < 0:
+        return text, start
+    if begun:
+        content = content.lstrip().removeprefix(begun).removeprefix("\n")
+    return prompt + content.rstrip() + written[found + len(answer) :], len(prompt)
 
 
 def _end_of_turn(text: str, start: int, i: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
@@ -140,22 +126,21 @@ def _end_of_turn(text: str, start: int, i: int, message: dict, tokenizer: Tokeni
     answer = content if text.find(content, start) >= 0 else content.rpartition(CLOSE)[2].strip()
     for name, part in [*((name, message.get(name) or "") for name in REASONING), ("content", answer)]:
         found = text.find(part.strip(), at)
-        if found < 0:
+        if found < 0 or message["content"] is None and text.startswith("None", start):
             raise UserError(
                 f"message {i}: the chat template ignores or changes field '{name}'; "
-                f"expected {_brief(part)}, found {_brief(text[start:])}"
+                f"expected {part!r:.200}, found {text[start:]!r:.200}"
             )
         at = found + len(part.strip()) if part else at
-    if message["content"] is None and text.startswith("None", start):
-        raise UserError(f"message {i}: the chat template writes None for the missing content; give it as ''")
     # Calls may be written with special tokens of their own. Some tokenizers do not flag the token that ends
     # a turn as special; then it is the added token that stands right behind the last word.
-    closes = list(_added_tokens(tokenizer, "special").finditer(text, at))
+    closes = [found.span() for found in _special_tokens(tokenizer).finditer(text, at)]
     if any(message.get(name) for name in CALLS):
         stops = {tokenizer.decode([stop]) for stop in tokenizer.stop_ids}
-        closes = [close for close in closes if close.group() in stops] or closes[-1:]
-    close = closes[0] if closes else _added_tokens(tokenizer, "plain").match(text, at)
-    return (close.end(), True) if close else (len(text.rstrip()), False)
+        closes = [(a, b) for a, b in closes if text[a:b] in stops] or closes[-1:]
+    added = [t["content"] for t in tokenizer.description.get("added_tokens") or []]
+    closes += [(at, at + len(token)) for token in added if text.startswith(token, at)]
+    return (closes[0][1], True) if closes else (len(text.rstrip()), False)
 
 
 def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable, whole: str) -> None:
@@ -182,32 +167,18 @@ def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable
         return
     for n, (where, *_) in enumerate(places):
         if chr(MARK + n) not in written:
-            expected, found = _brief(str(texts[n])), _brief(whole)
-            raise UserError(f"the chat template ignores {where}; expected {expected}, found {found}")
-
-
-def _brief(text: str) -> str:
-    return repr(text if len(text) <= 120 else f"{text[:60]} [...] {text[-60:]}")
-
-
-# ---- tokens ------------------------------------------------------------------------------------------------
+            raise UserError(
+                f"the chat template ignores {where}; expected {texts[n]!r:.200}, found {whole!r:.200}"
+            )
 
 
 @cache
-def _added_tokens(tokenizer: Tokenizer, kind: str) -> regex.Pattern:
-    """special: the special tokens, and those that end an answer. plain: the added tokens that take no white
-    space with them. last plain: the same, searched from the end.
-    """
+def _special_tokens(tokenizer: Tokenizer) -> regex.Pattern:
+    """The special tokens, and those that end an answer."""
     added = tokenizer.description.get("added_tokens") or []
-    if kind == "special":
-        stops = {tokenizer.decode([stop]) for stop in tokenizer.stop_ids}
-        tokens = {t["content"] for t in added if t.get("special")} | stops - {""}
-    else:
-        flags = ("normalized", "lstrip", "rstrip", "single_word")
-        tokens = {t["content"] for t in added if not any(t.get(flag) for flag in flags)}
-    longest_first = sorted(tokens, key=len, reverse=True)
-    pattern = "|".join(map(regex.escape, longest_first)) or "(?!)"
-    return regex.compile(pattern, regex.REVERSE if kind == "last plain" else 0)
+    tokens = {t["content"] for t in added if t.get("special")}
+    tokens |= {tokenizer.decode([stop]) for stop in tokenizer.stop_ids} - {""}
+    return regex.compile("|".join(map(regex.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def encode_parts(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[list[int]]:
@@ -216,13 +187,13 @@ def encode_parts(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[list[
     to answer it.
 
     SentencePiece begins each encoding with a space, so a part is encoded with what stands before it, from the
-    last added token (<|im_end|>) on: behind one, a text is encoded as if it stood alone.
+    last special token on: behind one, a text is encoded as if it stood alone.
     """
     parts, before = [], ""
     for begin, end in pairwise([0, *cuts, len(text)]):
         part = text[begin:end]
         head, both = tokenizer.encode(before), tokenizer.encode(before + part)
         parts.append(both[len(head) :] if both[: len(head)] == head else tokenizer.encode(part))
-        token = _added_tokens(tokenizer, "last plain").search(part)
-        before = part[token.start() :] if token else part or before
+        specials = [found.start() for found in _special_tokens(tokenizer).finditer(part)]
+        before = part[specials[-1] :] if specials else part or before
     return parts
