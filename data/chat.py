@@ -44,7 +44,7 @@ import numpy as np
 
 from data.rows import ENDINGS, is_one_file, read_records, split_rows
 from data.tokenizer import Tokenizer
-from data.turns import CALLS, REASONING, REWRITTEN, encode_parts, find_turns
+from data.turns import REASONING, REWRITTEN, encode_parts, find_turns
 from infra.config import UserError
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
@@ -217,19 +217,17 @@ def _message(message: dict, where: str) -> dict:
         raise UserError(f"{where}: field 'role' is {role!r}; must be one of {', '.join(ROLES)}; {has}")
 
     # Texts. A call may stand for the content.
-    calls = {field: message.pop(field, None) for field in CALLS}
-    for field, value in calls.items():
-        functions = _functions([value] if isinstance(value, dict) else value, f"{where}: field '{field}'")
-        if functions and any(functions):
-            message[field] = functions[0] if isinstance(value, dict) else functions
-    called = role == "assistant" and not message.keys().isdisjoint(CALLS)
-    if "content" not in message and not called:
+    calls, function_call = message.pop("tool_calls", None), message.pop("function_call", None)
+    calls = calls or [{"type": "function", "function": function_call}]  # OpenAI's older form of one call
+    calls = [call for call in _functions(calls, f"{where}, its calls") if call.get("function", call)]
+    message |= {"tool_calls": calls} if calls else {}
+    if "content" not in message and not (calls and role == "assistant"):
         raise UserError(f"{where}: field 'content' is missing or null; {has}")
     for field in ("content", *REASONING):
         if not isinstance(message.get(field, ""), str):
             raise UserError(f"{where}: field '{field}' must be a text, not {type(message[field]).__name__}")
     message.setdefault("content", None)
-    if role == "assistant" and not called and not message["content"].strip():
+    if role == "assistant" and not calls and not message["content"].strip():
         raise UserError(f"{where}: the answer is empty")
 
     # Which turns have a loss.
@@ -279,12 +277,7 @@ def _without_nulls(value):
 
 
 def encode_rows(
-    rows: list[dict],
-    tokenizer: Tokenizer,
-    max_length: int,
-    template: str = "auto",
-    pairs: bool = False,
-    window: int = 0,
+    rows: list[dict], tokenizer: Tokenizer, max_length: int, template="auto", pairs=False, window=0
 ) -> tuple[list[Example] | list[tuple[Example, Example]], dict[str, int]]:
     """Examples of the rows, or with pairs (chosen, rejected) of Examples, and how many were kept, truncated
     and skipped.
@@ -390,7 +383,7 @@ def encode(
 
     # One array of ids and its mask; the tokens that end turns inside max_length.
     sizes = [len(part) for part in parts]
-    ids = np.fromiter((i for part in parts for i in part), np.int32, sum(sizes))
+    ids = np.array([i for part in parts for i in part], np.int32)
     mask = np.repeat(np.arange(len(parts)) % 2 == 1, sizes)
     mask[:1] = False  # nothing stands before the first token, so nothing can predict it
     last = np.cumsum(sizes)[1::2] - 1

@@ -21,7 +21,6 @@ from data.tokenizer import Tokenizer
 from infra.config import UserError
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold an assistant's thought
-CALLS = ("tool_calls", "function_call")  # fields that hold an assistant's calls
 CLOSE = "</think>"  # ends a thought inside a content
 DATE = "26 Jul 2024"  # "today" for Llama 3.2's template, its own default: data must not change with the day
 MARK = 0xF0000  # the first of the private characters, which no text contains
@@ -134,13 +133,15 @@ def _end_of_turn(text: str, start: int, i: int, message: dict, tokenizer: Tokeni
         at = found + len(part.strip()) if part else at
     # Calls may be written with special tokens of their own. Some tokenizers do not flag the token that ends
     # a turn as special; then it is the added token that stands right behind the last word.
-    closes = [found.span() for found in _special_tokens(tokenizer).finditer(text, at)]
-    if any(message.get(name) for name in CALLS):
+    closes = list(_special_tokens(tokenizer).finditer(text, at))
+    if message.get("tool_calls"):
         stops = {tokenizer.decode([stop]) for stop in tokenizer.stop_ids}
-        closes = [(a, b) for a, b in closes if text[a:b] in stops] or closes[-1:]
+        closes = [close for close in closes if close[0] in stops] or closes[-1:]
+    if closes:
+        return closes[0].end(), True
     added = [t["content"] for t in tokenizer.description.get("added_tokens") or []]
-    closes += [(at, at + len(token)) for token in added if text.startswith(token, at)]
-    return (closes[0][1], True) if closes else (len(text.rstrip()), False)
+    close = next((token for token in added if text.startswith(token, at)), "")
+    return (at + len(close), True) if close else (len(text.rstrip()), False)
 
 
 def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable, whole: str) -> None:
@@ -152,10 +153,8 @@ def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable
     for i, message in enumerate(messages):
         if (message["content"] or "").strip():
             places.append((f"message {i}, the text of the {message['role']}", message, "content"))
-        for field in CALLS:
-            calls = message.get(field) or []
-            for call in [calls] if isinstance(calls, dict) else calls:
-                places.append((f"message {i}, field '{field}'", call.get("function", call), "name"))
+        for call in message.get("tool_calls") or []:
+            places.append((f"message {i}, field 'tool_calls'", call.get("function", call), "name"))
     texts = [holder.get(key) for _, holder, key in places]
     for n, (_, holder, key) in enumerate(places):
         holder[key] = chr(MARK + n)
