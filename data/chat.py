@@ -35,7 +35,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +49,9 @@ from infra.config import UserError
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
 FORMS = (("chosen", "rejected"), ("messages",), ("completion",))  # fields with answers; the first form counts
-LABELS = ("label", "kto_tag")  # fields that call an answer good or bad
 CONTEXT = ("system", "system_prompt", "system_message", "history", "functions", "documents")
 UNSUPPORTED = (*CONTEXT, "images", "videos", "audios", "chat_template_kwargs")  # an answer may depend on them
-KINDS = ("", "prefs", "sft", "gen")  # of a hub folder's splits (train_prefs ...); the first found is read
+KINDS = ("prefs", "sft", "gen")  # of a hub folder's splits (train_prefs ...); the first found is read
 MOST_BAD = 0.05  # share of bad rows that are skipped; more end the run
 MANY = 5000  # with at least this many rows all cores encode, and a terminal shows a counter
 
@@ -62,15 +61,11 @@ class Example(NamedTuple):
     mask: np.ndarray  # (T,) bool: the tokens that are targets
     cut: bool  # the end did not fit into max_length
     rewritten: int  # assistant turns without loss, since the template rewrites them once others follow
-    ends: tuple[int, ...] = ()  # ids of the special tokens that end its trained turns
+    ends: tuple[int, ...] = ()  # ids of the special tokens that end its trained turns, if max_length does not
 
 
 def turn_ends(examples: Iterable[Example | tuple[Example, Example]]) -> set[int]:
-    """Ids of the special tokens that end trained turns. The model learns to emit them, so it must stop at
-    them.
-
-    A turn contributes none if max_length cuts it or the template ends it without a special token.
-    """
+    """Ids of the special tokens that end trained turns: the model learns to emit them and must stop there."""
     flat = (e for row in examples for e in ((row,) if isinstance(row, Example) else row))
     return {i for ends in {e.ends for e in flat} for i in ends}
 
@@ -90,9 +85,8 @@ def load(split: str, path: str | Path, one_file: str = "all") -> list[dict]:
     messages that are the prompt, and so have no loss. Messages keep all their fields that are not null.
 
     A folder, or its subfolder data/ as on the hub, holds `split`.parquet, .jsonl or .json, or the shards
-    `split`-*.parquet or `split`_KIND-*.parquet. Of several kinds the first of prefs, sft, gen is read, and a
-    line says so; the path "FOLDER:KIND" chooses another. one_file: "all" reads every row of a single file for
-    any split, "split" only the rows that rows.split_rows() gives to `split`.
+    `split`-*.parquet or `split`_KIND-*.parquet; of several kinds the first of prefs, sft, gen is read.
+    one_file: of a single file "all" reads every row for any split, "split" those of rows.split_rows().
 
     UserError: a file cannot be read, or more than 5 % of the rows are bad; names the first and its field.
     """
@@ -122,27 +116,16 @@ def _judge(bad: list[str], rows: int) -> None:
 
 def _files(split: str, path: str | Path) -> list[Path]:
     """The shards of a split, named as on the hub, or else the file or folder itself."""
-    folder, asked = Path(path), None
-    if ":" in str(path) and not folder.exists():
-        name, _, asked = str(path).rpartition(":")
-        folder = Path(name)
-    for place in (folder, folder / "data"):
-        if asked is None and any((place / f"{split}{ending}").exists() for ending in ENDINGS):
-            return [place]
-        kinds = {}
-        for shard in sorted([*place.glob(f"{split}-*.parquet"), *place.glob(f"{split}_*.parquet")]):
-            kind = shard.stem.partition("-")[0].removeprefix(split).removeprefix("_")
-            kinds.setdefault(kind, []).append(shard)
-        kind = next((k for k in [*KINDS, *kinds] if k in kinds), None) if asked is None else asked
-        if kind not in kinds:
-            continue
-        if len(kinds) > 1 and asked is None:
-            others = ", ".join(f"{split}_{k}" for k in kinds if k != kind)
-            print(f"{place}: reading {split}_{kind}, not {others}; the path {folder}:KIND chooses another")
-        return kinds[kind]
-    if asked is not None:
-        raise UserError(f"{path}: no {split}_{asked}-*.parquet in {folder} or {folder / 'data'}")
-    return [folder]
+    for folder in (Path(path), Path(path) / "data"):
+        if any((folder / f"{split}{ending}").exists() for ending in ENDINGS):
+            return [folder]
+        kinds = {shard.name.partition("-")[0] for shard in folder.glob(f"{split}[-_]*.parquet")}
+        for kind in [split, *(f"{split}_{name}" for name in KINDS), *sorted(kinds)]:
+            if kind in kinds:
+                if others := ", ".join(sorted(kinds - {kind})):
+                    print(f"{folder}: reading {kind}, not {others}; a folder of its own would make them a split")
+                return sorted(folder.glob(f"{kind}-*.parquet"))
+    return [Path(path)]
 
 
 def rows_of_task(rows: list[dict]) -> list[dict]:
@@ -162,12 +145,9 @@ def _row(record: dict) -> tuple[dict, str]:
     if name := next((name for name in UNSUPPORTED if record.get(name)), ""):
         raise UserError(f"field '{name}' is not supported; move it into prompt or messages, or remove it")
     row, prompt, form = {}, record.get("prompt"), " and ".join(f"'{name}'" for name in names)
-    for name in LABELS:
-        label = record.get(name)
-        if label not in (None, True, False):
-            raise UserError(f"field '{name}' is {label!r}; must be true or false, for a good or a bad answer")
-        if label is not None and not label:
-            row["label"] = False
+    if (label := record.get("label")) not in (None, True, False):
+        raise UserError(f"field 'label' is {label!r}; must be true for a good answer, false for a bad one")
+    row |= {"label": False} if label in (False,) else {}
 
     # Texts.
     answers = {name: record.get(name) for name in names}
@@ -218,7 +198,8 @@ def _message(message: dict, where: str) -> dict:
 
     # Texts. A call may stand for the content.
     calls, function_call = message.pop("tool_calls", None), message.pop("function_call", None)
-    calls = calls or [{"type": "function", "function": function_call}]  # OpenAI's older form of one call
+    if function_call:  # OpenAI's older form of a single call
+        calls = [{"type": "function", "function": function_call}]
     calls = [call for call in _functions(calls, f"{where}, its calls") if call.get("function", call)]
     message |= {"tool_calls": calls} if calls else {}
     if "content" not in message and not (calls and role == "assistant"):
@@ -255,14 +236,12 @@ def _functions(value, where: str) -> list[dict]:
 
 def _parsed(value, kind: type, where: str):
     """A list or dict, empty if it is missing. It may be given as JSON text."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where} is not JSON ({e})") from None
-    if value and not isinstance(value, kind):
+    with suppress(ValueError, RecursionError):
+        value = json.loads(value) if isinstance(value, str) else value
+    value = value or kind()
+    if not isinstance(value, kind):
         raise UserError(f"{where} must be a {kind.__name__}, or the JSON of one, not {value!r:.80}")
-    return value or kind()
+    return value
 
 
 def _without_nulls(value):

@@ -52,14 +52,10 @@ def find_turns(
         message, is_last = messages[i], i == len(messages) - 1
         if message["role"] != "assistant" or not (message.get("weight", 1) and message.get("train", True)):
             continue
-        try:
-            prompt = render(messages[:i], True)
-        except UserError:
-            if i > 0:
-                raise
-            notes.append(UNPROMPTED)  # the template reads a first message before there is one (Qwen2.5)
+        if i == 0:
+            notes.append(UNPROMPTED)
             continue
-        text = whole if is_last else render(messages[: i + 1])
+        prompt, text = render(messages[:i], True), whole if is_last else render(messages[: i + 1])
         text, start = _follow(prompt, text, messages[: i + 1], render)
         if start is None and is_last:
             raise UserError(
@@ -148,7 +144,7 @@ def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable
     """UserError for a text, call or tool that the template leaves out: private characters take the places of
     all of them, and each must show.
     """
-    messages, tools = deepcopy(messages), deepcopy(tools)
+    messages, tools = [deepcopy(m) if "tool_calls" in m else dict(m) for m in messages], deepcopy(tools)
     places = [("field 'tools'", tool.get("function", tool), "name") for tool in tools or []]
     for i, message in enumerate(messages):
         if (message["content"] or "").strip():
