@@ -33,10 +33,9 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, suppress
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +122,7 @@ def _files(split: str, path: str | Path) -> list[Path]:
         for kind in [split, *(f"{split}_{name}" for name in KINDS), *sorted(kinds)]:
             if kind in kinds:
                 if others := ", ".join(sorted(kinds - {kind})):
-                    print(f"{folder}: reading {kind}, not {others}; a folder of its own would make them a split")
+                    print(f"{folder}: reading {kind}, not {others}")
                 return sorted(folder.glob(f"{kind}-*.parquet"))
     return [Path(path)]
 
@@ -147,7 +146,7 @@ def _row(record: dict) -> tuple[dict, str]:
     row, prompt, form = {}, record.get("prompt"), " and ".join(f"'{name}'" for name in names)
     if (label := record.get("label")) not in (None, True, False):
         raise UserError(f"field 'label' is {label!r}; must be true for a good answer, false for a bad one")
-    row |= {"label": False} if label in (False,) else {}
+    row |= {} if label is None or label else {"label": False}
 
     # Texts.
     answers = {name: record.get(name) for name in names}
@@ -191,7 +190,7 @@ def _message(message: dict, where: str) -> dict:
     if not isinstance(message, dict):
         raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
     has = f"the message has the fields {', '.join(message)}"
-    message = {k: v for k, v in message.items() if v is not None}
+    message = _present(message)
     role = message.get("role")
     if role not in ROLES:
         raise UserError(f"{where}: field 'role' is {role!r}; must be one of {', '.join(ROLES)}; {has}")
@@ -221,10 +220,8 @@ def _message(message: dict, where: str) -> dict:
 
 
 def _functions(value, where: str) -> list[dict]:
-    """Tools or calls. All of them, one, its arguments and its parameters may be given as JSON text. Null
-    fields are left out, since parquet gives every object the fields of all others; those in a text stay.
-    """
-    functions = [_parsed(item, dict, where) for item in _parsed(_without_nulls(value), list, where)]
+    """Tools or calls. All of them, one, its arguments and its parameters may be given as JSON text."""
+    functions = [_parsed(item, dict, where) for item in _parsed(value, list, where)]
     for item in functions:
         if "function" in item:
             item["function"] = _parsed(item["function"], dict, where)
@@ -235,21 +232,20 @@ def _functions(value, where: str) -> list[dict]:
 
 
 def _parsed(value, kind: type, where: str):
-    """A list or dict, empty if it is missing. It may be given as JSON text."""
-    with suppress(ValueError, RecursionError):
-        value = json.loads(value) if isinstance(value, str) else value
+    """A list or dict, empty if it is missing. It may be given as JSON text. Outside of a text its null fields
+    are left out, since parquet gives every object the fields of all others.
+    """
+    with suppress(TypeError, ValueError, RecursionError):
+        is_text = isinstance(value, str)
+        value = json.loads(value if is_text else json.dumps(value), object_hook=None if is_text else _present)
     value = value or kind()
     if not isinstance(value, kind):
         raise UserError(f"{where} must be a {kind.__name__}, or the JSON of one, not {value!r:.80}")
     return value
 
 
-def _without_nulls(value):
-    if isinstance(value, list):
-        return [_without_nulls(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return value
+def _present(fields: dict) -> dict:
+    return {k: v for k, v in fields.items() if v is not None}
 
 
 # ---- examples ----------------------------------------------------------------------------------------------
@@ -269,61 +265,49 @@ def encode_rows(
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer's configuration has no eos_token, without which no answer ends")
     tokenizer.template_name(template)  # there must be such a template
-    encode_one = partial(_encode_row, tokenizer, max_length, template, pairs)
     examples, counts, bad = [], Counter(rows=len(rows), kept=0, truncated=0), []
-    with closing(_in_processes(encode_one, rows)) as encoded:
-        for done, (made, notes, error) in enumerate(encoded, 1):
-            counts.update(notes)
-            if error:
-                bad.append(error)
-            if len(bad) > MOST_BAD * len(rows):
-                break
-            if made:
-                examples.append(made if pairs else made[0])
-                counts["kept"] += 1
-                counts["truncated"] += any(e.cut for e in made)
-                if window and max(len(e.ids) for e in made) > window:
-                    counts[f"longer than the model's window of {window:,} tokens"] += 1
-            if len(rows) >= MANY and sys.stdout.isatty() and (done % 500 == 0 or done == len(rows)):
-                end = "\n" if done == len(rows) else ""
-                print(f"\rtokenizing {done:,}/{len(rows):,} rows", end=end, flush=True)
+
+    # The rows, one after the other. Of many each core takes its part: forked processes inherit the tokenizer
+    # and the rows. The processes of a torchrun share the cores of their machine.
+    _job.update(rows=rows, pairs=pairs, settings=(tokenizer, max_length, template))
+    encoded, processes, pool = map(_encode_row, range(len(rows))), 1, None
+    if len(rows) >= MANY and sys.platform == "linux":  # elsewhere a fork is not safe
+        processes = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+        encoded = pool.map(_encode_row, range(len(rows)), chunksize=500)
+    for done, (made, notes, error) in enumerate(encoded, 1):
+        counts.update(notes)
+        bad += [error] if error else []
+        if len(bad) > MOST_BAD * len(rows):
+            break
+        if made:
+            examples.append(made if pairs else made[0])
+            counts["kept"] += 1
+            counts["truncated"] += any(e.cut for e in made)
+            if window and max(len(e.ids) for e in made) > window:
+                counts[f"longer than the model's window of {window:,} tokens"] += 1
+        if len(rows) >= MANY and sys.stdout.isatty() and (done % 500 == 0 or done == len(rows)):
+            print(f"\rtokenizing {done:,}/{len(rows):,} rows", end="\n"[done < len(rows) :], flush=True)
+    if pool:
+        pool.shutdown(cancel_futures=True)
     _judge(bad, len(rows))
     return examples, dict(counts)
 
 
-def _in_processes(work: Callable, rows: list[dict]) -> Iterator:
-    """work(row) for every row, in order. Many rows are shared among processes, one for each core that this
-    process may use: torchrun's processes share the cores of a machine.
-    """
-    processes = 1
-    if len(rows) >= MANY and sys.platform == "linux":  # elsewhere a fork is not safe
-        processes = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if processes < 2:
-        yield from map(work, rows)
-        return
-    _inherited.update(work=work, rows=rows)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(_work_on, range(len(rows)), chunksize=500)
+_job: dict = {}  # what encode_rows() is doing
 
 
-_inherited: dict = {}  # by forked processes, so that neither the rows nor the tokenizer have to be sent
-
-
-def _work_on(i: int) -> tuple:
-    return _inherited["work"](_inherited["rows"][i])
-
-
-def _encode_row(
-    tokenizer: Tokenizer, max_length: int, template: str, pairs: bool, row: dict
-) -> tuple[tuple[Example, ...], list[str], str]:
-    """The Example of a row or the two of a pair, () if it is skipped; notes to count; its error or ""."""
+def _encode_row(i: int) -> tuple[tuple[Example, ...], list[str], str]:
+    """The Example of row i or the two of a pair, () if it is skipped; notes to count; its error or ""."""
+    row, pairs = _job["rows"][i], _job["pairs"]
     names = FORMS[0] if pairs else [name for name in ("chosen", "messages", "completion") if name in row]
     try:
         if "rejected" in names and "rejected" not in row:
             raise UserError("this loss needs pairs, but the row has no 'chosen' and 'rejected'")
         if "label" in row:
             return (), ["skipped: labelled as a bad answer"], ""
-        encoded = [encode(row, name, tokenizer, max_length, template) for name in names]
+        encoded = [encode(row, name, *_job["settings"]) for name in names]
     except UserError as e:
         return (), ["skipped: bad rows"], f"{row['where']}: {e}"
     made, notes = tuple(e for e, _ in encoded), [note for _, some in encoded for note in some]
@@ -374,7 +358,7 @@ def encode(
 def _without_prompt(answer: str, prompt: str) -> str:
     """An answer without the prompt that it may begin with, give or take white space around that."""
     for begun, text in ((prompt, answer), (prompt.strip(), answer.lstrip())):
-        rest = text[len(begun) :]
+        rest = text.removeprefix(begun)
         inside_a_word = begun[-1:].isalnum() and rest[:1].isalnum()
         if begun.strip() and text.startswith(begun) and not inside_a_word:
             return rest

@@ -29,11 +29,9 @@ UNPROMPTED = "turns without loss (no prompt before them)"
 BARE = "turns trained without the thought that the template begins"
 
 
-def find_turns(
-    row: dict, name: str, tokenizer: Tokenizer, template: str
-) -> tuple[str, list[tuple[int, int, bool]], list[str]]:
-    """The text of the conversation row[name]; where each trained turn begins and ends in it, and whether a
-    special token ends it; and a note for each turn that is treated specially.
+def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tuple[str, list, list[str]]:
+    """The text of the conversation row[name]; (begin, end, closed) of each trained turn in it, closed by a
+    special token or not; and a note for each turn that is treated specially.
 
     A turn is trained if it stands in the whole conversation as it does with nothing behind it. Else it is
     context without loss: Qwen3's template drops the thoughts of earlier turns. UserError: the template cannot
@@ -79,10 +77,10 @@ def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> t
     three exceptions:
 
     - The prompt has something that the answered conversation lacks: Mistral's system text stands in the last
-      user turn. Then the turn is moved behind the prompt.
-    - The template drops the turn's thought, or the prompt already begins it (R1's ends with "<think>\\n").
-      Then the turn is written in full behind the prompt, just as the model will have to continue it.
-    - The prompt begins a thought and the turn has none. Then the turn follows the assistant's header alone.
+      user turn. The turn is moved behind the prompt.
+    - The template drops the turn's thought, or the prompt begins it (R1's ends with "<think>\\n"). The turn
+      is written in full behind the prompt, as the model will have to continue it.
+    - The prompt begins a thought and the turn has none. The turn follows the assistant's header alone.
     """
     start = len(prompt)
     if not text.startswith(prompt):
@@ -144,27 +142,27 @@ def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable
     """UserError for a text, call or tool that the template leaves out: private characters take the places of
     all of them, and each must show.
     """
-    messages, tools = [deepcopy(m) if "tool_calls" in m else dict(m) for m in messages], deepcopy(tools)
-    places = [("field 'tools'", tool.get("function", tool), "name") for tool in tools or []]
+    messages, tools, places = deepcopy(messages), deepcopy(tools), []
+
+    def mark(where: str, holder: dict, key: str) -> None:
+        places.append((chr(MARK + len(places)), where, holder.get(key)))
+        holder[key] = places[-1][0]
+
+    for tool in tools or []:
+        mark("field 'tools'", tool.get("function", tool), "name")
     for i, message in enumerate(messages):
         if (message["content"] or "").strip():
-            places.append((f"message {i}, the text of the {message['role']}", message, "content"))
+            mark(f"message {i}, the text of the {message['role']}", message, "content")
         for call in message.get("tool_calls") or []:
-            places.append((f"message {i}, field 'tool_calls'", call.get("function", call), "name"))
-    texts = [holder.get(key) for _, holder, key in places]
-    for n, (_, holder, key) in enumerate(places):
-        holder[key] = chr(MARK + n)
-    try:
-        written = render(messages, tools=tools)
-        if any(chr(MARK + n) not in written for n in range(len(places))):
-            written += render(messages[:-1], True, tools)  # Mistral's system text is in the prompt alone
+            mark(f"message {i}, field 'tool_calls'", call.get("function", call), "name")
+    try:  # Mistral's system text is in the prompt alone
+        written = render(messages, tools=tools) + render(messages[:-1], True, tools)
     except UserError:  # it reads what it writes
         return
-    for n, (where, *_) in enumerate(places):
-        if chr(MARK + n) not in written:
-            raise UserError(
-                f"the chat template ignores {where}; expected {texts[n]!r:.200}, found {whole!r:.200}"
-            )
+    for character, where, text in places:
+        if character not in written:
+            found = f"expected {text!r:.200}, found {whole!r:.200}"
+            raise UserError(f"the chat template ignores {where}; {found}")
 
 
 @cache
