@@ -185,7 +185,7 @@ def encode_parts(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[list[
     parts, before = [], ""
     for begin, end in pairwise([0, *cuts, len(text)]):
         part = text[begin:end]
-        head, both = tokenizer.encode(before), tokenizer.encode(before + part)
+        head, both = tokenizer.encode(before) if before else [], tokenizer.encode(before + part)
         parts.append(both[len(head) :] if both[: len(head)] == head else tokenizer.encode(part))
         specials = [found.start() for found in _special_tokens(tokenizer).finditer(part)]
         before = part[specials[-1] :] if specials else part or before
