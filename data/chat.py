@@ -197,7 +197,7 @@ def _message(message: dict, where: str) -> dict:
 
     # Texts. A call may stand for the content.
     calls, function_call = message.pop("tool_calls", None), message.pop("function_call", None)
-    if function_call:  # OpenAI's older form of a single call
+    if function_call and not calls:  # OpenAI's older form of a single call
         calls = [{"type": "function", "function": function_call}]
     calls = [call for call in _functions(calls, f"{where}, its calls") if call.get("function", call)]
     message |= {"tool_calls": calls} if calls else {}
@@ -220,7 +220,11 @@ def _message(message: dict, where: str) -> dict:
 
 
 def _functions(value, where: str) -> list[dict]:
-    """Tools or calls. All of them, one, its arguments and its parameters may be given as JSON text."""
+    """Tools or calls. All of them, one, its arguments and its parameters may be given as JSON text. Outside
+    of texts null fields are left out, since parquet gives every object the fields of all others.
+    """
+    with suppress(TypeError):
+        value = value and json.loads(json.dumps(value), object_hook=_present)
     functions = [_parsed(item, dict, where) for item in _parsed(value, list, where)]
     for item in functions:
         if "function" in item:
@@ -232,12 +236,9 @@ def _functions(value, where: str) -> list[dict]:
 
 
 def _parsed(value, kind: type, where: str):
-    """A list or dict, empty if it is missing. It may be given as JSON text. Outside of a text its null fields
-    are left out, since parquet gives every object the fields of all others.
-    """
-    with suppress(TypeError, ValueError, RecursionError):
-        is_text = isinstance(value, str)
-        value = json.loads(value if is_text else json.dumps(value), object_hook=None if is_text else _present)
+    """A list or dict, empty if it is missing. It may be given as JSON text."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(value) if isinstance(value, str) else value
     value = value or kind()
     if not isinstance(value, kind):
         raise UserError(f"{where} must be a {kind.__name__}, or the JSON of one, not {value!r:.80}")

@@ -554,7 +554,7 @@ def test_forms_of_calls_and_tools(calls, tools, tmp_path):
     e = encode_row(row, t)
     assert trained(e, t) == ['<|head|>cat{"the": "mat"}<|/head|></s>']
     assert '"enum": ["a", null]}' in t.decode(e.ids)
-    assert ('"on": null' in t.decode(e.ids)) == (tools == [json.dumps(SCHEMA)]), "a text keeps its nulls"
+    assert ('"on": null' in t.decode(e.ids)) == (tools != [SCHEMA]), "a text keeps its nulls"
 
 
 def test_a_null_in_arguments_that_are_a_text_is_the_authors(tmp_path):
@@ -843,15 +843,13 @@ def test_texts_are_prompt_completion_eos():
     ],
 )
 def test_an_answer_that_repeats_its_prompt(prompt, answer, rest):
-    t = tokenizer()
-    note = chat.encode_rows([texts(prompt, answer)], t, 100)[1].get("answers without the prompt that they repeat")
-    assert note == (None if rest is None else 1)
-    pair = {"where": "r", "prompt": prompt, "chosen": answer, "rejected": prompt + "\n6"}
-    for examples in (chat.encode_rows([texts(prompt, answer)], t, 100)[0], *chat.encode_rows([pair], t, 100, pairs=True)[0]):
-        e = listed(examples[0] if isinstance(examples, list) else examples)
-        wanted = answer if rest is None else rest
-        if prompt and e.ids[: len(t.encode(prompt))] == t.encode(prompt) and "6" not in t.decode(e.ids):
-            assert t.decode(e.ids[len(t.encode(prompt)) :]) == wanted + "</s>"
+    t, wanted = tokenizer(), answer if rest is None else rest
+    (e,), counts = chat.encode_rows([texts(prompt, answer)], t, 100)
+    assert t.decode(e.ids) == prompt + wanted + "</s>"
+    assert counts.get("answers without the prompt that they repeat") == (None if rest is None else 1)
+    pair = {"where": "r", "prompt": prompt, "chosen": answer, "rejected": answer + "6"}
+    ((chosen, rejected),), counts = chat.encode_rows([pair], t, 100, pairs=True)
+    assert listed(chosen) == listed(e) and t.decode(rejected.ids) == prompt + wanted + "6</s>"
     with pytest.raises(UserError, match="r: field 'completion' is empty, so there is no answer"):
         chat.encode_rows([texts("2+3=", "2+3=")], t, 100)
 
