@@ -1,8 +1,6 @@
-"""Conversations, (prompt, answer) pairs and preference pairs: rows of files, and the token ids and loss masks
-made of them.
+"""Conversations, texts and preference pairs: rows of files, and the token ids and loss masks made of them.
 
-A row of a file (.jsonl, .json, .parquet) has one of these forms, told apart by its fields. The first two are
-UltraChat-200k's and UltraFeedback-binarised's:
+A row (.jsonl, .json, .parquet) has one of these forms. The first are UltraChat's and UltraFeedback's:
 
     {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}, ...], ...}
     {"chosen": [{"role": "user", "content": "2+3?"}, ...], "rejected": [...], "prompt": "2+3?", ...}
@@ -13,15 +11,14 @@ UltraChat-200k's and UltraFeedback-binarised's:
 A conversation may have `tools` beside its messages, and a message any field that the chat template reads
 (tool_calls, reasoning_content, name ...). "weight": 0 or "train": false takes the loss off an assistant's
 turn, "label": false (KTO's) leaves a row out. Fields that the training should heed and cannot are refused by
-name; others (prompt_id, score_chosen) are left alone. Up to 5 % of the rows may be bad: they are skipped,
-counted and printed.
+name, others (prompt_id, score_chosen) left alone. Up to 5 % of the rows may be bad: they are skipped, counted
+and printed.
 
-The paper's files are parquet, so `pip install -e '.[data]'`:
+The paper's files are parquet, so `pip install -e '.[data]'`; train and test have 207,865 and 23,110
+conversations, and 61,135 and 2,000 pairs:
 
     hf download HuggingFaceH4/ultrachat_200k --repo-type=dataset --local-dir=ultrachat
     hf download HuggingFaceH4/ultrafeedback_binarized --repo-type=dataset --local-dir=ultrafeedback
-    load("train", "ultrachat")             207,865 conversations of data/train_sft-*.parquet; test has 23,110
-    load("train", "ultrafeedback")         61,135 pairs of data/train_prefs-*.parquet; test has 2,000
 
 The loss is on the assistant's turns and on the token that ends each of them, and nowhere else. Published IFT
 code leaves the end token out with every tokenizer that begins a text with a bos token, so its models never
@@ -73,15 +70,10 @@ def turn_ends(examples: Iterable[Example | tuple[Example, Example]]) -> set[int]
 
 
 def load(split: str, path: str | Path, one_file: str = "all") -> list[dict]:
-    """Rows of a file or folder, as dicts of
-
-    where, messages, first              a conversation that ends with the assistant
-    where, chosen, rejected, first      two conversations with a common beginning
-    where, prompt, completion           texts
-    where, prompt, chosen, rejected     texts
-
-    and `tools` where a conversation has them, `label` where it is false. first: the number of leading
-    messages that are the prompt, and so have no loss. Messages keep all their fields that are not null.
+    """Rows of a file or folder, as dicts of where, and of prompt and completion, or prompt, chosen and
+    rejected (texts), messages and first, or chosen, rejected and first (conversations that end with the
+    assistant), with `tools` where a conversation has them and `label` where it is false. first: the number of
+    leading messages that are the prompt, and so have no loss. Messages keep their fields that are not null.
 
     A folder, or its subfolder data/ as on the hub, holds `split`.parquet, .jsonl or .json, or the shards
     `split`-*.parquet or `split`_KIND-*.parquet; of several kinds the first of prefs, sft, gen is read.
@@ -137,8 +129,8 @@ def rows_of_task(rows: list[dict]) -> list[dict]:
 
 def _row(record: dict) -> tuple[dict, str]:
     """The row of a record, and the name of its form."""
-    names = next((names for names in FORMS if record.get(names[-1]) is not None), None)
-    if names is None:
+    names = next((names for names in FORMS if record.get(names[-1]) is not None), ())
+    if not names:
         needed = "'messages', 'prompt' and 'completion', or 'chosen' and 'rejected'"
         raise UserError(f"there is no answer; a row needs the fields {needed}, but has {', '.join(record)}")
     if name := next((name for name in UNSUPPORTED if record.get(name)), ""):
@@ -149,11 +141,10 @@ def _row(record: dict) -> tuple[dict, str]:
     row |= {} if label is None or label else {"label": False}
 
     # Texts.
-    answers = {name: record.get(name) for name in names}
-    if "messages" not in names and all(isinstance(text, str) for text in (prompt, *answers.values())):
+    if "messages" not in names and all(isinstance(record.get(name), str) for name in ("prompt", *names)):
         if record.get("tools"):
             raise UserError("field 'tools' needs messages, since only a chat template can write it")
-        return {"prompt": prompt} | answers | row, f"{form} as texts"
+        return {name: record[name] for name in ("prompt", *names)} | row, f"{form} as texts"
 
     # Conversations. An answer may repeat the prompt, or its last messages.
     before = _messages(prompt, "prompt") if "messages" not in names and isinstance(prompt, list) else []
@@ -190,7 +181,7 @@ def _message(message: dict, where: str) -> dict:
     if not isinstance(message, dict):
         raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
     has = f"the message has the fields {', '.join(message)}"
-    message = _present(message)
+    message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
         raise UserError(f"{where}: field 'role' is {role!r}; must be one of {', '.join(ROLES)}; {has}")
@@ -211,10 +202,9 @@ def _message(message: dict, where: str) -> dict:
         raise UserError(f"{where}: the answer is empty")
 
     # Which turns have a loss.
-    for field, on, off in (("weight", 1, 0), ("train", True, False)):
-        allowed = (on, off) if role == "assistant" else (off,)
-        if message.get(field, off) not in allowed:
-            must = " or ".join(map(str, allowed))
+    for field in ("weight", "train"):
+        if message.get(field, 0) not in (0, role == "assistant"):  # 0 is False, 1 is True
+            must = "1 or 0 (true or false) for the assistant, 0 for others"
             raise UserError(f"{where}: field '{field}' of the {role} is {message[field]!r}; must be {must}")
     return message
 
@@ -224,7 +214,8 @@ def _functions(value, where: str) -> list[dict]:
     of texts null fields are left out, since parquet gives every object the fields of all others.
     """
     with suppress(TypeError):
-        value = value and json.loads(json.dumps(value), object_hook=_present)
+        text = json.dumps(value or [])
+        value = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if v is not None})
     functions = [_parsed(item, dict, where) for item in _parsed(value, list, where)]
     for item in functions:
         if "function" in item:
@@ -245,23 +236,18 @@ def _parsed(value, kind: type, where: str):
     return value
 
 
-def _present(fields: dict) -> dict:
-    return {k: v for k, v in fields.items() if v is not None}
-
-
 # ---- examples ----------------------------------------------------------------------------------------------
 
 
 def encode_rows(
     rows: list[dict], tokenizer: Tokenizer, max_length: int, template="auto", pairs=False, window=0
 ) -> tuple[list[Example] | list[tuple[Example, Example]], dict[str, int]]:
-    """Examples of the rows, or with pairs (chosen, rejected) of Examples, and how many were kept, truncated
-    and skipped.
+    """Examples of the rows, or with pairs (chosen, rejected) of Examples, and counts by what became of them.
 
     Without pairs a preference row gives its chosen answer. An example longer than max_length loses its end;
-    one whose prompt leaves no room for a token of an answer is skipped, and so are pairs that are equal up to
-    there. window: the positions that the model was built for (0: unknown); kept rows that exceed it are
-    counted. UserError: more than 5 % of the rows cannot be encoded; names the first.
+    one with no token of an answer up to there is skipped, and so are pairs that are equal up to there.
+    window: the positions that the model was built for; kept rows that exceed it are counted (0: unknown).
+    UserError: more than 5 % of the rows cannot be encoded; names the first.
     """
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer's configuration has no eos_token, without which no answer ends")
@@ -321,12 +307,10 @@ def _encode_row(i: int) -> tuple[tuple[Example, ...], list[str], str]:
 
 
 def encode(
-    row: dict, name: str, tokenizer: Tokenizer, max_length: int, template: str = "auto"
+    row: dict, name: str, tokenizer: Tokenizer, max_length: int, template: str
 ) -> tuple[Example, list[str]]:
-    """The Example of row[name], cut to max_length, and notes on what was treated specially.
-
-    The loss is on all assistant turns but those of the first messages. Texts become prompt ids + answer ids +
-    eos, the two encoded separately.
+    """The Example of row[name], cut to max_length, and notes on what was treated specially. The loss is on
+    all assistant turns after the first messages; of texts, encoded separately, on the answer and its eos.
     """
     # Ids of the parts of the text, of which every second one is a target.
     if "prompt" in row:

@@ -4,7 +4,7 @@ A chat template is a program that comes with a checkpoint, so only rendering sho
 conversation lies:
 
     it begins   where render(messages before i, add_generation_prompt=True) ends: the prompt of the model
-    it ends     after the first special token behind its last word in render(messages up to i)
+    it ends     after the first added token behind its last word in render(messages up to i)
 
 Both must be beginnings of the rendering of the whole conversation.
 """
@@ -31,7 +31,7 @@ BARE = "turns trained without the thought that the template begins"
 
 def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tuple[str, list, list[str]]:
     """The text of the conversation row[name]; (begin, end, closed) of each trained turn in it, closed by a
-    special token or not; and a note for each turn that is treated specially.
+    token or not; and a note for each turn that is treated specially.
 
     A turn is trained if it stands in the whole conversation as it does with nothing behind it. Else it is
     context without loss: Qwen3's template drops the thoughts of earlier turns. UserError: the template cannot
@@ -111,7 +111,7 @@ def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> t
 
 
 def _end_of_turn(text: str, start: int, i: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """Where message i, a turn that begins at `start`, ends, and whether a special token ends it. Else its
+    """Where message i, a turn that begins at `start`, ends, and whether a token of its own ends it. Else its
     text does. UserError: the template writes another text than the message has.
     """
     # Behind its last word. A template may strip the content, or write it without its thought.
@@ -125,17 +125,12 @@ def _end_of_turn(text: str, start: int, i: int, message: dict, tokenizer: Tokeni
                 f"expected {part!r:.200}, found {text[start:]!r:.200}"
             )
         at = found + len(part.strip()) if part else at
-    # Calls may be written with special tokens of their own. Some tokenizers do not flag the token that ends
-    # a turn as special; then it is the added token that stands right behind the last word.
-    closes = list(_special_tokens(tokenizer).finditer(text, at))
+    # Some tokenizers do not flag the token that ends a turn as special. Calls may have tokens of their own.
+    closes = list(_added_tokens(tokenizer).finditer(text, at))
     if message.get("tool_calls"):
         stops = {tokenizer.decode([stop]) for stop in tokenizer.stop_ids}
         closes = [close for close in closes if close[0] in stops] or closes[-1:]
-    if closes:
-        return closes[0].end(), True
-    added = [t["content"] for t in tokenizer.description.get("added_tokens") or []]
-    close = next((token for token in added if text.startswith(token, at)), "")
-    return (at + len(close), True) if close else (len(text.rstrip()), False)
+    return (closes[0].end(), True) if closes else (len(text.rstrip()), False)
 
 
 def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable, whole: str) -> None:
@@ -166,27 +161,26 @@ def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable
 
 
 @cache
-def _special_tokens(tokenizer: Tokenizer) -> regex.Pattern:
-    """The special tokens, and those that end an answer."""
-    added = tokenizer.description.get("added_tokens") or []
-    tokens = {t["content"] for t in added if t.get("special")}
-    tokens |= {tokenizer.decode([stop]) for stop in tokenizer.stop_ids} - {""}
-    return regex.compile("|".join(map(regex.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+def _added_tokens(tokenizer: Tokenizer) -> regex.Pattern:
+    """The tokens that are found in a text as a whole, and those that end an answer. None is white space."""
+    tokens = {token["content"] for token in tokenizer.description.get("added_tokens") or []}
+    tokens |= {tokenizer.decode([stop]) for stop in tokenizer.stop_ids}
+    longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
+    return regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")
 
 
 def encode_parts(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of the parts of a text: together the ids of the whole text where the cuts fall between two of its
-    tokens. Where a cut falls inside a token, each part is encoded alone, as the prompt is when the model has
-    to answer it.
+    """Ids of the parts of a text: together those of the whole text, if no cut falls inside one of its tokens.
 
     SentencePiece begins each encoding with a space, so a part is encoded with what stands before it, from the
-    last special token on: behind one, a text is encoded as if it stood alone.
+    last added token on: behind one, a text is encoded as if it stood alone. Where that merges over the cut,
+    the part is encoded alone, as the prompt is when the model has to answer it.
     """
     parts, before = [], ""
     for begin, end in pairwise([0, *cuts, len(text)]):
         part = text[begin:end]
         head, both = tokenizer.encode(before) if before else [], tokenizer.encode(before + part)
         parts.append(both[len(head) :] if both[: len(head)] == head else tokenizer.encode(part))
-        specials = [found.start() for found in _special_tokens(tokenizer).finditer(part)]
-        before = part[specials[-1] :] if specials else part or before
+        starts = [token.start() for token in _added_tokens(tokenizer).finditer(part)]
+        before = part[starts[-1] :] if starts else part or before
     return parts

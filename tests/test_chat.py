@@ -528,12 +528,12 @@ def test_a_system_text_that_only_the_prompt_has_is_trained_on_as_the_model_is_as
     t = tokenizer(LAST_USER)
     e = encode(talk("the cat", "sat", "on", "the mat", system="be nice"), t)
     assert t.decode(e.ids) == "<s>[INST] the cat[/INST] sat</s>[INST] be nice\n\non[/INST] the mat</s>"
-    assert trained(e, t) == [" the mat</s>"] and e.rewritten == 1, "the first answer did not see the system text"
+    assert trained(e, t) == [" the mat</s>"] and e.rewritten == 1, "the first answer saw no system text"
     assert e.ids[: e.mask.index(1)] == t.chat(talk("the cat", "sat", "on", system="be nice"))
 
 
-PADDED = {"id": "1", "type": "function", "function": {"name": "cat", "arguments": {"the": "mat", "on": None}}}
-SCHEMA = {"type": "function", "function": {"name": "cat", "parameters": {"the": {"enum": ["a", None]}, "on": None}}}
+PADDED = {"id": "1", "function": {"name": "cat", "arguments": {"the": "mat", "on": None}}}
+SCHEMA = {"function": {"name": "cat", "parameters": {"the": {"enum": ["a", None]}, "on": None}}}
 
 
 @pytest.mark.parametrize(
@@ -659,7 +659,7 @@ ULTRAFEEDBACK = {
             {"prompt": [*talk(system="s"), *CHOSEN[:1]], "chosen": CHOSEN, "rejected": REJECTED},
             {"chosen": talk("2+3?", "5", system="s"), "rejected": talk("2+3?", "6", system="s"), "first": 2},
         ),
-        ({"prompt": "1", "completion": "2", "label": True, "system": None}, {"prompt": "1", "completion": "2"}),
+        ({"prompt": "1", "completion": "2", "label": True, "system": ""}, {"prompt": "1", "completion": "2"}),
         ({"messages": CHOSEN, "label": False, "tools": []}, {"messages": CHOSEN, "first": 0, "label": False}),
     ],
 )
@@ -738,22 +738,22 @@ ASSISTANT = {"role": "assistant", "content": "b"}
     "record, why",
     [
         ({"messages": [{"role": "user", "content": None}]}, "message 0: field 'content' is missing or null"),
-        ({"messages": [*talk("a"), {"role": "assistant", "tool_calls": []}]}, "message 1: field 'content' is mis"),
+        ({"messages": [*talk("a"), {"role": "assistant", "tool_calls": []}]}, "1: field 'content' is missing"),
         ({"messages": [*talk("a"), ASSISTANT | {"weight": 0.5}]},
          "message 1: field 'weight' of the assistant is 0.5; must be 1 or 0"),
-        ({"messages": [*talk("a"), ASSISTANT | {"train": "no"}]}, "is 'no'; must be True or False"),
-        ({"messages": [talk("a")[0] | {"weight": 1}, ASSISTANT]}, "'weight' of the user is 1; must be 0"),
+        ({"messages": [*talk("a"), ASSISTANT | {"train": "no"}]}, "'train' of the assistant is 'no'; must be 1 or 0"),
+        ({"messages": [talk("a")[0] | {"weight": 1}, ASSISTANT]}, "'weight' of the user is 1; must be .*, 0 for others"),
         ({"messages": [*talk("a"), ASSISTANT | {"reasoning": ["c"]}]},
          "message 1: field 'reasoning' must be a text, not list"),
         ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": [{"name": "cat", "arguments": "{the"}]}]},
          "message 1, its calls, arguments must be a dict, or the JSON of one, not '{the'"),
         ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": [{"name": "cat", "arguments": '"{}"'}]}]},
          "arguments must be a dict, or the JSON of one, not '{}'"),
-        ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": "cat"}]}, "calls must be a list, or the JSON of"),
+        ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": "cat"}]}, "calls must be a list, or the"),
         ({"messages": CHOSEN, "tools": "cat"}, "field 'tools' must be a list, or the JSON of one, not 'cat'"),
         ({"messages": CHOSEN, "tools": {"name": "cat"}}, "field 'tools' must be a list, or the JSON of one"),
         ({"messages": CHOSEN, "images": ["x.png"]}, "field 'images' is not supported"),
-        ({"messages": CHOSEN, "system": "be nice"}, "field 'system' is not supported; move it into prompt or"),
+        ({"messages": CHOSEN, "system": "be nice"}, "field 'system' is not supported; move it into"),
         ({"prompt": "a", "completion": "b", "system_prompt": "be nice"}, "field 'system_prompt' is not"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "be nice"}, "field 'system' is not"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [SCHEMA]}, "field 'tools' needs messages"),
@@ -773,10 +773,10 @@ ASSISTANT = {"role": "assistant", "content": "b"}
          "message 0: field 'role' is None; must be .*; the message has the fields from, value "),
         ({"messages": [{"role": "bot", "content": "a"}]}, "'role' is 'bot'; must be one of system, user"),
         ({"prompt": "a", "completion": talk("b")}, "field 'completion' does not end with an answer"),
-        ({"prompt": talk("a"), "completion": "b"}, "field 'completion' must be a list of messages, or a text bes"),
+        ({"prompt": talk("a"), "completion": "b"}, "field 'completion' must be a list of messages, or a"),
         ({"prompt": talk("a"), "completion": talk("b")}, "field 'completion' does not end with an answer"),
         ({"prompt": CHOSEN, "completion": CHOSEN}, "field 'completion' does not end with an answer"),
-        ({"chosen": "b", "rejected": "c"}, "field 'chosen' must be a list of messages, or a text beside a 'prom"),
+        ({"chosen": "b", "rejected": "c"}, "field 'chosen' must be a list of messages, or a text"),
         ({"chosen": CHOSEN, "rejected": talk("2+4?", "6")}, "do not begin with the same message"),
         ({"chosen": CHOSEN, "rejected": talk("2+3?")}, "field 'rejected' does not end with an answer"),
     ],
@@ -899,7 +899,7 @@ def test_pairs(text, tmp_path):
     chosen, rejected = map(listed, examples[0])
     assert trained(chosen, t) == ["5" + end] and trained(rejected, t) == ["6" + end]
     start = chosen.mask.index(1)
-    assert chosen.ids[:start] == rejected.ids[:start] and rejected.mask[: start + 1] == chosen.mask[: start + 1]
+    assert chosen.ids[:start] == rejected.ids[:start] and rejected.mask.index(1) == start
     # without pairs the chosen answer is an answer
     assert [trained(e, t) for e in chat.encode_rows(rows, t, 1000)[0]] == [["5" + end]] * 2
 
@@ -908,7 +908,7 @@ def test_pairs_that_are_equal_up_to_max_length_are_skipped():
     t, rows = tokenizer(), [{"where": "r", "prompt": "1", "chosen": "2+2", "rejected": "2+3"}]
     assert chat.encode_rows(rows, t, 4, pairs=True)[1]["kept"] == 1
     assert chat.encode_rows(rows, t, 3, pairs=True)[1]["skipped: chosen equals rejected"] == 1
-    with pytest.raises(UserError, match="r: this loss needs pairs, but the row has no 'chosen' and 'rejected'"):
+    with pytest.raises(UserError, match="r: this loss needs pairs, but the row has no 'chosen'"):
         chat.encode_rows([texts("1", "2")], t, 9, pairs=True)
 
 
@@ -943,8 +943,8 @@ def test_processes_give_the_same_in_the_same_order(monkeypatch, capsys):
     assert [listed(e) for e in alone[0]] == [listed(e) for e in shared[0]] and alone[1] == shared[1]
     assert chat.turn_ends(shared[0]) == chat.turn_ends(alone[0]) and len(shared[0]) == 1199
     printed = capsys.readouterr().out
-    assert printed.startswith("\rtokenizing 500/1,200 rows\rtokenizing 1,000/1,200 rows\rtokenizing 1,200/1,200")
-    assert "rows\nskipped 1 of 1,200 rows: r700: the chat template ignores message 1, field 'tool_calls'" in printed
+    shown = "".join(f"\rtokenizing {done} rows" for done in ("500/1,200", "1,000/1,200", "1,200/1,200"))
+    assert printed.startswith(f"{shown}\nskipped 1 of 1,200 rows: r700: the chat template ignores message 1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert len(chat.encode_rows(rows, t, 12)[0]) == 1199 and pools == [2], "a core each: no further process"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
