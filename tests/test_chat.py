@@ -557,6 +557,21 @@ def test_forms_of_calls_and_tools(calls, tools, tmp_path):
     assert ('"on": null' in t.decode(e.ids)) == (tools != [SCHEMA]), "a text keeps its nulls"
 
 
+def test_parquet_gives_every_call_and_schema_the_fields_of_all_others(tmp_path):
+    t = tokenizer(TOOLS)
+    records = []
+    for name, value in (("the", "mat"), ("on", 12)):
+        call = {"function": {"name": "cat", "arguments": {name: value}}}
+        schema = {"function": {"name": "cat", "parameters": {name: {"type": "string"}}}}
+        messages = [*talk("2+3?"), {"role": "assistant", "content": "", "tool_calls": [call]}, *talk("a", "b")]
+        records.append({"messages": messages, "tools": [schema]})
+    rows = chat.load("train", parquet(tmp_path / "x.parquet", *records))
+    examples, _ = chat.encode_rows(rows, t, 1000)
+    calls = ['<|head|>cat{"the": "mat"}<|/head|></s>', '<|head|>cat{"on": 12}<|/head|></s>']
+    assert [trained(e, t)[0] for e in examples] == calls
+    assert not any("null" in t.decode(e.ids) for e in examples)
+
+
 def test_a_null_in_arguments_that_are_a_text_is_the_authors(tmp_path):
     t, call = tokenizer(TOOLS), {"name": "cat", "arguments": '{"the": null}'}
     messages = [*talk("2+3?"), {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]
@@ -618,15 +633,17 @@ def test_an_end_that_is_not_flagged_as_special_is_one():
 # ---- rows --------------------------------------------------------------------------------------------------
 
 CHOSEN, REJECTED = talk("2+3?", "5"), talk("2+3?", "6")
-ULTRAFEEDBACK = {
-    "prompt": "2+3?",
-    "prompt_id": "0",
-    "chosen": CHOSEN,
-    "rejected": REJECTED,
-    "messages": CHOSEN,
-    "score_chosen": 8.0,
-    "score_rejected": 7.0,
-}
+PAIR, TEXTS = {"chosen": CHOSEN, "rejected": REJECTED}, {"prompt": "2+3=", "chosen": "5", "rejected": "6"}
+ANSWERS = {"chosen": CHOSEN[1:], "rejected": REJECTED[1:]}
+ULTRAFEEDBACK = PAIR | {"prompt": "2+3?", "prompt_id": "0", "messages": CHOSEN, "score_chosen": 8.0}
+SYSTEM_PAIR = {"chosen": talk("2+3?", "5", system="s"), "rejected": talk("2+3?", "6", system="s"), "first": 2}
+
+
+def parquet(path, *records):
+    pyarrow, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_table(pyarrow.Table.from_pylist(list(records)), path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -636,86 +653,40 @@ ULTRAFEEDBACK = {
         ({"messages": [m | {"name": None} for m in CHOSEN]}, {"messages": CHOSEN, "first": 0}),
         ({"prompt": "2+3=", "completion": "5"}, {"prompt": "2+3=", "completion": "5"}),
         ({"prompt": CHOSEN[:1], "completion": CHOSEN[1:]}, {"messages": CHOSEN, "first": 1}),
-        (
-            {"prompt": "2+3=", "chosen": "5", "rejected": "6"},
-            {"prompt": "2+3=", "chosen": "5", "rejected": "6"},
-        ),
-        (ULTRAFEEDBACK, {"chosen": CHOSEN, "rejected": REJECTED, "first": 1}),
-        ({"chosen": CHOSEN, "rejected": REJECTED}, {"chosen": CHOSEN, "rejected": REJECTED, "first": 1}),
-        (
-            {"prompt": CHOSEN[:1], "chosen": CHOSEN[1:], "rejected": REJECTED[1:]},
-            {"chosen": CHOSEN, "rejected": REJECTED, "first": 1},
-        ),
-        (
-            {"prompt": CHOSEN[:1], "chosen": CHOSEN, "rejected": REJECTED},
-            {"chosen": CHOSEN, "rejected": REJECTED, "first": 1},
-        ),
-        (
-            {"prompt": "2+3?", "chosen": CHOSEN[1:], "rejected": REJECTED[1:]},
-            {"chosen": CHOSEN, "rejected": REJECTED, "first": 1},
-        ),
         ({"prompt": CHOSEN[:1], "completion": CHOSEN}, {"messages": CHOSEN, "first": 1}),
-        (
-            {"prompt": [*talk(system="s"), *CHOSEN[:1]], "chosen": CHOSEN, "rejected": REJECTED},
-            {"chosen": talk("2+3?", "5", system="s"), "rejected": talk("2+3?", "6", system="s"), "first": 2},
-        ),
-        ({"prompt": "1", "completion": "2", "label": True, "system": ""}, {"prompt": "1", "completion": "2"}),
+        (TEXTS, TEXTS),
+        (ULTRAFEEDBACK, PAIR | {"first": 1}),
+        (PAIR, PAIR | {"first": 1}),
+        (ANSWERS | {"prompt": CHOSEN[:1]}, PAIR | {"first": 1}),
+        (PAIR | {"prompt": CHOSEN[:1]}, PAIR | {"first": 1}),
+        (ANSWERS | {"prompt": "2+3?"}, PAIR | {"first": 1}),
+        (PAIR | {"prompt": [*talk(system="s"), CHOSEN[0]]}, SYSTEM_PAIR),
+        (TEXTS | {"label": True, "system": ""}, TEXTS),
         ({"messages": CHOSEN, "label": False, "tools": []}, {"messages": CHOSEN, "first": 0, "label": False}),
     ],
 )
-@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
-def test_forms_of_rows(record, row, ending, tmp_path):
-    path = tmp_path / f"train{ending}"
-    if ending == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([record] * 2), path)
-    else:
-        write(path, record, record)
-    assert (
-        chat.load("train", path)
-        == chat.load("train", tmp_path)
-        == [{"where": f"{path} row {n}"} | row for n in (0, 1)]
-    )
-
-
-def test_shards_as_the_hub_names_them(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    for n, name in enumerate(
-        ("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-00000-of-00001-c5")
-    ):
-        parquet.write_table(
-            pyarrow.Table.from_pylist([{"messages": talk("a", str(n))}]), tmp_path / f"{name}.parquet"
-        )
-    for split in ("train", "train_sft"):
-        assert [r["messages"][1]["content"] for r in chat.load(split, tmp_path)] == ["0", "1"]
-    assert len(chat.load("test", tmp_path)) == 1
-    with pytest.raises(UserError, match="no dev.parquet"):
-        chat.load("dev", tmp_path)
-
-
-def shards(folder, **contents):
-    """Parquet files named as on the hub, a row each."""
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, record in contents.items():
-        parquet.write_table(pyarrow.Table.from_pylist([record]), folder / f"{name}-00000-of-00001.parquet")
+def test_forms_of_rows(record, row, tmp_path):
+    lines = write(tmp_path / "a" / "train.jsonl", record, record)
+    for path in (lines, parquet(tmp_path / "b" / "train.parquet", record, record)):
+        rows = [{"where": f"{path} row {n}"} | row for n in (0, 1)]
+        assert chat.load("train", path) == chat.load("train", path.parent) == rows
 
 
 def test_folders_as_the_hub_has_them(tmp_path, capsys):
-    pair = {"chosen": CHOSEN, "rejected": REJECTED, "messages": CHOSEN}
-    feedback = {f"{split}_{kind}": pair for split in ("train", "test") for kind in ("prefs", "sft", "gen")}
-    shards(tmp_path / "ultrafeedback" / "data", **feedback)
+    for n, name in enumerate(("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-0-of-1")):
+        parquet(tmp_path / f"{name}.parquet", {"messages": talk("a", str(n))})
+    for split in ("train", "train_sft"):
+        assert [r["messages"][1]["content"] for r in chat.load(split, tmp_path)] == ["0", "1"]
+    assert len(chat.load("test", tmp_path)) == 1 and not capsys.readouterr().out
+    with pytest.raises(UserError, match="no dev.parquet"):
+        chat.load("dev", tmp_path)
     for split in ("train", "test"):
-        (row,) = chat.load(split, tmp_path / "ultrafeedback")
+        for kind in ("prefs", "sft", "gen"):
+            parquet(tmp_path / "ultra" / "data" / f"{split}_{kind}-00000-of-00001.parquet", ULTRAFEEDBACK)
+        (row,) = chat.load(split, str(tmp_path / "ultra"))
         assert f"data/{split}_prefs-00000-of-00001.parquet row 0" in row["where"] and row["chosen"] == CHOSEN
         assert f"reading {split}_prefs, not {split}_gen, {split}_sft\n" in capsys.readouterr().out
-    chats = {
-        f"{split}_{kind}": {"messages": CHOSEN} for split in ("train", "test") for kind in ("sft", "gen")
-    }
-    shards(tmp_path / "ultrachat" / "data", **chats)
-    assert "train_sft-" in chat.load("train", str(tmp_path / "ultrachat"))[0]["where"]
-    assert "train_sft-" in chat.load("train", tmp_path / "ultrachat" / "data")[0]["where"]
-    assert "test_gen-" in chat.load("test_gen", f"{tmp_path}/ultrachat")[0]["where"]
+    assert "test_gen-" in chat.load("test_gen", tmp_path / "ultra" / "data")[0]["where"]
     write(tmp_path / "lines" / "data" / "train.jsonl", {"messages": CHOSEN})
     assert len(chat.load("train", tmp_path / "lines")) == 1
 
@@ -738,11 +709,11 @@ ASSISTANT = {"role": "assistant", "content": "b"}
     "record, why",
     [
         ({"messages": [{"role": "user", "content": None}]}, "message 0: field 'content' is missing or null"),
-        ({"messages": [*talk("a"), {"role": "assistant", "tool_calls": []}]}, "1: field 'content' is missing"),
+        ({"messages": [*talk("a"), {"role": "assistant", "tool_calls": []}]}, "field 'content' is missing"),
         ({"messages": [*talk("a"), ASSISTANT | {"weight": 0.5}]},
          "message 1: field 'weight' of the assistant is 0.5; must be 1 or 0"),
-        ({"messages": [*talk("a"), ASSISTANT | {"train": "no"}]}, "'train' of the assistant is 'no'; must be 1 or 0"),
-        ({"messages": [talk("a")[0] | {"weight": 1}, ASSISTANT]}, "'weight' of the user is 1; must be .*, 0 for others"),
+        ({"messages": [*talk("a"), ASSISTANT | {"train": "no"}]}, "'train' of the assistant is 'no'; must be"),
+        ({"messages": [talk("a")[0] | {"weight": 1}, ASSISTANT]}, "'weight' of the user is 1; .*0 for others"),
         ({"messages": [*talk("a"), ASSISTANT | {"reasoning": ["c"]}]},
          "message 1: field 'reasoning' must be a text, not list"),
         ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": [{"name": "cat", "arguments": "{the"}]}]},
