@@ -244,7 +244,6 @@ def test_chord(world):
     check_loss(loss, logp, [-0.1875 * math.log(0.25), -0.09 * math.log(0.9)], [-0.1875, -0.09])
 
 
-@pytest.mark.xfail(strict=True, reason="its coefficient is no coef of the demonstrations, which drop_dead drops")
 def test_chord_keeps_the_demonstrations_of_groups_without_signal(world):
     method, _, config = CHORD
     (group,) = method.after_rollout(groups_of([1.0, 1.0]), world.run, world.data, 0, config())

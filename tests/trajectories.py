@@ -28,7 +28,7 @@ VARIANTS = list(train_uft.config.first_lines(ROOT / "variants", "METHOD"))
 @cache
 def variant(name):
     """The method of a file of variants/, its module, and its knobs with their defaults."""
-    method, module = train_uft.config.find_method("algo", name, {}, ROOT / "variants", "METHOD")
+    method, module = train_uft.config.find_method("algo", name, METHODS, ROOT / "variants", "METHOD")
     return method, module, getattr(module, "Config", Config)
 
 
