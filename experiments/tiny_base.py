@@ -19,12 +19,15 @@ problems, so many training problems are among them.
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 
+import regex
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +35,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 from data import countdown, logic
+from data.bpe import BYTE_TO_CHAR, merge, token_bytes
 from data.rows import load_rows, load_task
-from data.tokenizer import Tokenizer
+from data.tokenizer import TAGS, TINY_PATTERN, Tokenizer
 from infra.config import Count, Fraction, Natural, Positive, UserError, parse_config, run_script
 from infra.training import ROOT, lr_factor
 from model import ModelConfig, Transformer
@@ -55,6 +59,7 @@ class Config:
     lr: Positive = 2e-3  # peak learning rate
 
 
+END = "<|endoftext|>"
 Text = tuple[str, str]  # prompt, response
 Stage = tuple[int, float, Callable[[], Text]]  # steps, peak learning rate, text maker
 
@@ -154,6 +159,61 @@ def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[St
     yield cfg.steps, cfg.lr, own_text if hasattr(task, "base_text") else mixed_text
 
 
+# ---- the tokenizer ---------------------------------------------------------------------------------------
+
+
+def learn_tokenizer(texts: Iterable[str], merges: int, pattern: str = TINY_PATTERN) -> Tokenizer:
+    """A byte-level tokenizer with up to `merges` merges learned from the texts, TAGS as whole tokens and END
+    as eos.
+
+    Ties between equally frequent pairs go to the first in the order of bytes, so the result depends on the
+    texts alone.
+    """
+    # Count the words, written in the alphabet of tokenizer.json.
+    tags, words = regex.compile("|".join(map(regex.escape, TAGS))), Counter()
+    for text in texts:
+        found = [word for part in tags.split(text) for word in regex.findall(pattern, part)]
+        words.update(tuple(BYTE_TO_CHAR[b] for b in word.encode()) for word in found)
+
+    # Merge the most frequent pair, again and again.
+    learned: list[tuple[str, str]] = []
+    while len(learned) < merges:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        learned.append(min(pairs, key=lambda pair: (-pairs[pair], *map(token_bytes, pair))))
+        words = Counter({tuple(merge([*word], {learned[-1]: 0})): n for word, n in words.items()})
+
+    # Describe it as tokenizer.json does.
+    vocab = [BYTE_TO_CHAR[b] for b in range(256)] + [left + right for left, right in learned]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    unused = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": len(vocab) + i, "content": token, **flags, "special": token == END}
+            for i, token in enumerate((END, *TAGS))
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", **dict.fromkeys(unused), "fuse_unk": False, "byte_fallback": False,
+            "vocab": {token: i for i, token in enumerate(vocab)}, "merges": [[*pair] for pair in learned],
+        },
+    }  # fmt: skip
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
+    return Tokenizer(description, config)
+
+
 # ---- training --------------------------------------------------------------------------------------------
 
 
@@ -176,7 +236,7 @@ def make(name: str, cfg: Config) -> None:
     stages = STAGES.get(name, lambda rng: own_stages(task, cfg, rng))
     sample = [maker() for _, _, maker in stages(random.Random(0)) for _ in range(2000)]
     numbers = [f"{i} " for i in range(100)]
-    tokenizer = Tokenizer.learn(["".join(t) for t in sample] + numbers, merges=200)
+    tokenizer = learn_tokenizer(["".join(t) for t in sample] + numbers, merges=200)
 
     # 2. The model, with a window of 512, or more where texts are long.
     longest = max(len(tokenizer.encode(prompt + response)) for prompt, response in sample)

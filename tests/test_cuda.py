@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from trajectories import answer, take_step
 
 import model as plain_head
 import train_ift
@@ -23,7 +24,6 @@ from infra.training import speed_up
 from lora import add_adapters
 from model import Block, ModelConfig, Transformer
 from sampler import generate
-from trajectories import answer, take_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 VOCAB, DEVICE = 1000, "cuda"

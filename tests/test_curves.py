@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from trajectories import answer
 
 import train_ift
 import train_uft
@@ -13,7 +14,6 @@ from experiments.plot import BY_HINT, PANELS, LoggedRun, all_curves, curve, read
 from infra import log, training
 from infra.config import UserError
 from infra.samples import rollout_metrics
-from trajectories import answer
 
 PANEL = {p.key: p for p in PANELS}
 UFT = (

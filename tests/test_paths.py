@@ -9,12 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-
-import data.countdown
-import train_uft
-from fast import packing
-from infra.training import ROOT
-from model import Block, ModelConfig
 from trajectories import (
     CPU,
     KINDS,
@@ -28,6 +22,12 @@ from trajectories import (
     tiny,
     weighed,
 )
+
+import data.countdown
+import train_uft
+from fast import packing
+from infra.training import ROOT
+from model import Block, ModelConfig
 
 each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from trajectories import answer, take_step
 
 import train_ift
 import train_uft
@@ -18,7 +19,6 @@ from data.countdown import load
 from data.tokenizer import Tokenizer
 from model import Transformer
 from sampler import generate
-from trajectories import answer, take_step
 
 DIR = Path(os.environ.get("NANOFT_SMOLLM2", "")).absolute()
 pytestmark = [

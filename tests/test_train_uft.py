@@ -3,7 +3,6 @@
 test_uft_golden.py compares with the published code, test_paths.py the fast path with the plain one,
 test_variants.py has the methods of variants/."""
 
-import copy
 import inspect
 import json
 import math
@@ -19,22 +18,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-
-import data.countdown
-import infra.parallel
-import model as plain_head
-import train_uft
-from data.problems import Data, Problem
-from fast import head as fast_head
-from fast import mismatch
-from infra import config
-from infra.config import UserError, run_script
-from infra.training import ROOT, batch_rows
-from model import Transformer
-from train_uft import METHODS, Config, Pick, group_advantages, kl_k3, recompute_old_logprobs, update
 from trajectories import (
     CPU,
-    KINDS,
     PATHS,
     SMALL,
     VARIANTS,
@@ -46,7 +31,6 @@ from trajectories import (
     either,
     go,
     metrics,
-    read,
     some_groups,
     step,
     steps,
@@ -55,6 +39,19 @@ from trajectories import (
     weighed,
     with_advantages,
 )
+
+import data.countdown
+import infra.parallel
+import model as plain_head
+import train_uft
+from data.problems import Data
+from fast import head as fast_head
+from fast import mismatch
+from infra import config
+from infra.config import UserError, run_script
+from infra.training import ROOT, batch_rows
+from model import Transformer
+from train_uft import METHODS, Config, Pick, group_advantages, kl_k3, recompute_old_logprobs, update
 
 UFT, RFT = METHODS["uft"], METHODS["rft"]
 

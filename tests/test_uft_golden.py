@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from trajectories import HERE as TESTS
+from trajectories import PATHS, a_batch, answer, each_path, either, step, take_step, variant, weighed
 
 import model as plain_head
 import train_uft
@@ -19,8 +21,6 @@ from infra import parallel
 from infra.training import lr_factor
 from model import Transformer
 from train_uft import METHODS, Batch, Config, Problem, cut_points, group_advantages, hint_probability, kl_k3
-from trajectories import HERE as TESTS
-from trajectories import PATHS, a_batch, answer, each_path, either, step, take_step, variant, weighed
 
 HERE = TESTS / "vectors/uft"
 

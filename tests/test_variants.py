@@ -9,12 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-import train_uft
-from data.problems import Data, Problem
-from fast import head as fast_head
-from infra.training import ROOT
-from train_uft import METHODS, Pick
 from trajectories import (
     KINDS,
     PATHS,
@@ -32,6 +26,12 @@ from trajectories import (
     weighed,
     with_advantages,
 )
+
+import train_uft
+from data.problems import Data, Problem
+from fast import head as fast_head
+from infra.training import ROOT
+from train_uft import METHODS, Pick
 
 LUFFY, HPT, CHORD, SRFT = (variant(name) for name in ("luffy", "hpt", "chord", "srft"))
 
