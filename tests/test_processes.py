@@ -65,13 +65,13 @@ def assert_same_model(a, b, atol):
     [
         UFT,
         pytest.param(
-            f"{UFT} --algo=sft-rft --sft_steps=2 --kl_coef=0.1 --rollout_dtype=bfloat16",
+            f"{UFT} --algo=sft-rft --sft_steps=2 --kl_coef=0.1",
             marks=pytest.mark.slow,
         ),
         pytest.param(f"{UFT} --fast=false --drop_dead=true --algo=residual", marks=pytest.mark.slow),
         *(
             pytest.param(f"{UFT} --algo={algo}", marks=pytest.mark.slow)
-            for algo in ("published", "residual", "on_failure", "luffy", "prefix_rft", "trapo", "dapo",
+            for algo in ("published", "on_failure --kl_coef=0.1 --rollout_dtype=bfloat16", "luffy", "prefix_rft", "trapo", "dapo",
                          "adaback", "relift --relift_buffer=3", "psft --rollout_dtype=bfloat16", "gspo")
         ),
         pytest.param(f"{IFT} --loss=ift", marks=pytest.mark.slow),
