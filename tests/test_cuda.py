@@ -6,9 +6,11 @@ import json
 import os
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from examples import take_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as plain_head
@@ -19,7 +21,7 @@ from fast import engine
 from fast import head as fast_head
 from fast.compiled import compile_blocks
 from infra.parallel import full, refresh, shard_model, whole_copy
-from infra.training import speed_up
+from infra.training import Run, speed_up
 from lora import add_adapters
 from model import Block, ModelConfig, Transformer
 from sampler import generate
@@ -135,7 +137,7 @@ def examples():
 
 
 def ift_update(m, optimizer, name, cfg, step):
-    return train_ift.update(train_ift.LOSSES[name], m, None, optimizer, examples(), 0.2, cfg, step)
+    return take_step(name, m, examples(), cfg, optimizer, lam=0.2, seed=step)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -189,8 +191,21 @@ def test_lora_steps_are_the_cpus(dtype, tolerance, compile):
     assert losses[0] == pytest.approx(losses[1], rel=tolerance) and losses[0][-1] < losses[0][0]
 
 
-def uft_groups(texts):
-    return [train_uft.Group(p, p[:3], c, [1.0, -1.0]) for p, c in zip(prompts(6), texts, strict=True)]
+def uft_update(m, optimizer, texts, cfg):
+    """A step on two completions of each prompt, which begin with the same few given tokens."""
+    groups, method = [], train_uft.METHODS["uft"]
+    for i, (prompt, completions) in enumerate(zip(prompts(6), texts, strict=True)):
+        given = prompt[:3]
+        groups.append([
+            train_uft.Trajectory(
+                train_uft.Pick(i), prompt, given + c.tokens, len(given),
+                np.array([0.0] * len(given) + c.logprobs), shown=1, response="", advantage=advantage,
+            )
+            for c, advantage in zip(completions, (1.0, -1.0), strict=True)
+        ])  # fmt: skip
+    train_uft.weigh(groups, method, 0.1, cfg)
+    run = Run(None, None, m.head_weight.device, None, m, m, None, optimizer)
+    return train_uft.update(run, groups, method, cfg)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -202,7 +217,7 @@ def test_attention_is_fused_everywhere(dtype):
         texts = generate(model().to(getattr(torch, dtype)), prompts(6), 2, 20, seed=1, compile=False)
         for fast in (True, False):
             cfg = train_uft.Config(token_budget=600, dtype=dtype, fast=fast)
-            train_uft.update(m, None, optimizer, uft_groups(texts), cfg, 0.1)
+            uft_update(m, optimizer, texts, cfg)
             for loss in ("sft", "ift"):
                 ift_update(m, optimizer, loss, train_ift.Config(token_budget=600, dtype=dtype, fast=fast), 0)
 
@@ -245,7 +260,7 @@ def test_fsdp_on_one_gpu_agrees_with_no_fsdp(dtype, compile, process_group):
         refresh(copied, m)
         assert all(torch.equal(a, full(b)) for a, b in zip(copied.parameters(), m.parameters(), strict=True))
         uft = train_uft.Config(token_budget=600, dtype=dtype)
-        losses.append(train_uft.update(m, None, optimizer, uft_groups(texts), uft, 0.1)["actor/loss"])
+        losses.append(uft_update(m, optimizer, texts, uft)["actor/loss"])
         results.append((losses, [full(p).detach().cpu() for p in m.parameters()]))
     tolerance = 1e-4 if dtype == "float32" else 2e-2
     assert results[0][0] == pytest.approx(results[1][0], rel=tolerance, abs=tolerance)
