@@ -41,7 +41,15 @@ from infra.huggingface import weights_mark
 from infra.log import Counter, brief
 from infra.parallel import collect, gather, settle_dtype, share, start_process, world
 from infra.stats import Estimate, share_interval
-from infra.training import ROOT, engine_options, fingerprint, scoring_limits, starting_model
+from infra.training import (
+    ROOT,
+    engine_options,
+    fill_rollout_model,
+    fingerprint,
+    release_rollout_model,
+    scoring_limits,
+    starting_model,
+)
 from model import Transformer
 from sampler import Completion, generate, stream
 
@@ -166,6 +174,18 @@ def answer_rows(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) 
             **engine_options(run, cfg, longest),
         )
     )
+
+
+def validation(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) -> tuple[list, dict, str]:
+    """A trainer's answers, with their accuracy as metrics and as text."""
+    fill_rollout_model(run)
+    answers = answer_rows(run, task, rows, cfg, longest)
+    release_rollout_model(run)
+    accuracy, low, high = accuracy_interval(answers)
+    rewards = [a["reward"] for group in answers for a in group]
+    record = {"val/accuracy": accuracy, "val/low": low, "val/high": high}
+    record["val/reward"] = sum(rewards) / len(rewards)
+    return answers, record, f"accuracy {accuracy:.1%} (95 % interval {low:.1%} .. {high:.1%})"
 
 
 def respond(

@@ -99,10 +99,6 @@ class Config(RunConfig):
     print_every: Count = 50  # steps between console lines
 
 
-# Knobs of earlier versions.
-MOVED = {"side=left": "--side=later", "side=right": "--side=earlier"}
-
-
 def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     """Refuse combinations that cannot work, naming the knob."""
     config.require(cfg, "loss", bool(methods), f"must name one of {', '.join(LOSSES)}")
@@ -495,18 +491,14 @@ def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config
     record = {"val/loss": validation_nll(run.model, data.test, cfg)}
     line = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}"
     if data.task:
-        training.fill_rollout_model(run)
-        answers = evaluate.answer_rows(run, data.task, data.test_rows, cfg)
-        accuracy, low, high = evaluate.accuracy_interval(answers)
-        record |= {"val/accuracy": accuracy, "val/low": low, "val/high": high}
-        line += f" | accuracy {accuracy:.1%} ({low:.1%} .. {high:.1%})"
+        answers, measured, text = evaluate.validation(run, data.task, data.test_rows, cfg)
+        record, line = record | measured, f"{line} | {text}"
         if hasattr(data.task, "other_start"):
             begun = enumerate(data.test_rows)
             begun = [r | {"start": data.task.other_start(r, random.Random(i))} for i, r in begun]
-            begun = evaluate.answer_rows(run, data.task, [r for r in begun if r["start"]], cfg)
-            record["val/other_start"] = evaluate.accuracy(begun)
+            begun = [r for r in begun if r["start"]]
+            record["val/other_start"] = evaluate.validation(run, data.task, begun, cfg)[1]["val/accuracy"]
             line += f" | from another first step {record['val/other_start']:.1%}"
-        training.release_rollout_model(run)
     print(line)
     training.show_answers(run, data.test_rows, answers, show, step == steps)
     run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
@@ -609,10 +601,11 @@ def config_class(given: dict) -> type:
     return next(iter(own), Config)
 
 
+@training.leave_as_found
 def main(argv: Sequence[str]) -> None:
     """Train every method of the knob `loss`."""
     help = config.usage(__doc__, "loss", ROOT / "variants", "LOSS")
-    cfg = config.parse_config(config_class, argv, help, "train_ift", MOVED)
+    cfg = config.parse_config(config_class, argv, help, "train_ift")
     methods = {name: find_loss(name)[0] for name in cfg.loss}
     check(cfg, methods)
     device = training.start(cfg)

@@ -5,12 +5,11 @@
     python train_uft.py config/countdown.toml --model=DIR --data_path=DIR --out_dir=out/qwen
     python train_uft.py ... --resume=auto                   begin, or continue what there is
     torchrun --nproc-per-node=8 train_uft.py ...            on 8 GPUs, or 8 processes
-    python train_uft.py --help                              every knob and every method
+    python train_uft.py --help                              every knob and method
 
-SFT, RL and everything between them differ in one thing: how many of an answer's first
-tokens the reference wrote. So there is one data structure, a Trajectory whose first
-tokens were given; one Batch of tokens; one objective, uft_loss; and one table of methods,
-METHODS.
+SFT, RL and everything between differ in which first tokens of an answer the reference wrote,
+and in their loss. So there is one Trajectory whose first tokens were given, one Batch of
+tokens, one objective, uft_loss, and one table of methods. main(), at the end, reads first.
 
     method                 given by the reference    sampled         loss of a given token
     sft                    the whole solution        nothing         -log p
@@ -21,12 +20,20 @@ METHODS.
     prefix_rft             a prefix, in one of n     the rest        -A log p
     hpt                    all, if a group failed    all, otherwise  -log p
 
-The loss of a sampled token is PPO's in all of them.
+The loss of a sampled token is PPO's in all of them, clipped or not. The loss of an optimiser
+step is a sum over its tokens:
+
+    given:    weight x given_loss,               weight = coef / given tokens of the step
+    sampled:  weight x (policy_loss + kl_coef KL - entropy_coef entropy),
+                                                 weight = 1 / sampled tokens of the step
+
+A "step" is one batch of rollouts (or of solutions, in the supervised phase) and has one
+optimiser step per mini-batch. PPO's old policy is the model at its start, so the ratio is 1
+in its first optimiser step.
 
 Departures from the paper and its published code:
-- Each loss term is a sum over tokens divided by the number of such tokens in the whole
-  optimiser step, so micro-batches do not change it. The paper sums a trajectory's hint
-  log-probs; the code averages over tokens per micro-batch (--algo=published does that).
+- Means run over the tokens of the whole optimiser step, whatever the micro-batches. The paper
+  sums a trajectory's hint log-probs; the code has means of micro-batches (--algo=published).
 - stage and r3 never train on the hint's log-likelihood; the published stage does.
 - The logits of given tokens are not divided by the temperature of rollouts.
 - The first step is not spent at learning rate 0. Equal rewards have advantages of exactly 0.
@@ -73,13 +80,13 @@ class Config(RunConfig):
     sft_steps: Count = 1000  # steps of the supervised phase of sft and sft-rft
     problems: Count = 32  # problems per step
     rollouts: Count = 4  # completions per problem
-    mini_batch: Count = 16  # problems per optimiser step
+    mini_batch: Count = 16  # problems per optimiser step of reinforcement
     # Hints
     hint_steps: Count = 600  # T_hint: no hints from this step on (r3 ignores it)
     segments: Count = 5  # L: hint sentences are cut into at most this many segments
     p_low: Fraction = 0.05  # cosine: expected share of the solution shown before hint_steps
     p_high: Fraction = 0.95  # cosine: the same at the start
-    hint_coef: NonNegative = 0.001  # beta of the hint's log-likelihood; up to 1 if it is forgotten
+    hint_coef: NonNegative = 0.001  # beta, of the hint's log-likelihood; up to 1 if it is forgotten
     # Loss
     clip_low: NonNegative = 0.2  # lower PPO clip: ratio >= 1 - clip_low
     clip_high: NonNegative = 0.2  # upper PPO clip: ratio <= 1 + clip_high
@@ -89,7 +96,7 @@ class Config(RunConfig):
     loss_norm: Literal["tokens", "constant"] = "tokens"  # denominator; constant: Dr. GRPO
     rollout_correction: Literal["none", "token", "sequence"] = "none"  # by pi_trainer / pi_sampler
     rollout_cap: Positive = 3.0  # largest weight of rollout_correction
-    drop_dead: bool = False  # leave out the completions of groups without an advantage
+    drop_dead: bool = False  # leave out, and do not count, completions of groups without advantages
     # Optimiser (AdamW)
     lr: Positive = 2e-4  # learning rate of reinforcement
     warmup: Natural = 10  # steps of linear warm-up
@@ -121,11 +128,11 @@ def check(cfg: Config, method: "Method") -> None:
     config.require(cfg, "task", cfg.task, "must be given; conversations are for train_ift.py")
 
 
-# ---- trajectories --------------------------------------------------------
+# ---- trajectories, and the tokens of a micro-batch ----------------------
 
 
 class Pick(NamedTuple):
-    """A problem of a step. Each draw of it (0, 1, ...) has its own random numbers."""
+    """A problem of a step. Each draw of it, should it occur twice, has its own random numbers."""
 
     problem: int
     draw: int = 0
@@ -148,10 +155,9 @@ class Trajectory:
     finished: bool = True  # by a stop token; False: cut at max_new_tokens
     # Set by the method: advantages(), after_rollout(), token_weights().
     advantage: float | np.ndarray = 1.0  # a number, or one per token
-    coef: float | None = None  # of the loss of its given tokens; None: the step's
+    coef: float | None = None  # of its given tokens; None: hint_coef if the method trains hints, or 0
     weight: float | np.ndarray = 0.0  # of each token in the loss of the optimiser step
-    # Set by share_given(): training begins at this token.
-    start: int = 0
+    start: int = 0  # the first token to train on; set by share_given()
 
 
 Group = list[Trajectory]  # the trajectories of one problem
@@ -161,15 +167,38 @@ def flat(groups: Sequence[Group]) -> list[Trajectory]:
     return [t for group in groups for t in group]
 
 
+class Batch(NamedTuple):
+    """The N tokens of a micro-batch to train on, (N,) each, trajectory by trajectory."""
+
+    targets: Tensor
+    given: Tensor  # bool: by the reference, not sampled
+    trajectory: Tensor  # index of the token's trajectory in the micro-batch
+    old_logp: Tensor
+    advantage: Tensor
+    weight: Tensor
+    ref_logp: Tensor | None = None  # log-probs under the reference, for the KL
+
+
+class Rows(NamedTuple):
+    """B rows of T tokens, and where the N tokens to train on stand in them."""
+
+    ids: Tensor  # (B, T)
+    positions: Tensor  # (B, T)
+    mask: Tensor | None  # (B, 1, T, T) bool; None: causal
+    index: Tensor  # (N,) into the flattened B x T: the state that predicts each token
+    fed: Tensor  # (N,) the place whose input is the token, for variants; -1: none, it is the last
+
+
 # ---- hints (section 3.1 and Algorithm 1) ---------------------------------
-# A rule gives the number of a problem's segments to show at `step` of reinforcement (from
-# 0), or a list with one number per trajectory; problem.segments + 1 is the whole
-# solution, after which nothing is sampled. memory: a dict saved with the run;
-# memory["problems"][i] is a dict for problem i.
+# hint_length() returns how many segments of a problem's solution to give at `step` of
+# reinforcement (from 0), or a list with one number per trajectory. One more than there are is
+# the whole solution with its end token, after which nothing is sampled. memory is saved with
+# the run: memory["problems"][i] is a dict of problem i, written to in after_rollout().
+# Solutions are cut after round(k n / m) of their n sentences, m = min(segments, n): cut_points.
 
 
 def hint_probability(step: int, hint_steps: int, p_low=0.05, p_high=0.95) -> float:
-    """p(t) of eq. 3.1: expected share of the solution to show at `step` (from 0)."""
+    """p(t) of eq. 3.1: expected share of the solution to show. From p_low it drops to 0."""
     if step >= hint_steps:
         return 0.0
     return p_low + 0.5 * (p_high - p_low) * (1 + math.cos(math.pi * (step + 1) / hint_steps))
@@ -194,6 +223,139 @@ def stage_hint(step, problem, cfg, rng, memory):
     """All segments, then one fewer at a time."""
     m = problem.segments
     return m - step * (m + 1) // cfg.hint_steps if step < cfg.hint_steps else 0
+
+
+# ---- rollouts ------------------------------------------------------------
+
+# Keys of the random streams; infra/training.py's order of rows has 1.
+SAMPLING_STREAM, HINT_STREAM = 2, 3
+
+
+def make_picks(problems: list[int]) -> list[Pick]:
+    """The picks of a step, which may hold a problem twice where an epoch ends."""
+    return [Pick(i, problems[:k].count(i)) for k, i in enumerate(problems)]
+
+
+def key_of(pick: Pick, data: Data) -> int:
+    """The key of a pick's random numbers, beside the seed and the step."""
+    return pick.problem + pick.draw * len(data.problems)
+
+
+def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
+    """For after_rollout: the pick for another attempt (1, 2, ...) in the same step."""
+    return pick._replace(draw=pick.draw + attempt * cfg.problems)
+
+
+def start_trajectory(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
+    """With nothing sampled yet: k segments are given, or the whole solution if k is larger."""
+    problem = data.problems[pick.problem]
+    whole = k > problem.segments
+    text = problem.solution() if whole else problem.hint(k)
+    tokens = tokenizer.encode(text)
+    if whole:
+        tokens = [*tokens, tokenizer.eos_id]
+    n, shown = len(tokens), min(k, problem.segments)
+    t = Trajectory(pick, problem.prompt, tokens, n, old_logp=np.zeros(n), shown=shown, response=text)
+    t.finished = whole
+    return t
+
+
+def demonstration(pick: Pick, data: Data, tokenizer: Tokenizer) -> Trajectory:
+    """A trajectory that is given entirely: the solution and the end token."""
+    return start_trajectory(pick, data.problems[pick.problem].segments + 1, data, tokenizer)
+
+
+def choose_hints(
+    picks: list[Pick], step: int, method: "Method", run: Run, data: Data, cfg: Config
+) -> list[list[int]]:
+    """For each pick, the segments to give in each of its trajectories."""
+    shown = []
+    for pick in picks:
+        key = (cfg.seed, HINT_STREAM, run.state["step"], key_of(pick, data))
+        rng, problem = np.random.default_rng(key), data.problems[pick.problem]
+        k = method.hint_length(step, problem, cfg, rng, run.state["memory"])
+        shown.append(np.atleast_1d(k).tolist() if np.ndim(k) else [int(k)] * cfg.rollouts)
+        size = f"hint_length() of {cfg.algo} asks for {len(shown[-1])}"
+        config.require(cfg, "rollouts", len(shown[-1]) <= cfg.rollouts, size)
+    return shown
+
+
+def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -> list[Group]:
+    """Sample trajectories and score them, divided among all processes.
+
+    shown: for each pick a list with the segments given in each of its trajectories.
+    """
+    # What is given.
+    groups = []
+    for pick, segments in zip(parallel.share(picks), parallel.share(shown), strict=True):
+        given = {k: start_trajectory(pick, k, data, run.tokenizer) for k in set(segments)}
+        groups.append([replace(given[k]) for k in segments])
+    # Sample the rest. Each trajectory has a number for its random draws. If those of every
+    # group have the same prompt, it is run once for all n.
+    R, numbers = cfg.rollouts, {}
+    for group in groups:
+        numbers |= {id(t): key_of(t.pick, data) * R + j for j, t in enumerate(group)}
+    to_sample = [t for t in flat(groups) if not t.finished]
+    n = R if all(len(k) == R and len({*k}) == 1 for k in shown) else 1
+    stream = np.random.SeedSequence((cfg.seed, SAMPLING_STREAM, run.state["step"], 0))
+    completions = generate(
+        run.rollout_model,
+        [t.prompt + t.tokens for t in to_sample[::n]],
+        n,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        run.tokenizer.stop_ids,
+        seed=int(stream.generate_state(1, np.uint64)[0] >> 2),
+        keys=[numbers[id(t)] // n for t in to_sample[::n]],
+        batch_size=cfg.rollout_batch,
+        fast=cfg.fast,
+        **training.engine_options(run, cfg, data.longest),
+    )
+    for t, completion in zip(to_sample, flat(completions), strict=True):
+        t.tokens, t.finished = t.tokens + completion.tokens, completion.finished
+        t.old_logp = np.array([0.0] * t.n_given + completion.logprobs)
+        t.response += run.tokenizer.decode(completion.tokens, skip_special=True)
+    # Score the given and the sampled text together.
+    truths = [data.problems[t.pick.problem].row["truth"] for t in flat(groups)]
+    responses, limits = [t.response for t in flat(groups)], training.scoring_limits(cfg)
+    scores = judge(data.task, responses, truths, **limits)
+    for t, score in zip(flat(groups), scores, strict=True):
+        t.reward, t.verdict = score
+    groups = parallel.gather(groups)
+    run.state["sampled_tokens"] += sum(len(t.tokens) - t.n_given for t in flat(groups))
+    return groups
+
+
+def split_evenly(groups: list[Group], size: int) -> list[list[Group]]:
+    """Mini-batches of about `size` groups each, whose sizes differ by at most one.
+
+    A small remainder would make an optimiser step rest on a few groups.
+    """
+    n = max(1, round(len(groups) / size))
+    bounds = [round(k * len(groups) / n) for k in range(n + 1)]
+    return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+def is_dead(group: Group) -> bool:
+    """Whether all advantages of a group are 0, so that its completions give no signal."""
+    return not any(np.any(t.advantage) for t in group)
+
+
+def without_completions(group: Group, coef: float) -> Group:
+    """What is left of a dead group: its given tokens, if they are trained on."""
+    kept = [t for t in group if t.n_given and (coef if t.coef is None else t.coef)]
+    return [replace(t, tokens=t.tokens[: t.n_given], old_logp=np.zeros(t.n_given)) for t in kept]
+
+
+def log_groups(run: Run, groups: list[Group], data: Data, cfg: Config) -> None:
+    """Write two groups to samples.jsonl, with the trainer's log-probs of all tokens."""
+    chosen = samples.choose(groups, list(map(is_dead, groups)), run.state["step"])
+    chosen = [[replace(t) for t in group] for group in chosen]
+    recompute_old_logprobs(run.model, chosen, cfg, given=True)
+    for group in chosen:
+        prompt = data.problems[group[0].pick.problem].row["prompt"]
+        record = samples.group_record(run.tokenizer, prompt, group, is_dead(group))
+        run.log.write("samples", run.state["step"] + 1, record)
 
 
 # ---- advantages and losses (section 3.2) ---------------------------------
@@ -221,10 +383,11 @@ def grpo_advantages(groups, cfg):
 
 
 def token_weights(trajectories, coef, cfg):
-    """Set the weight of every token in the loss of an optimiser step, a sum over tokens.
+    """Set the weight of every token of an optimiser step.
 
-    A sampled token has 1 / sampled tokens of the step, a given one coef / given tokens.
-    loss_norm = constant (Dr. GRPO): a sampled one has 1 / (completions x max_new_tokens).
+    1 / sampled tokens for a sampled one, coef / given tokens for a given one, where a token
+    given to n trajectories counts n times. loss_norm = constant (Dr. GRPO): a sampled one
+    has 1 / (completions x max_new_tokens).
     """
     n_given = sum(t.n_given for t in trajectories)
     n_sampled = sum(len(t.tokens) for t in trajectories) - n_given
@@ -234,18 +397,6 @@ def token_weights(trajectories, coef, cfg):
         given = (coef if t.coef is None else t.coef) / max(1, n_given)
         counts = (t.n_given, len(t.tokens) - t.n_given)
         t.weight = np.repeat([given, 1 / max(1, n_sampled)], counts)
-
-
-class Batch(NamedTuple):
-    """The N tokens of a micro-batch to train on, (N,) each, trajectory by trajectory."""
-
-    targets: Tensor
-    given: Tensor  # bool: by the reference, not sampled
-    trajectory: Tensor  # index of the token's trajectory in the micro-batch
-    old_logp: Tensor
-    advantage: Tensor
-    weight: Tensor
-    ref_logp: Tensor | None = None  # log-probs under the reference, for the KL
 
 
 def given_nll(logp, entropy, batch, cfg):
@@ -271,17 +422,16 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     keeps the gradient finite where exp would overflow.
     """
     d = (ref_logp - logp).clamp(max=20)
-    return (d.exp() - d - 1).clamp(-10, 10)
+    return (d.exp() - d - 1).clamp(max=10)
 
 
 def uft_loss(method: "Method", logp: Tensor, entropy: Tensor, batch: Batch, cfg: Config) -> Tensor:
     """The objective of UFT (eq. 3.3), negated, at each token (N,).
 
-        -(J_value + beta log pi(hint))  =  policy_loss  +  beta given_loss
-                                           at sampled      at given tokens
+        sampled token:  policy_loss - entropy_coef entropy + kl_coef KL
+        given token:    given_loss
 
-    The loss of an optimiser step is (batch.weight * uft_loss).sum(): the weights are
-    means over the step's sampled and given tokens, and hold beta (token_weights). With no
+    The step's loss is (batch.weight * uft_loss).sum(), where the weights hold beta. With no
     given token it is GRPO's loss, with no sampled one SFT's.
     """
     sampled, _clipped = method.policy_loss(logp, entropy, batch, cfg)
@@ -313,21 +463,22 @@ def hidden_states(model, rows, batch, cfg):
 class Method(NamedTuple):
     """What a method is. A variant: METHOD = METHODS["rft"]._replace(hint_length=...).
 
-    Its functions reach all they need through run (tokenizer; metrics, a dict whose
-    numbers are logged with the step; state["memory"]) and data (task; problems, each with
-    its row, and in it the truth).
+    after_rollout sees run (tokenizer; metrics, a dict whose numbers are logged with the step;
+    state["memory"]) and data (task, and problems with their rows). What another function needs
+    later it stores in memory, or on a Trajectory. The losses are computed at all N tokens and
+    then selected, so they must be finite at all; with tokenwise a batch may be a part of one.
     """
 
-    pick_problems: Callable = next_problems  # (step, n_problems, memory, cfg) -> indices
+    pick_problems: Callable = next_problems  # (step, n_problems, memory, cfg) -> list of indices
     hint_length: Callable = no_hint  # (step, problem, cfg, rng, memory) -> segments, or a list
     after_rollout: Callable = keep_groups  # (groups, run, data, step, cfg) -> groups
-    advantages: Callable = grpo_advantages  # (groups, cfg): sets them
+    advantages: Callable = grpo_advantages  # (groups, cfg): sets them, and coef if it is to vary
     token_weights: Callable = token_weights  # (trajectories, coef, cfg): sets them
     states: Callable = hidden_states  # (model, rows, batch, cfg) -> (N, C)
-    given_loss: Callable = given_nll  # (logp, entropy, batch, cfg) -> (N,)
+    given_loss: Callable = given_nll  # (logp, entropy, batch, cfg) -> (N,), linear in advantage
     policy_loss: Callable = ppo_loss  # (logp, entropy, batch, cfg) -> (N,), clipped (N,)
     tokenwise: bool = True  # a token's loss depends on no other token
-    trains_hints: bool = False  # coef is hint_coef; otherwise 0, unless a trajectory has its own
+    trains_hints: bool = False  # given tokens have the coefficient hint_coef, otherwise 0
     supervised: bool = False  # begin with a phase in which everything is given
     reinforced: bool = True  # then sample
     needs: Literal["", "hint", "answer"] = ""  # of every row: a hint, or a whole solution
@@ -343,131 +494,12 @@ METHODS = {
     "rft-cosine": RFT._replace(hint_length=cosine_hint, needs="hint"),
     "uft": RFT._replace(hint_length=cosine_hint, trains_hints=True, needs="hint"),
 }
-MOVED = {  # knobs of earlier versions
-    "hint=none": "--algo=rft", "hint=cosine": "--algo=rft-cosine", "hint=uniform": "--algo=r3",
-    "hint=stage": "--algo=stage", "hint=target": "--algo=target", "hint_weight=prob": "--algo=prob",
-    "hint=on-failure": "--algo=on_failure", "hint_loss=ift": "--algo=residual",
-    "loss_norm=paper_code": "--algo=published", "algo=grpo": "--algo=rft, which is GRPO",
-}  # fmt: skip
-
-
-# ---- from trajectories to rows of tokens ---------------------------------
-
-
-class Rows(NamedTuple):
-    """B rows of T tokens, and where the N tokens to train on stand in them."""
-
-    ids: Tensor  # (B, T)
-    positions: Tensor  # (B, T)
-    mask: Tensor | None  # (B, 1, T, T) bool; None: causal
-    index: Tensor  # (N,) into the flattened B x T: the state that predicts each token
-    fed: Tensor  # (N,) the same: where the token itself is fed; -1 for a trajectory's last
-
-
-def weigh(groups: list[Group], method: Method, coef: float, cfg: Config) -> None:
-    """Give the tokens of an optimiser step their weights and advantages, as arrays."""
-    method.token_weights(flat(groups), coef, cfg)
-    for group in groups:
-        for t in group:
-            t.advantage = np.broadcast_to(np.asarray(t.advantage, float), len(t.tokens))
-        share_given(group)
-
-
-def share_given(group: Group) -> None:
-    """Train on tokens that were given to the whole group once, in its first trajectory.
-
-    They have the sum of their weights there, and their advantages' mean by these weights.
-    """
-    given = [t.tokens[: t.n_given] for t in group]
-    n = len(os.path.commonprefix(given)) if len(group) > 1 else 0
-    if not n:
-        return
-    weights = np.stack([t.weight[:n] for t in group])
-    total, first = weights.sum(0), group[0]
-    mean = (weights * [t.advantage[:n] for t in group]).sum(0) / np.where(total, total, 1)
-    first.weight = np.concatenate((total, first.weight[n:]))
-    first.advantage = np.concatenate((mean, first.advantage[n:]))
-    for t in group[1:]:
-        t.start = n
-
-
-def training_rows(groups: list[Group], cfg: Config, model: Transformer) -> list[Group]:
-    """The trajectories of each row. Fast: a group has one row where that is cheaper."""
-    rows = []
-    for group in groups:
-        trained = [t for t in group if t.start < len(t.tokens)]
-        pays = packing.packing_pays(trained, model, cfg.token_budget)
-        rows += [trained] if pays and cfg.pack and cfg.fast else [[t] for t in trained]
-    return rows
-
-
-def lay_out(rows: list[Group], device: torch.device) -> packing.Layout:
-    """A right-padded row for each trajectory: its prompt and its tokens, less the last.
-
-    fast/packing.py lays out a row for each group.
-    """
-    trajectories = flat(rows)
-    T = max(packing.row_length(row) for row in rows)
-    ids = np.zeros((len(rows), T), np.int64)
-    for b, t in enumerate(trajectories):
-        ids[b, : len(t.prompt) + len(t.tokens) - 1] = (t.prompt + t.tokens)[:-1]
-    begin = np.array([b * T + len(t.prompt) for b, t in enumerate(trajectories)])
-    positions = np.tile(np.arange(T), (len(rows), 1))
-    return packing.Layout(ids, positions, None, begin, begin, np.zeros_like(begin))
-
-
-def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Rows, Batch]:
-    """A micro-batch of rows, each with its trajectories, as tensors."""
-    trajectories = flat(rows)
-    # The tokens to train on: which trajectory (N,), and which of its tokens (N,).
-    starts = np.array([t.start for t in trajectories])
-    counts = np.array([len(t.tokens) for t in trajectories]) - starts
-    trajectory = np.repeat(np.arange(len(trajectories)), counts)
-    token = np.arange(len(trajectory)) - np.repeat(counts.cumsum() - counts - starts, counts)
-
-    def tensor(x: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.from_numpy(x).to(dtype).to(device)
-
-    def column(values: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Tensor:
-        pairs = zip(values, trajectories, strict=True)
-        parts = [np.broadcast_to(v, len(t.tokens))[t.start :] for v, t in pairs]
-        return tensor(np.concatenate(parts), dtype)
-
-    # Where they stand. A trajectory's first `shared` tokens lie in a part of the row
-    # common to its group.
-    layout = (packing.lay_out if cfg.fast else lay_out)(rows, device)
-
-    def place(i: np.ndarray) -> np.ndarray:
-        """Places in the flattened rows of the trajectories' tokens number i (N,)."""
-        begin, own, shared = (x[trajectory] for x in (layout.begin, layout.own, layout.shared))
-        return np.where(i < shared, begin + i, own + i - shared)
-
-    last = token + 1 == (starts + counts)[trajectory]
-    owner = None if layout.owner is None else tensor(layout.owner, torch.long)
-    given = token < np.array([t.n_given for t in trajectories])[trajectory]
-    where = Rows(
-        ids=tensor(layout.ids, torch.long),
-        positions=tensor(layout.positions, torch.long),
-        mask=None if owner is None else packing.block_mask(owner),
-        index=tensor(place(token - 1), torch.long),
-        fed=tensor(np.where(last, -1, place(token)), torch.long),
-    )
-    batch = Batch(
-        targets=column([np.array(t.tokens) for t in trajectories], torch.long),
-        given=tensor(given, torch.bool),
-        trajectory=tensor(trajectory, torch.long),
-        old_logp=column([t.old_logp for t in trajectories]),
-        advantage=column([t.advantage for t in trajectories]),
-        weight=column([t.weight for t in trajectories]),
-    )
-    return where, batch
-
 
 # ---- one optimiser step --------------------------------------------------
 
 
 def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[str, float]:
-    """One clipped AdamW step on all micro-batches; returns means as metrics."""
+    """One AdamW step, the gradient norm clipped; returns means over its tokens as metrics."""
     sums = torch.zeros(len(SUMS), device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
     # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world()
@@ -478,6 +510,7 @@ def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[s
         with parallel.autocast(run.device, cfg.dtype):
             if run.reference is not None:
                 batch = batch._replace(ref_logp=logprobs(run.reference, where, batch, cfg))
+            # run(): under FSDP a forward pass, for which the weights are gathered.
             loss, logp, entropy = run.model.run(batch_loss, run.model, where, batch, method, cfg)
         (loss * (counted * parallel.world())).backward()
         sums += counted * token_sums(loss, logp, entropy, batch, method, cfg)
@@ -550,6 +583,112 @@ def micro_batches(groups: list[Group], cfg: Config, model: Transformer) -> list:
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
 
 
+# ---- from trajectories to rows of tokens ---------------------------------
+
+
+def per_token(value: float | Sequence, t: Trajectory) -> np.ndarray:
+    """A number of a trajectory as an array with one per token; an array as it is."""
+    return np.full(len(t.tokens), value) if np.isscalar(value) else np.asarray(value)
+
+
+def weigh(groups: list[Group], method: Method, coef: float, cfg: Config) -> None:
+    """Set the weights of an optimiser step's tokens, and their advantages, as arrays."""
+    method.token_weights(flat(groups), coef, cfg)
+    for group in groups:
+        for t in group:
+            t.advantage = per_token(t.advantage, t)
+        share_given(group)
+
+
+def share_given(group: Group) -> None:
+    """Train once, in the first trajectory, on tokens that were given to the whole group.
+
+    They have the same context in all, so the same log p. The sum of their weights and the
+    mean of their advantages by weight give the same loss, if it is linear in the advantage.
+    """
+    given = [t.tokens[: t.n_given] for t in group]
+    n = len(os.path.commonprefix(given)) if len(group) > 1 else 0
+    if not n:
+        return
+    first, total = group[0], sum(t.weight[:n] for t in group)
+    mean = sum(t.weight[:n] * t.advantage[:n] for t in group) / np.where(total, total, 1)
+    first.weight = np.concatenate((total, first.weight[n:]))
+    first.advantage = np.concatenate((mean, first.advantage[n:]))
+    for t in group[1:]:
+        t.start = n
+
+
+def training_rows(groups: list[Group], cfg: Config, model: Transformer) -> list[Group]:
+    """The trajectories of each row. Fast: a group has one row where that is cheaper."""
+    rows = []
+    for group in groups:
+        trained = [t for t in group if t.start < len(t.tokens)]
+        pays = packing.packing_pays(trained, model, cfg.token_budget)
+        rows += [trained] if pays and cfg.pack and cfg.fast else [[t] for t in trained]
+    return rows
+
+
+def lay_out(rows: list[Group], device: torch.device) -> packing.Layout:
+    """A right-padded row for each trajectory: its prompt and its tokens, less the last.
+
+    fast/packing.py lays out a row for each group.
+    """
+    trajectories = flat(rows)
+    T = max(packing.row_length(row) for row in rows)
+    ids = np.zeros((len(rows), T), np.int64)
+    for b, t in enumerate(trajectories):
+        ids[b, : len(t.prompt) + len(t.tokens) - 1] = (t.prompt + t.tokens)[:-1]
+    own_at = np.array([b * T + len(t.prompt) for b, t in enumerate(trajectories)])
+    positions = np.tile(np.arange(T), (len(rows), 1))
+    return packing.Layout(ids, positions, None, own_at, own_at, np.zeros_like(own_at))
+
+
+def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Rows, Batch]:
+    """A micro-batch of rows, each with its trajectories, as tensors."""
+    trajectories = flat(rows)
+    # The tokens to train on: which trajectory (N,), and which of its tokens (N,).
+    starts = np.array([t.start for t in trajectories])
+    counts = np.array([len(t.tokens) for t in trajectories]) - starts
+    trajectory = np.repeat(np.arange(len(trajectories)), counts)
+    token = np.concatenate([np.arange(t.start, len(t.tokens)) for t in trajectories])
+
+    def tensor(x: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.from_numpy(x).to(dtype).to(device)
+
+    def column(values: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Tensor:
+        parts = [per_token(v, t)[t.start :] for v, t in zip(values, trajectories, strict=True)]
+        return tensor(np.concatenate(parts), dtype)
+
+    # Where they stand. A trajectory's first `shared` tokens lie in a part of the row
+    # common to its group.
+    layout = (packing.lay_out if cfg.fast else lay_out)(rows, device)
+
+    def place(i: np.ndarray) -> np.ndarray:
+        """Where token i (N,) of each trajectory lies in the flattened rows."""
+        shared_at, own_at, n = (x[trajectory] for x in layout[3:])
+        return np.where(i < n, shared_at + i, own_at + i - n)
+
+    last = token + 1 == (starts + counts)[trajectory]
+    owner = None if layout.owner is None else tensor(layout.owner, torch.long)
+    given = token < np.array([t.n_given for t in trajectories])[trajectory]
+    where = Rows(
+        ids=tensor(layout.ids, torch.long),
+        positions=tensor(layout.positions, torch.long),
+        mask=None if owner is None else packing.block_mask(owner),
+        index=tensor(place(token - 1), torch.long),
+        fed=tensor(np.where(last, -1, place(token)), torch.long),
+    )
+    batch = Batch(
+        targets=column([np.array(t.tokens) for t in trajectories], torch.long),
+        given=tensor(given, torch.bool),
+        trajectory=tensor(trajectory, torch.long),
+        old_logp=column([t.old_logp for t in trajectories]),
+        advantage=column([t.advantage for t in trajectories]),
+        weight=column([t.weight for t in trajectories]),
+    )
+    return where, batch
+
+
 # ---- the sampler's mismatch ----------------------------------------------
 
 
@@ -579,13 +718,13 @@ def recompute_old_logprobs(
 
 
 def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str, float]:
-    """Make old log-probs the trainer's, where the sampler's arithmetic is another.
+    """Make old log-probs the trainer's, where the sampler computes in another precision.
 
     rollout_correction weighs advantages by pi_trainer / pi_sampler, since to scale an
     advantage by a positive factor scales its policy loss by the same. Returns metrics.
     """
-    one_precision = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
-    if not groups or one_precision and cfg.rollout_correction == "none":
+    both_float32 = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
+    if not groups or both_float32 and cfg.rollout_correction == "none":
         return {}
     started, trajectories = time.perf_counter(), flat(groups)
     rollout_logp = [t.old_logp[t.n_given :] for t in trajectories]
@@ -598,170 +737,16 @@ def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str,
     return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
 
 
-# ---- rollouts ------------------------------------------------------------
-
-# Keys of the random streams; infra/training.py's order of rows has 1.
-SAMPLING_STREAM, HINT_STREAM = 2, 3
-
-
-def make_picks(problems: list[int]) -> list[Pick]:
-    """The picks of a step, which may hold a problem twice where an epoch ends."""
-    return [Pick(i, problems[:k].count(i)) for k, i in enumerate(problems)]
-
-
-def key_of(pick: Pick, data: Data) -> int:
-    """The key of a pick's random numbers, beside the seed and the step."""
-    return pick.problem + pick.draw * len(data.problems)
-
-
-def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
-    """The pick for another attempt (1, 2, ...) in the same step."""
-    return pick._replace(draw=pick.draw + attempt * cfg.problems)
-
-
-def begin(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
-    """A trajectory with nothing sampled yet. k above its segments: the whole solution."""
-    problem = data.problems[pick.problem]
-    whole = k > problem.segments
-    text = problem.solution() if whole else problem.hint(k)
-    tokens = tokenizer.encode(text) + [tokenizer.eos_id] * whole
-    n, shown = len(tokens), min(k, problem.segments)
-    return Trajectory(pick, problem.prompt, tokens, n, np.zeros(n), shown, text, finished=whole)
-
-
-def demonstration(pick: Pick, data: Data, tokenizer: Tokenizer) -> Trajectory:
-    """A trajectory that is given entirely: the solution and the end token."""
-    return begin(pick, data.problems[pick.problem].segments + 1, data, tokenizer)
-
-
-def choose_hints(
-    picks: list[Pick], step: int, method: Method, run: Run, data: Data, cfg: Config
-) -> list[list[int]]:
-    """For each pick, the segments to give in each of its trajectories."""
-    shown = []
-    for pick in picks:
-        key = (cfg.seed, HINT_STREAM, run.state["step"], key_of(pick, data))
-        rng, problem = np.random.default_rng(key), data.problems[pick.problem]
-        k = method.hint_length(step, problem, cfg, rng, run.state["memory"])
-        shown.append(list(k) if isinstance(k, list) else [k] * cfg.rollouts)
-    return shown
-
-
-def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -> list[Group]:
-    """Sample trajectories and score them, divided among all processes.
-
-    shown: for each pick a list with the segments given in each of its trajectories.
-    """
-    # What is given.
-    groups = []
-    for pick, segments in zip(parallel.share(picks), parallel.share(shown), strict=True):
-        given = {k: begin(pick, k, data, run.tokenizer) for k in set(segments)}
-        groups.append([replace(given[k]) for k in segments])
-    # Sample the rest. Each trajectory has a number for its random draws; n equal prompts
-    # are run once.
-    R, numbers = cfg.rollouts, {}
-    for group in groups:
-        numbers |= {id(t): key_of(t.pick, data) * R + j for j, t in enumerate(group)}
-    to_sample = [t for t in flat(groups) if not t.finished]
-    n = R if all(len(k) == R and len({*k}) == 1 for k in shown) else 1
-    stream = np.random.SeedSequence((cfg.seed, SAMPLING_STREAM, run.state["step"], 0))
-    completions = generate(
-        run.rollout_model,
-        [t.prompt + t.tokens for t in to_sample[::n]],
-        n,
-        cfg.max_new_tokens,
-        cfg.temperature,
-        run.tokenizer.stop_ids,
-        seed=int(stream.generate_state(1, np.uint64)[0] >> 2),
-        keys=[numbers[id(t)] // n for t in to_sample[::n]],
-        batch_size=cfg.rollout_batch,
-        fast=cfg.fast,
-        **training.engine_options(run, cfg, data.longest),
-    )
-    for t, completion in zip(to_sample, flat(completions), strict=True):
-        t.tokens, t.finished = t.tokens + completion.tokens, completion.finished
-        t.old_logp = np.array([0.0] * t.n_given + completion.logprobs)
-        t.response += run.tokenizer.decode(completion.tokens, skip_special=True)
-    # Score the given and the sampled text together.
-    truths = [data.problems[t.pick.problem].row["truth"] for t in flat(groups)]
-    responses, limits = [t.response for t in flat(groups)], training.scoring_limits(cfg)
-    scores = judge(data.task, responses, truths, **limits)
-    for t, score in zip(flat(groups), scores, strict=True):
-        t.reward, t.verdict = score
-    groups = parallel.gather(groups)
-    run.state["sampled_tokens"] += sum(len(t.tokens) - t.n_given for t in flat(groups))
-    return groups
-
-
-def split_evenly(groups: list[Group], size: int) -> list[list[Group]]:
-    """Mini-batches of about `size` groups each, whose sizes differ by at most one.
-
-    A small remainder would make an optimiser step rest on a few groups.
-    """
-    n = max(1, round(len(groups) / size))
-    bounds = [round(k * len(groups) / n) for k in range(n + 1)]
-    return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-
-
-def is_dead(group: Group) -> bool:
-    """Whether all advantages of a group are 0, so that its completions give no signal."""
-    return not any(np.any(t.advantage) for t in group)
-
-
-def without_completions(group: Group, coef: float) -> Group:
-    """What is left of a dead group: its given tokens, if they are trained on."""
-    kept = [t for t in group if t.n_given and (coef if t.coef is None else t.coef)]
-    return [replace(t, tokens=t.tokens[: t.n_given], old_logp=np.zeros(t.n_given)) for t in kept]
-
-
-def rollout_metrics(groups: list[Group], data: Data) -> dict[str, float]:
-    """Means over the trajectories of which something was sampled."""
-    sampled = [t for t in flat(groups) if len(t.tokens) > t.n_given]
-    solved = {}
-    for t in sampled:
-        solved.setdefault(t.shown, []).append(t.reward == 1)
-    segments = [max(1, data.problems[t.pick.problem].segments) for t in sampled]
-
-    mean = lambda values: sum(values) / max(1, len(sampled))  # noqa: E731
-    return {
-        "critic/rewards/mean": mean(t.reward for t in sampled),
-        "solved": mean(t.reward == 1 for t in sampled),
-        **{f"solved/hint_{k}": sum(v) / len(v) for k, v in sorted(solved.items())},
-        "hint/share": mean(t.shown / m for t, m in zip(sampled, segments, strict=True)),
-        "response_length/mean": mean(len(t.tokens) - t.n_given for t in sampled),
-        "response_length/clip_ratio": mean(not t.finished for t in sampled),
-        "dead_groups": sum(map(is_dead, groups)) / len(groups),
-    }
-
-
-def log_groups(run: Run, groups: list[Group], data: Data, cfg: Config) -> None:
-    """Write two groups to samples.jsonl, with the trainer's log-probs of all tokens."""
-    chosen = samples.choose(groups, list(map(is_dead, groups)), run.state["step"])
-    chosen = [[replace(t) for t in group] for group in chosen]
-    recompute_old_logprobs(run.model, chosen, cfg, given=True)
-    for group in chosen:
-        prompt = data.problems[group[0].pick.problem].row["prompt"]
-        record = samples.group_record(run.tokenizer, prompt, group, is_dead(group))
-        run.log.write("samples", run.state["step"] + 1, record)
-
-
 # ---- validation ----------------------------------------------------------
 
 
 def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
     """Accuracy on the test rows, without hints, by default greedy."""
     validation_start, step = time.perf_counter(), run.state["step"]
-    training.fill_rollout_model(run)
-    answers = evaluate.answer_rows(run, data.task, data.test_rows, cfg, data.longest)
-    training.release_rollout_model(run)
-    accuracy, low, high = evaluate.accuracy_interval(answers)
-    rewards = [a["reward"] for group in answers for a in group]
-    record = {"val/accuracy": accuracy, "val/low": low, "val/high": high}
-    record |= {"val/reward": sum(rewards) / len(rewards), "train_s": run.state["train_s"]}
-    record["timing_s/testing"] = time.perf_counter() - validation_start
-    run.log.write("metrics", step, record)
-    interval = f"95 % interval {low:.1%} .. {high:.1%}) on {len(answers)} problems"
-    print(f"step {step}/{total} | test accuracy {accuracy:.1%} ({interval}")
+    answers, record, line = evaluate.validation(run, data.task, data.test_rows, cfg, data.longest)
+    record |= {"timing_s/testing": time.perf_counter() - validation_start}
+    run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
+    print(f"step {step}/{total} | test {line} on {len(answers)} problems")
     training.show_answers(run, data.test_rows, answers, show, step == total)
 
 
@@ -785,6 +770,7 @@ def find(algo: str) -> tuple[Method, type]:
     return method, getattr(module, "Config", Config)
 
 
+@training.leave_as_found
 def main(argv: Sequence[str]) -> None:
     # Configuration, model, data, optimiser; from out_dir/resume if the run continues.
     help = config.usage(__doc__, "algo", ROOT / "variants", "METHOD")
@@ -792,7 +778,7 @@ def main(argv: Sequence[str]) -> None:
     def config_class(given: dict) -> type:
         return find(given.get("algo", Config.algo))[1]
 
-    cfg = config.parse_config(config_class, argv, help, "train_uft", MOVED)
+    cfg = config.parse_config(config_class, argv, help, "train_uft")
     method = find(cfg.algo)[0]
     check(cfg, method)
     sft_steps = cfg.sft_steps if method.supervised else 0
@@ -815,7 +801,7 @@ def main(argv: Sequence[str]) -> None:
         step_start, run.metrics = time.perf_counter(), {}
         # 1. Choose the problems.
         problems = method.pick_problems(step, len(data.problems), run.state["memory"], cfg)
-        picks = make_picks(problems)
+        picks = make_picks(list(map(int, problems)))
         if step < sft_steps:
             # 2-4, supervised phase: everything is given.
             groups = [[demonstration(pick, data, run.tokenizer)] for pick in picks]
@@ -839,7 +825,8 @@ def main(argv: Sequence[str]) -> None:
             training.release_rollout_model(run)
             # 4. Advantages: (r - mean) / std within each group.
             method.advantages(groups, cfg)
-            run.metrics |= rollout_metrics(groups, data)
+            run.metrics |= samples.rollout_metrics(groups, data.problems)
+            run.metrics["dead_groups"] = sum(map(is_dead, groups)) / len(groups)
             run.metrics["timing_s/gen"] = time.perf_counter() - step_start
             if step % cfg.sample_every == 0:
                 log_groups(run, groups, data, cfg)
@@ -850,8 +837,7 @@ def main(argv: Sequence[str]) -> None:
             mini_batches = split_evenly(groups, cfg.mini_batch)
             lr = cfg.lr * training.lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
             training.set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
-        # 5. Weigh the tokens; correct their log-probs where the sampler's arithmetic is
-        # another.
+        # 5. Weigh the tokens; correct log-probs of a sampler with another precision.
         for mini_batch in mini_batches:
             weigh(mini_batch, method, coef, cfg)
         with training.explain_failure(run, cfg, step):

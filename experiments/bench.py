@@ -14,11 +14,8 @@ names one: the shape is what counts. With a task, sft has its rows, of different
 are no targets, and a completion of grpo ends at a stop token. `pip install -e '.[bench]'` installs the peers.
 
 Runs are interleaved, and the median of `repeats` is printed with the ratio of the medians, since machines are
-noisy and ratios less so. On a CPU the figure is processor time, which other programs disturb little; on CUDA
-it is wall time.
-
-`ift` is compared with our own sft step on the same batch; the first half of each row is the prompt. `memory`
-is the peak of a separate process that makes sft steps; its ratio is ours to theirs, so smaller is better.
+noisy and ratios less so. On a CPU the figure is processor time, on CUDA wall time. `ift` is compared with our
+own sft step on the same batch. `memory` is the peak of a separate process; its ratio is ours to theirs.
 
 The share of the limit is an ideal time over the measured one. The ideal is the time of the workload's
 products at the speed of one large product measured here, or that of reading weights, keys and values at the
@@ -28,6 +25,7 @@ speed of one large copy, whichever is longer. For sft it is the MFU. The last li
 import copy
 import itertools
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -39,6 +37,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,13 +49,13 @@ from data.chat import Example, encode_rows, rows_of_task
 from data.rows import load_rows, load_task
 from data.tokenizer import Tokenizer
 from fast.head import CUDA_CHUNK
-from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.config import Count, Natural, UserError, one_of, parse_config, require, run_script
 from infra.log import flops_per_token
 from infra.parallel import has_bfloat16, pick_device, refresh, settle_dtype, whole_copy
 from infra.training import speed_up
 from lora import add_adapters
 from model import ModelConfig, Transformer
-from sampler import generate
+from sampler import Completion, generate
 
 SHAPES = {  # model type, hidden, intermediate, layers, heads, kv heads, head size, vocabulary, tied
     "30m": ("qwen2", 512, 768, 8, 8, 2, 64, 32000, True),
@@ -86,24 +85,24 @@ class Config:
     model: str = ""  # Hugging Face directory to measure instead of random weights of a shape
     task: str = ""  # sft and grpo: rows of this task, by the tokenizer of `model`, instead of random tokens
     data_path: str = ""  # where the task's rows are; empty: the task makes them
-    dtype: str = "float32"  # weights of generate and geometric: float32 or bfloat16
-    train_dtype: str = "float32"  # arithmetic of sft, ift and grpo: float32, or bfloat16 over float32 weights
+    dtype: Literal["float32", "bfloat16"] = "float32"  # weights of generate and geometric
+    train_dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of sft, ift and grpo
     gradient_checkpointing: bool = False  # in our sft and ift steps
-    lora_rank: int = 0  # memory: of our sft step with LoRA beside our step on all weights, not the peers'
+    lora_rank: Natural = 0  # memory: of our sft step with LoRA beside our step on all weights, not the peers'
     fast: bool = True  # our side uses fast/; false: the plain path
     peers: bool = False  # measure transformers and TRL too
-    only: str = ""  # sft of this one alone: nanoFT, transformers or TRL
+    only: Literal["", "nanoFT", "transformers", "TRL"] = ""  # sft of this one alone
     # Size
-    rows: int = 0  # rows generated (0: 64), or of an sft or ift step (0: 8)
+    rows: Natural = 0  # rows generated (0: 64), or of an sft or ift step (0: 8)
     length: int = 512  # tokens of a row of sft and ift
-    prompt: int = 64  # prompt tokens of generation and grpo
-    new: int = 128  # new tokens of generate; at most so many of geometric, whose mean is 32
-    problems: int = 16  # problems of grpo, 4 completions each
-    grpo_new: int = 64  # tokens of a completion of grpo
-    repeats: int = 3  # measurements of each
+    prompt: Count = 64  # prompt tokens of generation and grpo
+    new: Count = 128  # new tokens of generate; at most so many of geometric, whose mean is 32
+    problems: Count = 16  # problems of grpo, 4 completions each
+    grpo_new: Count = 64  # tokens of a completion of grpo
+    repeats: Count = 3  # measurements of each
     # How
     device: str = "auto"  # auto, cpu or cuda
-    threads: int = 1  # CPU threads
+    threads: Count = 1  # CPU threads
 
 
 def check(cfg: Config) -> None:
@@ -112,12 +111,6 @@ def check(cfg: Config) -> None:
         if name not in WORKLOADS:
             raise UserError(f"what: '{name}' is not one of {', '.join(WORKLOADS)}, or fit alone")
     one_of(cfg, "shape", tuple(SHAPES))
-    one_of(cfg, "dtype", ("float32", "bfloat16"))
-    one_of(cfg, "train_dtype", ("float32", "bfloat16"))
-    one_of(cfg, "only", ("", "nanoFT", "transformers", "TRL"))
-    positive = ("prompt", "new", "problems", "grpo_new", "repeats", "threads")
-    require_each(cfg, positive, lambda v: v >= 1, "must be >= 1")
-    require_each(cfg, ("rows", "lora_rank"), lambda v: v >= 0, "must be >= 0")
     require(cfg, "lora_rank", not (cfg.lora_rank and cfg.peers), "give 0 with peers = true")
     require(cfg, "length", cfg.length >= 2, "must be >= 2")
     rule = "needs --model=DIR and --what=sft, grpo or both"
@@ -143,83 +136,74 @@ def activation_bytes(c: ModelConfig, gradient_checkpointing: bool) -> int:
 
     Of each block: two float32 residuals, two normalised ones and two bfloat16 inputs of products (20 C),
     queries and outputs, keys and values, the MLP's four inner tensors, and statistics. With gradient
-    checkpointing: the residual of each block, and all of one block.
+    checkpointing: the residual of each block, and all of one block. Of the last norm 8 C.
     """
     h, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     block = 20 * c.hidden_size + 4 * h + 4 * k + 8 * c.intermediate_size + 4 * c.num_attention_heads + 8
-    end = 8 * c.hidden_size  # the last norm
     if gradient_checkpointing:
-        return end + 4 * c.hidden_size * c.num_hidden_layers + block
-    return end + block * c.num_hidden_layers
+        return 8 * c.hidden_size + 4 * c.hidden_size * c.num_hidden_layers + block
+    return 8 * c.hidden_size + block * c.num_hidden_layers
 
 
-def needs(
-    name: str, gpus: int, lora_rank: int = 0, rows: int = 64, positions: int = 2048, tokens: int = 16384
-) -> dict[str, float]:
+def needs(name: str, gpus: int, lora_rank: int = 0) -> dict[str, float]:
     """GB that training a shape needs on each of so many GPUs, by part and in all.
 
-    UFT: AdamW, a reference model, and rollouts of `rows` x `positions` at a time over all GPUs. IFT: RMSprop.
-    Both in bfloat16 over float32 weights, in micro-batches of `tokens`, with gradient checkpointing. With a
-    lora_rank: frozen bfloat16 weights, which are sharded, and adapters, which are not; no reference model.
+    UFT: AdamW, a reference model, and rollouts of 64 rows of 2,048 positions over all GPUs. IFT: RMSprop.
+    Both in bfloat16 over float32 weights, in micro-batches of 16,384 tokens, with gradient checkpointing.
+    With a lora_rank: frozen bfloat16 weights, which are sharded, and adapters, which are not; no reference.
     """
-    # Sizes.
+    # Parameters: all, of the embedding and the head, of a block, and of adapters.
     c, ift = shape_config(name), name in IFT_SHAPES
     with torch.device("meta"):
         model = Transformer(c)
-    n = sum(p.numel() for p in model.parameters())
-    table = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    n, head = sum(p.numel() for p in model.parameters()), c.vocab_size * c.hidden_size
+    table = head * (1 if c.tie_word_embeddings else 2)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    # bfloat16 weights in use; with FSDP those of two blocks, and the float32 head and embedding
-    gathered = 2 * n if gpus == 1 else 2 * 2 * block + 2 * 4 * table
-    # keys and values of a position
-    position = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     if lora_rank:
         add_adapters(model, lora_rank, alpha=1.0)
-        a = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Bytes of each part.
+    a = sum(p.numel() for p in model.parameters() if p.requires_grad) if lora_rank else 0
+    trained = a or n / gpus
+    # FSDP gathers the weights of two blocks, and embedding and head, in float32 unless they are frozen.
+    gathered = 2 * 2 * block + (2 if lora_rank else 4) * 2 * table
+    kv = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # of a position
     parts = {
-        "weights": 4 * n / gpus,
-        "gradients": 4 * n / gpus,
-        "optimiser": (4 if ift else 8) * n / gpus,
-        "reference": 0 if ift else 4 * n / gpus,
+        "weights": 4 * trained + (2 * n / gpus if lora_rank else 0),
+        "gradients": 4 * trained,
+        "optimiser": (4 if ift else 8) * trained,
+        "reference": 0 if ift or lora_rank else 4 * n / gpus,
         "rollout weights": 0 if ift else 2 * n,
-        "KV cache": 0 if ift else position * positions * -(-rows // gpus),
-        "activations": activation_bytes(c, True) * tokens,
-        # the head's gradient twice, and some logits
-        "temporary": gathered + 2 * 4 * c.vocab_size * c.hidden_size + 16 * CUDA_CHUNK,
+        "KV cache": 0 if ift else kv * 2048 * -(-64 // gpus),
+        "activations": activation_bytes(c, True) * 16384,
+        "temporary": 16 * CUDA_CHUNK,  # some logits
     }
-    if lora_rank:
-        parts |= {
-            "weights": 2 * n / gpus + 4 * a,
-            "gradients": 4 * a,
-            "optimiser": (4 if ift else 8) * a,
-            "reference": 0,
-            "temporary": (0 if gpus == 1 else 2 * 2 * block + 2 * 2 * table) + 16 * CUDA_CHUNK,
-        }
+    if gpus > 1:
+        parts["temporary"] += gathered
+    elif not lora_rank:
+        parts["temporary"] += 2 * n  # bfloat16 copies
+    if not lora_rank:
+        parts["temporary"] += 2 * 4 * head  # the head's gradient twice
     return {k: v / 1e9 for k, v in parts.items()} | {"all": sum(parts.values()) / 1e9}
 
 
 def fit() -> None:
-    """Print the memory of each model of the papers' configs, and how many GPUs of a size train it."""
+    """Print the memory of each model of the papers' configs, and the fewest GPUs of a size that train it.
+
+    5 % and 1 GB of a GPU are left free; "-" is more than 32.
+    """
     names = list(needs("30m", 1))
     heading = ["GB on one GPU", "parameters", *names, f"GPUs of {' / '.join(map(str, GPUS))} GB"]
-    print("| " + " | ".join(heading) + " |")
-    print("|---" * len(heading) + "|")
+    rows = [heading, ["---"] * len(heading)]
     for lora_rank, shape in itertools.product((0, 32), list(SHAPES)[3:]):
+        needed = {k: needs(shape, k, lora_rank) for k in (1, 2, 4, 8, 16, 32)}
+        enough = [[str(k) for k in needed if needed[k]["all"] < 0.95 * gb - 1] for gb in GPUS]
+        method = ("IFT" if shape in IFT_SHAPES else "UFT") + (f", LoRA {lora_rank}" if lora_rank else "")
         with torch.device("meta"):
             n = sum(p.numel() for p in Transformer(shape_config(shape)).parameters())
-        alone = needs(shape, 1, lora_rank)
-        counts = [gpus_needed(shape, gb, lora_rank) for gb in GPUS]
-        method = ("IFT" if shape in IFT_SHAPES else "UFT") + (f", LoRA {lora_rank}" if lora_rank else "")
-        cells = [f"{shape} ({method})", f"{n / 1e9:.2f} B"]
-        cells += [f"{alone[k]:.1f}" for k in names] + [" / ".join(counts)]
-        print("| " + " | ".join(cells) + " |")
-
-
-def gpus_needed(shape: str, gb: int, lora_rank: int = 0) -> str:
-    """The fewest GPUs of so many GB that train a shape with 5 % and 1 GB left free; "-" beyond 32."""
-    counts = (1, 2, 4, 8, 16, 32)
-    return next((str(k) for k in counts if needs(shape, k, lora_rank)["all"] < 0.95 * gb - 1), "-")
+        figures = [f"{needed[1][k]:.1f}" for k in names]
+        counts = " / ".join((fewest or ["-"])[0] for fewest in enough)
+        rows.append([f"{shape} ({method})", f"{n / 1e9:.2f} B", *figures, counts])
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
 
 
 # ---- time ------------------------------------------------------------------------------------------------
@@ -283,35 +267,39 @@ def ideal_seconds(name: str, cfg: Config, model: Transformer, flops: float, band
 # ---- workloads: each returns its calls, ours first -------------------------------------------------------
 
 
+def random_ids(rows: int, length: int, vocab: int, first: int = 0) -> torch.Tensor:
+    return torch.randint(first, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
 def generation(cfg: Config, model: Transformer, folder: Path, geometric: bool = False) -> Calls:
     """rows x (prompt + new) tokens.
 
     geometric: 1 id in 32 is a stop id. The model's distribution is nearly uniform over the vocabulary, so
     lengths are geometric with mean 32, and at most `new`.
     """
-    device, dtype = model.head_weight.device, getattr(torch, cfg.dtype)
-    vocab = model.config.vocab_size
-    ids = torch.randint(0, vocab, (cfg.rows or 64, cfg.prompt), generator=torch.Generator().manual_seed(0))
+    device, dtype, vocab = model.head_weight.device, getattr(torch, cfg.dtype), model.config.vocab_size
+    ids = random_ids(cfg.rows or 64, cfg.prompt, vocab)
     stop = list(range(vocab // 32)) if geometric else []
-    # Ours.
     own, prompts = copy.deepcopy(model).to(dtype), ids.tolist()
-
-    def ours() -> None:
-        generate(own, prompts, max_new_tokens=cfg.new, stop_ids=stop, fast=cfg.fast)
-
-    calls: Calls = {"nanoFT": lambda: seconds(ours, device)}
-    # transformers.
+    ours = partial(generate, own, prompts, max_new_tokens=cfg.new, stop_ids=stop, fast=cfg.fast)
+    calls: Calls = {"nanoFT": partial(seconds, ours, device)}
     if cfg.peers:
         import transformers
 
         peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": 0}
-        options["max_new_tokens"] = cfg.new
-        options |= {"eos_token_id": stop} if geometric else {"min_new_tokens": cfg.new}
         peer.generation_config.eos_token_id = stop or None
-        batch = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-        calls["transformers"] = lambda: seconds(lambda: peer.generate(**batch, **options), device)
+        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": 0}
+        options |= {"eos_token_id": stop} if geometric else {"min_new_tokens": cfg.new}
+        options |= {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+        theirs = partial(peer.generate, max_new_tokens=cfg.new, **options)
+        calls["transformers"] = partial(seconds, theirs, device)
     return calls
+
+
+def trajectory(problem: int, prompt: list[int], c: Completion) -> train_uft.Trajectory:
+    """A completion as a trajectory, with a reward that depends on its tokens."""
+    old_logp, reward = np.array(c.logprobs), float(sum(c.tokens) % 7)
+    return train_uft.Trajectory(train_uft.Pick(problem), prompt, c.tokens, 0, old_logp, 0, "", reward)
 
 
 def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
@@ -319,11 +307,11 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
 
     Without a KL term, TRL's default. In bfloat16 a bfloat16 copy of the weights samples, as in training.
     """
+    # Prompts: random ids, or of a task's rows with all but the last sentence of their hint, as UFT starts.
     device, vocab, new, n = model.head_weight.device, model.config.vocab_size, cfg.grpo_new, 4
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, vocab, (cfg.problems, cfg.prompt), generator=generator).tolist()
-    texts, stop = [" ".join(f"t{i}" for i in p) for p in ids], []
-    if cfg.task:  # prompts with all but the last sentence of their hint, as at the start of UFT
+    ids, stop = random_ids(cfg.problems, cfg.prompt, vocab, first=2).tolist(), []
+    texts = [" ".join(f"t{i}" for i in prompt) for prompt in ids]
+    if cfg.task:
         tokenizer = Tokenizer.from_pretrained(cfg.model)
         rows = load_rows(load_task(cfg.task), "train", cfg.data_path, cfg.problems, style="short")
         texts = [row["prompt"] + "".join(row["hint"][:-1]) for row in rows]
@@ -343,20 +331,9 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
     def step() -> None:
         refresh(sampler, own)
         outputs: list = []
-
-        def sample() -> None:
-            outputs.extend(generate(sampler, ids, n, new, stop_ids=stop, fast=cfg.fast))
-
-        spent["rollouts"] += seconds(sample, device)
-        groups = [
-            [
-                train_uft.Trajectory(
-                    train_uft.Pick(i), ids[i], c.tokens, 0, np.array(c.logprobs), 0, "", sum(c.tokens) % 7
-                )
-                for c in group
-            ]
-            for i, group in enumerate(outputs)
-        ]
+        sample = partial(generate, sampler, ids, n, new, stop_ids=stop, fast=cfg.fast)
+        spent["rollouts"] += seconds(lambda: outputs.extend(sample()), device)
+        groups = [[trajectory(i, ids[i], c) for c in group] for i, group in enumerate(outputs)]
         method.advantages(groups, settings)
         train_uft.weigh(groups, method, 0.0, settings)
         train_uft.update(run, groups, method, settings)
@@ -367,75 +344,18 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
         print(f"  rollouts take {spent['rollouts'] / spent['all']:.0%} of a grpo step")
         return took
 
-    calls: Calls = {"nanoFT": ours}
-    if cfg.peers:
-        calls["TRL"] = trl_grpo(cfg, folder, texts, stop, device, vocab)
-    return calls
-
-
-def trl_grpo(
-    cfg: Config, folder: Path, texts: list[str], stop: list[int], device: torch.device, vocab: int
-) -> Callable[[], float]:
-    """TRL's GRPOTrainer on the same prompts: makes two steps and measures the second.
-
-    Without stop ids every completion has grpo_new tokens.
-    """
-    import datasets
-    import transformers
-    import trl
-
-    n, new = 4, cfg.grpo_new
-    rows = [{"prompt": text} for text in texts]
-    if stop:
-        words, length = transformers.AutoTokenizer.from_pretrained(cfg.model), {}
-    else:
-        words, length = word_tokenizer(vocab), {"min_new_tokens": new}
-
-    def measure() -> float:
-        timer = second_step_timer(device)
-        peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        peer.generation_config.eos_token_id = stop or 1
-        args = trl.GRPOConfig(
-            output_dir=str(folder / "trl"), use_cpu=device.type == "cpu", bf16=cfg.train_dtype == "bfloat16",
-            use_vllm=False, beta=0.0, max_steps=2, per_device_train_batch_size=cfg.problems * n,
-            steps_per_generation=1, num_generations=n, learning_rate=1e-6, max_completion_length=new,
-            generation_kwargs=length, gradient_checkpointing=False, report_to=[],
-            logging_steps=1000, save_strategy="no", disable_tqdm=True, temperature=1.0,
-        )  # fmt: skip
-        trl.GRPOTrainer(
-            model=peer, args=args, train_dataset=datasets.Dataset.from_list(rows * 2), callbacks=[timer],
-            processing_class=words,
-            reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
-        ).train()  # fmt: skip
-        return timer.last
-
-    return measure
-
-
-def word_tokenizer(vocab: int):
-    """A tokenizer for TRL's trainers, which insist on one; its words are t0, t1, ..."""
-    import tokenizers
-    import transformers
-
-    words = {f"t{i}": i for i in range(vocab)}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "t0", "eos_token": "t1", "unk_token": "t0"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
-
-
-def second_step_timer(device: torch.device):
-    """A callback for TRL's trainers; `last` is the time of the last step, since the first one warms up."""
-    import transformers
-
-    class Timer(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = clock(device)
-
-        def on_step_end(self, *_, **__):
-            self.last = clock(device) - self.start
-
-    return Timer()
+    # TRL's. Without stop ids every completion has grpo_new tokens.
+    if not cfg.peers:
+        return {"nanoFT": ours}
+    options = {
+        "use_vllm": False, "beta": 0.0, "per_device_train_batch_size": cfg.problems * n,
+        "steps_per_generation": 1, "num_generations": n, "max_completion_length": new, "temperature": 1.0,
+        "generation_kwargs": {} if stop else {"min_new_tokens": new},
+    }  # fmt: skip
+    more = {"reward_funcs": lambda completions, **_: [float(len(c) % 7) for c in completions]}
+    rows, tokenizer = [{"prompt": text} for text in texts], cfg.model if stop else vocab
+    trl_step = partial(trl_seconds, "GRPO", cfg, folder, rows, tokenizer, options, more, stop or 1)
+    return {"nanoFT": ours, "TRL": trl_step}
 
 
 def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False) -> Calls:
@@ -444,11 +364,10 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False)
     sft: every token is a target. ift beside sft: the second half of each row is.
     """
     # The batch.
-    device, vocab, n = pick_device(cfg.device), model.config.vocab_size, cfg.rows or 8
-    ids = torch.randint(2, vocab, (n, cfg.length), generator=torch.Generator().manual_seed(0))
+    device, vocab = pick_device(cfg.device), model.config.vocab_size
+    ids = random_ids(cfg.rows or 8, cfg.length, vocab, first=2).tolist()
     prompt = cfg.length // 2 if ift else 1
-    mask = [0] * prompt + [1] * (cfg.length - prompt)
-    batch = [Example(row, mask, False, 0) for row in ids.tolist()]
+    batch = [Example(row, [0] * prompt + [1] * (cfg.length - prompt), False, 0) for row in ids]
     if cfg.task:
         rows = load_rows(load_task(cfg.task), "train", cfg.data_path, cfg.rows or 32, style="short")
         batch = list(encode_rows(rows_of_task(rows), Tokenizer.from_pretrained(cfg.model), cfg.length)[0])
@@ -468,7 +387,8 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False)
         run = SimpleNamespace(model=own, device=device, optimizer=optimizer, reference=None)
         method = train_ift.LOSSES[name]
         residual = train_ift.make_residual(0, 0, settings) if method.residual else None
-        return lambda: seconds(lambda: train_ift.update(run, batch, method, residual, settings), device)
+        step = partial(train_ift.update, run, batch, method, residual, settings)
+        return partial(seconds, step, device)
 
     if ift:
         return {"nanoFT": ours("sft"), "ift": ours("ift")}
@@ -479,7 +399,9 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False)
     if cfg.peers and cfg.only in ("", "transformers"):
         calls["transformers"] = transformers_sft(cfg, folder, batch, device)
     if cfg.peers and cfg.only in ("", "TRL") and not cfg.task:
-        calls["TRL"] = trl_sft(cfg, folder, ids, device, vocab)
+        rows = [{"input_ids": row} for row in ids]
+        options = {"max_length": cfg.length, "per_device_train_batch_size": len(ids)}
+        calls["TRL"] = partial(trl_seconds, "SFT", cfg, folder, rows, vocab, options)
     return calls
 
 
@@ -494,46 +416,63 @@ def transformers_sft(
     inputs = {"input_ids": ids, "labels": ids.masked_fill(~mask, -100)}
     if len(set(lengths.tolist())) > 1:
         inputs["attention_mask"] = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    peer = peer.to(ids.device).train()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-6, fused=True)
-    low = cfg.train_dtype == "bfloat16"
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=low):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train_dtype == "bfloat16"):
             loss = peer(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
         optimizer.step()
 
-    return lambda: seconds(step, ids.device)
+    return partial(seconds, step, device)
 
 
-def trl_sft(
-    cfg: Config, folder: Path, ids: torch.Tensor, device: torch.device, vocab: int
-) -> Callable[[], float]:
-    """TRL's SFTTrainer on ids (rows, length): makes two steps and measures the second."""
+def trl_seconds(
+    kind: str, cfg: Config, folder: Path, rows: list[dict], tokenizer: str | int, options: dict,
+    more: dict | None = None, eos: int | list[int] | None = None,
+) -> float:  # fmt: skip
+    """Time of the second step of TRL's SFTTrainer or GRPOTrainer; the first one warms up.
+
+    options: of its configuration. more: further arguments. tokenizer: a folder, or a size of a vocabulary
+    whose words are t0, t1, ... (TRL insists on a tokenizer).
+    """
     import datasets
+    import tokenizers
     import transformers
     import trl
 
-    def measure() -> float:
-        timer = second_step_timer(device)
-        args = trl.SFTConfig(
-            output_dir=str(folder / "trl"), use_cpu=device.type == "cpu", bf16=cfg.train_dtype == "bfloat16",
-            max_steps=2, max_length=cfg.length, per_device_train_batch_size=len(ids), learning_rate=1e-6,
-            gradient_checkpointing=False, report_to=[], logging_steps=1000, save_strategy="no",
-            disable_tqdm=True,
-        )  # fmt: skip
-        trl.SFTTrainer(
-            model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=args,
-            train_dataset=datasets.Dataset.from_list([{"input_ids": row} for row in ids.tolist() * 2]),
-            processing_class=word_tokenizer(vocab), callbacks=[timer],
-        ).train()  # fmt: skip
-        return timer.last
+    device = pick_device(cfg.device)
 
-    return measure
+    class Timer(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = clock(device)
+
+        def on_step_end(self, *_, **__):
+            self.last = clock(device) - self.start
+
+    if isinstance(tokenizer, str):
+        words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    else:
+        vocabulary = {f"t{i}": i for i in range(tokenizer)}
+        levels = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
+        levels.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        special = {"pad_token": "t0", "eos_token": "t1", "unk_token": "t0"}
+        words = transformers.PreTrainedTokenizerFast(tokenizer_object=levels, **special)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if eos is not None:
+        peer.generation_config.eos_token_id = eos
+    args = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder / "trl"), use_cpu=device.type == "cpu", bf16=cfg.train_dtype == "bfloat16",
+        max_steps=2, learning_rate=1e-6, gradient_checkpointing=False, report_to=[], logging_steps=1000,
+        save_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    data, timer = datasets.Dataset.from_list(rows * 2), Timer()
+    arguments = {"model": peer, "args": args, "train_dataset": data, "processing_class": words}
+    getattr(trl, f"{kind}Trainer")(**arguments, callbacks=[timer], **(more or {})).train()
+    return timer.last
 
 
 def memory(cfg: Config, _model: Transformer, _folder: Path) -> Calls:
@@ -541,12 +480,11 @@ def memory(cfg: Config, _model: Transformer, _folder: Path) -> Calls:
 
     With a lora_rank, LoRA in bfloat16 where there is such arithmetic beside all weights in train_dtype.
     """
+    same = ("shape", "model", "rows", "length", "device", "threads", "gradient_checkpointing", "fast")
+    flags = ["--what=sft", "--repeats=2", *(f"--{key}={getattr(cfg, key)}" for key in same)]
 
     def peak(who: str, *more: str) -> float:
-        same = ("shape", "model", "rows", "length", "device", "threads", "gradient_checkpointing", "fast")
-        flags = [f"--{key}={getattr(cfg, key)}" for key in same]
-        flags += ["--what=sft", "--repeats=2", f"--only={who}", *(more or ["--peers=true"])]
-        command = [sys.executable, __file__, *flags]
+        command = [sys.executable, __file__, *flags, f"--only={who}", *more]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(result.stdout.splitlines()[-1])["peak_mb"]
 
@@ -554,20 +492,18 @@ def memory(cfg: Config, _model: Transformer, _folder: Path) -> Calls:
         low = "bfloat16" if has_bfloat16(pick_device(cfg.device)) else "float32"
         lora = partial(peak, "nanoFT", f"--lora_rank={cfg.lora_rank}", f"--train_dtype={low}")
         return {"LoRA": lora, "all weights": partial(peak, "nanoFT", f"--train_dtype={cfg.train_dtype}")}
-    return {who: partial(peak, who) for who in ("nanoFT", *(("transformers",) if cfg.peers else ()))}
+    who = ("nanoFT", "transformers") if cfg.peers else ("nanoFT",)
+    return {name: partial(peak, name, "--peers=true") for name in who}
 
 
 def peak_mb() -> float:
     """Peak resident memory of this process.
 
-    Linux starts a child's ru_maxrss at its parent's peak, so there the peak of the process's own address
-    space is read instead.
+    Linux starts a child's ru_maxrss at its parent's peak, so there it is read from /proc.
     """
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) / 1024
     unit = 1 << 20 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -5,6 +5,7 @@
     python experiments/compare.py --methods=uft,sft,sft-long --sft_long=1800 --args=config/logic-tiny.toml
     python experiments/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
     python experiments/compare.py --paper=ift --out_dir=out/compare-ift    SFT, IFT, its parts, other lambdas
+    python experiments/compare.py --suite=field --out_dir=out/field        docs/field.md
     python experiments/compare.py --table out/compare         the table and figure of the runs in a folder
 
 A run is `python train_uft.py --algo=METHOD --seed=...` or `python train_ift.py --loss=METHOD --seed=...` in a
@@ -26,14 +27,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments.field import STAGES
 from infra.checkpoint import resume_folder
-from infra.config import UserError, one_of, parse_config, require, require_each, run_script
+from infra.config import Count, UserError, parse_config, require, run_script
 from infra.stats import mean_interval
 from infra.training import ROOT
 
@@ -58,15 +61,16 @@ class Config:
     """Every knob."""
 
     # What
-    paper: str = "uft"  # uft: train_uft.py, or ift: train_ift.py
+    paper: Literal["uft", "ift"] = "uft"  # uft: train_uft.py, or ift: train_ift.py
     methods: tuple[str, ...] = ()  # methods in this order; empty: all of the paper's
+    suite: Literal["", "field"] = ""  # field: the runs of docs/field.md, instead of methods and grid
     grid: str = ""  # knobs with values to try, each with each: "lr=2e-4,1e-3 hint_coef=.001,.1"
-    seeds: int = 5  # number of seeds: 0, 1, ...
-    sft_short: int = 313  # supervised steps of sft-rft: 5 epochs, as in the paper
-    sft_long: int = 5000  # steps of sft-long, which cost as much as uft
+    seeds: Count = 5  # number of seeds: 0, 1, ...
+    sft_short: Count = 313  # supervised steps of sft-rft: 5 epochs, as in the paper
+    sft_long: Count = 5000  # steps of sft-long, which cost as much as uft
     args: str = ""  # further arguments of the trainer
     # How
-    jobs: int = 2  # runs at a time, one thread each
+    jobs: Count = 2  # runs at a time, one thread each
     out_dir: str = "out/compare"  # where everything goes
     # Report
     table: str = ""  # make no runs, only the table of those in this folder
@@ -229,24 +233,32 @@ def draw(methods: dict[str, list[Records]], path: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     argv = re.sub("(^|\n)--table\n", r"\1--table=", "\n".join(argv)).split("\n") if argv else []
     cfg = parse_config(Config, argv, __doc__)
-    one_of(cfg, "paper", ("uft", "ift"))
-    require_each(cfg, ("jobs", "seeds", "sft_short", "sft_long"), lambda v: v >= 1, "must be >= 1")
     cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
     if cfg.table:
         return report(read_runs(Path(cfg.table)), Path(cfg.table), cfg.goal)
-    # The runs, `jobs` at a time.
-    todo = [(*setting, seed) for seed in range(cfg.seeds) for setting in settings(cfg).items()]
+    if not cfg.suite:
+        return make_runs({name: (flags, cfg.seeds) for name, flags in settings(cfg).items()}, cfg)
+    out = Path(cfg.out_dir)
+    for stage, runs in STAGES.items():
+        make_runs(runs(out), replace(cfg, out_dir=str(out / stage)))
+
+
+def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:
+    """Make runs, name -> (arguments, seeds), `jobs` at a time, and report them."""
+    most = max(seeds for _, seeds in wanted.values())
+    runs = [(name, flags, s) for s in range(most) for name, (flags, seeds) in wanted.items() if s < seeds]
     failures = 0
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        for (name, _, seed), failure in zip(todo, pool.map(lambda t: train(*t, cfg), todo), strict=True):
+        for (name, _, seed), failure in zip(runs, pool.map(lambda r: train(*r, cfg), runs), strict=True):
             print(failure or f"{name} seed {seed} done", flush=True)
             failures += failure is not None
     # Report what is there, failures or not.
-    if failures < len(todo):
-        runs = read_runs(Path(cfg.out_dir))
-        report({name: runs[name] for name in settings(cfg) if name in runs}, Path(cfg.out_dir), cfg.goal)
+    if failures < len(runs):
+        finished = read_runs(Path(cfg.out_dir))
+        methods = {name: finished[name] for name in wanted if name in finished}
+        report(methods, Path(cfg.out_dir), cfg.goal)
     if failures:
-        raise UserError(f"{failures} of {len(todo)} runs failed, see above; the same command repeats them")
+        raise UserError(f"{failures} of {len(runs)} runs failed, see above; the same command repeats them")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 RFT explores exponentially many leaves of a search tree, UFT polynomially many.
 
-    python experiments/search_tree.py                               B = 2, 3, 4, H = 2..12, 20 seeds: a few seconds
+    python experiments/search_tree.py                               B = 2, 3, 4, H = 2..12, 20 seeds: 8 s
     python experiments/search_tree.py --branching=2 --seeds=100 --betas=0,0.01 --out_dir=out/tree
 
 A tree of height H has B actions in each state. One leaf has reward 1.0, all others 0.1 (the reward for the
@@ -15,33 +15,26 @@ needs at least B^H / 4. Theorem 4.3: UFT needs O(B H^5 (log B)^2 / gap^2). One s
 3. Ascend sum_a pi(a|s) A(s, a) - beta KL(pi || pi_ref) at these states and beta log pi(a*|s*) at the l hint
    states.
 
-"rft" is the same with l = 0 and beta = 0, "hints only" with beta = 0. The gradient is that of
-train_uft.uft_loss, where every pair (s, a) is a token that counts pi(a|s): the toy learns with the trainer's
-own function.
+"rft" is the same with l = 0 and beta = 0, "hints only" with beta = 0. The toy learns with the trainer's own
+uft_loss: every pair (s, a) is a token that counts pi(a|s). A step explores B leaves for each of the H - l
+states visited, and 1 for the way down. The step that reaches 50 % is counted.
 
 What is simulated, and why nothing is lost:
 - Only the H states on the solution's path. Below any other state all leaves give 0.1, so every A is 0 there,
   a policy equal to pi_ref feels no KL, and hints never reach them. Those states stay uniform for ever; only
-  their leaves count. The right action is 0 everywhere, since nothing that is learnt depends on the actions'
-  names.
+  their leaves count. The right action is 0 everywhere, since nothing depends on the actions' names.
 - Of a rollout from (s*_h, a*), only whether it ends at the right leaf: its probability is prod_{j>h}
   pi(a*|s*_j).
-- rft jumps from hit to hit, for without a hit all A are 0 and nothing changes. The number of steps to the
-  next one with a hit is geometric, and the states that hit in it are drawn given that one does. No part of
-  this is approximate.
-
-A step explores B leaves for each of the H - l states visited, and 1 for the way down, whose reward the method
-ignores. The step that reaches 50 % is counted.
+- rft jumps from hit to hit, for without a hit all A are 0. The number of steps to the next one with a hit is
+  geometric, and the states that hit in it are drawn given that one does. No part of this is approximate.
 
 Departures from the paper: a constant step size instead of 1 / sqrt(T) with T fixed beforehand, and a run ends
 at the first iterate that is good enough instead of returning the best of T.
 
-The KL term is exact: its gradient pi (log(pi / pi_ref) - KL) enters through the advantages, as a reward of
--beta log(pi / pi_ref). --kl=k3 uses the trainer's estimator instead, each action weighted by pi. It equals
-KL(pi || pi_ref) in value, but its gradient is pi - pi_ref, that of KL(pi_ref || pi), and 0 for an action at
-its clamp (pi < pi_ref / 14). It does not fade as pi(a*|s*) nears 1, while the advantages do. With beta =
-0.001 nothing changes; with 0.1 tall trees are lost (B = 3: at H = 10, 1,600 leaves become about 7,000; at H =
-11, 2,000 about 40,000).
+The KL term is exact: its gradient pi (log(pi / pi_ref) - KL) enters through the advantages. --kl=k3 uses the
+trainer's estimator, whose gradient is pi - pi_ref, and 0 for an action at its clamp (pi < pi_ref / 14). It
+does not fade as pi(a*|s*) nears 1, while the advantages do: with beta = 0.1 tall trees are lost (B = 3, H =
+11: 2,000 leaves become about 40,000).
 """
 
 import json
@@ -50,6 +43,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,7 +51,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_uft
-from infra.config import UserError, one_of, parse_config, require, run_script
+from infra.config import Count, Natural, NonNegative, Positive, UserError, parse_config, require, run_script
 from train_uft import METHODS, Batch, uft_loss
 
 WRONG, GAP = 0.1, 0.9  # a wrong leaf's reward, and how much more the right one has
@@ -69,28 +63,16 @@ class Config:
 
     # Trees
     branching: tuple[int, ...] = (2, 3, 4)  # B, actions in each state
-    heights: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # H, steps to a leaf
+    heights: tuple[Count, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # H, steps to a leaf
     # Learning
-    betas: tuple[float, ...] = (0.001, 0.1, 0.0)  # weights of UFT's KL and hint terms; 0: hints only
-    kl: str = "exact"  # exact, or k3, the trainer's estimator
-    step_size: float = 1.0  # step size of plain gradient ascent
-    max_steps: int = 10000  # most updates of a method before it is given up
+    betas: tuple[NonNegative, ...] = (0.001, 0.1, 0.0)  # weights of UFT's KL and hint terms; 0: hints only
+    kl: Literal["exact", "k3"] = "exact"  # exact, or k3, the trainer's estimator
+    step_size: Positive = 1.0  # step size of plain gradient ascent
+    max_steps: Count = 10000  # most updates of a method before it is given up
     # Runs
     seeds: int = 20  # runs of each method on each tree
-    seed: int = 0  # random seed
+    seed: Natural = 0  # random seed
     out_dir: str = "out/search_tree"  # folder for table.json and plot.png
-
-
-def check(cfg: Config) -> None:
-    require(cfg, "branching", len(cfg.branching) > 0 and min(cfg.branching) >= 2, "each must be >= 2")
-    heights = set(cfg.heights)
-    require(cfg, "heights", len(heights) >= 2 and min(heights) >= 1, "must be two or more numbers >= 1")
-    require(cfg, "betas", len(cfg.betas) > 0 and min(cfg.betas) >= 0, "each must be >= 0")
-    one_of(cfg, "kl", ("exact", "k3"))
-    require(cfg, "step_size", cfg.step_size > 0, "must be above 0")
-    require(cfg, "max_steps", cfg.max_steps >= 1, "must be >= 1")
-    require(cfg, "seeds", cfg.seeds >= 2, "must be >= 2, for a standard error")
-    require(cfg, "seed", cfg.seed >= 0, "must be >= 0")
 
 
 # ---- one step of Algorithm 2 -----------------------------------------------------------------------------
@@ -145,12 +127,13 @@ def ascend(theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: floa
         q = q - beta * (logp.detach() - reference)
     advantages = q - (pi * q).sum(-1, keepdim=True)
     # Every pair (s, a) is two tokens of the trainer's loss: a sampled one and a given one.
-    twice = [x.flatten().repeat(2) for x in (logp, advantages, reference)]
+    logp, advantages, reference = (x.flatten().repeat(2) for x in (logp, advantages, reference))
     weight = torch.cat([(visited[..., None] * pi).flatten(), (beta * hint[..., None] * right).flatten()])
     given = torch.arange(len(weight)) >= pi.numel()
-    batch = Batch(None, given, None, twice[0].detach(), twice[1], weight, twice[2] if cfg.kl == "k3" else None)
+    ref_logp = reference if cfg.kl == "k3" else None
+    batch = Batch(None, given, None, logp.detach(), advantages, weight, ref_logp)
     settings = train_uft.Config(kl_coef=beta, entropy_coef=0.0)
-    loss = (weight * uft_loss(METHODS["uft"], twice[0], torch.zeros_like(weight), batch, settings)).sum()
+    loss = (weight * uft_loss(METHODS["uft"], logp, torch.zeros_like(weight), batch, settings)).sum()
     return (theta - cfg.step_size * torch.autograd.grad(loss, theta)[0]).detach()
 
 
@@ -192,29 +175,27 @@ def leaves_to_half(branching: int, heights: Tensor, beta: float | None, cfg: Con
 
 def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """Slope and R2 of the least-squares line."""
-    slope, offset = np.polyfit(x, y, 1)
-    rest = np.asarray(y) - slope * np.asarray(x) - offset
-    return float(slope), float(1 - (rest**2).sum() / ((y - np.mean(y)) ** 2).sum())
+    return float(np.polyfit(x, y, 1)[0]), float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
 def measure(cfg: Config) -> dict:
     """The content of table.json: rows, one for each tree, and fits, one for each B."""
-    heights = sorted(set(cfg.heights))
+    heights, rows, fits = sorted(set(cfg.heights)), [], []
     methods = {"rft": None} | {f"uft {b:g}" if b else "hints only": b for b in cfg.betas}
-    rows, fits = [], []
     for branching in cfg.branching:
         # All heights and seeds of a B at once.
         runs = torch.tensor(heights).repeat_interleave(cfg.seeds)
         leaves = {m: leaves_to_half(branching, runs, b, cfg).view(-1, cfg.seeds) for m, b in methods.items()}
         means = {m: t.mean(1).tolist() for m, t in leaves.items()}
         errors = {m: (t.std(1) / math.sqrt(cfg.seeds)).tolist() for m, t in leaves.items()}
+        bounds = [branching**h / 4 for h in heights]
         for i, height in enumerate(heights):
-            row = {"branching": branching, "height": height, "bound": branching**height / 4}
+            row = {"branching": branching, "height": height, "bound": bounds[i]}
             rows.append(row | {m: {"mean": means[m][i], "stderr": errors[m][i]} for m in methods})
         # Growth: rft's by a factor a level, the others' as a power of H.
         rate, r2 = fit(heights, np.log(means["rft"]))
-        ratio = min(mean / (branching**h / 4) for h, mean in zip(heights, means["rft"], strict=True))
-        rft = {"factor": math.exp(rate), "r2": r2, "least_over_bound": ratio}
+        least = min(mean / bound for mean, bound in zip(means["rft"], bounds, strict=True))
+        rft = {"factor": math.exp(rate), "r2": r2, "least_over_bound": least}
         found = {"branching": branching, "rft": rft}
         for m in list(methods)[1:]:
             power, r2 = fit(np.log(heights), np.log(means[m]))
@@ -236,27 +217,25 @@ def show(table: dict) -> str:
         b, rft = f["branching"], f["rft"]
         near = "within" if abs(rft["factor"] / b - 1) <= 0.05 else "NOT within"
         above = "above" if rft["least_over_bound"] > 1 else "NOT above"
-        lines += [f"B = {b}: rft grows by {rft['factor']:.2f} a level (R2 {rft['r2']:.4f}), {near} 5 % of B"]
-        least = f"at least {rft['least_over_bound']:.1f} times"
-        lines += [f"       rft's mean is {above} B^H/4 in every tree ({least})"]
-        for m in methods[1:]:
-            lines += [f"       {m} grows as H^{f[m]['power']:.2f} (R2 {f[m]['r2']:.4f}; bound 5)"]
+        lines += [
+            f"B = {b}: rft grows by {rft['factor']:.2f} a level (R2 {rft['r2']:.4f}), {near} 5 % of B",
+            f"  rft's mean is {above} B^H/4 in every tree (at least {rft['least_over_bound']:.1f} times)",
+            *(f"  {m} grows as H^{f[m]['power']:.2f} (R2 {f[m]['r2']:.4f}; bound 5)" for m in methods[1:]),
+        ]
     return "\n".join(lines)
 
 
 def plot(table: dict, path: Path) -> None:
     """Leaves over the height, a panel for each B. Without matplotlib one line says so."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no plot: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     n = len(table["fits"])
-    figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.6), sharey=True, squeeze=False)
-    for axis, f in zip(axes[0], table["fits"], strict=True):
+    figure = Figure(figsize=(4 * n, 3.6), layout="tight")
+    axes = figure.subplots(1, n, sharey=True, squeeze=False)[0]
+    for axis, f in zip(axes, table["fits"], strict=True):
         rows = [r for r in table["rows"] if r["branching"] == f["branching"]]
         x = [r["height"] for r in rows]
         axis.plot(x, [r["bound"] for r in rows], "k--", linewidth=1, label="RFT's lower bound $B^H/4$")
@@ -267,17 +246,17 @@ def plot(table: dict, path: Path) -> None:
             axis.errorbar(x, means, errors, marker=marker, mfc="none", linewidth=1, label=name)
         axis.set(yscale="log", xlabel="height H", title=f"B = {f['branching']}")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("leaves explored until pass@1 = 50 %")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    axes[0].set_ylabel("leaves explored until pass@1 = 50 %")
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
     print(f"plot in {path}")
 
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    check(cfg)
+    require(cfg, "branching", min(cfg.branching, default=0) >= 2, "each must be >= 2")
+    require(cfg, "heights", len(set(cfg.heights)) >= 2, "must be two or more, for a slope")
+    require(cfg, "seeds", cfg.seeds >= 2, "must be >= 2, for a standard error")
     table = measure(cfg)
     print(show(table))
     out = Path(cfg.out_dir)

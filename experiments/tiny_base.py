@@ -17,15 +17,17 @@ texts whose lines are mostly random. Its 20,000 problems of 3 people are drawn f
 problems, so many training problems are among them.
 """
 
-import importlib.util
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 
+import regex
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,9 +35,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 from data import countdown, logic
+from data.bpe import BYTE_TO_CHAR, merge, token_bytes
 from data.rows import load_rows, load_task
-from data.tokenizer import Tokenizer
-from infra.config import UserError, parse_config, require, require_each, run_script
+from data.tokenizer import TAGS, TINY_PATTERN, Tokenizer
+from infra.config import Count, Fraction, Natural, Positive, UserError, parse_config, run_script
 from infra.training import ROOT, lr_factor
 from model import ModelConfig, Transformer
 
@@ -48,14 +51,15 @@ class Config:
     task: str = "all"  # countdown, logic, all: both; another task of data/, or the path of your own
     data_path: str = ""  # where the task's rows are; empty: the task makes them
     out_dir: str = ""  # folder for a folder a task; empty: data/tiny, or out/base for other tasks
-    seed: int = 0  # random seed of weights and texts
-    batch: int = 64  # texts a step
+    seed: Natural = 0  # random seed of weights and texts
+    batch: Count = 64  # texts a step
     # Other tasks than countdown and logic
-    right: float = 0.05  # without base_text: share of the texts whose solution belongs to their prompt
-    steps: int = 1500  # steps of training
-    lr: float = 2e-3  # peak learning rate
+    right: Fraction = 0.05  # without base_text: share of the texts whose solution belongs to their prompt
+    steps: Count = 1500  # steps of training
+    lr: Positive = 2e-3  # peak learning rate
 
 
+END = "<|endoftext|>"
 Text = tuple[str, str]  # prompt, response
 Stage = tuple[int, float, Callable[[], Text]]  # steps, peak learning rate, text maker
 
@@ -133,13 +137,14 @@ STAGES = {"countdown": countdown_stages, "logic": logic_stages}
 
 def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[Stage]:
     """One stage, of a task's base_text or of the solutions of its training rows."""
+    name = task.__name__.rpartition(".")[2]
 
     def own_text() -> Text:
         text = task.base_text(rng)
         text = ("", text) if isinstance(text, str) else text
         if not (isinstance(text, tuple) and [*map(type, text)] == [str, str]):
             rule = "must return (prompt, response) or a string"
-            raise UserError(f"task {task.__name__}: base_text() {rule}, not {text!r}")
+            raise UserError(f"task {name}: base_text() {rule}, not {text!r}")
         return text
 
     def mixed_text() -> Text:
@@ -150,25 +155,66 @@ def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[St
     if not hasattr(task, "base_text"):
         rows = load_rows(task, "train", cfg.data_path, style="short")
         if not all(row["answer"] for row in rows):
-            raise UserError(f"task {task.__name__}: needs base_text(rng), since its rows have no solutions")
+            raise UserError(f"task {name}: needs base_text(rng), since its rows have no solutions")
     yield cfg.steps, cfg.lr, own_text if hasattr(task, "base_text") else mixed_text
 
 
+# ---- the tokenizer ---------------------------------------------------------------------------------------
+
+
+def learn_tokenizer(texts: Iterable[str], merges: int, pattern: str = TINY_PATTERN) -> Tokenizer:
+    """A byte-level tokenizer with up to `merges` merges learned from the texts, TAGS as whole tokens and END
+    as eos.
+
+    Ties between equally frequent pairs go to the first in the order of bytes, so the result depends on the
+    texts alone.
+    """
+    # Count the words, written in the alphabet of tokenizer.json.
+    tags, words = regex.compile("|".join(map(regex.escape, TAGS))), Counter()
+    for text in texts:
+        found = [word for part in tags.split(text) for word in regex.findall(pattern, part)]
+        words.update(tuple(BYTE_TO_CHAR[b] for b in word.encode()) for word in found)
+
+    # Merge the most frequent pair, again and again.
+    learned: list[tuple[str, str]] = []
+    while len(learned) < merges:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        learned.append(min(pairs, key=lambda pair: (-pairs[pair], *map(token_bytes, pair))))
+        words = Counter({tuple(merge([*word], {learned[-1]: 0})): n for word, n in words.items()})
+
+    # Describe it as tokenizer.json does.
+    vocab = [BYTE_TO_CHAR[b] for b in range(256)] + [left + right for left, right in learned]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    unused = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": len(vocab) + i, "content": token, **flags, "special": token == END}
+            for i, token in enumerate((END, *TAGS))
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", **dict.fromkeys(unused), "fuse_unk": False, "byte_fallback": False,
+            "vocab": {token: i for i, token in enumerate(vocab)}, "merges": [[*pair] for pair in learned],
+        },
+    }  # fmt: skip
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
+    return Tokenizer(description, config)
+
+
 # ---- training --------------------------------------------------------------------------------------------
-
-
-def find_task(name: str) -> ModuleType:
-    """The module of a task of data/, or of a file. UserError unless it has load() and score()."""
-    if not name.endswith(".py"):
-        return load_task(name)
-    if not Path(name).is_file():
-        raise UserError(f"task = {name!r}: there is no such file")
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    task = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(task)
-    if not (hasattr(task, "load") and hasattr(task, "score")):
-        raise UserError(f"{name}: must define load() and score()")
-    return task
 
 
 def token_nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -186,11 +232,11 @@ def token_nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[Text]) -
 def make(name: str, cfg: Config) -> None:
     """Learn a tokenizer, pretrain a model on the task's texts, write both to out_dir/task and check them."""
     # 1. The tokenizer, from texts of all stages.
-    task, embedded = find_task(name), name in STAGES
+    task, embedded = load_task(name), name in STAGES
     stages = STAGES.get(name, lambda rng: own_stages(task, cfg, rng))
     sample = [maker() for _, _, maker in stages(random.Random(0)) for _ in range(2000)]
     numbers = [f"{i} " for i in range(100)]
-    tokenizer = Tokenizer.learn(["".join(t) for t in sample] + numbers, merges=200)
+    tokenizer = learn_tokenizer(["".join(t) for t in sample] + numbers, merges=200)
 
     # 2. The model, with a window of 512, or more where texts are long.
     longest = max(len(tokenizer.encode(prompt + response)) for prompt, response in sample)
@@ -260,10 +306,6 @@ def check_base(model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    require_each(cfg, ("batch", "steps"), lambda v: v >= 1, "must be >= 1")
-    require(cfg, "seed", cfg.seed >= 0, "must be >= 0")
-    require(cfg, "right", 0 <= cfg.right <= 1, "must be from 0 to 1")
-    require(cfg, "lr", cfg.lr > 0, "must be above 0")
     for name in STAGES if cfg.task == "all" else (cfg.task,):
         make(name, cfg)
 

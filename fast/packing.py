@@ -18,9 +18,9 @@ from model import Transformer
 
 
 class Layout(NamedTuple):
-    """Rows of tokens, and where each trajectory stands in the flattened rows.
+    """Rows of tokens, and where each trajectory lies in the flattened rows.
 
-    A trajectory's token i stands at begin + i if i < shared, else at own + i - shared.
+    A trajectory's token i lies at shared_at + i if i < n_shared, else at own_at + i - n_shared.
     """
 
     ids: np.ndarray  # (B, T)
@@ -28,9 +28,9 @@ class Layout(NamedTuple):
     owner: (
         np.ndarray | None
     )  # (B, T) 0: shared by the row's trajectories, else 1, 2, ...; None: no packing
-    begin: np.ndarray  # (trajectories,)
-    own: np.ndarray
-    shared: np.ndarray
+    shared_at: np.ndarray  # (trajectories,)
+    own_at: np.ndarray
+    n_shared: np.ndarray
 
 
 def shared_tokens(row: Sequence) -> int:

@@ -290,9 +290,10 @@ def _trained(model) -> dict[str, torch.nn.Parameter]:
 MAY_DIFFER = (  # knobs that a resumed run may change
     "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing",
     "fast", "token_budget", "pack", "eval_every", "save_every", "keep", "save_dtype", "print_every",
-    "sample_every", "show", "tf32", "score_timeout", "score_workers", "score_errors",
+    "sample_every", "show", "tf32", "score_timeout", "score_workers", "score_errors", "data_path",
     "wandb",
 )  # fmt: skip
+MAY_CHANGE = ("lr", "sft_lr", "warmup", "warmup_ratio", "lr_schedule", "steps", "epochs")  # and it is said
 
 
 def resume_folder(out: Path) -> Path | None:
@@ -334,9 +335,11 @@ def _check_same(folder: Path, saved: dict, config: Any) -> None:
         # A knob added since the checkpoint was written counts as its default.
         now, was = getattr(config, f.name), saved.get(f.name, f.default)
         now, was = (list(v) if isinstance(v, tuple) else v for v in (now, was))
-        if f.name in ("model", "data_path"):  # DIR/ is DIR
+        if f.name == "model":  # DIR/ is DIR
             now, was = os.path.normpath(now), os.path.normpath(was)
-        if f.name not in MAY_DIFFER and now != was:
+        if f.name in MAY_CHANGE and now != was:
+            print(f"note: from here on {f.name} = {now}, which was {was}")
+        elif f.name not in MAY_DIFFER and now != was:
             same = "the same, on a device that computes in it" if was == "bfloat16" else "the same"
             raise UserError(f"{folder}: the run has {f.name} = {was!r}, not {now!r}; resume with {same}")
 

@@ -12,11 +12,11 @@ import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
@@ -48,10 +48,10 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
     Other exceptions keep their traceback.
     """
-    # A character that the console cannot show must not end the run.
+    # A character that the console cannot show must not end the run, and a line is there once it is printed.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
     except UserError as e:
@@ -89,6 +89,20 @@ Decay = Annotated[float, Bound("must be >= 0 and below 1", lambda v: 0 <= v < 1)
 Switch = Literal["auto", "true", "false"]
 
 TABLES = ("train_uft", "train_ift")  # of a TOML file, one for each trainer
+MOVED = {  # knobs of the trainers' earlier versions
+    "hint=none": "--algo=rft",
+    "hint=cosine": "--algo=rft-cosine",
+    "hint=uniform": "--algo=r3",
+    "hint=stage": "--algo=stage",
+    "hint=target": "--algo=target",
+    "hint=on-failure": "--algo=on_failure",
+    "hint_weight=prob": "--algo=prob",
+    "hint_loss=ift": "--algo=residual",
+    "loss_norm=paper_code": "--algo=published",
+    "algo=grpo": "--algo=rft, which is GRPO",
+    "side=left": "--side=later",
+    "side=right": "--side=earlier",
+}
 
 
 def parse_config(
@@ -96,14 +110,13 @@ def parse_config(
     argv: Sequence[str],
     usage: str,
     table: str = "",
-    moved: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """An instance of the dataclass `cls` from the arguments [file.toml] --key=value ...
 
     cls may be a function from the given values to the dataclass, where one knob adds further knobs.
     table: the table of TOML files whose knobs are meant for this script alone, one of TABLES. They override
-    the knobs outside of tables; the other script's table is not read. moved: what "knob=value" of earlier
-    versions is called now. UserError for unknown knobs and values that cannot work.
+    the knobs outside of tables; the other script's table is not read. UserError for unknown knobs and
+    values that cannot work.
     """
     # The command line, which overrides the TOML file.
     given = {}  # knob: (value, where it was found)
@@ -120,7 +133,7 @@ def parse_config(
                 in_files |= {key: (value, f"{path}: ") for key, value in content.items()}
     given = in_files | given
     for key, (value, where) in given.items():
-        if now := moved.get(f"{key}={value}"):
+        if now := MOVED.get(f"{key}={value}") if table else None:
             raise UserError(f"{where}{key}={value} is now {now}")
     if not isinstance(cls, type):
         cls = cls({key: value for key, (value, _) in given.items()})
@@ -216,6 +229,7 @@ def _as_type(key: str, value: Any, kind: Any, where: str) -> Any:
         if kind is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
         if kind is str and isinstance(value, str):
+            value = os.path.expandvars(value)
             return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
         if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4000}", value):
             return int(value)

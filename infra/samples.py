@@ -68,3 +68,21 @@ def row_records(tokenizer: Tokenizer, tensors: Sequence) -> list[dict]:
         ]
         records.append({"kind": "row", "tokens": tokens})
     return records
+
+
+def rollout_metrics(groups: list, problems: Sequence) -> dict[str, float]:
+    """Means over the trajectories of which something was sampled."""
+    sampled = [t for group in groups for t in group if len(t.tokens) > t.n_given]
+    solved, shares = {}, []
+    for t in sampled:
+        solved.setdefault(t.shown, []).append(t.reward == 1)
+        shares.append(t.shown / max(1, problems[t.pick.problem].segments))
+    n = max(1, len(sampled))
+    return {
+        "critic/rewards/mean": sum(t.reward for t in sampled) / n,
+        "solved": sum(map(sum, solved.values())) / n,
+        **{f"solved/hint_{k}": sum(v) / len(v) for k, v in sorted(solved.items())},
+        "hint/share": sum(shares) / n,
+        "response_length/mean": sum(len(t.tokens) - t.n_given for t in sampled) / n,
+        "response_length/clip_ratio": sum(not t.finished for t in sampled) / n,
+    }

@@ -7,11 +7,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -367,8 +368,8 @@ def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
         ):
             yield
     except UserError as e:
-        saved = f"{run.out / 'resume'} is the last good checkpoint"
-        saved = saved if (run.out / "resume").exists() else "there is no checkpoint yet"
+        folder = resume_folder(run.out)
+        saved = f"{folder} is the last good checkpoint" if folder else "there is no checkpoint yet"
         raise UserError(f"step {step + 1}: {e} ({saved})") from None
 
 
@@ -421,7 +422,7 @@ _signals: list[int] = []  # signals received so far
 
 
 def catch_signals() -> None:
-    """SIGTERM, SIGUSR1 and Ctrl-C end the run after the step in progress; a second one ends it at once."""
+    """SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C end the run after the step in progress; a second one at once."""
 
     def remember(number: int, _frame) -> None:
         if _signals:
@@ -431,11 +432,33 @@ def catch_signals() -> None:
 
     reset_signals_in_children()
     _signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         try:
             signal.signal(number, remember)
         except ValueError:  # not in the main thread, as in a test: the caller keeps its handlers
             return
+
+
+def leave_as_found(main: Callable) -> Callable:
+    """Have main() leave the process as it found it: signal handlers, standard output, torch's settings."""
+
+    @wraps(main)
+    def wrapped(argv: Sequence[str]) -> None:
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+        handlers, stdout, threads = [signal.getsignal(n) for n in numbers], sys.stdout, torch.get_num_threads()
+        precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+        try:
+            main(argv)
+        finally:
+            sys.stdout = stdout
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in zip(numbers, handlers, strict=True):
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    return wrapped
 
 
 def stop_requested() -> int:

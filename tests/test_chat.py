@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import pickle
-import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -14,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import chat, countdown, turns
-from data.tokenizer import END, TEMPLATES, Tokenizer
+from data.templates import TEMPLATES
+from data.tokenizer import Tokenizer
+from experiments.tiny_base import END, learn_tokenizer
 from infra.config import UserError
 
 REAL = Path(os.environ.get("NANOFT_TOKENIZERS", "")).absolute() / "cases" / "chat"
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>")
-LEARNED = Tokenizer.learn(
+LEARNED = learn_tokenizer(
     ["User: the cat sat\nAssistant: on the mat\n 12 + 3 = 15\n\nsystem user assistant"] * 3, 60
 )
 
@@ -49,21 +49,13 @@ R1 = """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|head|><think>\n' }}{% endif %}"""
 FORGETFUL = R1.replace("<think>\n", "")
-# looks ahead: at the end, at the next message, at the number of messages, at a sum over all of them
-AHEAD = [
-    "{% for m in messages %}{{ '<s>' + m.content + ('!' if loop.last else '?') + '</s>' }}{% endfor %}",
-    "{% for m in messages %}{{ '<s>' + m.content }}"
-    "{{ (messages[loop.index0 + 1].role or '.') + '</s>' }}{% endfor %}",
-    "{{ messages | length }}{% for m in messages %}{{ '<s>' + m.content + '</s>' }}{% endfor %}",
-    "{% set n = namespace(last='') %}{% for m in messages %}{% set n.last = m.content %}{% endfor %}"
-    "{% for m in messages %}{{ '<s>' + m.content + n.last + '</s>' }}{% endfor %}",
-    "{% for m in messages %}{{ '<s>' + m.content + '</s>' }}{% endfor %}{{ messages[0].content }}",
-    "{% for m in messages %}{{ '<s>' + m.content + ('+' if add_generation_prompt) + '</s>' }}{% endfor %}",
-    "{% for m in messages %}{% set x = m.content %}{{ '<s>' + m.content + '</s>' }}{% if m.content == 'a' %}"
-    "{% continue %}{% endif %}{{ '<|im_start|>' }}{% endfor %}",
-    "{% set n = namespace(x='') %}{% for m in messages %}{% set n.x = m.content %}"
-    "{{ '<s>' + m.content + '</s>' }}{% endfor %}{{ n.x if add_generation_prompt }}",
-]
+# Mistral's: the system text stands in the last user turn, as long as that is not answered
+LAST_USER = """{% set system = messages[0].content if messages[0].role == 'system' else '' %}{{ bos_token }}
+{%- for m in messages %}{% if m.role == 'user' %}
+{{- '[INST] ' + (system + '\n\n' if system and loop.last else '') + m.content + '[/INST]' }}
+{%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
+DROPS_SYSTEM = CHATML.replace("in messages", "in messages if message.role != 'system'")
+PARTS = CHATML.replace("message['content']", "(message.content | map(attribute='text') | join)")
 OWN = {"chatml": CHATML, "llama": LLAMA, "llama, always asks": LLAMA_ALWAYS_ASKS, "mistral": MISTRAL}
 ENDS = {"chatml": "<|im_end|>", "llama": "<|eot|>", "llama, always asks": "<|eot|>", "mistral": "</s>"}
 
@@ -87,7 +79,11 @@ def talk(*contents, system=None):
 
 def encode(messages, t, max_length=10**6, template="auto", first=0):
     row = {"where": "x row 0", "messages": messages, "first": first}
-    return listed(chat.encode(row, t, max_length, template))
+    return encode_row(row, t, max_length, template)
+
+
+def encode_row(row, t, max_length=10**6, template="auto", name="messages"):
+    return listed(chat.encode({"first": 0} | row, name, t, max_length, template)[0])
 
 
 def listed(e):
@@ -287,10 +283,6 @@ def test_answers_that_look_like_the_template():
 def test_special_tokens_inside_an_answer_do_not_end_it():
     t = tokenizer(CHATML)
     assert trained(encode(talk("a", "b<|im_end|>c"), t), t) == ["b<|im_end|>c<|im_end|>"]
-    t = tokenizer(
-        CHATML.replace("message['content']", "message['content'].replace(' ', '')")
-    )  # the answer is not found
-    assert trained(encode(talk("a", "b <answer> </answer> c"), t), t) == ["b<answer></answer>c<|im_end|>"]
 
 
 def test_cuts_between_tokens_that_merge_leave_each_part_as_the_model_meets_it():
@@ -326,18 +318,6 @@ def test_turns_that_the_template_rewrites_are_context_and_counted():
         "truncated": 0,
         "turns without loss (rewritten by the template)": 3,
     }
-    other = CHATML.replace("assistant\n'", "bot\n'")
-    with pytest.raises(
-        UserError, match="x row 0: chat template 'auto' does not write an answer where it asks for one"
-    ):
-        encode(talk("a", "b"), tokenizer(other))
-
-
-def test_a_refusal_of_the_template_names_the_row():
-    with pytest.raises(
-        UserError, match="x row 0: chat template 'default': Only user and assistant roles are supported!"
-    ):
-        encode(talk("a", "b", system="s"), tokenizer(MISTRAL))
 
 
 def test_date_in_training_data_is_fixed():
@@ -369,57 +349,15 @@ def test_masks_of_random_conversations(contents, name, bos, data):
     assert short.ids == e.ids[:n] and short.mask == e.mask[:n] and short.cut == (n < len(e.ids))
 
 
-# ---- one rendering for all turns ---------------------------------------------------------------------------
-
-
-def turns_by_definition(messages, t, template):
-    """Text and cuts from a rendering of every beginning of a conversation."""
-
-    def render(n, ask):
-        return t.render(messages[:n], ask, template, date_string=turns.DATE)
-
-    whole, cuts = render(len(messages), False), []
-    for i, m in enumerate(messages):
-        if m["role"] == "assistant":
-            before, after = render(i, True), render(i + 1, False)
-            found = max(after.find(m["content"].strip(), len(before)), len(before))
-            close = turns._special_tokens(t).search(after, found + len(m["content"].strip()))
-            if after.startswith(before) and whole.startswith(after[: close.end()]):
-                cuts += [len(before), close.end()]
-    return whole, cuts
-
-
-def same_turns(m, t, template):
-    """Whether one rendering sufficed for a conversation. Its turns must be those of the definition anyway."""
-    row, marked = {"messages": m, "first": 0}, turns.MarkedTemplate.of(t, template)
-    text, cuts, closed, _ = turns.find_turns(row, "messages", t, template, marked)
-    assert (text, cuts) == turns_by_definition(m, t, template) and all(closed)
-    assert turns.find_turns(row, "messages", t, template)[:2] == (text, cuts)
-    return (
-        marked is not None
-        and marked.find_turns(m, [i for i, x in enumerate(m) if x["role"] == "assistant"]) is not None
-    )
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(CONTENT, min_size=2, max_size=6),
-    st.sampled_from([*OWN, "plain", "zephyr"]),
-    st.booleans(),
-    st.booleans(),
-)
-def test_one_rendering_finds_the_turns_of_many(contents, name, bos, system):
-    m = talk(*contents[: len(contents) // 2 * 2], system="the cat" if system and name != "mistral" else None)
-    assert same_turns(m, tokenizer(OWN.get(name), bos), "auto" if name in OWN else name)
+# ---- turns and parts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(
     not (REAL / "templates.json").exists(), reason="NANOFT_TOKENIZERS names no folder with chat cases"
 )
 @pytest.mark.parametrize("system", [None, "the cat"])
-def test_published_templates_in_one_rendering(system):
+def test_turns_of_published_templates(system):
     templates = json.loads((REAL / "templates.json").read_text(encoding="utf-8"))
-    fast = set()
 
     @settings(deadline=None, max_examples=15)
     @given(st.lists(CONTENT, min_size=2, max_size=6))
@@ -430,27 +368,15 @@ def test_published_templates_in_one_rendering(system):
             added = {k for k in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") if k in known["template"]}
             t.description["added_tokens"] += [{"id": 999, "content": k, "special": True} for k in added]
             if system is None or "mistral" not in name and name != "gemma":
-                fast.update([name] if same_turns(m, t, "auto") else [])
+                text, found, notes = turns.find_turns({"messages": m, "first": 0}, "messages", t, "auto")
+                assert text == t.render(m, False, date_string=turns.DATE) and not notes
+                assert [closed for *_, closed in found] == [True] * (len(contents) // 2)
+                for (begin, end, _), i in zip(found, range(bool(system) + 1, len(m), 2), strict=True):
+                    ask = t.render(m[:i], True, date_string=turns.DATE)
+                    assert name == "zephyr" or text[:begin] == ask
+                    assert m[i]["content"].strip() in text[begin:end] and text[begin:end].endswith(">")
 
     check()
-    assert fast == set(templates) - {"zephyr"} - (
-        {"mistral-instruct-v0.1", "mistral-instruct-v0.2", "gemma"} if system else set()
-    )
-
-
-@pytest.mark.parametrize("template", AHEAD)
-def test_a_template_that_looks_ahead_is_not_trusted(template):
-    t = tokenizer(template + "{{ '<s>' if add_generation_prompt }}")
-    m = talk("a", "b", "c", "d", "e", "f")
-    row = {"messages": m, "first": 0}
-    marked = turns.MarkedTemplate.of(t, "auto")
-    fast = marked and marked.find_turns(m, [1, 3, 5])
-    try:
-        slow = turns.find_turns(row, "messages", t, "auto")
-    except UserError:
-        slow = None
-    assert fast is None or slow is not None and fast == slow[:3]
-    assert fast is None, "none of these can be certain of its turns"
 
 
 def test_the_work_grows_with_the_text_and_not_with_its_square(monkeypatch):
@@ -466,7 +392,7 @@ def test_the_work_grows_with_the_text_and_not_with_its_square(monkeypatch):
     m = talk(*["the cat sat"] * 80)
     chat.encode_rows([{"where": "r", "messages": m, "first": 0}], t, 10**6)
     length = len(Tokenizer.render(t, m, False))
-    assert work["render"] <= 4 and work["encode"] <= 2 * length
+    assert work["render"] <= 2 * 80 + 4 and work["encode"] <= 2 * length
 
 
 SPECIALS = [s for s in SPECIAL if s != "<s>"]
@@ -549,10 +475,6 @@ def test_messages_keep_their_fields(tmp_path):
     assert t.decode(e.ids).startswith('[{"name": "cat"}]</s>')
 
 
-def encode_row(row, t):
-    return listed(chat.encode({"where": "x row 0", "first": 0} | row, t, 10**6))
-
-
 def test_reasoning_is_trained_where_the_template_writes_it():
     t = tokenizer(REASONS)
     assert trained(
@@ -560,23 +482,103 @@ def test_reasoning_is_trained_where_the_template_writes_it():
     ) == ["<think>c</think>b<|im_end|>"]
 
 
+def shown(*names):
+    """Calls, or tools, of these names."""
+    return [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+
+
 @pytest.mark.parametrize(
     "template, fields, why",
     [
-        (CHATML, {"tools": [{"name": "cat"}]}, "the chat template ignores field 'tools'; use one"),
+        (CHATML, {"tools": [{"name": "cat"}]}, "ignores field 'tools'; expected 'cat', found '<|im_st"),
         (REASONS, {"messages": [*talk("a"), CALL | {"content": "5"}]},
-         "message 1: the chat template ignores field 'tool_calls'"),
-        (CHATML, {"messages": CALLED[:2]}, "message 1: has calls but no content, which the chat"),
+         "ignores message 1, field 'tool_calls'; expected 'cat', found"),
+        (TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+         {"messages": [*talk("a"), {"role": "assistant", "tool_calls": shown("cat", "mat")}]},
+         "ignores message 1, field 'tool_calls'; expected 'mat', found"),
+        (TOOLS.replace("m in messages", "m in messages if m.role != 'tool'"), {"messages": CALLED},
+         "ignores message 2, the text of the tool; expected '12', found"),
+        (TOOLS.replace("(m.content or '')", "m.content | string"), {"messages": CALLED[:2]},
+         "ignores or changes field 'content'; expected '', found 'None<|head|>cat"),
         (LLAMA, {"messages": [*talk("a"), {"role": "assistant", "content": "5", "thinking": "sat on"}]},
-         "message 1: chat template 'auto' ignores field 'thinking'"),
-        (TOOLS.replace("m in messages", "m in messages if m.role != 'tool'"),
-         {"messages": CALLED}, "message 2: the chat template ignores role 'tool'"),
+         "message 1: the chat template ignores or changes field 'thinking'; expected 'sat on', found '5<"),
+        (DROPS_SYSTEM, {"messages": talk("a", "b", system="be nice")},
+         "ignores message 0, the text of the system; expected 'be nice', found '<|im_start|>user"),
+        (DROPS_SYSTEM, {"messages": talk("the cat", "b", system="cat")}, "message 0, the text of the system"),
+        (DROPS_SYSTEM.replace("'system'", "'developer'"),
+         {"messages": [{"role": "developer", "content": "be nice"}, *talk("a", "b")]},
+         "ignores message 0, the text of the developer"),
+        (CHATML.replace("in messages", "in messages[-2:]"), {"messages": talk("the", "cat", "sat", "on")},
+         "ignores message 0, the text of the user; expected 'the'"),
+        (PARTS, {"messages": talk("a", "b")}, "ignores message 0, the text of the user; expected 'a', found"),
+        (CHATML.replace("message['content']", "message['content'].replace(' ', '')"),
+         {"messages": talk("a", "b c")}, "changes field 'content'; expected 'b c', found 'bc<|im_end|>"),
+        (CHATML.replace("assistant\n'", "bot\n'"), {"messages": talk("a", "b")},
+         "does not write an answer where it asks for one; expected .*bot.* before it, found .*assistant"),
+        (MISTRAL, {"messages": talk("a", "b", system="s")}, "'default': Only user and assistant roles are"),
     ],
 )  # fmt: skip
-def test_fields_that_the_template_ignores_are_refused(template, fields, why):
-    with pytest.raises(UserError, match=f"^x row 0: {why}"):
-        messages = [m | {"content": m.get("content")} for m in fields.get("messages", talk("a", "b"))]
-        encode_row(fields | {"messages": messages}, tokenizer(template))
+def test_what_the_template_leaves_out_is_refused(template, fields, why):
+    messages = [m | {"content": m.get("content")} for m in fields.get("messages", talk("a", "b"))]
+    row = {"where": "x row 0", "first": 0} | fields | {"messages": messages}
+    with pytest.raises(UserError, match=f"^x row 0: .*{why}") as e:
+        chat.encode_rows([row], tokenizer(template), 1000)
+    assert "\n" not in str(e.value)
+
+
+def test_a_system_text_that_only_the_prompt_has_is_trained_on_as_the_model_is_asked():
+    t = tokenizer(LAST_USER)
+    e = encode(talk("the cat", "sat", "on", "the mat", system="be nice"), t)
+    assert t.decode(e.ids) == "<s>[INST] the cat[/INST] sat</s>[INST] be nice\n\non[/INST] the mat</s>"
+    assert trained(e, t) == [" the mat</s>"] and e.rewritten == 1, "the first answer saw no system text"
+    assert e.ids[: e.mask.index(1)] == t.chat(talk("the cat", "sat", "on", system="be nice"))
+
+
+PADDED = {"id": "1", "function": {"name": "cat", "arguments": {"the": "mat", "on": None}}}
+SCHEMA = {"function": {"name": "cat", "parameters": {"the": {"enum": ["a", None]}, "on": None}}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [PADDED]},
+        {"tool_calls": json.dumps([PADDED["function"] | {"arguments": {"the": "mat"}}])},
+        {"tool_calls": [{"function": {"name": "cat", "arguments": '{"the": "mat"}'}}], "function_call": None},
+        {"tool_calls": [{"name": "cat", "arguments": '{"the": "mat"}'}], "function_call": {"name": None}},
+        {"function_call": {"name": "cat", "arguments": '{"the": "mat"}'}},
+    ],
+)
+@pytest.mark.parametrize("tools", [[SCHEMA], [json.dumps(SCHEMA)], json.dumps([SCHEMA])])
+def test_forms_of_calls_and_tools(calls, tools, tmp_path):
+    t = tokenizer(TOOLS.replace("c.function.", "(c.function or c)."))
+    messages = [*talk("2+3?"), {"role": "assistant", "content": None} | calls]
+    (row,) = chat.load("train", write(tmp_path / "x.jsonl", {"messages": messages, "tools": tools}))
+    e = encode_row(row, t)
+    assert trained(e, t) == ['<|head|>cat{"the": "mat"}<|/head|></s>']
+    assert '"enum": ["a", null]}' in t.decode(e.ids)
+    assert ('"on": null' in t.decode(e.ids)) == (tools != [SCHEMA]), "a text keeps its nulls"
+
+
+def test_parquet_gives_every_call_and_schema_the_fields_of_all_others(tmp_path):
+    t = tokenizer(TOOLS)
+    records = []
+    for name, value in (("the", "mat"), ("on", 12)):
+        call = {"function": {"name": "cat", "arguments": {name: value}}}
+        schema = {"function": {"name": "cat", "parameters": {name: {"type": "string"}}}}
+        messages = [*talk("2+3?"), {"role": "assistant", "content": "", "tool_calls": [call]}, *talk("a", "b")]
+        records.append({"messages": messages, "tools": [schema]})
+    rows = chat.load("train", parquet(tmp_path / "x.parquet", *records))
+    examples, _ = chat.encode_rows(rows, t, 1000)
+    calls = ['<|head|>cat{"the": "mat"}<|/head|></s>', '<|head|>cat{"on": 12}<|/head|></s>']
+    assert [trained(e, t)[0] for e in examples] == calls
+    assert not any("null" in t.decode(e.ids) for e in examples)
+
+
+def test_a_null_in_arguments_that_are_a_text_is_the_authors(tmp_path):
+    t, call = tokenizer(TOOLS), {"name": "cat", "arguments": '{"the": null}'}
+    messages = [*talk("2+3?"), {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]
+    (row,) = chat.load("train", write(tmp_path / "x.jsonl", {"messages": messages}))
+    assert trained(encode_row(row, t), t) == ['<|head|>cat{"the": null}<|/head|></s>']
 
 
 @pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
@@ -593,13 +595,11 @@ def test_turns_can_be_left_without_loss(off, tmp_path):
 
 
 def test_a_conversation_may_begin_with_the_assistant():
-    begins = talk("", "hi", "a", "b")[1:]
-    t = tokenizer(CHATML)
-    assert trained(encode(begins, t), t) == ["hi<|im_end|>", "b<|im_end|>"]
-    t = tokenizer("{{ messages[0].content + '\n' }}" + CHATML)
-    rows = [{"where": "r", "messages": begins, "first": 0}]
-    (e,), counts = chat.encode_rows(rows, t, 100)
-    assert trained(e, t) == ["b<|im_end|>"] and counts[turns.UNPROMPTED] == 1
+    rows = [{"where": "r", "messages": talk("", "hi", "a", "b")[1:], "first": 0}]
+    for template in (CHATML, "{{ messages[0].content + '\n' }}" + CHATML):
+        t = tokenizer(template)
+        (e,), counts = chat.encode_rows(rows, t, 100)
+        assert trained(e, t) == ["b<|im_end|>"] and counts[turns.UNPROMPTED] == 1
 
 
 # ---- ends of turns -----------------------------------------------------------------------------------------
@@ -635,15 +635,17 @@ def test_an_end_that_is_not_flagged_as_special_is_one():
 # ---- rows --------------------------------------------------------------------------------------------------
 
 CHOSEN, REJECTED = talk("2+3?", "5"), talk("2+3?", "6")
-ULTRAFEEDBACK = {
-    "prompt": "2+3?",
-    "prompt_id": "0",
-    "chosen": CHOSEN,
-    "rejected": REJECTED,
-    "messages": CHOSEN,
-    "score_chosen": 8.0,
-    "score_rejected": 7.0,
-}
+PAIR, TEXTS = {"chosen": CHOSEN, "rejected": REJECTED}, {"prompt": "2+3=", "chosen": "5", "rejected": "6"}
+ANSWERS = {"chosen": CHOSEN[1:], "rejected": REJECTED[1:]}
+ULTRAFEEDBACK = PAIR | {"prompt": "2+3?", "prompt_id": "0", "messages": CHOSEN, "score_chosen": 8.0}
+SYSTEM_PAIR = {"chosen": talk("2+3?", "5", system="s"), "rejected": talk("2+3?", "6", system="s"), "first": 2}
+
+
+def parquet(path, *records):
+    pyarrow, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_table(pyarrow.Table.from_pylist(list(records)), path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -653,88 +655,40 @@ ULTRAFEEDBACK = {
         ({"messages": [m | {"name": None} for m in CHOSEN]}, {"messages": CHOSEN, "first": 0}),
         ({"prompt": "2+3=", "completion": "5"}, {"prompt": "2+3=", "completion": "5"}),
         ({"prompt": CHOSEN[:1], "completion": CHOSEN[1:]}, {"messages": CHOSEN, "first": 1}),
-        (
-            {"prompt": "2+3=", "chosen": "5", "rejected": "6"},
-            {"prompt": "2+3=", "chosen": "5", "rejected": "6"},
-        ),
-        (ULTRAFEEDBACK, {"chosen": CHOSEN, "rejected": REJECTED, "first": 1}),
-        ({"chosen": CHOSEN, "rejected": REJECTED}, {"chosen": CHOSEN, "rejected": REJECTED, "first": 1}),
-        (
-            {"prompt": CHOSEN[:1], "chosen": CHOSEN[1:], "rejected": REJECTED[1:]},
-            {"chosen": CHOSEN, "rejected": REJECTED, "first": 1},
-        ),
-        (
-            {"prompt": CHOSEN[:1], "chosen": CHOSEN, "rejected": REJECTED},
-            {"chosen": CHOSEN, "rejected": REJECTED, "first": 1},
-        ),
-        (
-            {"prompt": "2+3?", "chosen": CHOSEN[1:], "rejected": REJECTED[1:]},
-            {"chosen": CHOSEN, "rejected": REJECTED, "first": 1},
-        ),
+        ({"prompt": CHOSEN[:1], "completion": CHOSEN}, {"messages": CHOSEN, "first": 1}),
+        (TEXTS, TEXTS),
+        (ULTRAFEEDBACK, PAIR | {"first": 1}),
+        (PAIR, PAIR | {"first": 1}),
+        (ANSWERS | {"prompt": CHOSEN[:1]}, PAIR | {"first": 1}),
+        (PAIR | {"prompt": CHOSEN[:1]}, PAIR | {"first": 1}),
+        (ANSWERS | {"prompt": "2+3?"}, PAIR | {"first": 1}),
+        (PAIR | {"prompt": [*talk(system="s"), CHOSEN[0]]}, SYSTEM_PAIR),
+        (TEXTS | {"label": True, "system": ""}, TEXTS),
+        ({"messages": CHOSEN, "label": False, "tools": []}, {"messages": CHOSEN, "first": 0, "label": False}),
     ],
 )
-@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
-def test_forms_of_rows(record, row, ending, tmp_path):
-    path = tmp_path / f"train{ending}"
-    if ending == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([record] * 2), path)
-    else:
-        write(path, record, record)
-    assert (
-        chat.load("train", path)
-        == chat.load("train", tmp_path)
-        == [{"where": f"{path} row {n}"} | row for n in (0, 1)]
-    )
-
-
-def test_shards_as_the_hub_names_them(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    for n, name in enumerate(
-        ("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-00000-of-00001-c5")
-    ):
-        parquet.write_table(
-            pyarrow.Table.from_pylist([{"messages": talk("a", str(n))}]), tmp_path / f"{name}.parquet"
-        )
-    for split in ("train", "train_sft"):
-        assert [r["messages"][1]["content"] for r in chat.load(split, tmp_path)] == ["0", "1"]
-    assert len(chat.load("test", tmp_path)) == 1
-    with pytest.raises(UserError, match="no dev.parquet"):
-        chat.load("dev", tmp_path)
-
-
-def shards(folder, **contents):
-    """Parquet files named as on the hub, a row each."""
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, record in contents.items():
-        parquet.write_table(pyarrow.Table.from_pylist([record]), folder / f"{name}-00000-of-00001.parquet")
+def test_forms_of_rows(record, row, tmp_path):
+    lines = write(tmp_path / "a" / "train.jsonl", record, record)
+    for path in (lines, parquet(tmp_path / "b" / "train.parquet", record, record)):
+        rows = [{"where": f"{path} row {n}"} | row for n in (0, 1)]
+        assert chat.load("train", path) == chat.load("train", path.parent) == rows
 
 
 def test_folders_as_the_hub_has_them(tmp_path, capsys):
-    pair = {"chosen": CHOSEN, "rejected": REJECTED, "messages": CHOSEN}
-    feedback = {f"{split}_{kind}": pair for split in ("train", "test") for kind in ("prefs", "sft", "gen")}
-    shards(tmp_path / "ultrafeedback" / "data", **feedback)
+    for n, name in enumerate(("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-0-of-1")):
+        parquet(tmp_path / f"{name}.parquet", {"messages": talk("a", str(n))})
+    for split in ("train", "train_sft"):
+        assert [r["messages"][1]["content"] for r in chat.load(split, tmp_path)] == ["0", "1"]
+    assert len(chat.load("test", tmp_path)) == 1 and not capsys.readouterr().out
+    with pytest.raises(UserError, match="no dev.parquet"):
+        chat.load("dev", tmp_path)
     for split in ("train", "test"):
-        (row,) = chat.load(split, tmp_path / "ultrafeedback")
+        for kind in ("prefs", "sft", "gen"):
+            parquet(tmp_path / "ultra" / "data" / f"{split}_{kind}-00000-of-00001.parquet", ULTRAFEEDBACK)
+        (row,) = chat.load(split, str(tmp_path / "ultra"))
         assert f"data/{split}_prefs-00000-of-00001.parquet row 0" in row["where"] and row["chosen"] == CHOSEN
-        assert f"reading {split}_prefs, not {split}_gen, {split}_sft; the path " in capsys.readouterr().out
-    chats = {
-        f"{split}_{kind}": {"messages": CHOSEN} for split in ("train", "test") for kind in ("sft", "gen")
-    }
-    shards(tmp_path / "ultrachat" / "data", **chats)
-    assert "train_sft-" in chat.load("train", str(tmp_path / "ultrachat"))[0]["where"]
-    assert "train_sft-" in chat.load("train", tmp_path / "ultrachat" / "data")[0]["where"]
-    capsys.readouterr()
-    assert (
-        "test_gen-" in chat.load("test", f"{tmp_path}/ultrachat:gen")[0]["where"]
-        and not capsys.readouterr().out
-    )
-    assert "test_gen-" in chat.load("test_gen", f"{tmp_path}/ultrachat")[0]["where"]
-    with pytest.raises(
-        UserError, match="ultrachat:prefs: no train_prefs-.*parquet in .*ultrachat or .*ultrachat/data"
-    ):
-        chat.load("train", f"{tmp_path}/ultrachat:prefs")
+        assert f"reading {split}_prefs, not {split}_gen, {split}_sft\n" in capsys.readouterr().out
+    assert "test_gen-" in chat.load("test_gen", tmp_path / "ultra" / "data")[0]["where"]
     write(tmp_path / "lines" / "data" / "train.jsonl", {"messages": CHOSEN})
     assert len(chat.load("train", tmp_path / "lines")) == 1
 
@@ -749,104 +703,146 @@ def test_one_file_can_be_split(tmp_path):
     assert len(chat.load("train", tmp_path, one_file="split")) == 1, "a folder has its own splits"
 
 
+NO_ANSWER = "there is no answer; a row needs the fields 'messages', .* but has"
+ASSISTANT = {"role": "assistant", "content": "b"}
+
+
 @pytest.mark.parametrize(
     "record, why",
     [
         ({"messages": [{"role": "user", "content": None}]}, "message 0: field 'content' is missing or null"),
-        (
-            {"messages": [*talk("a"), {"role": "assistant", "tool_calls": []}]},
-            "message 1: field 'content' is missing",
-        ),
-        (
-            {"messages": [*talk("a"), {"role": "assistant", "content": "b", "weight": 0.5}]},
-            "message 1: field 'weight' is 0.5, which cannot be honoured; must be 1 or 0",
-        ),
-        (
-            {"messages": [*talk("a"), {"role": "assistant", "content": "b", "train": "no"}]},
-            "field 'train' is 'no'",
-        ),
-        (
-            {"messages": [talk("a")[0] | {"weight": 1}, *talk("a", "b")[1:]]},
-            "message 0: field 'weight' asks to train on the user",
-        ),
-        (
-            {"messages": [*talk("a"), {"role": "assistant", "content": "b", "reasoning": ["c"]}]},
-            "message 1: field 'reasoning' must be a text, not list",
-        ),
-        ({"messages": CHOSEN, "tools": "cat"}, "field 'tools' is not JSON"),
-        ({"messages": CHOSEN, "tools": {"name": "cat"}}, "field 'tools' must be a list of tools"),
+        ({"messages": [*talk("a"), {"role": "assistant", "tool_calls": []}]}, "field 'content' is missing"),
+        ({"messages": [*talk("a"), ASSISTANT | {"weight": 0.5}]},
+         "message 1: field 'weight' of the assistant is 0.5; must be 1 or 0"),
+        ({"messages": [*talk("a"), ASSISTANT | {"train": "no"}]}, "'train' of the assistant is 'no'; must be"),
+        ({"messages": [talk("a")[0] | {"weight": 1}, ASSISTANT]}, "'weight' of the user is 1; .*0 for others"),
+        ({"messages": [*talk("a"), ASSISTANT | {"reasoning": ["c"]}]},
+         "message 1: field 'reasoning' must be a text, not list"),
+        ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": [{"name": "cat", "arguments": "{the"}]}]},
+         "message 1, its calls, arguments must be a dict, or the JSON of one, not '{the'"),
+        ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": [{"name": "cat", "arguments": '"{}"'}]}]},
+         "arguments must be a dict, or the JSON of one, not '{}'"),
+        ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": "cat"}]}, "calls must be a list, or the"),
+        ({"messages": CHOSEN, "tools": "cat"}, "field 'tools' must be a list, or the JSON of one, not 'cat'"),
+        ({"messages": CHOSEN, "tools": {"name": "cat"}}, "field 'tools' must be a list, or the JSON of one"),
         ({"messages": CHOSEN, "images": ["x.png"]}, "field 'images' is not supported"),
-        ({"prompt": "a"}, "there is no answer; a row needs the fields 'messages', .* but has prompt$"),
-        ({"text": "a"}, "but has text$"),
-        ({"messages": talk("a")}, "field 'messages' has no assistant turn"),
-        ({"messages": talk("a", "b", "c")}, "field 'messages' ends with a turn of the user"),
+        ({"messages": CHOSEN, "system": "be nice"}, "field 'system' is not supported; move it into"),
+        ({"prompt": "a", "completion": "b", "system_prompt": "be nice"}, "field 'system_prompt' is not"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "be nice"}, "field 'system' is not"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [SCHEMA]}, "field 'tools' needs messages"),
+        ({"prompt": "a", "completion": "b", "label": "spam"}, "field 'label' is 'spam'; must be true for"),
+        ({"prompt": "a"}, NO_ANSWER + " prompt "),
+        ({"text": "a"}, NO_ANSWER + " text "),
+        ({"prompt": "a", "chosen": "b"}, NO_ANSWER + " prompt, chosen "),
+        ({"messages": talk("a")}, "field 'messages' does not end with an answer"),
+        ({"messages": talk("a", "b", "c")}, "field 'messages' does not end with an answer"),
         ({"messages": talk("a", " \n")}, "field 'messages', message 1: the answer is empty"),
         ({"messages": talk("a", "", "b", "c")}, "message 1: the answer is empty"),
-        ({"messages": []}, "must be a list of messages, not an empty one"),
+        ({"messages": []}, "field 'messages' must be a list of messages"),
         ({"messages": "a"}, "field 'messages' must be a list of messages"),
         ({"messages": ["a"]}, "message 0: must be an object with role and content, not str"),
-        (
-            {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
-            "message 0: field 'content' must be a text, not list",
-        ),
-        (
-            {"messages": [{"from": "human", "value": "a"}]},
-            "message 0: field 'role' is None; must be .*; the message has the fields from, value$",
-        ),
-        (
-            {"messages": [{"role": "bot", "content": "a"}]},
-            "message 0: field 'role' is 'bot'; must be one of system, user",
-        ),
-        ({"prompt": "a", "completion": " "}, "field 'completion' is empty"),
-        ({"prompt": "a", "completion": talk("a", "b")[1:]}, "must both be texts or both be lists"),
-        ({"prompt": talk("a"), "completion": talk("b")}, "field 'completion' has no assistant turn"),
-        (
-            {"prompt": "a", "chosen": "b"},
-            "'chosen' and 'rejected' must both be lists of messages, or texts like 'prompt'",
-        ),
-        ({"chosen": "b", "rejected": "c"}, "must both be lists of messages, or texts like 'prompt'"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "'content' must be a text, not list"),
+        ({"messages": [{"from": "human", "value": "a"}]},
+         "message 0: field 'role' is None; must be .*; the message has the fields from, value "),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "'role' is 'bot'; must be one of system, user"),
+        ({"prompt": "a", "completion": talk("b")}, "field 'completion' does not end with an answer"),
+        ({"prompt": talk("a"), "completion": "b"}, "field 'completion' must be a list of messages, or a"),
+        ({"prompt": talk("a"), "completion": talk("b")}, "field 'completion' does not end with an answer"),
+        ({"prompt": CHOSEN, "completion": CHOSEN}, "field 'completion' does not end with an answer"),
+        ({"chosen": "b", "rejected": "c"}, "field 'chosen' must be a list of messages, or a text"),
         ({"chosen": CHOSEN, "rejected": talk("2+4?", "6")}, "do not begin with the same message"),
-        ({"chosen": CHOSEN, "rejected": talk("2+3?")}, "field 'rejected' has no assistant turn"),
+        ({"chosen": CHOSEN, "rejected": talk("2+3?")}, "field 'rejected' does not end with an answer"),
     ],
-)
+)  # fmt: skip
 def test_bad_rows_are_named(record, why, tmp_path):
     path = write(tmp_path / "train.jsonl", record)
-    with pytest.raises(UserError, match=f"train.jsonl row 0: .*{why}") as e:
+    with pytest.raises(UserError, match=f"train.jsonl row 0: .*{why}.*1 of 1 rows are bad") as e:
         chat.load("train", path)
     assert "\n" not in str(e.value)
 
 
-def test_mixed_files_are_refused(tmp_path):
-    path = write(
-        tmp_path / "x.jsonl", {"messages": CHOSEN}, {"messages": CHOSEN}, {"prompt": "a", "completion": "b"}
-    )
-    with pytest.raises(
-        UserError,
-        match="row 2: has 'prompt' and 'completion' as texts, but the rows before it have 'messages'",
-    ):
-        chat.load("train", path)
+GOOD = {"messages": CHOSEN}
+
+
+def test_up_to_one_bad_row_in_twenty_is_skipped_counted_and_printed(tmp_path, capsys):
+    other = {"prompt": "a", "completion": "b"}  # of another form than the rows before it
+    path = write(tmp_path / "x.jsonl", *[GOOD] * 38, other, {"messages": talk("a")})
+    assert len(chat.load("train", path)) == 38
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"skipped 2 of 40 rows: {path} row 38: has 'completion' as texts, but the rows")
+    assert f"; {path} row 39: field 'messages' does not end with an answer" in printed
+    with pytest.raises(UserError, match="x.jsonl row 2: has 'completion' as texts, .*; a file has one form"):
+        chat.load("train", write(tmp_path / "x.jsonl", *[GOOD] * 2, other))
+
+    # What only the template refuses.
+    t, good = tokenizer(MISTRAL), {"where": "r", "messages": talk("a", "b"), "first": 0}
+    bad = [{"where": f"r{n}", "messages": talk("a", "b", system="s"), "first": 0} for n in range(2)]
+    examples, counts = chat.encode_rows([*[good] * 19, bad[0]], t, 100)
+    assert len(examples) == 19 == counts["kept"] and counts["skipped: bad rows"] == 1
+    assert "skipped 1 of 20 rows: r0: chat template 'default': Only user and" in capsys.readouterr().out
+    with pytest.raises(UserError, match="^r0: chat template .* .2 of 21 rows are bad; up to 5% would be"):
+        chat.encode_rows([*bad, *[good] * 19], t, 100)
 
 
 # ---- examples ----------------------------------------------------------------------------------------------
 
 
+def texts(prompt, completion, **more):
+    return {"where": "r", "prompt": prompt, "completion": completion} | more
+
+
 def test_texts_are_prompt_completion_eos():
     for t in (tokenizer(), tokenizer(bos=True)):
-        row = {"where": "r", "prompt": "2+3", "completion": "=5"}
-        e = listed(chat.encode(row, t, 100))
+        e = encode_row(texts("2+3", "=5"), t, name="completion")
         prompt = t.encode("2+3", bos=True)
         assert e.ids == prompt + t.encode("=5") + [t.eos_id] and e.mask == [0] * len(prompt) + [1, 1, 1]
-        assert listed(chat.encode(row | {"completion": "=5</s>"}, t, 100)) == e, (
-            "an eos that stands there already is the one"
-        )
-    e = listed(chat.encode({"where": "r", "prompt": "", "completion": "ab"}, tokenizer(), 100))
+        again = encode_row(texts("2+3", "=5</s>"), t, name="completion")
+        assert again == e, "an eos that stands there already is the one"
+    e = encode_row(texts("", "ab"), tokenizer(), name="completion")
     assert e.mask == [0, *[1] * (len(e.ids) - 1)], "nothing predicts the first token"
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, rest",
+    [
+        ("2+3=", "2+3=5", "5"),
+        ("\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: Hello", " Hello"),
+        ("\n\nHuman: Hi\n\nAssistant: ", "Human: Hi\n\nAssistant: Hello", " Hello"),
+        ("the", "the cat", " cat"),
+        ("1", "15", None),
+        ("the c", "the cat", None),
+        ("", "cat", None),
+        (" ", " cat", None),
+    ],
+)
+def test_an_answer_that_repeats_its_prompt(prompt, answer, rest):
+    t, wanted = tokenizer(), answer if rest is None else rest
+    (e,), counts = chat.encode_rows([texts(prompt, answer)], t, 100)
+    assert t.decode(e.ids) == prompt + wanted + "</s>"
+    assert counts.get("answers without the prompt that they repeat") == (None if rest is None else 1)
+    pair = {"where": "r", "prompt": prompt, "chosen": answer, "rejected": answer + "6"}
+    ((chosen, rejected),), counts = chat.encode_rows([pair], t, 100, pairs=True)
+    assert listed(chosen) == listed(e) and t.decode(rejected.ids) == prompt + wanted + "6</s>"
+    with pytest.raises(UserError, match="r: field 'completion' is empty, so there is no answer"):
+        chat.encode_rows([texts("2+3=", "2+3=")], t, 100)
+
+
+def test_answers_labelled_as_bad_are_left_out(tmp_path):
+    t = tokenizer(CHATML)
+    for record in ({"prompt": "2+3="}, {"prompt": talk("2+3=")}):
+        answers = {"5": True, "6": False, "7": 0, "8": 1}
+        records = [
+            record | {"completion": a if record["prompt"] == "2+3=" else talk("", a)[1:], "label": label}
+            for a, label in answers.items()
+        ]
+        examples, counts = chat.encode_rows(chat.load("train", write(tmp_path / "x.jsonl", *records)), t, 100)
+        assert [trained(e, t)[0][0] for e in examples] == ["5", "8"]
+        assert counts["skipped: labelled as a bad answer"] == 2
 
 
 def test_reasoning_tasks_become_prompt_and_completion():
     rows = countdown.load("train", n=3, style="short")
-    made = chat.rows_of_task(rows)
-    examples, counts = chat.encode_rows(made, LEARNED, 1000)
+    examples, counts = chat.encode_rows(chat.rows_of_task(rows), LEARNED, 1000)
     assert counts == {"rows": 3, "kept": 3, "truncated": 0}
     for row, e in zip(rows, examples, strict=True):
         assert trained(e, LEARNED) == ["".join(row["hint"]) + row["answer"] + END]
@@ -854,10 +850,7 @@ def test_reasoning_tasks_become_prompt_and_completion():
 
 
 def test_long_rows_lose_the_end_of_the_answer_and_are_counted():
-    t = tokenizer()
-    rows = [
-        {"where": f"r{n}", "prompt": "?" * n, "completion": "2+2"} for n in (5, 6, 8, 9)
-    ]  # a token a character
+    t, rows = tokenizer(), [texts("?" * n, "2+2") for n in (5, 6, 8, 9)]  # a token a character
     examples, counts = chat.encode_rows(rows, t, 9)
     assert counts == {"rows": 4, "kept": 3, "truncated": 2, "skipped: the prompt fills max_length": 1}
     assert [len(e.ids) for e in examples] == [9, 9, 9] and [e.cut for e in examples] == [False, True, True]
@@ -866,131 +859,69 @@ def test_long_rows_lose_the_end_of_the_answer_and_are_counted():
 
 @pytest.mark.parametrize("text", [False, True])
 def test_pairs(text, tmp_path):
-    t = tokenizer(CHATML)
-
-    def record(chosen, rejected):
-        if text:
-            return {"prompt": "2+3?", "chosen": chosen, "rejected": rejected}
-        before = talk("1+1?", "2", "2+3?")
-        return {
-            "prompt": "x",
-            "chosen": [*before, *talk("", chosen)[1:]],
-            "rejected": [*before, *talk("", rejected)[1:]],
-        }
-
-    end = "</s>" if text else "<|im_end|>"
-    rows = chat.load(
-        "train",
-        write(tmp_path / "p.jsonl", record("5", "6"), record("5", "5"), record("5", ""), record("", "6")),
-    )
+    t, before, end = tokenizer(CHATML), talk("1+1?", "2", "2+3?"), "</s>" if text else "<|im_end|>"
+    records = [
+        {"prompt": "2+3?", "chosen": a, "rejected": b}
+        if text
+        else {"prompt": "x", "chosen": before + talk("", a)[1:], "rejected": before + talk("", b)[1:]}
+        for a, b in (("5", "6"), ("5", "5"))
+    ]
+    rows = chat.load("train", write(tmp_path / "p.jsonl", *records))
     examples, counts = chat.encode_rows(rows, t, 1000, pairs=True)
-    assert counts == {
-        "rows": 4,
-        "kept": 1,
-        "truncated": 0,
-        "skipped: chosen equals rejected": 1,
-        "skipped: an answer is empty": 2,
-    }
+    assert counts == {"rows": 2, "kept": 1, "truncated": 0, "skipped: chosen equals rejected": 1}
     chosen, rejected = map(listed, examples[0])
     assert trained(chosen, t) == ["5" + end] and trained(rejected, t) == ["6" + end]
     start = chosen.mask.index(1)
-    assert (
-        chosen.ids[:start] == rejected.ids[:start] and rejected.mask[: start + 1] == chosen.mask[: start + 1]
-    )
-    # without pairs the chosen answer is an answer, whatever the rejected one is
-    examples, counts = chat.encode_rows(rows, t, 1000)
-    assert [trained(e, t) for e in examples] == [["5" + end]] * 3 and counts[
-        "skipped: an answer is empty"
-    ] == 1
+    assert chosen.ids[:start] == rejected.ids[:start] and rejected.mask.index(1) == start
+    # without pairs the chosen answer is an answer
+    assert [trained(e, t) for e in chat.encode_rows(rows, t, 1000)[0]] == [["5" + end]] * 2
 
 
 def test_pairs_that_are_equal_up_to_max_length_are_skipped():
-    t = tokenizer()
-    rows = [{"where": "r", "prompt": "1", "chosen": "2+2", "rejected": "2+3"}]
+    t, rows = tokenizer(), [{"where": "r", "prompt": "1", "chosen": "2+2", "rejected": "2+3"}]
     assert chat.encode_rows(rows, t, 4, pairs=True)[1]["kept"] == 1
     assert chat.encode_rows(rows, t, 3, pairs=True)[1]["skipped: chosen equals rejected"] == 1
-    with pytest.raises(
-        UserError, match="r0: this loss needs pairs, but the row has no 'chosen' and 'rejected'"
-    ):
-        chat.encode_rows([{"where": "r0", "prompt": "1", "completion": "2"}], t, 9, pairs=True)
+    with pytest.raises(UserError, match="r: this loss needs pairs, but the row has no 'chosen'"):
+        chat.encode_rows([texts("1", "2")], t, 9, pairs=True)
 
 
-def test_a_tokenizer_without_eos_is_refused():
+def test_a_tokenizer_without_eos_and_a_missing_template_are_refused():
     with pytest.raises(UserError, match="no eos_token"):
-        encode(talk("a", "b"), tokenizer(CHATML, eos_token=None))
+        chat.encode_rows([texts("a", "b")], tokenizer(CHATML, eos_token=None), 9)
+    with pytest.raises(UserError, match="^template = 'chatlm': no such chat template"):
+        chat.encode_rows([texts("a", "b")], tokenizer(CHATML), 9, "chatlm")
 
 
 def test_rows_beyond_the_window_are_counted():
-    t = tokenizer()
-    rows = [{"where": f"r{n}", "prompt": "?" * n, "completion": "2"} for n in (1, 5, 9)]  # n + 2 tokens
+    t, rows = tokenizer(), [texts("?" * n, "2") for n in (1, 5, 9)]  # n + 2 tokens
     key = "longer than the model's window of 6 tokens"
     assert chat.encode_rows(rows, t, 100, window=6)[1][key] == 2
-    assert (
-        key not in chat.encode_rows(rows, t, 6, window=6)[1] and key not in chat.encode_rows(rows, t, 100)[1]
-    )
+    assert key not in chat.encode_rows(rows, t, 6, window=6)[1] | chat.encode_rows(rows, t, 100)[1]
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_examples_are_a_sequence_of_few_bytes(pairs):
+def test_processes_give_the_same_in_the_same_order(monkeypatch, capsys):
     t = tokenizer(CHATML)
-    rows = [
-        {"where": f"r{n}", "chosen": talk("a", f"b{n}" * 50), "rejected": talk("a", f"c{n}" * 50), "first": 1}
-        for n in range(20)
-    ]
-    examples, _ = chat.encode_rows(rows, t, 1000, pairs=pairs)
-    single = [chat.encode(row, t, 1000, answer="chosen") for row in rows]
-    assert len(examples) == 20 and len(list(examples)) == 20 and len(examples[3:5]) == 2
-    for i in (0, 7, -1):
-        e = examples[i][0] if pairs else examples[i]
-        assert listed(e) == listed(single[i])
-        assert sum(e.mask[1:]) == sum(map(bool, e.mask)) > 100
-    with pytest.raises(IndexError):
-        examples[20]
-    tokens = sum(len(e.ids) for row in examples for e in (row if pairs else (row,)))
-    held = sum(
-        sys.getsizeof(getattr(examples, name))
-        for name in ("ids", "mask", "offsets", "cut", "rewritten", "ends")
-    )
-    assert held <= 6 * tokens + 600
-
-
-def test_processes_give_the_same_in_the_same_order(monkeypatch):
-    monkeypatch.setattr(chat, "CHUNK", 7)
-    t = tokenizer(CHATML)
-    rows = [{"where": f"r{n}", "messages": talk("a", "b" * (n % 9 + 1)), "first": 0} for n in range(30)]
-    alone, shared = (chat.encode_rows(rows, t, 12, processes=n) for n in (0, 2))
-    assert [listed(e) for e in alone[0]] == [listed(e) for e in shared[0]] and alone[1] == shared[1]
-    assert chat.turn_ends(shared[0]) == chat.turn_ends(alone[0])
-    for n in (25, 10):
-        rows[n]["messages"] = [*talk("a"), CALL | {"content": "x"}]
-    with pytest.raises(UserError, match="^r10: message 1: the chat template ignores field 'tool_calls'"):
-        chat.encode_rows(rows, t, 12, processes=2)
-
-
-def test_a_process_that_is_spawned_can_build_the_tokenizer(monkeypatch):
-    class Pool:  # what it is given has to survive pickling
-        def __init__(self, processes, context, begin, arguments):
-            assert context.get_start_method() == "spawn" and processes == 2
-            pickle.loads(pickle.dumps(begin))(*pickle.loads(pickle.dumps(arguments)))
-
-        __enter__, __exit__ = (lambda self: self), (lambda *_: None)
-        map = staticmethod(lambda work, chunks: [pickle.loads(pickle.dumps(work))(c) for c in chunks])
-
-    monkeypatch.setattr(chat, "CHUNK", 2)
-    monkeypatch.setattr(chat, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(chat.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    monkeypatch.setattr(chat, "_tokenizer", None)
-    t = tokenizer(CHATML)
-    rows = [{"where": "r", "messages": talk("a", "b"), "first": 0}] * 4
-    alone, shared = (chat.encode_rows(rows, t, 12, processes=n)[0] for n in (0, 2))
-    assert [listed(e) for e in alone] == [listed(e) for e in shared]
-
-
-def test_many_rows_show_a_counter_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(chat, "COUNTED", 2)
-    rows = [{"where": "r", "prompt": "a", "completion": "b"}] * 3
-    chat.encode_rows(rows, tokenizer(), 9)
-    assert not capsys.readouterr().out
+    rows = [{"where": f"r{n}", "messages": talk("a", "b" * (n % 9 + 1)), "first": 0} for n in range(1200)]
+    rows[700]["messages"] = [*talk("a"), CALL | {"content": "x"}]
+    monkeypatch.setattr(chat.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    pools, pool = [], chat.ProcessPoolExecutor
+    monkeypatch.setattr(chat, "ProcessPoolExecutor", lambda n, *more: pools.append(n) or pool(n, *more))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    alone = chat.encode_rows(rows, t, 12)
+    assert not capsys.readouterr().out.count("tokenizing")
+    monkeypatch.setattr(chat, "MANY", 1000)
     monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
-    chat.encode_rows(rows, tokenizer(), 9)
-    assert capsys.readouterr().out == "\rtokenizing 3/3 rows\n"
+    shared = chat.encode_rows(rows, t, 12)
+    assert pools == [2], "four cores for two processes of a torchrun"
+    assert [listed(e) for e in alone[0]] == [listed(e) for e in shared[0]] and alone[1] == shared[1]
+    assert chat.turn_ends(shared[0]) == chat.turn_ends(alone[0]) and len(shared[0]) == 1199
+    printed = capsys.readouterr().out
+    shown = "".join(f"\rtokenizing {done} rows" for done in ("500/1,200", "1,000/1,200", "1,200/1,200"))
+    assert printed.startswith(f"{shown}\nskipped 1 of 1,200 rows: r700: the chat template ignores message 1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert len(chat.encode_rows(rows, t, 12)[0]) == 1199 and pools == [2], "a core each: no further process"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for row in rows[100:400]:
+        row["messages"] = rows[700]["messages"]
+    with pytest.raises(UserError, match="^r100: the chat template ignores message 1, field 'tool_calls'"):
+        chat.encode_rows(rows, t, 12)

@@ -87,7 +87,7 @@ def test_a_grid_is_each_with_each():
     ]
     assert found["sft-long,lr=2e-4,hint_coef=.1"][:2] == ["--algo=sft", "--sft_steps=5000"]
     assert compare.settings(compare.Config(paper="ift", methods=("residual", "dpo"))) == {
-        "residual": ["--loss=ift", "--gamma=0"],
+        "residual": ["--loss=ift", "--propagate=false"],
         "dpo": ["--loss=dpo"],
     }
 

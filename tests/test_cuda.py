@@ -6,12 +6,12 @@ import json
 import os
 import weakref
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from examples import take_step
+from examples import ift_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from trajectories import answer, take_step
 
 import model as plain_head
 import train_ift
@@ -21,7 +21,7 @@ from fast import engine
 from fast import head as fast_head
 from fast.compiled import compile_blocks
 from infra.parallel import full, refresh, shard_model, whole_copy
-from infra.training import Run, speed_up
+from infra.training import speed_up
 from lora import add_adapters
 from model import Block, ModelConfig, Transformer
 from sampler import generate
@@ -137,7 +137,7 @@ def examples():
 
 
 def ift_update(m, optimizer, name, cfg, step):
-    return take_step(name, m, examples(), cfg, optimizer, lam=0.2, seed=step)
+    return ift_step(name, m, examples(), cfg, optimizer, lam=0.2, seed=step)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -192,20 +192,12 @@ def test_lora_steps_are_the_cpus(dtype, tolerance, compile):
 
 
 def uft_update(m, optimizer, texts, cfg):
-    """A step on two completions of each prompt, which begin with the same few given tokens."""
-    groups, method = [], train_uft.METHODS["uft"]
-    for i, (prompt, completions) in enumerate(zip(prompts(6), texts, strict=True)):
-        given = prompt[:3]
-        groups.append([
-            train_uft.Trajectory(
-                train_uft.Pick(i), prompt, given + c.tokens, len(given),
-                np.array([0.0] * len(given) + c.logprobs), shown=1, response="", advantage=advantage,
-            )
-            for c, advantage in zip(completions, (1.0, -1.0), strict=True)
-        ])  # fmt: skip
-    train_uft.weigh(groups, method, 0.1, cfg)
-    run = Run(None, None, m.head_weight.device, None, m, m, None, optimizer)
-    return train_uft.update(run, groups, method, cfg)
+    """A step on two completions of each prompt, of which the first three tokens are given."""
+    groups = [
+        [answer(p, p[:3], c.tokens, c.logprobs, a) for c, a in zip(pair, (1.0, -1.0), strict=True)]
+        for p, pair in zip(prompts(6), texts, strict=True)
+    ]
+    return take_step(m, groups, train_uft.METHODS["uft"], 0.1, cfg, optimizer)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,13 +5,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
+from trajectories import answer
 
 import train_ift
 import train_uft
 from experiments import plot
 from experiments.plot import BY_HINT, PANELS, LoggedRun, all_curves, curve, read_run
-from infra import log
+from infra import log, training
 from infra.config import UserError
 
 PANEL = {p.key: p for p in PANELS}
@@ -87,10 +87,13 @@ def test_panels_without_data_are_left_out():
 
 
 def test_rollout_metrics_have_the_success_by_hint_length():
-    groups = [train_uft.Group([1], [], [train_uft.Completion([2], [0.0], True)] * 2) for _ in range(4)]
-    rewards = torch.tensor([[1.0, 0.1], [1.0, 1.0], [0.0, 0.1], [1.0, 1.0]])
-    problems = [SimpleNamespace(segments=5)] * 4
-    metrics = train_uft.rollout_metrics(groups, rewards, [0, 3, 0, 5], problems)
+    rewards, shown = [[1.0, 0.1], [1.0, 1.0], [0.0, 0.1], [1.0, 1.0]], [0, 3, 0, 5]
+    groups = [
+        [answer([1], [], [2], reward=r, shown=k) for r in group]
+        for group, k in zip(rewards, shown, strict=True)
+    ]
+    groups.append([answer([1], [2, 3], [], shown=5)])  # a demonstration, of which nothing was sampled
+    metrics = train_uft.rollout_metrics(groups, SimpleNamespace(problems=[SimpleNamespace(segments=5)]))
     by_hint = {k: v for k, v in metrics.items() if k.startswith(BY_HINT)}
     assert by_hint == {"solved/hint_0": 0.25, "solved/hint_3": 1.0, "solved/hint_5": 1.0}
     assert metrics["solved"] == 0.625
@@ -207,7 +210,7 @@ def metrics_of(out):
 
 
 def test_a_resumed_run_continues_on_wandb_and_ends_with_its_curve(tmp_path, monkeypatch):
-    fake, save = FakeWandb(), train_uft.save_and_stop
+    fake, save = FakeWandb(), training.save_and_stop
     monkeypatch.setitem(sys.modules, "wandb", fake)
     argv = [*UFT.split(), f"--out_dir={tmp_path / 'a'}", "--wandb=tales"]
 
@@ -217,7 +220,7 @@ def test_a_resumed_run_continues_on_wandb_and_ends_with_its_curve(tmp_path, monk
             raise KeyError("power cut")
 
     with monkeypatch.context() as m, pytest.raises(KeyError):
-        m.setattr(train_uft, "save_and_stop", fail_after_two)
+        m.setattr(training, "save_and_stop", fail_after_two)
         train_uft.main(argv)
     assert (
         fake.inits[0]["project"] == "tales" and fake.inits[0]["name"] == "a" and fake.inits[0]["id"] is None

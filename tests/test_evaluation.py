@@ -351,6 +351,7 @@ def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
         model, [tokenizer.encode(rows[1]["prompt"])], 1, 12, 1.5, tokenizer.stop_ids, 0, keys=[1]
     )
     assert second["tokens"] == len(alone.tokens) <= 12 and second["cut"] == (not alone.finished)
+    assert second["response"] == tokenizer.decode(alone.tokens, skip_special=True)
 
 
 def test_an_answer_is_cut_at_the_window():

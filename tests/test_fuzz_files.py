@@ -23,6 +23,7 @@ from test_fuzz import ODD, no_hang
 
 from data import chat
 from data.tokenizer import GPT2_PATTERN, GPT4_PATTERN, TINY_PATTERN, Tokenizer
+from experiments.tiny_base import learn_tokenizer
 from infra.config import UserError, fail
 from infra.huggingface import config_from_dict, load_model
 from model import FAMILIES, Transformer
@@ -205,7 +206,7 @@ TEXTS = (
 
 
 def byte_level(pattern: str, **parts) -> dict:
-    learned = Tokenizer.learn(["the cat sat on the mat", "naïve café", "12 34 the end"] * 3, 25, pattern)
+    learned = learn_tokenizer(["the cat sat on the mat", "naïve café", "12 34 the end"] * 3, 25, pattern)
     return learned.description | parts
 
 

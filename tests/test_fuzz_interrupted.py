@@ -33,7 +33,7 @@ SHORT = (
     "--train_rows=16 --test_rows=2 --max_new_tokens=12 --eval_every=4 --save_every=1 --print_every=1"
     " --device=cpu --threads=1 --show=0"
 )
-UFT = "train_uft.py --steps=8 --problems=4 --mini_batch=2 --rollouts=2 --hint_steps=6 --hint=target " + SHORT
+UFT = "train_uft.py --steps=8 --problems=4 --mini_batch=2 --rollouts=2 --hint_steps=6 --algo=target " + SHORT
 IFT = f"train_ift.py --loss=ift --epochs=3 --batch=6 --own=sampled --lr=1e-4 {SHORT}"
 SFT_RFT = UFT.replace("--steps=8", "--algo=sft-rft --sft_steps=4 --steps=4 --kl_coef=0.01")
 TRAINERS = pytest.mark.parametrize("flags", [UFT, IFT], ids=["uft", "ift"])

@@ -1,39 +1,35 @@
-"""The plain path and the fast one give the same: rows, both passes of IFT, whole runs of both trainers.
+"""The plain path and the fast one give the same: rows of train_uft.py, and whole runs of all its methods.
 
-The pairs of model.py and fast/head.py are in test_head.py, the two samplers in test_sampler.py."""
+test_paths_ift.py has those of train_ift.py; the pairs of model.py and fast/head.py are in test_head.py, the two
+samplers in test_sampler.py."""
 
-import json
-import random
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from trajectories import (
+    CPU,
+    KINDS,
+    VARIANTS,
+    answer,
+    assert_close,
+    metrics,
+    read,
+    some_groups,
+    steps,
+    tiny,
+    weighed,
+)
 
 import data.countdown
-import model as plain_head
-import train_ift
 import train_uft
-from data.chat import Example
-from fast import head as fast_head
-from fast import packing, prefix
+from fast import packing
 from infra.training import ROOT
-from model import Block, ModelConfig, Transformer
-from sampler import Completion, uniform
-from train_uft import Group
+from model import Block, ModelConfig
 
-MODELS = Path(__file__).parent / "vectors/uft/models"
-CPU = torch.device("cpu")
 each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
-
-
-def tiny(kind):
-    """A tiny model; "window" is one whose tokens see the last three only."""
-    model = Transformer.from_pretrained(MODELS / f"tiny_{'llama' if kind == 'window' else kind}")
-    if kind == "window":
-        model.config.model_type, model.config.extra["sliding_window"] = "mistral", 3
-    return model
 
 
 def assert_same(fast, plain):
@@ -54,90 +50,92 @@ def with_gradients(model, loss):
 # ---- rows --------------------------------------------------------------------------------------------------
 
 
-def some_groups(seed=0):
-    """Every kind: with and without a hint, with 0, 1 and several completions, of one token too."""
-    rng, groups = random.Random(seed), []
-
-    def ids(low, high):
-        return [rng.choice([0, *range(97)]) for _ in range(rng.randint(low, high))]
-
-    for hinted, n in ((1, 3), (0, 3), (1, 0), (1, 1), (0, 1), (0, 5), (1, 2)):
-        sizes = [rng.choice((1, 2, 9)) for _ in range(n)]
-        completions = [Completion(ids(k, k), [rng.gauss(-3, 1) for _ in range(k)], True) for k in sizes]
-        advantages = [[rng.gauss(0, 1) for _ in range(k)] if n == 2 else rng.gauss(0, 1) for k in sizes]
-        groups.append(Group(ids(1, 8), ids(1, 6) if hinted else [], completions, advantages))
-    return groups
-
-
 @each_kind
 @pytest.mark.parametrize(
-    "chosen",
-    [range(7), [1, 4, 5], [2], [3, 4], [0], [2, 6]],
-    ids=["all", "no hints", "no completions", "one completion", "one group", "hint beside a full group"],
+    "kinds",
+    [
+        list(KINDS),
+        ["no hint", "one without a hint"],
+        ["only a demonstration"],
+        ["one", "one without a hint"],
+        ["several hints"],
+        ["some hints", "a demonstration"],
+        ["demonstrations", "a hint"],
+    ],
+    ids=" and ".join,
 )
-def test_packed_rows_have_the_losses_of_a_row_a_completion(chosen, kind):
-    model, groups = tiny(kind), [some_groups()[i] for i in chosen]
-    cfg = {"temperature": 0.7, "hint_weight": "prob", "kl_coef": 0.3, "entropy_coef": 0.05}
-    train_uft.token_weights(groups, train_uft.Config(**cfg), 0.5)
-    results = []
+def test_packed_rows_have_the_losses_of_a_row_a_trajectory(kinds, kind):
+    model, groups, results = tiny(kind), weighed(some_groups(kinds=kinds)), []
     for fast in (True, False):
-        knobs = train_uft.Config(fast=fast, **cfg)
-        rows = train_uft.make_rows(groups, CPU, train_uft.row_layout(knobs))
-        reference = torch.linspace(-4, -1, len(rows.targets))
-        loss, logp, entropy = train_uft.batch_loss(model, rows, reference, knobs, train_uft.policy_loss)
-        columns = [
-            rows.targets,
-            rows.old_logp,
-            rows.advantages,
-            rows.rl_weight,
-            rows.hint_weight,
-            rows.sequence,
-        ]
-        result = {"loss": loss.detach()[None], "logp": logp, "entropy": entropy}
-        result["alone"] = train_uft.row_logprobs(model, rows, knobs).detach()
-        results.append((result | with_gradients(model, loss), columns, rows))
-    (fast, fast_columns, packed), (plain, plain_columns, unpacked) = results
-    assert all(torch.equal(a, b) for a, b in zip(fast_columns, plain_columns, strict=True))
+        cfg = train_uft.Config(temperature=0.7, kl_coef=0.3, entropy_coef=0.05, fast=fast)
+        rows = [[t for t in group if t.start < len(t.tokens)] for group in groups]
+        if not fast:
+            rows = [[t] for row in rows for t in row]
+        where, batch = train_uft.make_batch(rows, CPU, cfg)
+        alone = train_uft.logprobs(model, where, batch, cfg)
+        batch = batch._replace(ref_logp=torch.linspace(-4, -1, len(batch.targets)))
+        loss, logp, entropy = train_uft.batch_loss(model, where, batch, train_uft.METHODS["uft"], cfg)
+        result = {"loss": loss.detach()[None], "logp": logp, "entropy": entropy, "alone": alone}
+        results.append((result | with_gradients(model, loss), batch, where))
+        assert len(where.ids) == len(rows)
+        assert (where.mask is None) == all(len(row) < 2 for row in rows)
+    (fast, fast_batch, packed), (plain, plain_batch, unpacked) = results
+    assert all(torch.equal(a, b) for a, b in zip(fast_batch, plain_batch, strict=True))
+    assert torch.equal(packed.fed < 0, unpacked.fed < 0)
+    # A token is fed where the layouts say: the same id at the same position.
+    for where, batch in ((packed, fast_batch), (unpacked, plain_batch)):
+        fed = where.fed >= 0
+        assert torch.equal(where.ids.flatten()[where.fed[fed]], batch.targets[fed])
+        assert torch.equal(where.positions.flatten()[where.fed[fed]], where.positions.flatten()[where.index[fed]] + 1)
     assert_same(fast, plain)
-    assert len(packed.ids) == len(groups)
-    assert len(unpacked.ids) == sum(max(1, len(g.completions)) for g in groups)
-    assert (packed.mask is None) == all(len(g.completions) < 2 for g in groups) and unpacked.mask is None
 
 
 def test_the_plain_rows_by_hand():
-    completions = [Completion([7, 8], [-1.0, -2.0], True), Completion([9], [-3.0], True)]
-    groups = [Group([1, 2], [3, 4], completions, [[0.5, 0.25], -1.0]), Group([5], [6, 7])]
-    rows = train_uft.make_rows(groups, CPU)
-    assert rows.ids.tolist() == [[1, 2, 3, 4, 7], [1, 2, 3, 4, 0], [5, 6, 0, 0, 0]]
-    assert rows.positions.tolist() == [[0, 1, 2, 3, 4]] * 3 and rows.mask is None
-    assert rows.places.tolist() == [1, 2, 3, 4, 5 + 3, 10, 11]
-    assert rows.targets.tolist() == [3, 4, 7, 8, 9, 6, 7]
-    assert rows.old_logp.tolist() == [0, 0, -1, -2, -3, 0, 0]
-    assert rows.advantages.tolist() == [0, 0, 0.5, 0.25, -1, 0, 0]
-    assert rows.sequence.tolist() == [-1, -1, 0, 0, 1, -1, -1]
-    assert rows.is_hint.tolist() == [True, True, False, False, False, True, True]
+    group = [answer([1, 2], [3, 4], [7, 8], [-1.0, -2.0], 0.5), answer([1, 2], [3, 4], [9], [-3.0], -1.0)]
+    groups = weighed([group, [answer([5], [6, 7], [])]], coef=0.5)
+    rows = train_uft.training_rows(groups, train_uft.Config(fast=False), tiny("llama"))
+    where, batch = train_uft.make_batch(rows, CPU, train_uft.Config(fast=False))
+    assert where.ids.tolist() == [[1, 2, 3, 4, 7], [1, 2, 3, 4, 0], [5, 6, 0, 0, 0]]
+    assert where.positions.tolist() == [[0, 1, 2, 3, 4]] * 3 and where.mask is None
+    assert where.index.tolist() == [1, 2, 3, 4, 5 + 3, 10, 11]
+    assert where.fed.tolist() == [2, 3, 4, -1, -1, 11, -1]
+    assert batch.targets.tolist() == [3, 4, 7, 8, 9, 6, 7]
+    assert batch.given.tolist() == [True, True, False, False, False, True, True]
+    assert batch.trajectory.tolist() == [0, 0, 0, 0, 1, 2, 2]
+    assert batch.old_logp.tolist() == [0, 0, -1, -2, -3, 0, 0]
+    assert batch.advantage.tolist() == [-0.25, -0.25, 0.5, 0.5, -1, 1, 1]
+    torch.testing.assert_close(batch.weight, torch.tensor([1, 1, 2, 2, 2, 0.5, 0.5]) / 6)
 
 
 def test_the_packed_row_by_hand():
-    completions = [Completion([7, 8], [-1.0, -2.0], True), Completion([9, 6], [-3.0, -4.0], True)]
-    ids, positions, places, mask = packing.lay_out([Group([1, 2], [3], completions, [0.5, -1.0])])
-    assert ids.tolist() == [[1, 2, 3, 7, 9]]
-    assert positions.tolist() == [[0, 1, 2, 3, 3]]
-    assert places.tolist() == [1, 2, 3, 2, 4]
+    both = weighed([[answer([1, 2], [3], [7, 8]), answer([1, 2], [3], [9, 6])]])
+    layout = packing.lay_out(both, CPU)
+    assert layout.ids.tolist() == [[1, 2, 3, 7, 9]]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, 3]] and layout.owner.tolist() == [[0, 0, 0, 1, 2]]
     sees = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
-    assert mask.int().tolist() == [[sees]]
+    assert packing.block_mask(torch.tensor(layout.owner)).int().tolist() == [[sees]]
+    where, batch = train_uft.make_batch(both, CPU, train_uft.Config())
+    assert where.index.tolist() == [1, 2, 3, 2, 4] and batch.targets.tolist() == [3, 7, 8, 9, 6]
+    assert where.fed.tolist() == [2, 3, -1, 4, -1]
+    # Where one trajectory was given more than the other, the row shares the prompt alone.
+    mixed = weighed([[answer([1, 2], [3], [7, 8]), answer([1, 2], [], [9, 6])]])
+    assert packing.lay_out(mixed, CPU).owner.tolist() == [[0, 0, 1, 1, 2]]
+    assert train_uft.make_batch(mixed, CPU, train_uft.Config())[0].index.tolist() == [1, 2, 3, 1, 4]
+
+
+def model_of_135m():
+    """What packing_pays() asks of a Llama of 135M parameters."""
+    return SimpleNamespace(config=ModelConfig(49152, 576, 1536, 30, 9, 3), head_weight=torch.empty(0))
 
 
 def test_packing_only_where_it_pays():
     """A packed row computes all pairs of its tokens, a single one half of them: long ones stay apart."""
-    config = ModelConfig(49152, 576, 1536, 30, 9, 3)  # a Llama of 135M parameters
-    prompt = [1] * 150
 
     def pays(n, length, most=1 << 20):
-        completions = [Completion([2] * length, [0.0] * length, True) for _ in range(n)]
-        return packing.packing_pays(Group(prompt, [], completions, [0.0] * n), config, most)
+        group = [answer([1] * 150, [], [2] * length) for _ in range(n)]
+        return packing.packing_pays(group, model_of_135m(), most)
 
-    assert config.head_dim == 64
+    assert model_of_135m().config.head_dim == 64
     assert pays(4, 250) and not pays(4, 1024)
     assert pays(1, 1024)  # alone there is nothing to share
     row = 150 + 4 * 249
@@ -145,15 +143,13 @@ def test_packing_only_where_it_pays():
 
 
 def test_rows_are_packed_only_where_it_pays():
-    completions = [[Completion([2] * k, [0.0] * k, True) for _ in range(4)] for k in (250, 1024)]
-    groups = [Group([1] * 150, [3], c, [0.0] * 4) for c in completions]
-    config = ModelConfig(49152, 576, 1536, 30, 9, 3)
-    rows = train_uft.training_rows(groups, train_uft.Config(), config)
-    assert [len(g.completions) for g in rows] == [4, 1, 1, 1, 1]
-    assert [g.hint for g in rows[1:]] == [[3], [], [], []]
+    groups = weighed([[answer([1] * 150, [3], [2] * k) for _ in range(4)] for k in (250, 1024)])
+    rows = train_uft.training_rows(groups, train_uft.Config(), model_of_135m())
+    assert [len(row) for row in rows] == [4, 1, 1, 1, 1]
+    assert [row[0].start for row in rows[1:]] == [0, 1, 1, 1]
     for knobs in ({"pack": False}, {"fast": False}):
-        rows = train_uft.training_rows(groups, train_uft.Config(**knobs), config)
-        assert [len(g.completions) for g in rows] == [1] * 8
+        rows = train_uft.training_rows(groups, train_uft.Config(**knobs), model_of_135m())
+        assert [len(row) for row in rows] == [1] * 8
 
 
 def test_a_mask_is_converted_once_for_all_layers(monkeypatch):
@@ -165,35 +161,24 @@ def test_a_mask_is_converted_once_for_all_layers(monkeypatch):
         return forward(self, x, cos, sin, mask, cache)
 
     model = tiny("llama")
-    rows = train_uft.make_rows(some_groups(), CPU, packing.lay_out)
+    where, _ = train_uft.make_batch(some_groups(kinds=["a hint", "one"]), CPU, train_uft.Config())
     monkeypatch.setattr(Block, "forward", watching)
-    model.hidden(rows.ids, positions=rows.positions, mask=rows.mask)
+    model.hidden(where.ids, positions=where.positions, mask=where.mask)
     assert len(seen) == 2 and seen[0] is seen[1] and seen[0].dtype == torch.float32
-    assert torch.equal(seen[0] == 0, rows.mask)
+    assert torch.equal(seen[0] == 0, where.mask)
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
-TIMES = ("timing_s/", "train_s", "tokens_per_s")
-
-
-def read(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
-
-
-def assert_same_runs(main, args, tmp_path):
+def assert_same_runs(args, tmp_path):
     """All metrics within 1e-4, the same texts, and weights that moved to nearly the same place."""
     for name in ("fast", "plain"):
-        main([*args, f"--out_dir={tmp_path / name}", f"--fast={'true' if name == 'fast' else 'false'}"])
-    fast, plain = read(tmp_path / "fast"), read(tmp_path / "plain")
+        train_uft.main([*args, f"--out_dir={tmp_path / name}", f"--fast={name == 'fast'}"])
+    fast, plain = metrics(tmp_path / "fast"), metrics(tmp_path / "plain")
     assert len(fast) == len(plain) > 3
     for a, b in zip(fast, plain, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
-    samples = [tmp_path / name / "samples.jsonl" for name in ("fast", "plain")]
-    assert samples[0].exists() == samples[1].exists()
-    if samples[0].exists():
-        assert samples[0].read_text() == samples[1].read_text()
+    assert_close(*(read(tmp_path / name / "samples.jsonl") for name in ("fast", "plain")), 2e-3)
     a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("fast", "plain"))
     base = load_file(ROOT / "data/tiny/countdown/model.safetensors")
     for name in base:
@@ -201,37 +186,81 @@ def assert_same_runs(main, args, tmp_path):
         assert moved > 0 and (a[name] - b[name]).abs().mean() < 0.02 * moved, name
 
 
-UFT = """--train_rows=40 --test_rows=4 --problems=4 --mini_batch=2 --rollouts=3 --max_new_tokens=32 --steps=5
---sft_steps=3 --hint_steps=4 --warmup=2 --eval_every=4 --save_every=100 --show=1 --device=cpu""".split()
+UFT = """--train_rows=40 --test_rows=2 --problems=4 --mini_batch=2 --rollouts=3 --max_new_tokens=32 --steps=3
+--sft_steps=2 --hint_steps=3 --warmup=2 --eval_every=9 --save_every=100 --sample_every=2 --show=1 --device=cpu""".split()
 
 
 @pytest.fixture
-def varied_rewards(monkeypatch):
-    """Rewards that depend on the text, so that few groups are dead; the tiny base solves hardly anything."""
-    monkeypatch.setattr(
-        data.countdown, "score", lambda response, truth: (len(response.strip()) % 3 / 2, "length")
-    )
+def checked(monkeypatch):
+    """Rewards that depend on the text, so that few groups are dead; and every trajectory is what it says.
+
+    Its prompt is its problem's, its tokens are its response, its given tokens begin the solution, its reward
+    is the response's, and the model that sampled it gives its old log-probs to its own tokens.
+    """
+    rows = {r["prompt"]: r for r in data.countdown.load("train", n=40, style="short")}
+    tokenizer = train_uft.Tokenizer.from_pretrained(ROOT / "data/tiny/countdown")
+    update, seen = train_uft.update, {"steps": set(), "trajectories": 0, "kinds": set()}
+
+    def score(response, truth):
+        return len(response.strip()) % 3 / 2, "length"
+
+    def checking(run, groups, method, cfg):
+        for t in train_uft.flat(groups):
+            row = rows[tokenizer.decode(t.prompt)]
+            solution, given = "".join(row["hint"]) + row["answer"], t.tokens[: t.n_given]
+            whole = given[-1:] == [tokenizer.eos_id]
+            assert t.response.startswith(tokenizer.decode(given[:-1] if whole else given))
+            assert solution.startswith(tokenizer.decode(given, skip_special=True))
+            sampled = len(t.tokens) > t.n_given
+            if sampled or whole:
+                assert t.response == tokenizer.decode(t.tokens, skip_special=True)
+            if whole:
+                assert t.response == solution and not sampled
+            if sampled:
+                assert t.reward == score(t.response, None)[0]
+            seen["kinds"].add((bool(given), sampled))
+            seen["trajectories"] += 1
+        if run.state["step"] not in seen["steps"]:  # this step's model has sampled them
+            again = [[replace(t, start=0) for t in group] for group in groups]
+            train_uft.recompute_old_logprobs(run.model, again, replace(cfg, fast=False))
+            for t, u in zip(train_uft.flat(groups), train_uft.flat(again), strict=True):
+                assert t.old_logp == pytest.approx(u.old_logp, abs=1e-4)
+        seen["steps"].add(run.state["step"])
+        return update(run, groups, method, cfg)
+
+    monkeypatch.setattr(data.countdown, "score", score)
+    monkeypatch.setattr(train_uft, "update", checking)
+    return seen
+
+
+GIVEN, SAMPLED, BOTH = (True, False), (False, True), (True, True)
+WHAT_THEY_HAVE = {  # kinds of trajectories in a run; of others, either kind may come
+    "sft": {GIVEN}, "psft": {GIVEN}, "rft": {SAMPLED}, "cispo": {SAMPLED}, "gspo": {SAMPLED}, "dapo": {SAMPLED},
+    "luffy": {GIVEN, SAMPLED}, "srft": {GIVEN, SAMPLED}, "chord": {GIVEN, SAMPLED}, "hpt": {GIVEN, SAMPLED},
+    "relift": {GIVEN, SAMPLED}, "sft-rft": {GIVEN, SAMPLED}, "trapo": {GIVEN, SAMPLED, BOTH},
+    "prefix_rft": {SAMPLED, BOTH},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "knobs",
     [
-        *(f"--algo={name}" for name in train_uft.ALGOS),
-        "--hint=target --target_eta=0.4",
-        "--hint=on-failure",
-        "--hint=uniform --hint_weight=prob --hint_coef=0.1",
+        *(f"--algo={name}" for name in [*train_uft.METHODS, *VARIANTS]),
         "--kl_coef=0.1 --temperature=0.8 --adv_norm=none",
         "--algo=sft-rft --kl_coef=0.1",
+        "--algo=prefix_rft --temperature=0.8 --kl_coef=0.1 --token_budget=150",
         "--loss_norm=constant --clip_high=0.28",
-        "--loss_norm=paper_code --token_budget=200",
-        "--hint_loss=ift --hint_weight=prob --hint_coef=0.1",
         "--drop_dead=true --rollouts=2 --problems=8 --mini_batch=4",
         "--token_budget=120",  # too few tokens for some packed rows
     ],
 )
-def test_uft_is_the_same_fast_and_plain(knobs, tmp_path, varied_rewards):
-    assert_same_runs(train_uft.main, [*UFT, *knobs.split()], tmp_path)
-    steps = [m for m in read(tmp_path / "plain") if "lr" in m]
-    assert len(steps) == {"--algo=sft": 3}.get(knobs, 8 if "sft-rft" in knobs else 5)
-    if knobs != "--algo=sft":
-        assert any(m.get("dead_groups", 1) < 1 for m in steps)
+def test_uft_is_the_same_fast_and_plain(knobs, tmp_path, checked):
+    algo = knobs.split()[0].removeprefix("--algo=")
+    more = {"relift": "--relift_buffer=2", "published": "--token_budget=200"}.get(algo, "--steps=3")
+    assert_same_runs([*UFT, more, *knobs.split()], tmp_path)
+    done = steps(tmp_path / "plain")
+    assert len(done) == {"sft": 2, "sft-rft": 5}.get(algo, 3)
+    assert checked["trajectories"] >= 16
+    assert checked["kinds"] == WHAT_THEY_HAVE.get(algo, checked["kinds"])
+    if algo not in ("sft", "psft"):
+        assert any(m.get("dead_groups", 1) < 1 for m in done)

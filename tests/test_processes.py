@@ -65,12 +65,14 @@ def assert_same_model(a, b, atol):
     [
         UFT,
         pytest.param(
-            f"{UFT} --algo=sft-rft --sft_steps=2 --kl_coef=0.1 --rollout_dtype=bfloat16 --hint=on-failure",
+            f"{UFT} --algo=sft-rft --sft_steps=2 --kl_coef=0.1 --rollout_dtype=bfloat16",
             marks=pytest.mark.slow,
         ),
-        pytest.param(f"{UFT} --fast=false --drop_dead=true --hint_loss=ift", marks=pytest.mark.slow),
-        pytest.param(
-            f"{UFT} --loss_norm=paper_code --hint_loss=ift --hint_weight=prob", marks=pytest.mark.slow
+        pytest.param(f"{UFT} --fast=false --drop_dead=true --algo=residual", marks=pytest.mark.slow),
+        *(
+            pytest.param(f"{UFT} --algo={algo}", marks=pytest.mark.slow)
+            for algo in ("published", "residual", "on_failure", "luffy", "prefix_rft", "trapo", "dapo",
+                         "adaback", "relift --relift_buffer=3", "psft --rollout_dtype=bfloat16", "gspo")
         ),
         pytest.param(f"{IFT} --loss=ift", marks=pytest.mark.slow),
         pytest.param(f"{IFT} --loss=ift --average=token --own=sampled --gamma=0", marks=pytest.mark.slow),
@@ -114,7 +116,7 @@ sys.path.insert(0, {root!r})
 import {trainer} as trainer
 from infra import training
 
-save, most = trainer.save_and_stop, {stop_after}
+save, most = training.save_and_stop, {stop_after}
 
 
 def stopping(run, *args, **kw):
@@ -123,7 +125,7 @@ def stopping(run, *args, **kw):
         raise SystemExit(9)  # as if the machine failed
 
 
-trainer.save_and_stop = stopping
+training.save_and_stop = stopping
 trainer.main(sys.argv[1:])
 """
 
@@ -143,7 +145,7 @@ def run_until(step, flags, folder, out, processes):
 @pytest.mark.parametrize(
     "flags",
     [
-        f"{UFT.replace('--steps=5', '--steps=8')} --hint=target --kl_coef=0.1",
+        f"{UFT.replace('--steps=5', '--steps=8')} --algo=target --kl_coef=0.1",
         f"{IFT.replace('--epochs=0.75', '--epochs=1.4')} --loss=ift --optimizer=rmsprop --lr=1e-4",
     ],
 )
@@ -164,7 +166,7 @@ def test_a_run_is_continued_by_any_number_of_processes(flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [f"{UFT} --hint=target", f"{IFT} --loss=ift --optimizer=rmsprop --lr=1e-4"])
+@pytest.mark.parametrize("flags", [f"{UFT} --algo=adaback", f"{IFT} --loss=ift --optimizer=rmsprop --lr=1e-4"])
 def test_two_processes_resume_bit_for_bit(flags, tmp_path):
     assert start(flags, tmp_path / "whole", 2).returncode == 0
     out = tmp_path / "cut"

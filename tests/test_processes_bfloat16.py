@@ -43,8 +43,9 @@ def rows(name):
         yield {"prompt": "" if i % 3 == 0 else f"{i} 1={i + 1}\n", **answer}
 
 
-CASES = [f"{UFT} --algo={algo}" for algo in train_uft.ALGOS]
-CASES += [f"{UFT} --hint_loss=ift", f"{UFT} --hint=on-failure --fast=false", f"{TASK} --loss=ift --batch=1"]
+VARIANTS = train_uft.config.first_lines(ROOT / "variants", "METHOD")
+CASES = [f"{UFT} --algo={algo}" for algo in [*train_uft.METHODS, *VARIANTS]]
+CASES += [f"{UFT} --algo=relift --relift_buffer=1", f"{UFT} --algo=on_failure --fast=false", f"{TASK} --loss=ift --batch=1"]
 CASES += [
     f"{TASK} --loss=ift --batch=3 --gradient_checkpointing=true",
     f"{TASK} --loss=sft --batch=3 --fast=false",

@@ -7,18 +7,17 @@ HuggingFaceTB/SmolLM2-135M-Instruct).
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import take_step
+from examples import ift_step
+from trajectories import answer, take_step
 
 import train_ift
 import train_uft
 from data.chat import encode_rows, rows_of_task
 from data.countdown import load
 from data.tokenizer import Tokenizer
-from infra.training import Run
 from model import Transformer
 from sampler import generate
 
@@ -97,20 +96,17 @@ def assert_same_step(ours, peer, loss):
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_supervised_step_of_uft_is_that_of_transformers(models, tokenizer, fast):
     ours, peer = models
-    cfg, method = train_uft.Config(algo="sft", dtype="float32", fast=fast), train_uft.METHODS["sft"]
+    cfg = train_uft.Config(algo="sft", dtype="float32", fast=fast)
     groups, sums, count = [], 0.0, 0
-    for i, row in enumerate(load("train", n=4, style="short")):
-        prompt = tokenizer.encode(row["prompt"])
-        solution = [*tokenizer.encode("".join(row["hint"]) + row["answer"]), tokenizer.eos_id]
-        pick, n = train_uft.Pick(i), len(solution)
-        groups.append([train_uft.Trajectory(pick, prompt, solution, n, np.zeros(n), shown=1, response="")])
-        logits = peer(torch.tensor([prompt + solution])).logits[0, len(prompt) - 1 : -1]
-        sums = sums + F.cross_entropy(logits, torch.tensor(solution), reduction="sum")
-        count += n
+    for row in load("train", n=4, style="short"):
+        ids, solution = tokenizer.encode(row["prompt"]), "".join(row["hint"]) + row["answer"]
+        groups.append([answer(ids, [*tokenizer.encode(solution), tokenizer.eos_id], [])])
+        (t,), first = groups[-1], len(ids)
+        ids = torch.tensor([t.prompt + t.tokens])
+        sums = sums + F.cross_entropy(peer(ids).logits[0, first - 1 : -1], ids[0, first:], reduction="sum")
+        count += t.n_given
     optimizer = torch.optim.AdamW(ours.parameters(), weight_decay=0.0, **STEP)
-    train_uft.weigh(groups, method, 1.0, cfg)
-    run = Run(None, None, torch.device("cpu"), tokenizer, ours, ours, None, optimizer)
-    metrics = train_uft.update(run, groups, method, cfg)
+    metrics = take_step(ours, groups, train_uft.METHODS["sft"], 1.0, cfg, optimizer)
     assert metrics["actor/hint_nll"] == pytest.approx((sums / count).item(), rel=1e-5)
     assert_same_step(ours, peer, sums / count)
 
@@ -126,6 +122,6 @@ def test_a_supervised_step_of_ift_is_that_of_transformers(models, tokenizer, fas
         nll = F.cross_entropy(peer(ids).logits[0, :-1], ids[0, 1:], reduction="none")
         sums, count = sums + nll[mask].sum(), count + int(mask.sum())
     optimizer = torch.optim.AdamW(ours.parameters(), weight_decay=0.0, **STEP)
-    metrics = take_step("sft", ours, list(examples), cfg, optimizer)
+    metrics = ift_step("sft", ours, list(examples), cfg, optimizer)
     assert metrics["nll"] == pytest.approx((sums / count).item(), rel=1e-5)
     assert_same_step(ours, peer, sums / count)

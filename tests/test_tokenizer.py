@@ -4,14 +4,18 @@ import copy
 import json
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import tokenizer as module
-from data.tokenizer import BYTE_TO_CHAR, END, PIECE_PATTERN, TAGS, TEMPLATES, Tokenizer
+from data import bpe
+from data.bpe import BYTE_TO_CHAR, PIECE_PATTERN
+from data.templates import TEMPLATES
+from data.tokenizer import GPT4_PATTERN, TAGS, Tokenizer
+from experiments.tiny_base import END, learn_tokenizer
 from infra.config import UserError
 
 REAL = Path(os.environ.get("NANOFT_TOKENIZERS", "")).absolute()
@@ -36,7 +40,7 @@ SAMPLES = [
 
 
 def learned(merges=300):
-    return Tokenizer.learn([*TEXTS, NUMBERS, NUMBERS], merges)
+    return learn_tokenizer([*TEXTS, NUMBERS, NUMBERS], merges)
 
 
 LEARNED = learned()
@@ -56,6 +60,18 @@ def description(vocab=(), merges=(), added=(), **parts):
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": letters | dict(vocab), "merges": list(merges)},
     } | parts
+
+
+def split(pattern, behavior="Isolated", kind="Regex", invert=False):
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
+
+
+def sequence(*parts):
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+def digits(individual):
+    return {"type": "Digits", "individual_digits": individual}
 
 
 BYTE_LEVEL = description()["pre_tokenizer"]
@@ -112,7 +128,7 @@ def peer(d):
 
 def test_learning_depends_on_the_texts_alone():
     assert learned().description == LEARNED.description
-    shuffled = Tokenizer.learn([NUMBERS, *reversed(TEXTS), NUMBERS], 300)
+    shuffled = learn_tokenizer([NUMBERS, *reversed(TEXTS), NUMBERS], 300)
     assert shuffled.description == LEARNED.description
     assert learned(10).description["model"]["merges"] == LEARNED.description["model"]["merges"][:10]
 
@@ -133,8 +149,8 @@ def test_tags_and_the_end_are_single_tokens_and_only_the_end_is_special():
 
 
 def test_learning_stops_when_nothing_is_left_to_merge():
-    assert Tokenizer.learn(["ab"], 50).description["model"]["merges"] == [["a", "b"]]
-    assert Tokenizer.learn([], 50).vocab_size == 256 + 5
+    assert learn_tokenizer(["ab"], 50).description["model"]["merges"] == [["a", "b"]]
+    assert learn_tokenizer([], 50).vocab_size == 256 + 5
 
 
 @given(st.text() | st.text("ab1 \n<think>é🙂"))
@@ -180,7 +196,7 @@ def test_repetitive_texts_are_merged_as_tokenizers_merges_them(alphabet):
     rng = random.Random(0)
     for _ in range(12):
         texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 30))) for _ in range(8)]
-        ours = Tokenizer.learn(texts, rng.randint(1, 40))
+        ours = learn_tokenizer(texts, rng.randint(1, 40))
         theirs = peer(ours.description)
         for _ in range(30):
             text = "".join(rng.choices(alphabet, k=rng.randint(0, 25)))
@@ -193,12 +209,14 @@ def test_repetitive_texts_are_merged_as_tokenizers_merges_them(alphabet):
 REFUSED = {
     "WordPiece": {"model": {"type": "WordPiece", "vocab": {}, "merges": []}},
     "Unigram": {"model": {"type": "Unigram", "vocab": []}},
-    "lacks '<0x00>'": sentencepiece(
+    "lacks byte 0x00": sentencepiece(
         [], model={"vocab": {}, "merges": [], "byte_fallback": True}, added_tokens=[], post_processor=None
     ),
-    "'a', 'aa' all have id 97": description({"aa": 97}, ["a a"]),
-    "'aa', '<x>' all have id 257": description({"aa": 257}, ["a a"], [("<x>", 257, True)]),
-    "Metaspace's replacement = None must be a text": sentencepiece([], pre_tokenizer={"type": "Metaspace"}),
+    "2 tokens have id 97": description({"aa": 97}, ["a a"]),
+    "2 tokens have id 257": description({"aa": 257}, ["a a"], [("<x>", 257, True)]),
+    "not a valid tokenizer description .KeyError: 'replacement'": sentencepiece(
+        [], pre_tokenizer={"type": "Metaspace"}
+    ),
     "Metaspace with replacement": sentencepiece([], pre_tokenizer={"type": "Metaspace", "replacement": "ab"}),
     "pre_tokenizer ByteLevel is not supported here, only Split, Digits and M": sentencepiece(
         [], pre_tokenizer=BYTE_LEVEL
@@ -221,7 +239,7 @@ REFUSED = {
     },
     "normalizer Replace": {"normalizer": {"type": "Replace", "pattern": {"Regex": " "}, "content": "_"}},
     "pre_tokenizer Metaspace": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},
-    "Digits's individual_digits = None must be true or false": {"pre_tokenizer": {"type": "Digits"}},
+    "individual_digits": {"pre_tokenizer": sequence({"type": "Digits"}, UNCUT)},
     "pre_tokenizer Digits is not supported at the end": {
         "pre_tokenizer": {"type": "Digits", "individual_digits": True}
     },
@@ -232,15 +250,17 @@ REFUSED = {
     "pre_tokenizer ByteLevel is not supported here": {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL, BYTE_LEVEL]}
     },
-    "Split with behavior Removed": {
-        "pre_tokenizer": {"type": "Split", "behavior": "Removed", "pattern": {"Regex": " "}, "invert": False}
+    "Split with behavior Removed": {"pre_tokenizer": sequence(split(" ", "Removed"), UNCUT)},
+    "Split with behavior Contiguous": {"pre_tokenizer": sequence(split(" ", "Contiguous"), UNCUT)},
+    "Split with behavior MergedWithNext and invert": {
+        "pre_tokenizer": sequence(split(" ", "MergedWithNext", invert=True), UNCUT)
     },
-    "'▁the' is not written in the byte-level alphabet": description({"▁the": 256}),
+    r"pattern '1\*' matches an empty text": {"pre_tokenizer": sequence(split("1*"), UNCUT)},
+    "single_word = true of added token '<x>'": {
+        "added_tokens": [{"id": 256, "content": "<x>", "single_word": True}]
+    },
     "lacks 'ab'": description({}, ["a b"]),
     "lacks 'xy'": description({"xyz": 256}, [["xy", "z"]]),
-    "merges that make 'abc' do not follow": description(
-        {"ab": 256, "bc": 257, "abc": 258}, ["a b", "a bc", "b c", "ab c"]
-    ),
 }
 
 
@@ -250,39 +270,6 @@ def test_unknown_parts_are_refused_by_name(wanted, tmp_path):
     with pytest.raises(UserError, match=wanted) as e:
         Tokenizer.from_pretrained(tmp_path)
     assert "tokenizer.json: " in str(e.value)
-
-
-def added_with(**flags):
-    d = description(added=[("<x>", 256, True)])
-    d["added_tokens"][0] |= flags
-    return d
-
-
-def model_with(**fields):
-    d = description({"ab</w>": 256, "</w>": 257}, [])
-    d["model"] |= fields
-    return d
-
-
-SILENT = {
-    "end_of_word_suffix": model_with(end_of_word_suffix="</w>"),
-    "lstrip": added_with(lstrip=True),
-    "rstrip": added_with(rstrip=True),
-    "single_word": added_with(single_word=True),
-}
-
-
-@pytest.mark.parametrize("part", SILENT)
-def test_parts_that_change_the_ids_are_refused_or_heeded(part, tmp_path):
-    d = SILENT[part]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
-    try:
-        ours = Tokenizer.from_pretrained(tmp_path)
-    except UserError as e:
-        assert part in str(e)
-        return
-    for text in ("ab cd", "ab <x> cd", "ab<x>cd"):
-        assert ours.encode(text) == peer(d).encode(text, add_special_tokens=False).ids
 
 
 def test_broken_files_are_named(tmp_path):
@@ -301,6 +288,74 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config\.json: not JSON"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("files", [("tokenizer.model",), ("vocab.json", "merges.txt"), ("tekken.json",)])
+def test_other_formats_are_named_with_what_to_do(files, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=rf"no such file; {files[0]} is another format.*save_pretrained\("):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+CONFIGURED = {
+    "listed": {"added_tokens_decoder": {"258": {"content": "<|b|>"}, "257": {"content": "<|a|>"}}},
+    "named": {"pad_token": "<|b|>", "bos_token": "<|a|>", "image_token": "<|i|>"},
+    "named with flags": {
+        "pad_token": {"__type": "AddedToken", "content": "<|a|>", "lstrip": True, "normalized": False}
+    },
+    "additional": {"additional_special_tokens": ["<|b|>", "<|a|>"]},
+    "extra": {"extra_special_tokens": ["<|b|>"], "unk_token": "<|a|>"},
+    "all": {"pad_token": "<|b|>", "extra_special_tokens": ["<|a|>"], "eos_token": "<|c|>"}
+    | {"added_tokens_decoder": {"257": {"content": "<|c|>", "special": True}}},
+}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("kind", CONFIGURED)
+def test_tokens_that_only_the_configuration_names(kind, beside, tmp_path):
+    """They get the ids that transformers gives them. beside: special_tokens_map.json names them."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | CONFIGURED[kind]
+    later = {k: v for k, v in config.items() if beside and k.endswith(("_token", "_tokens"))}
+    config = {k: v for k, v in config.items() if k not in later}
+    for name, content in (
+        ("tokenizer", description(added=[("<s>", 256, True)])),
+        ("tokenizer_config", config),
+        ("special_tokens_map", later),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    text = "x <|a|> <|b|>y<|c|> <|i|>z"
+    assert ours.encode("<|a|>")[0] > 256 and ours.decode(ours.encode("<|a|>")) == "<|a|>"
+    if not (beside and "added_tokens_decoder" in config):  # then transformers ignores the map
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.from_pretrained(tmp_path / "saved").encode(text) == ours.encode(text)
+
+
+def test_named_tokens_without_a_place_are_refused(tmp_path):
+    for config, wanted in (
+        (
+            {"added_tokens_decoder": {"300": {"content": "<|a|>"}}},
+            "has id 300, but its place gives it id 256",
+        ),
+        ({"added_tokens_decoder": {"x": {}}}, "lists of tokens are malformed"),
+        ({"additional_special_tokens": [3]}, "lists of tokens are malformed"),
+        ({"eos_token": "<no>"}, "eos_token '<no>' is not a token"),
+    ):
+        with pytest.raises(UserError, match=f"^tokenizer_config.json: .*{wanted}"):
+            Tokenizer(description(), config)
+
+
+def test_bos_token_of_special_tokens_map(tmp_path):
+    LEARNED.save(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<think>"}))
+    for config in (LEARNED.config, LEARNED.config | {"added_tokens_decoder": {}, "bos_token": None}):
+        template = {"chat_template": "{{ bos_token }}{{ eos_token }}"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | template))
+        assert Tokenizer.from_pretrained(tmp_path).render([]) == "<think>" + END
 
 
 def test_stop_ids_come_from_both_files(tmp_path):
@@ -484,7 +539,7 @@ def test_random_pieces_give_the_ids_of_tokenizers(pieces, text, like, data):
 def test_long_texts_are_cut_into_words():
     """Where no piece goes on: before the spaces in front of a word."""
     t = Tokenizer(sentencepiece(PIECES), {})
-    assert t._merger.words.pattern == PIECE_PATTERN and t._merger.cut_by_tiktoken
+    assert t._merger.words.pattern == PIECE_PATTERN and t._merger.encoding
     assert Tokenizer(sentencepiece([*PIECES, "a▁"]), {})._merger.words is None
     assert t.encode("the " * 2000 + "the") == [THE] * 2001
 
@@ -496,26 +551,7 @@ def test_pieces_are_saved_as_they_were(tmp_path):
     assert again.encode("the the", bos=True) == [1, THE, THE] and again.stop_ids == (2,)
 
 
-def test_pieces_with_ignore_merges_are_refused():
-    d = copy.deepcopy(sentencepiece(PIECES))
-    d["model"]["ignore_merges"] = True
-    with pytest.raises(UserError, match="ignore_merges = True is not supported"):
-        Tokenizer(d, {})
-
-
 # ---- pre-tokenizers, missing bytes, added tokens -----------------------------------------------------------
-
-
-def split(pattern, behavior="Isolated", kind="Regex", invert=False):
-    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
-
-
-def sequence(*parts):
-    return {"type": "Sequence", "pretokenizers": list(parts)}
-
-
-def digits(individual):
-    return {"type": "Digits", "individual_digits": individual}
 
 
 DEEPSEEK = [
@@ -536,7 +572,7 @@ DEEPSEEK_3 = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
-LLAMA = module.GPT4_PATTERN.replace("DIGITS", r"\p{N}{1,3}")
+LLAMA = GPT4_PATTERN.replace("DIGITS", r"\p{N}{1,3}")
 CUTS = {
     "gpt2": BYTE_LEVEL,
     "none": UNCUT,
@@ -547,78 +583,20 @@ CUTS = {
     "deepseek coder": sequence(*DEEPSEEK),
     "deepseek llm": sequence(*DEEPSEEK_LLM, digits(True), UNCUT),
     "deepseek v3": sequence(split("\\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK_3), UNCUT),
-    "nested": sequence(sequence(digits(True)), sequence(split("\\W"), BYTE_LEVEL)),
+    "nested": sequence(sequence(digits(True)), sequence(split("[^a-z]"), BYTE_LEVEL)),
     "prefix": BYTE_LEVEL | {"add_prefix_space": True},
     "prefix of each": sequence(digits(True), UNCUT | {"add_prefix_space": True}),
     "string": sequence(split("ab", kind="String"), UNCUT),
     "previous": sequence(split(" ", "MergedWithPrevious", "String"), UNCUT),
     "next": sequence(split("[ab]", "MergedWithNext"), UNCUT),
-    "contiguous": sequence(split("[ab]", "Contiguous"), UNCUT),
     "inverted": sequence(split("[ab]", invert=True), UNCUT),
-    "previous, inverted": sequence(split("[ab]", "MergedWithPrevious", invert=True), UNCUT),
-    "empty matches": sequence(split("a*"), UNCUT),
-    "empty before full": sequence(split("(?=a)|\\w+"), UNCUT),
+    "groups": sequence(split("(a)|[b(]|([(][)])"), UNCUT),
     "lines": sequence(split("^a|b$"), UNCUT),
 }
-CHUNKS = [
-    "a",
-    "b",
-    "ab",
-    " ",
-    "  ",
-    "\n",
-    "\r\n",
-    "\t",
-    "1",
-    "23",
-    "٣",
-    "²",
-    "the",
-    " the",
-    "'s",
-    "'LL",
-    "é",
-    "ß",
-    "日本",
-    "。",
-]
-CHUNKS += [
-    ".",
-    ",",
-    "(",
-    "|",
-    "\x04",
-    "\x06",
-    "\U000c1234",
-    "🙂",
-    "<x>",
-    "<y>",
-    "_",
-    "A",
-    "Ab",
-    "ſ",
-    "\u0301",
-    "\xa0",
-    "\u3000",
-]
-CUT_MERGES = [
-    "t h",
-    "h e",
-    "th e",
-    "Ġ the",
-    "a b",
-    "b a",
-    "ab a",
-    "Ġ a",
-    "Ġ Ġ",
-    "1 2",
-    "2 3",
-    "Ġ 1",
-    "' s",
-    "Ċ Ċ",
-    "ab Ġ",
-]
-FLAGS = ("single_word", "lstrip", "rstrip")
+CHUNKS = "a|b|ab| |  |\n|\r\n|\t|1|23|٣|²|the| the|'s|'LL|é|ß|日本|。|.|,|(|\x04|\x06|🙂|<x>|<y>|_|A|Ab|ſ"
+CHUNKS = [*CHUNKS.split("|"), "|", "\U000c1234", "\u0301", "\xa0", "\u3000"]
+CUT_MERGES = "t h|h e|th e|Ġ the|a b|b a|ab a|Ġ a|Ġ Ġ|1 2|2 3|Ġ 1|' s|Ċ Ċ|ab Ġ".split("|")
+FLAGS = ("lstrip", "rstrip")
 # the bytes 04, 06 and F3 are not in the vocabulary; or it has whole words that merging does not make
 VARIANTS = {"dropped": {}, "unk": {"unk_token": "<unk>"}, "fused": {"unk_token": "<unk>", "fuse_unk": True}}
 VARIANTS |= {"full": {}, "words": {"ignore_merges": True}}
@@ -646,7 +624,7 @@ def cutting(pre_tokenizer, variant="full", flags=((), ())):
             "special": not normalized,
             "normalized": normalized,
         }
-        d["added_tokens"].append(token | {f: f in flags[i] for f in FLAGS})
+        d["added_tokens"].append(token | {"single_word": False} | {f: f in flags[i] for f in FLAGS})
     return d
 
 
@@ -680,17 +658,8 @@ def test_what_a_pattern_leaves_out_is_not_lost():
     assert cut(CUTS["smollm2, starcoder"]) == ["ab", ".", "1", "2", "ab", ",", " ", "1", "2"]
     assert cut(CUTS["runs of digits"]) == ["ab", ".", "12", "ab", ",", " ", "12"]
     assert cut(sequence(split("x"), UNCUT)) == ["ab", ".", "12", "ab", ",", " ", "12"]
-    assert cut(sequence(split("b", "MergedWithNext"), UNCUT)) == [
-        "a",
-        "b",
-        ".",
-        "12",
-        "a",
-        "b",
-        ",",
-        " ",
-        "12",
-    ]
+    joined = sequence(split("b", "MergedWithNext"), UNCUT)
+    assert cut(joined) == ["a", "b", ".", "12", "a", "b", ",", " ", "12"]
 
 
 def test_bytes_the_vocabulary_lacks():
@@ -709,7 +678,7 @@ def test_bytes_the_vocabulary_lacks():
     d["model"]["fuse_unk"] = True
     assert [Tokenizer(d, {}).encode(t) for t in texts] == [[256], [97, 257, 98], [97, 257, 98, 257], [257]]
     del d["model"]["vocab"]["<unk>"]
-    with pytest.raises(UserError, match="lacks unk_token '<unk>'"):
+    with pytest.raises(UserError, match="lacks byte 0x04 and unk_token '<unk>'"):
         Tokenizer(d, {})
 
 
@@ -719,44 +688,27 @@ def test_added_tokens_take_the_spaces_beside_them():
     for flags, ids in wanted.items():
         d["added_tokens"][0] |= {f: f in flags for f in FLAGS}
         assert Tokenizer(d, {}).encode("a <x> b") == ids
-    d["added_tokens"][0] |= {"content": "xx", "single_word": True, "lstrip": False, "rstrip": False}
-    texts = ("xx", "-xx-", "axx", "xx_", "xxxx", "xx é")
-    assert [Tokenizer(d, {}).encode(text).count(256) for text in texts] == [1, 1, 0, 0, 0, 1]
 
 
 def test_ids_of_added_tokens_are_those_tokenizers_gives():
-    """It takes no notice of the ids in the list, so a model trained with it has other ones: an error in use.
-    """
-    with pytest.raises(UserError, match="has id 10, but its place gives it id 256"):
-        Tokenizer(description(added=[("<x>", 10, True), ("<y>", 257, False)]), {})
-    for first, second, text, id in ((300, 301, "a<x>", 256), (256, 300, "a<y>", 257), (300, 301, "<y>", 257)):
-        t = Tokenizer(description(added=[("<x>", first, True), ("<y>", second, False)]), {})
-        assert t.encode("ab") == [97, 98]
-        with pytest.raises(UserError, match=f"has id 30[01], but its place gives it id {id}; this text"):
-            t.encode(text)
+    """It takes no notice of the ids in the list, so a model trained with it has other ones."""
+    for first, second, place in ((10, 257, 256), (300, 301, 256), (256, 300, 257), ("256", 257, 256)):
+        with pytest.raises(UserError, match=f"has id .*, but its place gives it id {place}"):
+            Tokenizer(description(added=[("<x>", first, True), ("<y>", second, False)]), {})
     with pytest.raises(UserError, match="listed twice"):
         Tokenizer(description(added=[("<x>", 256, True), ("<x>", 256, False)]), {})
 
 
-ODD_PATTERNS = [
-    r"\h+",
-    "(?m:.)",
-    "(?s).",
-    "[a&&b]",
-    "[[:alpha:]]",
-    "[a--b]",
-    r"(a)\1",
-    "a{2}+",
-    "(?i:ss)",
-    r"\bx",
-    "x{e<=1}",
-]
+ODD_PATTERNS = [r"\h+", "(?m:.)", "(?s).", "[a&&b]", "[[:alpha:]]", "[a--b]", r"(a)\1", "a{2}+", "(?i:ss)"]
+ODD_PATTERNS += [r"\bx", r"\w+", "x{e<=1}", "(?<!", "[a"]
 
 
-@pytest.mark.parametrize("pattern", [*ODD_PATTERNS, "(?<!", "[a"])
-def test_patterns_that_could_mean_something_else_are_refused(pattern):
-    with pytest.raises(UserError, match=r"tokenizer\.json: .*pattern"):
-        Tokenizer(description(pre_tokenizer=sequence(split(pattern), UNCUT)), {})
+@pytest.mark.parametrize("pattern", ODD_PATTERNS)
+def test_patterns_that_could_mean_something_else_are_refused(pattern, tmp_path):
+    d = description(pre_tokenizer=sequence(split(pattern), UNCUT))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
+    with pytest.raises(UserError, match=r"tokenizer\.json: .*(pattern|missing \))"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
@@ -798,6 +750,40 @@ def test_metaspace_puts_no_second_space_in_front():
 # ---- merging -----------------------------------------------------------------------------------------------
 
 
+@given(
+    st.text("abc", max_size=40),
+    st.lists(st.tuples(*[st.text("abc", min_size=1, max_size=3)] * 2), unique=True),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_heap_merges_as_looking_for_the_lowest_pair_does(text, pairs):
+    ranks, symbols = {pair: rank for rank, pair in enumerate(pairs)}, list(text)
+    while found := [(ranks[p], i) for i, p in enumerate(pairwise(symbols)) if p in ranks]:
+        i = min(found)[1]
+        symbols[i : i + 2] = ["".join(symbols[i : i + 2])]
+    assert bpe.merge(list(text), ranks) == symbols
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "several pairs", "mistral"])
+def test_tiktoken_gives_the_ids_of_merge(kind):
+    """Also characters without a token, which have the first bytes of one."""
+    d = sentencepiece(PIECES) if kind == "mistral" else cutting(BYTE_LEVEL)
+    if kind == "several pairs":
+        d = description({"ab": 256, "bc": 257, "abc": 258}, ["a b", "b c", "a bc", "ab c"])
+    fast, plain = Tokenizer(d, {}), Tokenizer(d, {})
+    assert fast._merger.encoding
+    plain._merger.encoding = None
+    rng = random.Random(kind)
+    for _ in range(300):
+        text = "".join(rng.choices([*CHUNKS, "abc", "he", "ll", "日", "旦", "è"], k=rng.randint(0, 20)))
+        assert fast.encode(text) == plain.encode(text)
+
+
+def test_a_long_word_is_merged_without_tiktoken():
+    d = cutting(UNCUT, "dropped")
+    t, text = Tokenizer(d, {}), "".join(random.Random(0).choices("ab", k=200_000))
+    assert not t._merger.encoding and t.encode(text) == peer(d).encode(text).ids
+
+
 def test_only_listed_parts_make_a_token():
     """abc is listed as ab c, but bc merges first, and a bc is not listed."""
     d = description(
@@ -813,7 +799,7 @@ def test_only_listed_parts_make_a_token():
 @pytest.mark.parametrize("alphabet", ["a", "ab", "abc"])
 def test_random_merges_give_the_ids_of_tokenizers(alphabet):
     rng = random.Random(alphabet)
-    compared = 0
+    by_tiktoken = 0
     for _ in range(250):
         tokens, merges = list(alphabet), []
         for _ in range(rng.randint(1, 10)):
@@ -825,16 +811,12 @@ def test_random_merges_give_the_ids_of_tokenizers(alphabet):
             rng.shuffle(merges)
         d = description({a + b: 256 + i for i, (a, b) in enumerate(merges)}, merges, pre_tokenizer=UNCUT)
         d["model"]["ignore_merges"] = rng.random() < 0.3
-        try:
-            ours, theirs = Tokenizer(d, {}), peer(d)
-        except UserError as e:
-            assert "come before those that make its parts" in str(e)
-            continue
-        compared += 1
+        ours, theirs = Tokenizer(d, {}), peer(d)
+        by_tiktoken += ours._merger.encoding is not None
         for _ in range(12):
             text = "".join(rng.choices(alphabet, k=rng.randint(0, 14)))
             assert ours.encode(text) == theirs.encode(text).ids, (merges, text)
-    assert compared > 200
+    assert 20 < by_tiktoken < 250 or alphabet == "a"
 
 
 # ---- long and broken texts ---------------------------------------------------------------------------------
@@ -857,29 +839,6 @@ def test_a_million_equal_characters(kind, capfd):
     assert "panicked" not in capfd.readouterr().err
 
 
-def test_text_that_tiktoken_panics_at_is_cut_here(monkeypatch):
-    t, text = Tokenizer(cutting(CUTS["gpt2"]), {}), "the ab 12\n\n the"
-    wanted = t.encode(text)
-
-    def fail(error):
-        def encode(*_):
-            raise error
-
-        return encode
-
-    class PanicException(BaseException):
-        pass
-
-    monkeypatch.setattr(t._merger.encoding, "encode_ordinary", fail(PanicException()))
-    assert t.encode(text) == wanted
-    monkeypatch.setattr(t._merger.encoding, "_encode_single_piece", fail(PanicException()))
-    with pytest.raises(UserError, match="a word of 3 bytes is too long"):
-        t.encode(text)
-    monkeypatch.setattr(t._merger.encoding, "encode_ordinary", fail(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):  # no other BaseException is caught
-        t.encode(text)
-
-
 @pytest.mark.parametrize("kind", LONG)
 def test_lone_surrogates_are_replaced(kind):
     t = Tokenizer(LONG[kind](), {})
@@ -889,14 +848,14 @@ def test_lone_surrogates_are_replaced(kind):
 
 
 def test_cached_pieces_are_forgotten_when_there_are_many(monkeypatch):
-    monkeypatch.setattr(module, "CACHED_TEXTS", 5)
+    monkeypatch.setattr(bpe, "CACHED_WORDS", 5)
     t = Tokenizer(cutting(CUTS["deepseek coder"]), {})
     for n in range(40):
         assert (
             t.decode(t.encode(f"the ab {n} {chr(97 + n % 26)}" + "x" * 100))
             == f"the ab {n} {chr(97 + n % 26)}" + "x" * 100
         )
-        assert len(t._merger.cache) <= 5 and all(len(w) <= module.CACHED_LENGTH for w in t._merger.cache)
+        assert len(t._merger.cache) <= 5 and all(len(w) <= bpe.CACHED_LENGTH for w in t._merger.cache)
 
 
 VALUES = [

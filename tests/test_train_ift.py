@@ -19,6 +19,7 @@ from examples import (
     CPU,
     assert_same,
     gradients,
+    ift_step,
     metrics,
     pairs_flags,
     residual,
@@ -26,7 +27,6 @@ from examples import (
     some_examples,
     some_pairs,
     states_of,
-    take_step,
     tiny,
 )
 from safetensors.torch import load_file
@@ -710,7 +710,7 @@ def test_a_nan_is_refused_before_the_update(loss):
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer, (batch, reference) = torch.optim.AdamW(model.parameters()), batch_for(loss, model)
     with pytest.raises(UserError, match="nan.*: not updated") as e:
-        take_step(loss, model, batch, Config(), optimizer, reference=reference)
+        ift_step(loss, model, batch, Config(), optimizer, reference=reference)
     assert "\n" not in str(e.value)
     assert all(torch.equal(p.nan_to_num(7), before[n].nan_to_num(7)) for n, p in model.named_parameters())
 

@@ -1,12 +1,11 @@
 """train_uft.py: identities its loss must satisfy, and whole runs of the embedded example.
 
-test_uft_golden.py compares with the published code."""
+test_uft_golden.py compares with the published code, test_paths.py the fast path with the plain one,
+test_variants.py has the methods of variants/."""
 
-import copy
 import inspect
 import json
 import math
-import random
 import re
 import shutil
 import subprocess
@@ -15,102 +14,70 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from trajectories import (
+    CPU,
+    PATHS,
+    SMALL,
+    VARIANTS,
+    a_batch,
+    answer,
+    assert_same,
+    copies,
+    each_path,
+    either,
+    go,
+    metrics,
+    some_groups,
+    step,
+    steps,
+    tiny,
+    variant,
+    weighed,
+    with_advantages,
+)
 
 import data.countdown
 import infra.parallel
 import model as plain_head
 import train_uft
+from data.problems import Data
 from fast import head as fast_head
+from fast import mismatch
 from infra.config import UserError, run_script
 from infra.training import ROOT, batch_rows
 from model import Transformer
-from sampler import Completion
-from train_uft import (
-    ALGOS,
-    Config,
-    Group,
-    group_advantages,
-    kl_k3,
-    move_share,
-    policy_loss,
-    recompute_old_logprobs,
-    uft_loss,
-    update,
-)
+from train_uft import METHODS, Config, Pick, group_advantages, kl_k3, recompute_old_logprobs, update
 
-HERE = Path(__file__).parent
-PATHS = {"packed": {}, "a row a completion": {"pack": False}, "plain": {"fast": False}}
-each_path = pytest.mark.parametrize("path", PATHS)
-
-
-def tiny(kind="llama"):
-    return Transformer.from_pretrained(HERE / f"vectors/uft/models/tiny_{kind}")
-
-
-def some_groups(model, n=3, problems=4, hints=True, seed=0):
-    """Ragged problems, id 0 (padding) among them; old log-probs so near the model's that some are clipped."""
-    rng = random.Random(seed)
-
-    def ids(low, high):
-        return [rng.choice([0, *range(97)]) for _ in range(rng.randint(low, high))]
-
-    groups = []
-    for i in range(problems):
-        completions = [Completion([*ids(0, 7), 0], [], True) for _ in range(n)]
-        for c in completions:
-            c.logprobs = [0.0] * len(c.tokens)
-        hint = ids(1, 6) if hints and i != 1 else []
-        groups.append(Group(ids(2, 9), hint, completions, [rng.gauss(0, 1) for _ in range(n)]))
-    recompute_old_logprobs(model, groups, Config())
-    for g in groups:
-        for c in g.completions:
-            c.logprobs = [p + rng.gauss(0, 0.3) for p in c.logprobs]
-    return groups
-
-
-def gradients(model, groups, coef=0.5, reference=None, **knobs):
-    cfg = Config(grad_clip=1e9, **knobs)
-    metrics = update(model, reference, torch.optim.SGD(model.parameters(), lr=0.0), groups, cfg, coef)
-    return metrics, {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
-def assert_same(a, b, tolerance):
-    """Gradients agree within `tolerance` of the largest tensor's norm."""
-    scale = max(g.norm() for g in b.values())
-    for name in b:
-        assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
+UFT, RFT = METHODS["uft"], METHODS["rft"]
 
 
 def plain_gradients(model, groups, coef, cfg, reference=None):
-    """The objective written down again: one unpadded sequence at a time, plain log_softmax."""
-
-    def logp_of(m, ids, temperature=cfg.temperature):
-        return (m(torch.tensor([ids]))[0] / temperature).log_softmax(-1)
-
-    n_completion = sum(len(c.tokens) for g in groups for c in g.completions)
-    n_hint = sum(len(g.hint) for g in groups)
+    """The objective written down again: one unpadded trajectory at a time, plain log_softmax."""
+    trajectories = train_uft.flat(groups)
+    n_given = sum(t.n_given for t in trajectories)
+    n_sampled = sum(len(t.tokens) for t in trajectories) - n_given
     loss = torch.zeros(())
-    for g in groups:
-        for c, advantage in zip(g.completions, g.advantages, strict=True):
-            ids = g.prompt + g.hint + c.tokens
-            first = len(g.prompt + g.hint) - 1
-            logp = logp_of(model, ids)[first:-1]
-            for t, (token, old) in enumerate(zip(c.tokens, c.logprobs, strict=True)):
-                ratio = (logp[t, token] - old).exp()
-                surrogate = torch.minimum(
-                    ratio * advantage, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantage
-                )
-                entropy = -(logp[t].exp() * logp[t]).sum()
-                loss = loss - (surrogate + cfg.entropy_coef * entropy) / n_completion
-                if reference is not None:
-                    d = logp_of(reference, ids)[first + t, token].detach() - logp[t, token]
-                    loss = loss + cfg.kl_coef * (d.exp() - d - 1) / n_completion
-        if g.hint:
-            logp = logp_of(model, g.prompt + g.hint, 1.0)[len(g.prompt) - 1 : -1]
-            loss = loss - coef * sum(logp[t, token] for t, token in enumerate(g.hint)) / n_hint
+    for t in trajectories:
+        ids = torch.tensor([t.prompt + t.tokens])
+        logits = model(ids)[0, len(t.prompt) - 1 : -1]
+        for i, token in enumerate(t.tokens):
+            if i < t.n_given:
+                loss = loss - coef * logits[i].log_softmax(-1)[token] / n_given
+                continue
+            logp = (logits[i] / cfg.temperature).log_softmax(-1)
+            ratio = (logp[token] - t.old_logp[i]).exp()
+            clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+            surrogate = torch.minimum(ratio * t.advantage, clipped * t.advantage)
+            entropy = -(logp.exp() * logp).sum()
+            loss = loss - (surrogate + cfg.entropy_coef * entropy) / n_sampled
+            if reference is not None:
+                theirs = reference(ids)[0, len(t.prompt) - 1 + i] / cfg.temperature
+                d = theirs.log_softmax(-1)[token].detach() - logp[token]
+                loss = loss + cfg.kl_coef * (d.exp() - d - 1) / n_sampled
     model.zero_grad()
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -129,119 +96,84 @@ def test_update_is_the_objective_written_down_again(kind, temperature, kl, path)
             for p in reference.parameters():
                 p.mul_(1.05)
     groups = some_groups(model)
-    knobs = {
-        "temperature": temperature,
-        "kl_coef": kl,
-        "entropy_coef": 0.05,
-        "clip_high": 0.28,
-        **PATHS[path],
-    }
-    metrics, ours = gradients(model, groups, 0.5, reference, **knobs)
+    knobs = {"temperature": temperature, "kl_coef": kl, "entropy_coef": 0.05, "clip_high": 0.28, **PATHS[path]}
+    ours_metrics, ours = step(model, groups, UFT, 0.5, reference, **knobs)
     loss, plain = plain_gradients(model, groups, 0.5, Config(**knobs), reference)
-    assert metrics["actor/loss"] == pytest.approx(loss, abs=1e-5)
-    assert metrics["actor/pg_clipfrac"] > 0
-    assert_same(ours, plain, 1e-5)
+    assert ours_metrics["actor/loss"] == pytest.approx(loss, abs=1e-5)
+    assert ours_metrics["actor/pg_clipfrac"] > 0
+    assert_same(ours, plain)
 
 
-@pytest.mark.parametrize("window", [0, 4])
-def test_packing_and_micro_batches_change_nothing_but_in_paper_code(window):
-    model = tiny()
-    if window:  # of positions, not of places in a packed row
-        model.config.model_type, model.config.extra["sliding_window"] = "mistral", window
+@pytest.mark.parametrize("kind", ["llama", "window"])
+def test_packing_and_micro_batches_change_nothing_but_the_published_means(kind):
+    model = tiny(kind)  # a window is one of positions, not of places in a packed row
     groups = some_groups(model)
-    knobs = {"entropy_coef": 0.01}
-    whole, wanted = gradients(model, groups, **knobs)
-    assert train_uft.training_rows(groups, Config(), model.config) == groups  # a row a group
+    whole, wanted = step(model, groups, entropy_coef=0.01)
+    published, *_ = variant("published")
+    means = [step(model, groups, published, entropy_coef=0.01)[0]["actor/loss"]]
+    assert means[0] == pytest.approx(whole["actor/loss"], abs=1e-6)
     for path in PATHS.values():
         for budget in (45, 90):
-            metrics, ours = gradients(model, groups, **path, token_budget=budget, **knobs)
-            assert metrics == pytest.approx(whole, rel=1e-5, abs=1e-6)
+            ours_metrics, ours = step(model, groups, **path, token_budget=budget, entropy_coef=0.01)
+            assert ours_metrics == pytest.approx(whole, rel=1e-5, abs=1e-6)
             assert_same(ours, wanted, 1e-6)
-    mean_of_means = gradients(model, groups, token_budget=45, loss_norm="paper_code", **knobs)[0][
-        "actor/loss"
-    ]
-    assert abs(mean_of_means - whole["actor/loss"]) > 1e-3
-    at_once = gradients(model, groups, loss_norm="paper_code", **knobs)[0]["actor/loss"]
-    assert at_once == pytest.approx(whole["actor/loss"], abs=1e-6)
+        knobs = {"token_budget": 45, "entropy_coef": 0.01, **path}
+        means.append(step(model, groups, published, **knobs)[0]["actor/loss"])
+    assert means[1:] == pytest.approx(means[1:2] * 3, abs=1e-6)  # it does not depend on packing
+    assert abs(means[1] - whole["actor/loss"]) > 1e-3
 
 
-def test_budget_is_kept_and_no_group_is_dropped():
-    config, groups = tiny().config, []
-    for k in (3, 9, 1, 20, 4, 7):
-        completions = [Completion([4] * 5, [0.0] * 5, True) for _ in range(2)]
-        groups.append(Group([1] * k, [2, 3], completions, [0.0, 0.0]))
-    batches = [batch for batch, _ in train_uft.micro_batches(groups, Config(token_budget=40), config)]
-    assert sorted(id(g) for b in batches for g in b) == sorted(map(id, groups))
-    assert all(len(b) * max(g.length() for g in b) <= 40 for b in batches)
-    # The longest has 22 + 4 + 4 tokens: two rows of 26 where that is over the budget, an error below 26.
-    batches = [batch for batch, _ in train_uft.micro_batches(groups, Config(token_budget=29), config)]
-    assert sorted(len(g.completions) for b in batches for g in b) == [1, 1, 2, 2, 2, 2, 2]
-    assert {id(c) for b in batches for g in b for c in g.completions} == {
-        id(c) for g in groups for c in g.completions
-    }
-    assert all(len(b) * max(g.length() for g in b) <= 29 for b in batches)
+def test_the_budget_is_kept_and_no_trajectory_is_lost():
+    model = tiny()
+    groups = [[answer([1] * k, [2, 3], [4] * 5) for _ in range(2)] for k in (3, 9, 1, 20, 4, 7)]
+    groups = weighed(groups)
+    rows_in_a_batch = {40: 6, 29: 7}  # the longest has 20 + 2 + 4 + 4 tokens, or two rows of 26
+    for budget, n in rows_in_a_batch.items():
+        batches = [b for b, _ in train_uft.micro_batches(groups, Config(token_budget=budget), model)]
+        rows = [row for batch in batches for row in batch]
+        assert len(rows) == n
+        assert {id(t) for t in train_uft.flat(rows)} == {id(t) for t in train_uft.flat(groups)}
+        assert all(len(b) * max(map(train_uft.packing.row_length, b)) <= budget for b in batches)
     with pytest.raises(UserError, match="token_budget = 25: must be >= 26"):
-        train_uft.micro_batches(groups, Config(token_budget=25), config)
+        train_uft.micro_batches(groups, Config(token_budget=25), model)
 
 
-def test_without_hints_uft_is_grpo_whatever_the_coefficient():
+def test_without_given_tokens_uft_is_grpo_and_without_sampled_ones_sft():
     model = tiny()
-    groups = some_groups(model, hints=False)
-    metrics, rft = gradients(model, groups, 0.0)
-    other, uft = gradients(model, groups, 7.0)
-    assert metrics == other
-    assert all(torch.equal(rft[n], uft[n]) for n in rft)
-
-
-def test_with_full_hints_and_equal_rewards_uft_is_supervised_fine_tuning():
-    model = tiny()
-    groups = some_groups(model)
-    for g in groups:
-        g.advantages = group_advantages(torch.full((1, 3), 0.1))[0].tolist()
-    metrics, uft = gradients(model, groups, 0.25, entropy_coef=0.0)
-    sft_metrics, sft = gradients(
-        model, [Group(g.prompt, g.hint) for g in groups if g.hint], 1.0, entropy_coef=0.0
-    )
-    assert metrics["actor/loss"] == pytest.approx(0.25 * sft_metrics["actor/loss"], abs=1e-6)
-    assert metrics["actor/hint_nll"] == pytest.approx(sft_metrics["actor/hint_nll"], abs=1e-5)
+    groups = some_groups(model, ["no hint", "one without a hint"])
+    grpo, wanted = step(model, groups, RFT, 0.0)
+    ours_metrics, ours = step(model, groups, UFT, 7.0)
+    assert grpo == ours_metrics and all(torch.equal(ours[n], wanted[n]) for n in wanted)
+    # Equal rewards leave the likelihood of what was given.
+    groups = with_advantages(some_groups(model, ["a hint", "several hints", "only a demonstration"]), 0.0)
+    given = [[answer(t.prompt, t.tokens[: t.n_given], []) for t in group] for group in groups]
+    uft_metrics, uft = step(model, groups, UFT, 0.25, entropy_coef=0.0)
+    sft_metrics, sft = step(model, given, METHODS["sft"], 1.0)
+    assert uft_metrics["actor/loss"] == pytest.approx(0.25 * sft_metrics["actor/loss"], abs=1e-6)
+    assert uft_metrics["actor/hint_nll"] == pytest.approx(sft_metrics["actor/hint_nll"], abs=1e-5)
     assert_same(uft, {n: 0.25 * g for n, g in sft.items()}, 1e-6)
 
 
-def test_a_hint_counts_once_a_group_in_packed_and_unpacked_rows():
-    model = tiny()
-    (g,) = some_groups(model, problems=1)
-    parts = g.unpack()
-    assert [p.hint for p in parts] == [g.hint, [], []]
-    assert [p.prompt for p in parts] == [g.prompt, g.prompt + g.hint, g.prompt + g.hint]
-    assert [c for p in parts for c in p.completions] == g.completions
-    assert [a for p in parts for a in p.advantages] == g.advantages
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_stop_token_is_trained_although_it_is_the_padding_id(fast):
+@either
+def test_the_stop_token_is_trained_although_it_is_the_padding_id(fast):
     """Rows are padded with id 0: as a target it must count like any other, in the middle and at the end."""
     model = tiny()
-    groups = [Group([5, 6], [0, 8, 0]), Group([7, 5, 6, 9, 0, 3], [4, 0, 0, 0, 0])]
-    _, ours = gradients(model, groups, 1.0, fast=fast)
-    _, plain = plain_gradients(model, groups, 1.0, Config())
-    assert_same(ours, plain, 1e-5)
-    with_completion = Group([1], [2], [Completion([3, 0], [-1.0, -2.0], True)], [1.0])
-    lay_out = train_uft.row_layout(Config(fast=fast))
-    r = train_uft.make_rows([groups[0], with_completion], torch.device("cpu"), lay_out)
-    assert r.targets.tolist() == [0, 8, 0, 2, 3, 0]
-    assert r.old_logp.tolist() == [0, 0, 0, 0, -1.0, -2.0]
-    only_stop = [Group([5, 6], [], [Completion([0], [0.0], True)], [1.0])]  # ratio below 1: not clipped
-    _, g = gradients(model, only_stop, entropy_coef=0.0, fast=fast)
+    groups = [[answer([5, 6], [0, 8, 0], [])], [answer([7, 5, 6, 9, 0, 3], [4, 0, 0, 0, 0], [])]]
+    _, ours = step(model, groups, UFT, 1.0, fast=fast)
+    assert_same(ours, plain_gradients(model, groups, 1.0, Config())[1])
+    _, g = step(model, [[answer([5, 6], [], [0])]], entropy_coef=0.0, fast=fast)  # ratio below 1: not clipped
     assert g["lm_head.weight"][0].norm() > 1e-3
 
 
 def test_a_completion_never_sees_another_of_its_row():
     """The gradient at ids that only completion 2 holds is 0 when completion 1 alone has an advantage."""
     model = tiny()
-    completions = [Completion([3, 4, 5], [-4.0] * 3, True), Completion([60, 61, 62], [-4.0] * 3, True)]
     for first in (0, 1):
-        g = Group([10, 11], [12], completions, [1.0 - first, float(first)])
-        _, grads = gradients(model, [g], 0.0, entropy_coef=0.0, pack=True)
+        advantages = 1.0 - first, float(first)
+        texts = [3, 4, 5], [60, 61, 62]
+        group = [answer([10, 11], [12], x, [-4.0] * 3, a) for x, a in zip(texts, advantages, strict=True)]
+        assert len(train_uft.training_rows(weighed([group]), Config(), model)) == 1
+        _, grads = step(model, [group], UFT, 0.0, entropy_coef=0.0)
         embedding = grads["model.embed_tokens.weight"]
         trained, silent = ((3, 4), (60, 61)) if first == 0 else ((60, 61), (3, 4))
         assert embedding[list(silent)].abs().max() == 0
@@ -260,11 +192,8 @@ def test_token_loss_is_token_logprobs_is_log_softmax(temperature, monkeypatch):
         return (a * logp.exp() + b * entropy**2).sum()
 
     def plain(h, w):
-        logits = h @ w.T
-        logp = torch.stack(
-            [z / t for z, t in zip(logits, torch.as_tensor(temperature).expand(50), strict=True)]
-        )
-        logp = logp.log_softmax(-1)
+        divisors = torch.as_tensor(temperature).expand(50)
+        logp = ((h @ w.T) / divisors[:, None]).log_softmax(-1)
         return loss_fn(logp[range(50), targets], -(logp.exp() * logp).sum(-1), a, b)
 
     results = []
@@ -284,18 +213,87 @@ def test_token_loss_is_token_logprobs_is_log_softmax(temperature, monkeypatch):
             torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
 
 
-def test_k3_and_the_ratio_have_finite_gradients_at_extreme_log_probs():
-    extremes = [-1e4, -200.0, -30.0, 0.0]
-    logp = torch.tensor([x for x in extremes for _ in extremes], requires_grad=True)
-    other = torch.tensor(extremes * 4)
-    for advantage in (-1.0, 0.0, 1.0):
-        loss = (
-            policy_loss(logp, other, torch.full((16,), advantage), 0.2, 0.2)[0].sum()
-            + kl_k3(logp, other).sum()
-        )
-        (grad,) = torch.autograd.grad(loss, logp)
-        assert loss.isfinite() and grad.isfinite().all()
-    assert kl_k3(torch.zeros(2), torch.tensor([-1e4, 1e4])).tolist() == [10, 10]
+# ---- what is given -----------------------------------------------------------------------------------------
+
+
+def test_what_a_whole_group_was_given_is_trained_once_in_its_first_trajectory():
+    coefs = [1.0, 2.0, 5.0]
+    group = [answer([1], [2, 3], [4 + i], None, 1.0 + i, coef=c) for i, c in enumerate(coefs)]
+    ((a, b, c),) = weighed([group])
+    assert [t.start for t in (a, b, c)] == [0, 2, 2]
+    # 6 given tokens: 1/6, 2/6 and 5/6, with advantages of 1, 2 and 3; 3 sampled tokens.
+    assert a.weight.tolist() == pytest.approx([8 / 6] * 2 + [1 / 3]) and b.weight[2] == pytest.approx(1 / 3)
+    assert a.advantage.tolist() == pytest.approx([20 / 8] * 2 + [1]) and c.advantage[2] == 3
+    # Of several hints the tokens that all have; nothing where one trajectory was given none.
+    starts = {"several hints": [0, 2, 2], "some hints": [0, 0], "demonstrations": [0, 8, 3], "one": [0]}
+    for kind, expected in starts.items():
+        group = some_groups(kinds=[kind])[0]
+        if kind == "demonstrations":  # two are the same
+            expected = [0, 3, 3]
+        assert [t.start for t in weighed([group])[0]] == expected, kind
+    # Without any weight there is no mean.
+    assert weighed([some_groups(kinds=["a hint"])[0]], RFT, 0.0)[0][0].advantage[0] == 0
+
+
+@each_path
+def test_training_a_shared_token_once_is_training_it_in_each_trajectory(path, monkeypatch):
+    """For losses linear in the advantage, with advantages per token and a coefficient of each trajectory."""
+    method = UFT._replace(given_loss=lambda logp, entropy, batch, cfg: -batch.advantage * logp.exp() - logp)
+    model, groups = tiny(), some_groups(seed=3)
+    rng = np.random.default_rng(0)
+    for t in train_uft.flat(groups):
+        t.advantage, t.coef = rng.normal(size=len(t.tokens)), rng.random()
+    ours_metrics, ours = step(model, groups, method, **PATHS[path])
+    counts = [len(train_uft.make_batch(g, CPU, Config())[1].targets)
+              for g in ([[t] for t in group if t.start < len(t.tokens)] for group in weighed(groups))]  # fmt: skip
+    monkeypatch.setattr(train_uft, "share_given", lambda group: None)
+    each_metrics, wanted = step(model, groups, method, **PATHS[path])
+    assert sum(counts) < sum(len(t.tokens) for t in train_uft.flat(groups))
+    assert_same(ours, wanted, 1e-6)
+    assert ours_metrics["actor/loss"] == pytest.approx(each_metrics["actor/loss"], abs=1e-6)
+
+
+@each_path
+def test_given_tokens_keep_their_old_log_probs_when_those_of_sampled_ones_are_recomputed(path):
+    """Before and after weigh(), which trains shared tokens once; given = True recomputes all."""
+    model, cfg = tiny(), Config(**PATHS[path])
+    groups = some_groups()
+    for t in train_uft.flat(groups):
+        t.old_logp = np.arange(len(t.tokens)) + 1.0
+    everything = copies(groups)
+    recompute_old_logprobs(model, everything, cfg, given=True)
+    for before in (copies(groups), weighed(groups)):
+        recompute_old_logprobs(model, before, cfg)
+        for t, whole in zip(train_uft.flat(before), train_uft.flat(everything), strict=True):
+            ids = torch.tensor([t.prompt + t.tokens])
+            logp = model(ids)[0, len(t.prompt) - 1 : -1].log_softmax(-1)[range(len(t.tokens)), t.tokens]
+            n, wanted = t.n_given, logp.detach().numpy()
+            assert t.old_logp[:n].tolist() == list(range(1, n + 1))
+            assert t.old_logp[n:] == pytest.approx(wanted[n:], abs=1e-5)
+            assert whole.old_logp == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("pack", "rows"), [(True, 9), (False, 20)])
+def test_old_log_probs_are_recomputed_in_the_rows_that_are_trained_on(pack, rows, monkeypatch):
+    model, made, make_batch = tiny(), [], train_uft.make_batch
+    groups = some_groups()
+    monkeypatch.setattr(train_uft, "make_batch", lambda *args: made.append(make_batch(*args)) or made[-1])
+    recompute_old_logprobs(model, groups, Config(pack=pack))
+    assert sum(len(where.ids) for where, _ in made) == rows
+    assert all((where.mask is not None) == pack for where, _ in made)
+
+
+@each_path
+def test_the_temperature_of_rollouts_does_not_change_the_likelihood_of_given_tokens(path):
+    model = tiny()
+    groups = [[answer(t.prompt, t.tokens[: t.n_given], [])] for (t, *_) in some_groups(kinds=["a hint", "one"])]
+    cold, ours = step(model, groups, UFT, 1.0, temperature=0.5, **PATHS[path])
+    warm, wanted = step(model, groups, UFT, 1.0, **PATHS[path])
+    assert cold == pytest.approx(warm, abs=1e-6)
+    assert_same(ours, wanted, 1e-6)
+
+
+# ---- advantages and losses by hand -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["std", "none"])
@@ -303,414 +301,162 @@ def test_equal_rewards_have_exactly_no_advantage(norm):
     for n in range(2, 17):
         for r in (0.1, 0.3, 1 / 3, 1.0, 0.0):
             assert torch.count_nonzero(group_advantages(torch.full((3, n), r), norm)) == 0
-    assert (
-        group_advantages(torch.tensor([[0.1], [1.0]]), norm).tolist() == torch.tensor([[0.1], [1.0]]).tolist()
-    )
+    alone = torch.tensor([[0.1], [1.0]])
+    assert torch.equal(group_advantages(alone, norm), alone)
 
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
-    expected = [
-        [1.5, -0.5, -0.5, -0.5],
-        [0.8660254, 0.8660254, -0.8660254, -0.8660254],
-    ]  # std 1/2 and 1/sqrt(3)
+    expected = [[1.5, -0.5, -0.5, -0.5], [0.8660254, 0.8660254, -0.8660254, -0.8660254]]  # std 1/2, 1/sqrt(3)
     torch.testing.assert_close(group_advantages(rewards), torch.tensor(expected), rtol=1e-5, atol=0)
     assert group_advantages(rewards, "none").tolist() == [[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]
+    groups = [[answer([1], [], [2], reward=r) for r in row] for row in rewards.tolist()]
+    groups += [[answer([1], [], [2], reward=1)]]  # groups may differ in size, rewards may be whole numbers
+    train_uft.grpo_advantages(groups, Config())
+    assert [[t.advantage for t in g] for g in groups[:2]] == [pytest.approx(e, rel=1e-5) for e in expected]
+    assert groups[2][0].advantage == 1
 
 
 def test_clip_higher_by_hand():
     ratio = torch.tensor([0.5, 0.5, 1.0, 1.25, 1.25, 1.5, 1.5])
-    advantages = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0])
-    loss, clipped = policy_loss(ratio.log(), torch.zeros(7), advantages, 0.2, 0.28)
+    batch = a_batch([False] * 7, advantage=[1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0])
+    loss, clipped = train_uft.ppo_loss(ratio.log(), None, batch, Config(clip_high=0.28))
     torch.testing.assert_close(loss, torch.tensor([-0.5, 0.8, -1.0, -1.25, 1.25, -1.28, 1.5]))
     assert clipped.tolist() == [False, True, False, False, False, True, False]
 
 
 def test_dr_grpo_by_hand():
     """Ratio 1, advantages 1/2 and -1/2 of 3 and 5 tokens: -(3/2 - 5/2) / (1 x 2 rollouts x 8 tokens)."""
-    model = tiny()
-    completions = [Completion([3] * 3, [0.0] * 3, True), Completion([4] * 5, [0.0] * 5, True)]
-    groups = [
-        Group([1, 2], [], completions, group_advantages(torch.tensor([[1.0, 0.0]]), "none")[0].tolist())
-    ]
-    recompute_old_logprobs(model, groups, Config())
+    model, cfg = tiny(), Config(adv_norm="none")
+    groups = [[answer([1, 2], [], [3] * 3, reward=1.0), answer([1, 2], [], [4] * 5, reward=0.0)]]
+    recompute_old_logprobs(model, groups, cfg)
+    train_uft.grpo_advantages(groups, cfg)
     knobs = {"mini_batch": 1, "rollouts": 2, "max_new_tokens": 8, "entropy_coef": 0.0}
-    metrics, _ = gradients(model, groups, loss_norm="constant", **knobs)
-    assert metrics["actor/loss"] == pytest.approx(1 / 16, abs=1e-6)
-    assert gradients(model, groups, **knobs)[0]["actor/loss"] == pytest.approx(1 / 8, abs=1e-6)
+    constant, _ = step(model, groups, loss_norm="constant", **knobs)
+    assert constant["actor/loss"] == pytest.approx(1 / 16, abs=1e-6)
+    assert step(model, groups, **knobs)[0]["actor/loss"] == pytest.approx(1 / 8, abs=1e-6)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_hint_weight_prob_scales_each_token_and_has_no_gradient_of_its_own(fast):
-    model = tiny()
-    groups = [Group([5, 6], [0, 8, 3]), Group([7, 5, 6], [4, 9])]
-    _, ours = gradients(model, groups, 2.0, hint_weight="prob", fast=fast)
-    model.zero_grad()
-    loss = torch.zeros(())
-    for g in groups:
-        logp = model(torch.tensor([g.prompt + g.hint]))[0].log_softmax(-1)[len(g.prompt) - 1 : -1]
-        for t, token in enumerate(g.hint):
-            weight = min(logp[t, token].exp().item() / 0.1, 1)
-            loss = loss - 2.0 / 5 * weight * logp[t, token]
-    loss.backward()
-    assert_same(ours, {n: p.grad for n, p in model.named_parameters()}, 1e-5)
+def test_a_trajectory_may_have_its_own_coefficient():
+    groups = [[answer([1], [2, 3], [4], coef=3.0), answer([1], [5], [6])], [answer([1], [7], [], coef=0.0)]]
+    a, b, c = train_uft.flat(weighed(groups, coef=0.5))
+    assert [*a.weight, *b.weight, *c.weight] == [3 / 4, 3 / 4, 1 / 2, 0.5 / 4, 1 / 2, 0]
 
 
-@each_path
-@pytest.mark.parametrize("weight", ["one", "prob"])
-def test_ift_hints_without_mixing_are_supervised_hints(weight, path):
-    model, knobs = tiny(), {"token_budget": 120, "hint_weight": weight, **PATHS[path]}
-    groups = some_groups(model)
-    sft, wanted = gradients(model, groups, **knobs)
-    ift, ours = gradients(model, groups, hint_loss="ift", ift_lambda=0.0, **knobs)
-    assert_same(ours, wanted, 1e-6)
-    assert ift["actor/hint_nll"] == pytest.approx(sft["actor/hint_nll"], abs=1e-5)
+def test_k3_and_the_ratio_have_finite_gradients_at_extreme_log_probs():
+    extremes = [-1e4, -200.0, -30.0, 0.0]
+    logp = torch.tensor([x for x in extremes for _ in extremes], requires_grad=True)
+    other = torch.tensor(extremes * 4)
+    for advantage in (-1.0, 0.0, 1.0):
+        batch = a_batch([False] * 16, old_logp=other.tolist(), advantage=[advantage] * 16)
+        loss = train_uft.ppo_loss(logp, None, batch, Config())[0].sum() + kl_k3(logp, other).sum()
+        (grad,) = torch.autograd.grad(loss, logp)
+        assert loss.isfinite() and grad.isfinite().all()
+    assert kl_k3(torch.zeros(2), torch.tensor([-1e4, 1e4])).tolist() == [10, 10]
 
 
-def test_ift_hints_count_in_the_logged_loss():
-    model = tiny()
-    groups = some_groups(model)
-    sft, ift = (gradients(model, groups, hint_loss=kind, ift_lambda=0.0)[0] for kind in ("sft", "ift"))
-    assert ift["actor/loss"] == pytest.approx(sft["actor/loss"], abs=1e-6)
-
-
-@pytest.mark.parametrize("prompts", [[[5, 6, 7], [9, 3]], [[5], [7], [9]]], ids=["usual", "of one token"])
-@pytest.mark.parametrize("fast", [True, False])
-def test_ift_hints_mix_each_fed_hint_embedding_with_the_prediction_made_before_it(fast, prompts):
-    model, lam = tiny(), 0.3
-    groups = [Group(p, [10 + i, 20, 30, 40 + i]) for i, p in enumerate(prompts)]
-    _, ours = gradients(model, groups, 1.0, hint_loss="ift", ift_lambda=lam, fast=fast)
-    model.zero_grad()
-    table, loss = model.model.embed_tokens, torch.zeros(())
-    for g in groups:
-        ids, first = torch.tensor(g.prompt + g.hint), len(g.prompt)
-        predicted = model(ids[None])[0].argmax(-1).detach()
-        x = [table(i) for i in ids]
-        for t in range(first, len(ids)):
-            x[t] = (1 - lam) * x[t] + lam * table(predicted[t - 1])
-        logp = model(inputs_embeds=torch.stack(x)[None])[0].log_softmax(-1)
-        loss = loss - sum(logp[t - 1, ids[t]] for t in range(first, len(ids))) / (4 * len(groups))
-    loss.backward()
-    assert_same(ours, {n: p.grad for n, p in model.named_parameters()}, 1e-5)
-
-
-# ---- what a token counts -----------------------------------------------------------------------------------
-
-
-@each_path
-def test_the_temperature_of_rollouts_does_not_change_the_likelihood_of_hints_and_solutions(path):
-    model = tiny()
-    solutions = [Group(g.prompt, g.hint) for g in some_groups(model) if g.hint]
-    cold, ours = gradients(model, solutions, 1.0, temperature=0.5, **PATHS[path])
-    warm, wanted = gradients(model, solutions, 1.0, **PATHS[path])
-    assert cold["actor/loss"] == pytest.approx(warm["actor/loss"], abs=1e-6)
-    assert cold["actor/hint_nll"] == pytest.approx(warm["actor/hint_nll"], abs=1e-6)
-    assert_same(ours, wanted, 1e-6)
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_paper_code_weights_do_not_depend_on_the_number_of_processes(processes, monkeypatch):
-    model = tiny()
-    groups = some_groups(model)
-    knobs = {"loss_norm": "paper_code", "token_budget": 60, "pack": False, "entropy_coef": 0.01}
-    alone, wanted = gradients(model, groups, **knobs)
-    plain_norm = gradients(model, groups, **(knobs | {"loss_norm": "tokens"}))[0]
-    assert abs(alone["actor/loss"] - plain_norm["actor/loss"]) > 1e-3
-    losses, parts = [], []
-    monkeypatch.setattr(infra.parallel, "collect", lambda mine: [mine])
-    for module in (infra.parallel, train_uft):
-        monkeypatch.setattr(module, "world", lambda: processes)
-    for rank in range(processes):
-        monkeypatch.setattr(infra.parallel, "rank", lambda rank=rank: rank)
-        metrics, grads = gradients(model, groups, **knobs)
-        losses.append(metrics["actor/loss"])
-        parts.append(grads)
-    assert sum(losses) == pytest.approx(alone["actor/loss"], abs=1e-6)
-    averaged = {n: sum(part[n] for part in parts) / processes for n in wanted}  # as FSDP does
-    assert_same(averaged, wanted, 1e-6)
+def test_a_token_without_weight_poisons_nothing():
+    """A log-prob of -1e4 or an overflowing ratio, given or sampled, at a weight of 0."""
+    logp = torch.tensor([-1.0, -1e4, -2.0, -1e4], requires_grad=True)
+    batch = a_batch([False, False, False, True], old_logp=[-1.0, -1.0, -2e4, 0.0], advantage=[1.0] * 4)
+    batch = batch._replace(weight=torch.tensor([1.0, 0, 0, 0]), ref_logp=torch.tensor([-1.0, 0.0, -1e4, 0.0]))
+    losses = train_uft.uft_loss(UFT, logp, torch.zeros(4), batch, Config(kl_coef=1.0))
+    loss = (batch.weight * losses).sum()
+    (grad,) = torch.autograd.grad(loss, logp)
+    assert loss.item() == -1.0 and grad.tolist() == [-1.0, 0.0, 0.0, 0.0]
 
 
 @each_path
 def test_the_entropy_is_logged_without_a_bonus_for_it(path):
     model = tiny()
     groups = some_groups(model)
-    without, _ = gradients(model, groups, entropy_coef=0.0, **PATHS[path])
-    with_bonus, _ = gradients(model, groups, entropy_coef=0.1, **PATHS[path])
+    without, with_bonus = (step(model, groups, entropy_coef=c, **PATHS[path])[0] for c in (0.0, 0.1))
     assert without["actor/entropy"] == pytest.approx(with_bonus["actor/entropy"], rel=1e-6)
     assert without["actor/entropy"] > 0.1
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_ift_hints_heed_the_weight_of_improbable_tokens(fast):
+def test_nan_is_refused_before_the_update():
     model = tiny()
-    groups = [Group([5, 6], [0, 8, 3]), Group([7, 5, 6], [4, 9])]
-    knobs = {"hint_loss": "ift", "ift_lambda": 0.3, "fast": fast}
-    one, grads_one = gradients(model, groups, 1.0, hint_weight="one", **knobs)
-    prob, grads_prob = gradients(model, groups, 1.0, hint_weight="prob", **knobs)
-    assert prob["actor/loss"] < 0.9 * one["actor/loss"]
-    with pytest.raises(AssertionError):
-        assert_same(grads_prob, grads_one, 1e-2)
+    groups = weighed(some_groups(model))
+    groups[0][0].old_logp[-1] = math.nan
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    run = SimpleNamespace(model=model, reference=None, optimizer=optimizer, device=CPU)
+    with pytest.raises(UserError, match="nan"):
+        update(run, groups, UFT, Config())
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize(("pack", "rows"), [(True, 4), (False, 12)])
-def test_old_log_probs_are_recomputed_in_the_rows_that_are_trained_on(pack, rows, monkeypatch):
-    model, made, make_rows = tiny(), [], train_uft.make_rows
-    groups = some_groups(model)
-    monkeypatch.setattr(train_uft, "make_rows", lambda *args: made.append(make_rows(*args)) or made[-1])
-    train_uft.recompute_old_logprobs(model, groups, Config(pack=pack))
-    assert sum(len(r.ids) for r in made) == rows
-    assert all((r.mask is not None) == pack for r in made)
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 def test_mini_batches_of_what_is_left_differ_by_one_group_at_most():
     for n, sizes in {8: [4, 4], 7: [4, 3], 6: [3, 3], 5: [5], 3: [3], 1: [1], 0: []}.items():
-        groups = [Group([i], [1]) for i in range(n)]
+        groups = [[answer([i], [1], [])] for i in range(n)]
         parts = train_uft.split_evenly(groups, 4)
         assert [len(part) for part in parts] == sizes
         assert [g for part in parts for g in part] == groups
 
 
-def test_a_problem_that_a_batch_has_twice_gets_two_random_keys():
+def test_a_problem_that_a_step_has_twice_gets_two_random_keys():
     cfg, twice = Config(problems=4, mini_batch=4), 0
-    for step in range(30):
-        picks = train_uft.pick_problems(step, 5, cfg)
-        problems, keys = [i for i, _ in picks], [key for _, key in picks]
-        assert problems == batch_rows(step, 4, 5, cfg.seed)
-        assert len(set(keys)) == 4 and all(key % 5 == i for i, key in picks)
+    five = Data(None, [None] * 5, [])
+    for number in range(30):
+        problems = UFT.pick_problems(number, 5, {}, cfg)
+        picks = train_uft.make_picks(problems)
+        assert [pick.problem for pick in picks] == problems == batch_rows(number, 4, 5, cfg.seed)
+        again = [train_uft.redraw(pick, attempt, cfg) for attempt in (1, 2) for pick in picks]
+        assert len({train_uft.key_of(pick, five) for pick in picks + again}) == 12
         twice += len(set(problems)) < 4
     assert twice > 5
 
 
-def test_only_the_target_rule_remembers():
-    cfg = Config(target_eta=0.1)
-    assert train_uft.remember("target", None, 3, 0.0, cfg) == pytest.approx(1.0)  # from p_high, at most 1
-    assert train_uft.remember("target", 0.5, 3, 1.0, cfg) == pytest.approx(0.45)
-    assert [
-        train_uft.remember(rule, None, 3, 1.0, cfg) for rule in train_uft.HINT_RULES if rule != "target"
-    ] == [None] * 5
-
-
-def test_share_of_a_problem_moves_with_its_success():
-    assert move_share(0.5, 0.0, 0.2) == pytest.approx(0.6)
-    assert move_share(0.5, 1.0, 0.2) == pytest.approx(0.4)
-    assert move_share(0.5, 0.5, 0.2) == 0.5
-    assert move_share(0.95, 0.0, 0.2) == 1.0
-    assert move_share(0.05, 1.0, 0.2) == 0.0
-
-
 def test_data_order_neither_skips_nor_repeats_rows():
-    rows = [
-        i for step in range(35) for i in batch_rows(step, 4, 7, seed=3)
-    ]  # 20 epochs of 7 rows in steps of 4
+    rows = [i for step in range(35) for i in batch_rows(step, 4, 7, seed=3)]  # 20 epochs of 7 rows
     for epoch in range(20):
         assert sorted(rows[epoch * 7 : epoch * 7 + 7]) == list(range(7))
     assert rows[:7] != rows[7:14]
     assert sorted(batch_rows(0, 10, 3, seed=0))[:3] == [0, 0, 0]  # a batch larger than the data
 
 
-def test_uft_loss_ignores_what_has_no_weight():
-    """An unused log-prob of -1e4 or an overflowing ratio at a token of weight 0 must not poison the sum."""
-    logp = torch.tensor([-1.0, -1e4, -2.0], requires_grad=True)
-    old, zeros = torch.tensor([-1.0, -1.0, -2e4]), torch.zeros(3)
-    weight = torch.tensor([1.0, 0.0, 0.0])
-    loss = uft_loss(
-        logp, zeros, old, torch.ones(3), torch.tensor([-1.0, 0.0, -1e4]), weight, zeros, kl_coef=1.0
-    )
-    (grad,) = torch.autograd.grad(loss, logp)
-    assert loss.item() == -1.0 and grad.tolist() == [-1.0, 0.0, 0.0]
+def test_a_group_is_dead_if_and_only_if_all_its_advantages_are_0():
+    def dead(*advantages):
+        return train_uft.is_dead([answer([1], [2], [3, 4], None, a) for a in advantages])
+
+    assert dead(0.0, 0.0) and dead(0, np.zeros(3)) and dead(np.zeros(3), np.zeros(3))
+    assert not dead(0.0, 1e-9) and not dead(0.0, np.array([0, 0, -1e-9])) and not dead(1.0, -1.0)
 
 
-def test_nan_is_refused_before_the_update():
-    model = tiny()
-    groups = some_groups(model)
-    groups[0].completions[0].logprobs[0] = math.nan
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.raises(UserError, match="nan"):
-        update(model, None, torch.optim.AdamW(model.parameters(), lr=1.0), groups, Config(), 0.5)
-    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+def test_of_a_dead_group_the_given_tokens_are_left_if_they_are_trained_on():
+    group = [answer([1], [2], [3]), answer([1], [2, 5], [], coef=0.0), answer([1], [], [4]),
+             answer([1], [6, 7], [3], coef=0.5)]  # fmt: skip
+    kept = {coef: train_uft.without_completions(group, coef) for coef in (0.0, 1.0)}
+    assert [t.tokens for t in kept[0.0]] == [[6, 7]] and [t.tokens for t in kept[1.0]] == [[2], [6, 7]]
+    assert all(t.n_given == len(t.tokens) == len(t.old_logp) for t in kept[1.0])
+    assert [t.tokens for t in group] == [[2, 3], [2, 5], [4], [6, 7, 3]]
 
 
-# ---- whole runs of the embedded example --------------------------------------------------------------------
-
-SMALL = """--train_rows=32 --test_rows=4
---problems=4 --mini_batch=2 --rollouts=2 --max_new_tokens=24 --steps=6 --sft_steps=4
---eval_every=4 --save_every=3 --print_every=1 --warmup=2 --hint_steps=5 --device=cpu""".split()
-
-
-def go(out, *args):
-    train_uft.main([*SMALL, f"--out_dir={out}", *args])
+@pytest.mark.xfail(strict=True, reason="without_completions() leaves the advantages of the whole trajectory")
+def test_a_dead_group_with_advantages_per_token_can_be_weighed():
+    group = [answer([1], [2], [3, 4], None, np.zeros(3)), answer([1], [2], [5], None, np.zeros(2))]
+    (kept,) = weighed([train_uft.without_completions(group, 1.0)])
+    assert [t.advantage.tolist() for t in kept] == [[0], [0]]
 
 
-def metrics(out):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    timings = ("timing_s/", "train_s", "tokens_per_s")
-    return [{k: v for k, v in line.items() if not k.startswith(timings)} for line in lines]
-
-
-def outcome(out):
-    """Everything of a run that must not depend on how it came about."""
-    out = Path(out)
-    state = json.loads((out / "resume/state.json").read_text())
-    files = [*sorted(out.glob("resume/*.safetensors")), out / "model/model.safetensors"]
-    tensors = {f.name: {k: v.numpy().tobytes() for k, v in load_file(f).items()} for f in files}
-    return {"step": state["step"], "memory": state["memory"]} | tensors
-
-
-def interrupt(monkeypatch, call):
-    """Ctrl-C at the `call`-th optimiser step."""
-    calls = []
-
-    def counting(*args):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return update(*args)
-
-    monkeypatch.setattr(train_uft, "update", counting)
-
-
-@pytest.mark.parametrize("algo", ALGOS)
-def test_every_algorithm_runs(algo, tmp_path):
-    go(tmp_path, f"--algo={algo}", "--steps=2", "--sft_steps=2", "--hint_steps=2")
-    lines = [m for m in metrics(tmp_path) if "actor/loss" in m]
-    assert [m["step"] for m in lines] == list(range(1, 1 + {"sft": 2, "sft-rft": 4}.get(algo, 2)))
-    assert all(math.isfinite(m["actor/loss"]) and m["lr"] > 0 for m in lines)
-    hinted = [m.get("hint/share", 0) > 0 for m in lines]
-    assert any(hinted) == (ALGOS[algo].hint != "none")
-    Transformer.from_pretrained(tmp_path / "model")
-
-
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        "--hint=on-failure --hint_coef=0.1",
-        "--rollout_dtype=bfloat16 --dtype=bfloat16",
-        "--loss_norm=constant --adv_norm=none --clip_high=0.28 --drop_dead=true",
-        "--loss_norm=paper_code --pack=false --kl_coef=0.001",
-        "--hint_loss=ift --hint_weight=one --rollouts=1",
-    ],
-)
-def test_every_variant_runs(knobs, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        infra.parallel, "has_bfloat16", lambda _: True
-    )  # or a processor without would train in float32
-    go(tmp_path, "--steps=2", *knobs.split())
-    assert sum("lr" in m for m in metrics(tmp_path)) == 2
-
-
-def test_same_seed_same_run_and_another_seed_another(tmp_path):
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        go(tmp_path / name, "--steps=3", f"--seed={seed}")
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
-    assert (tmp_path / "a/samples.jsonl").read_text() == (tmp_path / "b/samples.jsonl").read_text()
-    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
-
-
-RESUMED = [  # knobs, optimiser step at which the run is interrupted
-    ("--algo=uft", 9),  # in step 5; checkpoint after step 3
-    ("--algo=uft --hint=target --train_rows=4 --hint_steps=20", 10),  # every row comes at every step
-    ("--algo=sft-rft --kl_coef=0.01", 4),  # in the supervised phase: the checkpoint is before the phases meet
-    (
-        "--algo=sft-rft --kl_coef=0.01",
-        10,
-    ),  # in step 7, checkpoint after step 6: the reference comes from the disk
-    ("--algo=sft-rft --kl_coef=0.01 --save_every=4", 6),  # checkpoint exactly where the phases meet
-    ("--algo=uft --rollout_dtype=bfloat16", 8),
-]
-
-
-@pytest.mark.parametrize(("knobs", "call"), RESUMED)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(knobs, call, tmp_path, monkeypatch):
-    knobs = [
-        *knobs.split(),
-        "--eval_every=5",
-    ]  # validations never fall on a checkpoint: that is the next test
-    go(tmp_path / "whole", *knobs)
-    with monkeypatch.context() as m:
-        interrupt(m, call)
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "cut", *knobs)
-    assert outcome(tmp_path / "cut")["step"] < outcome(tmp_path / "whole")["step"]
-    go(tmp_path / "cut", *knobs, "--resume=true")
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-    assert (tmp_path / "cut/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
-
-
-@pytest.mark.parametrize("knob", ["--fast=false", "--pack=false", "--token_budget=110"])
-def test_a_resumed_run_may_change_how_its_work_is_laid_out(knob, tmp_path, monkeypatch):
-    go(tmp_path / "whole")
-    with monkeypatch.context() as m:
-        interrupt(m, 9)
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "cut")
-    go(tmp_path / "cut", "--resume=true", knob)
-    for a, b in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
-
-
-def test_resuming_keeps_the_validation_made_just_before_the_checkpoint(tmp_path, monkeypatch):
-    knobs = ("--eval_every=3", "--save_every=3")
-    go(tmp_path / "whole", *knobs)
-    with monkeypatch.context() as m:
-        interrupt(m, 9)
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "cut", *knobs)
-    go(tmp_path / "cut", *knobs, "--resume=true")
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-
-
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    go(tmp_path)
-    before, text = outcome(tmp_path), (tmp_path / "metrics.jsonl").read_text()
-    go(tmp_path, "--resume=true")
-    assert outcome(tmp_path) == before
-    assert (tmp_path / "metrics.jsonl").read_text() == text
-
-
-def test_resume_after_a_kill_in_the_middle_of_a_log_line(tmp_path, monkeypatch):
-    go(tmp_path / "whole")
-    with monkeypatch.context() as m:
-        interrupt(m, 9)
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "cut")
-    with open(tmp_path / "cut/metrics.jsonl", "a") as f:
-        f.write('{"step": 4, "critic/rew')
-    go(tmp_path / "cut", "--resume=true")
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("rollout_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_old_log_probs_are_the_samplers_only_if_all_is_float32(dtype, rollout_dtype, tmp_path, monkeypatch):
-    """Of bfloat16 the sampler and the trainer round differently, even if both compute in it."""
-    monkeypatch.setattr(infra.parallel, "has_bfloat16", lambda _: True)
-    seen = []
-
-    def recomputing(*args):
-        seen.append(1)
-        recompute_old_logprobs(*args)
-
-    monkeypatch.setattr(train_uft, "recompute_old_logprobs", recomputing)
-    go(tmp_path, f"--dtype={dtype}", f"--rollout_dtype={rollout_dtype}", "--steps=1")
-    assert len(seen) == ((dtype, rollout_dtype) != ("float32", "float32"))
+# ---- the sampler's mismatch --------------------------------------------------------------------------------
 
 
 def test_rollout_weights_by_hand():
     logp, rollout_logp = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -2.5])
     # The ratios are e^0.5, e^-1 and e^2 = 7.39, which the cap of 3 cuts; their product e^1.5 = 4.48 as well.
-    ones = train_uft.rollout_weights(logp, rollout_logp, "none")
-    token = train_uft.rollout_weights(logp, rollout_logp, "token")
-    sequence = train_uft.rollout_weights(logp, rollout_logp, "sequence")
-    assert ones.tolist() == [1, 1, 1]
-    assert token.tolist() == pytest.approx([1.648721, 0.367879, 3.0], abs=1e-6)
-    assert sequence.tolist() == [3.0] * 3
-    assert train_uft.rollout_weights(logp, rollout_logp, "sequence", 5.0).tolist() == pytest.approx(
-        [4.481689] * 3
-    )
-    assert train_uft.rollout_weights(logp - 200, rollout_logp, "sequence").tolist() == [0, 0, 0]
-    assert torch.isfinite(train_uft.rollout_weights(logp + 200, rollout_logp, "token", 1e9)).all()
+    weights = mismatch.rollout_weights
+    assert weights(logp, rollout_logp, "none").tolist() == [1, 1, 1]
+    token = weights(logp, rollout_logp, "token").tolist()
+    assert token == pytest.approx([1.648721, 0.367879, 3.0], abs=1e-6)
+    assert weights(logp, rollout_logp, "sequence").tolist() == [3.0] * 3
+    assert weights(logp, rollout_logp, "sequence", 5.0).tolist() == pytest.approx([4.481689] * 3)
+    assert weights(logp - 200, rollout_logp, "sequence").tolist() == [0, 0, 0]
+    assert torch.isfinite(weights(logp + 200, rollout_logp, "token", 1e9)).all()
 
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
@@ -734,56 +480,216 @@ def test_rollout_weights_are_those_of_trl(kind):
     expected = names["vllm_importance_sampling_ratio"].expand(5, 7)
     assert (expected == 3).any()
     for i, length in enumerate(mask.sum(1).int().tolist()):
-        ours = train_uft.rollout_weights(logp[i, :length], rollout_logp[i, :length], kind)
+        ours = mismatch.rollout_weights(logp[i, :length], rollout_logp[i, :length], kind)
         torch.testing.assert_close(ours, expected[i, :length], rtol=1e-6, atol=1e-7)
 
 
-def test_the_correction_weighs_the_loss_of_each_token_and_the_mismatch_is_measured():
+def test_the_correction_weighs_the_loss_of_each_sampled_token_and_the_mismatch_is_measured():
     model = tiny()
-    groups = some_groups(model, hints=False)
-    sampled = [[c.logprobs for c in g.completions] for g in groups]
-    recompute_old_logprobs(model, groups, Config())
-    plain = copy.deepcopy(groups)
-    metrics = train_uft.correct_mismatch(groups, sampled, Config(rollout_correction="token"))
-    d = torch.tensor([
-        x - y
-        for g, s in zip(groups, sampled, strict=True)
-        for c, old in zip(g.completions, s, strict=True)
-        for x, y in zip(c.logprobs, old, strict=True)
-    ])  # fmt: skip
-    assert metrics["sampling/logp_difference/mean"] == pytest.approx(d.abs().mean().item(), rel=1e-5)
-    assert metrics["sampling/logp_difference/max"] == pytest.approx(d.abs().max().item(), rel=1e-5)
-    assert metrics["sampling/kl_k3"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-4)
-    assert metrics["sampling/weight/mean"] == pytest.approx(d.exp().clamp(max=3).mean().item(), rel=1e-5)
+    groups = weighed(some_groups(model))
+    before, after = copies(groups), copies(groups)
+    measured = train_uft.settle_old_logprobs(
+        SimpleNamespace(model=model), after, Config(rollout_correction="token")
+    )
+    pairs = list(zip(train_uft.flat(before), train_uft.flat(after), strict=True))
+    d = np.concatenate([(t.old_logp - old.old_logp)[t.n_given :] for old, t in pairs])
+    weights = np.exp(d).clip(max=3)
+    for name, wanted in {
+        "logp_difference/mean": np.abs(d).mean(), "logp_difference/max": np.abs(d).max(),
+        "kl_k3": (np.exp(d) - d - 1).mean(), "weight/mean": weights.mean(), "weight/min": weights.min(),
+    }.items():  # fmt: skip
+        assert measured[f"sampling/{name}"] == pytest.approx(wanted, rel=1e-4)
     # The advantages are weighed token by token, and with them the loss: TRL multiplies the loss itself.
-    weights = iter(d.exp().clamp(max=3).tolist())
-    for g, p in zip(groups, plain, strict=True):
-        for c, ours, advantage in zip(g.completions, g.advantages, p.advantages, strict=True):
-            assert ours == pytest.approx([advantage * next(weights) for _ in c.tokens], rel=1e-5)
-    logp, old, a, w = (torch.randn(50) for _ in range(4))
-    weighed, _ = policy_loss(logp, old, a * w.abs(), 0.2, 0.2)
-    torch.testing.assert_close(weighed, policy_loss(logp, old, a, 0.2, 0.2)[0] * w.abs())
+    weights = iter(weights)
+    for old, t in pairs:
+        factors = [1.0] * t.n_given + [next(weights) for _ in t.tokens[t.n_given :]]
+        assert t.advantage == pytest.approx(old.advantage * factors, rel=1e-5)
+    logp, old, a, w = torch.randn(4, 50)
+    batch = a_batch([False] * 50)._replace(old_logp=old, advantage=a)
+    loss, _ = train_uft.ppo_loss(logp, None, batch, Config())
+    weighed_loss, _ = train_uft.ppo_loss(logp, None, batch._replace(advantage=a * w.abs()), Config())
+    torch.testing.assert_close(weighed_loss, loss * w.abs())
 
 
 def test_a_run_logs_the_mismatch_and_corrects_it(tmp_path, monkeypatch):
     monkeypatch.setattr(infra.parallel, "has_bfloat16", lambda _: True)
-    flags = ("--rollout_dtype=bfloat16", "--steps=2")
+    record = {}
     for kind in ("none", "token", "sequence"):
-        go(tmp_path / kind, *flags, f"--rollout_correction={kind}")
-    record = {kind: metrics(tmp_path / kind)[1] for kind in ("none", "token", "sequence")}
-    for r in record.values():
-        assert 0 < r["sampling/logp_difference/mean"] < r["sampling/logp_difference/max"] < 1
-        assert 0 < r["sampling/kl_k3"] < 0.1
+        go(tmp_path / kind, "--rollout_dtype=bfloat16", "--steps=2", f"--rollout_correction={kind}")
+        record[kind] = metrics(tmp_path / kind)[1]
+        assert 0 < record[kind]["sampling/logp_difference/mean"] < record[kind]["sampling/logp_difference/max"] < 1
+        assert 0 < record[kind]["sampling/kl_k3"] < 0.1
     assert record["none"]["sampling/weight/mean"] == 1 != record["token"]["sampling/weight/mean"]
     assert len({r["actor/grad_norm"] for r in record.values()}) == 3
+
+
+@pytest.mark.parametrize("rollout_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_old_log_probs_are_the_samplers_only_if_all_is_float32(dtype, rollout_dtype, tmp_path, monkeypatch):
+    """Of bfloat16 the sampler and the trainer round differently, even if both compute in it."""
+    monkeypatch.setattr(infra.parallel, "has_bfloat16", lambda _: True)
+    seen = []
+    monkeypatch.setattr(train_uft, "recompute_old_logprobs", lambda *args: seen.append(1))
+    monkeypatch.setattr(train_uft, "log_groups", lambda *_: None)
+    go(tmp_path, f"--dtype={dtype}", f"--rollout_dtype={rollout_dtype}", "--steps=1")
+    assert len(seen) == ((dtype, rollout_dtype) != ("float32", "float32"))
+
+
+# ---- whole runs of the embedded example --------------------------------------------------------------------
+
+
+def outcome(out):
+    """Everything of a run that must not depend on how it came about."""
+    out = Path(out)
+    state = json.loads((out / "resume/state.json").read_text())
+    files = [*sorted(out.glob("resume/*.safetensors")), out / "model/model.safetensors"]
+    tensors = {f.name: {k: v.numpy().tobytes() for k, v in load_file(f).items()} for f in files}
+    samples = (out / "samples.jsonl").read_text()
+    return {"step": state["step"], "memory": state["memory"], "samples": samples} | tensors
+
+
+def cut(out, call, monkeypatch, *args):
+    """A run with Ctrl-C at its `call`-th optimiser step."""
+    calls = []
+
+    def counting(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(train_uft, "update", counting)
+        with pytest.raises(KeyboardInterrupt):
+            go(out, *args)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The groups of each optimiser step of a run, in copies, and their weights."""
+    seen = []
+
+    def watching(run, groups, method, cfg):
+        seen.append(copies(groups))
+        return update(run, groups, method, cfg)
+
+    monkeypatch.setattr(train_uft, "update", watching)
+    return seen
+
+
+@pytest.fixture
+def varied_rewards(monkeypatch):
+    """Whole numbers that depend on the text, so that few groups are dead."""
+    monkeypatch.setattr(data.countdown, "score", lambda response, truth: (len(response) % 2, "length"))
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_every_method_trains_on_what_its_row_says(algo, tmp_path, trained):
+    """Given tokens reach update() for uft at first and never for rft; they count for uft and sft only."""
+    phases = ["--steps=2", "--sft_steps=1", "--hint_steps=1", "--p_low=1", "--p_high=1"]
+    go(tmp_path, f"--algo={algo}", *phases)
+    given = [any(t.n_given for t in train_uft.flat(groups)) for groups in trained]
+    weights = [sum(t.weight[t.start : t.n_given].sum() for t in train_uft.flat(gs)) for gs in trained]
+    sampled = [any(len(t.tokens) > t.n_given for t in train_uft.flat(groups)) for groups in trained]
+    supervised, steps_of = [True], [True, True, False, False]
+    match algo:
+        case "uft":
+            assert given == steps_of and weights == pytest.approx([0.001, 0.001, 0, 0])
+        case "rft-cosine" | "stage":
+            assert given == steps_of and not any(weights)
+        case "r3":
+            assert any(given[2:]) and not any(weights)
+        case "rft":
+            assert not any(given)
+        case "sft":
+            assert given == supervised and weights == pytest.approx([1.0])
+        case "sft-rft":
+            assert given == supervised + [False] * 4 and weights[0] == pytest.approx(1.0)
+    assert sampled == [False] * METHODS[algo].supervised + [True] * 4 * METHODS[algo].reinforced
+    lines = steps(tmp_path)
+    assert [m["step"] for m in lines] == list(range(1, 1 + {"sft": 1, "sft-rft": 3}.get(algo, 2)))
+    assert all(math.isfinite(m["actor/loss"]) and m["lr"] > 0 for m in lines)
+    assert any(m.get("hint/share", 0) > 0 for m in lines) == (algo in ("uft", "r3", "stage", "rft-cosine"))
+    Transformer.from_pretrained(tmp_path / "model")
+
+
+def test_a_supervised_solution_ends_with_its_answer_and_the_stop_token(tmp_path, trained):
+    go(tmp_path, "--algo=sft", "--sft_steps=1")
+    tokenizer = train_uft.Tokenizer.from_pretrained(ROOT / "data/tiny/countdown")
+    rows = data.countdown.load("train", n=32, style="short")
+    solutions = {r["prompt"]: "".join(r["hint"]) + r["answer"] for r in rows}
+    assert len(trained) == 1 and len(trained[0]) == 4  # one optimiser step of the whole batch
+    for (t,) in trained[0]:
+        assert t.tokens[-1] == tokenizer.eos_id and t.n_given == len(t.tokens)
+        assert tokenizer.decode(t.tokens[:-1]) == solutions[tokenizer.decode(t.prompt)]
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        go(tmp_path / name, "--steps=3", f"--seed={seed}")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+RESUMED = [  # knobs, optimiser step at which the run is interrupted
+    ("--algo=uft", 9),  # in step 5; checkpoint after step 3
+    ("--algo=sft-rft --kl_coef=0.01", 4),  # in the supervised phase: the checkpoint is before the phases meet
+    ("--algo=sft-rft --kl_coef=0.01", 10),  # in step 7, checkpoint after step 6: the reference is on the disk
+    ("--algo=sft-rft --kl_coef=0.01 --save_every=4", 6),  # checkpoint exactly where the phases meet
+    ("--algo=uft --rollout_dtype=bfloat16", 8),
+    # Methods with a memory; of 4 rows every one comes at every step.
+    ("--algo=target --train_rows=4 --hint_steps=20", 10),
+    ("--algo=adaback --train_rows=4", 9),
+    ("--algo=relift --relift_buffer=5 --save_every=1", 12),
+]
+
+
+@pytest.mark.parametrize(("knobs", "call"), RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(knobs, call, tmp_path, monkeypatch):
+    # Validations never fall on a checkpoint: that is the next test.
+    knobs = [*knobs.split(), "--eval_every=5", "--sample_every=2"]
+    go(tmp_path / "whole", *knobs)
+    cut(tmp_path / "cut", call, monkeypatch, *knobs)
+    assert outcome(tmp_path / "cut")["step"] < outcome(tmp_path / "whole")["step"]
+    if "buffer" in knobs[1]:  # it is resumed with problems in the buffer
+        assert outcome(tmp_path / "cut")["memory"]["failed"]
+    go(tmp_path / "cut", *knobs, "--resume=true")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("knob", ["--fast=false", "--pack=false", "--token_budget=110"])
+def test_a_resumed_run_may_change_how_its_work_is_laid_out(knob, tmp_path, monkeypatch):
+    go(tmp_path / "whole")
+    cut(tmp_path / "cut", 9, monkeypatch)
+    go(tmp_path / "cut", "--resume=true", knob)
+    for a, b in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_a_run_is_resumed_after_a_validation_in_the_middle_of_a_log_line_and_when_it_is_finished(
+    tmp_path, monkeypatch
+):
+    """resume = auto begins a run, continues it and leaves a finished one as it is."""
+    knobs = ("--eval_every=3", "--save_every=3", "--resume=auto")
+    go(tmp_path / "whole", *knobs)
+    cut(tmp_path / "cut", 9, monkeypatch, *knobs)
+    with open(tmp_path / "cut/metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "critic/rew')
+    go(tmp_path / "cut", *knobs)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    before, text = outcome(tmp_path / "cut"), (tmp_path / "cut/metrics.jsonl").read_text()
+    go(tmp_path / "cut", *knobs)
+    assert outcome(tmp_path / "cut") == before == outcome(tmp_path / "whole")
+    assert (tmp_path / "cut/metrics.jsonl").read_text() == text
 
 
 def test_each_phase_has_its_own_decay_of_the_second_moment(tmp_path, monkeypatch):
     seen = []
 
-    def watching(model, reference, optimizer, *rest):
-        seen.append(optimizer.param_groups[0]["betas"])
-        return update(model, reference, optimizer, *rest)
+    def watching(run, *rest):
+        seen.append(run.optimizer.param_groups[0]["betas"])
+        return update(run, *rest)
 
     monkeypatch.setattr(train_uft, "update", watching)
     phases = ["--algo=sft-rft", "--sft_steps=2", "--steps=1"]
@@ -791,28 +697,27 @@ def test_each_phase_has_its_own_decay_of_the_second_moment(tmp_path, monkeypatch
     assert seen == [(0.8, 0.95)] * 2 + [(0.8, 0.98)] * 2
 
 
-def test_every_problem_of_a_step_is_sampled_with_a_key_of_its_own(tmp_path, monkeypatch):
-    """5 problems in batches of 4: the steps across the end of an epoch have some of them twice."""
-    seen, generate = [], train_uft.generate
-    monkeypatch.setattr(train_uft, "generate", lambda *a, **kw: seen.append(kw["keys"]) or generate(*a, **kw))
-    go(tmp_path, "--train_rows=5", "--steps=5")
-    assert len(seen) == 5 and all(len(set(keys)) == 4 for keys in seen)
-    assert any(len({key % 5 for key in keys}) < 4 for keys in seen)
+@pytest.mark.parametrize("algo", ["uft", "luffy", "on_failure", "trapo", "dapo"])
+def test_every_trajectory_of_a_step_is_sampled_with_random_numbers_of_its_own(algo, tmp_path, monkeypatch):
+    """Of 5 problems in batches of 4 some steps have a problem twice; some methods sample again in a step."""
+    seen, twice, generate = {}, [], train_uft.generate
+
+    def watching(model, prompts, n, *rest, seed, keys, **kw):
+        completions = generate(model, prompts, n, *rest, seed=seed, keys=keys, **kw)
+        if "longest_prompt" in kw and n:  # a rollout
+            seen.setdefault(seed, []).extend(key * n + j for key in keys for j in range(n))
+            twice.append(len({key * n // 2 % 5 for key in keys}) < len(keys))
+        return completions
+
+    monkeypatch.setattr(train_uft, "generate", watching)
+    go(tmp_path, f"--algo={algo}", "--train_rows=5", "--steps=5")
+    assert len(seen) == 5 and any(twice)
+    assert all(len(set(rows)) == len(rows) for rows in seen.values())
 
 
-def test_rewards_may_be_whole_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.countdown, "score", lambda response, truth: (len(response) % 2, ""))
+def test_rewards_may_be_whole_numbers(tmp_path, varied_rewards):
     go(tmp_path, "--steps=2", "--rollouts=4")
-    lines = [m for m in metrics(tmp_path) if "lr" in m]
-    assert any(0 < m["critic/rewards/mean"] < 1 and m["actor/pg_loss"] != 0 for m in lines)
-
-
-def test_dead_groups_leave_even_mini_batches(tmp_path, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(train_uft, "drop_dead_groups", lambda groups, *_: groups[:6])
-    monkeypatch.setattr(train_uft, "update", lambda *args: sizes.append(len(args[3])) or update(*args))
-    go(tmp_path, "--problems=8", "--mini_batch=4", "--drop_dead=true", "--steps=2")
-    assert sizes == [3] * 4
+    assert any(0 < m["critic/rewards/mean"] < 1 and m["actor/pg_loss"] != 0 for m in steps(tmp_path))
 
 
 def test_dead_groups_left_out(tmp_path, monkeypatch):
@@ -823,65 +728,94 @@ def test_dead_groups_left_out(tmp_path, monkeypatch):
         go(tmp_path / algo, f"--algo={algo}", "--steps=2", "--drop_dead=true")
         after = load_file(tmp_path / algo / "model/model.safetensors")
         assert all(torch.equal(base[k], after[k]) for k in base) is same
-        assert [m["dead_groups"] for m in metrics(tmp_path / algo) if "lr" in m] == [1.0, 1.0]
+        assert [m["dead_groups"] for m in steps(tmp_path / algo)] == [1.0, 1.0]
 
 
-def test_target_remembers_each_problem(tmp_path):
-    go(tmp_path, "--hint=target", "--train_rows=4", "--hint_steps=20", "--steps=3", "--target_eta=0.1")
-    memory = outcome(tmp_path)["memory"]
-    assert len(memory) == 4 and any(abs(x - 0.95) > 1e-9 for x in memory)
+# ---- a method of one's own ---------------------------------------------------------------------------------
+
+MINE = '''"""Easy problems first, and one segment fewer whenever a problem was solved.
+
+More about it."""
+
+from dataclasses import dataclass
+
+import train_uft
+from infra.config import Count
 
 
-def test_a_supervised_solution_ends_with_its_answer_and_the_stop_token(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_uft, "update", lambda *args: seen.append(args[3]) or update(*args))
-    go(tmp_path, "--algo=sft", "--sft_steps=1")
-    tokenizer = train_uft.Tokenizer.from_pretrained(ROOT / "data/tiny/countdown")
-    rows = data.countdown.load("train", n=32, style="short")
-    solutions = {r["prompt"]: "".join(r["hint"]) + r["answer"] for r in rows}
-    assert len(seen) == 1 and len(seen[0]) == 4  # one optimiser step of the whole batch
-    for g in seen[0]:
-        assert g.hint[-1] == tokenizer.eos_id and not g.completions
-        assert tokenizer.decode(g.hint[:-1]) == solutions[tokenizer.decode(g.prompt)]
+@dataclass
+class Config(train_uft.Config):
+    easiest: Count = 2  # problems to begin with
 
 
-def test_hints_drive_what_is_trained(tmp_path, monkeypatch):
-    """Hint tokens reach update() for uft at first and never for rft; they count for uft and sft only."""
-    seen = []
-
-    def watching(model, reference, optimizer, groups, cfg, coef, *rest):
-        seen.append((sum(len(g.hint) for g in groups), coef))
-        return update(model, reference, optimizer, groups, cfg, coef, *rest)
-
-    monkeypatch.setattr(train_uft, "update", watching)
-    for algo in ALGOS:
-        seen.clear()
-        go(
-            tmp_path / algo,
-            f"--algo={algo}",
-            "--steps=2",
-            "--sft_steps=1",
-            "--hint_steps=1",
-            "--p_low=1",
-            "--p_high=1",
-        )
-        hints, coefs = [h for h, _ in seen], [c for _, c in seen]
-        match algo:
-            case "uft":
-                assert all(hints[:2]) and not any(hints[2:]) and set(coefs) == {0.001}
-            case "rft-cosine" | "stage":
-                assert all(hints[:2]) and not any(hints[2:]) and set(coefs) == {0.0}
-            case "r3":
-                assert any(hints[2:]) and set(coefs) == {0.0}
-            case "rft":
-                assert not any(hints) and set(coefs) == {0.0}
-            case "sft":
-                assert len(seen) == 1 and hints[0] and coefs == [1.0]
-            case "sft-rft":
-                assert hints[0] and not any(hints[1:]) and coefs[0] == 1.0 and set(coefs[1:]) == {0.0}
+def pick_problems(step, n_problems, memory, cfg):
+    known = cfg.easiest + len(memory.setdefault("steps", []))
+    memory["steps"].append(step)
+    return [(step + k) % min(known, n_problems) for k in range(cfg.problems)]
 
 
-# ---- one line for a user's mistake -------------------------------------------------------------------------
+def hint_length(step, problem, cfg, rng, memory):
+    return max(0, problem.segments - memory["problems"][problem.index].get("solved", 0))
+
+
+def remember(groups, run, data, step, cfg):
+    for group in groups:
+        memory = run.state["memory"]["problems"][group[0].pick.problem]
+        memory["solved"] = memory.get("solved", 0) + (group[0].reward == 1)
+    run.metrics["mine/problems"] = len({group[0].pick.problem for group in groups})
+    return groups
+
+
+METHOD = train_uft.METHODS["uft"]._replace(
+    pick_problems=pick_problems, hint_length=hint_length, after_rollout=remember
+)
+'''
+
+
+def test_a_curriculum_with_a_memory_and_a_metric_from_a_file_of_ones_own(tmp_path, monkeypatch, trained):
+    monkeypatch.setattr(data.countdown, "score", lambda response, truth: (1.0, "right"))
+    (tmp_path / "mine.py").write_text(MINE)
+    knobs = [f"--algo={tmp_path / 'mine.py'}", "--easiest=1", "--steps=5", "--problems=3", "--mini_batch=3"]
+    go(tmp_path / "whole", *knobs)
+    problems = [[group[0].pick for group in groups] for groups in trained]
+    assert problems[:2] == [[Pick(0), Pick(0, 1), Pick(0, 2)], [Pick(1), Pick(0), Pick(1, 1)]]
+    assert [m["mine/problems"] for m in steps(tmp_path / "whole")] == [1, 2, 3, 3, 3]
+    shares = [m["hint/share"] for m in steps(tmp_path / "whole")]
+    assert shares[0] == 1 and shares[-1] < 0.6  # problem 0 was solved three times in the first step
+    memory = outcome(tmp_path / "whole")["memory"]
+    assert memory["steps"] == [0, 1, 2, 3, 4] and sum(p.get("solved", 0) for p in memory["problems"]) == 15
+    cut(tmp_path / "cut", 5, monkeypatch, *knobs)
+    go(tmp_path / "cut", *knobs, "--resume=true")
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"algo = '.*mine\.py', not 'uft'"):
+        go(tmp_path / "cut", *knobs[2:], "--algo=uft", "--resume=true")
+
+
+@either
+def test_an_advantage_per_token(fast, tmp_path, monkeypatch, varied_rewards):
+    """Equal numbers are the trajectory's advantage; the last token's alone is something else."""
+
+    def per_token(last):
+        def advantages(groups, cfg):
+            train_uft.grpo_advantages(groups, cfg)
+            for t in train_uft.flat(groups):
+                t.advantage = np.full(len(t.tokens), t.advantage)
+                t.advantage[: -1 if last else 0] = 0.0
+
+        return RFT._replace(advantages=advantages)
+
+    for name, method in {"one": RFT, "all": per_token(False), "last": per_token(True)}.items():
+        monkeypatch.setitem(METHODS, name, method)
+        go(tmp_path / name, f"--algo={name}", "--steps=3", f"--fast={fast}", "--drop_dead=true")
+    one, equal, last = (
+        [m.get("actor/grad_norm", 0) for m in steps(tmp_path / n)] for n in ("one", "all", "last")
+    )
+    assert equal == one and 0 < sum(last) < sum(one)
+    dead = [steps(tmp_path / name)[0]["dead_groups"] for name in ("one", "all", "last")]
+    assert len(set(dead)) == 1 and 0 < dead[0] < 1
+
+
+# ---- one line for a user's mistake, and what has moved -----------------------------------------------------
 
 
 def refused(capsys, monkeypatch, *args):
@@ -904,10 +838,16 @@ def refused(capsys, monkeypatch, *args):
         ("--steps=many", "whole number"),
         ("--steps=1.5", "whole number"),
         ("--lr=nan", "lr"),
+        ("--lr 3e-4", "write --lr=3e-4"),
         ("--pack=yes", "true or false"),
         ("--lr", "needs a value"),
-        ("--algo=utf", "'uft'"),
-        ("--hint=targt", "'target'"),
+        ("--algo=utf", "'utf' is not one of sft, rft,"),
+        ("--algo=utf", "trapo, nor a FILE.py"),
+        ("--algo=nowhere.py", "there is no file nowhere.py"),
+        pytest.param("--algo", "algo needs a value", marks=pytest.mark.xfail(strict=True, reason="a traceback")),
+        ("--algo=luffy --luffy_gamma=0", "luffy_gamma = 0.0: must be above 0"),
+        ("--luffy_gamma=1", "unknown knob 'luffy_gamma'"),
+        ("--adv_norm=std2", "is not one of std, none; the nearest is 'std'"),
         ("--model=/nowhere/model", "/nowhere/model"),
         ("--max_prompt=3", "max_prompt"),
         ("--token_budget=4", "token_budget"),
@@ -918,37 +858,86 @@ def refused(capsys, monkeypatch, *args):
         ("--task=chess", "countdown"),
         ("--device=tpu", "device"),
         ("--resume=true", "resume"),
+        ("--resume=yes", "is not one of false, true, auto"),
         ("nowhere.toml", "nowhere.toml"),
         ("--data_path=nowhere.jsonl", "nowhere.jsonl"),
+        *((f"--{old}", f"{old} is now {new}") for old, new in train_uft.MOVED.items()),
     ],
 )
 def test_bad_knobs(args, wanted, tmp_path, capsys, monkeypatch):
     assert wanted in refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", *args.split())
 
 
+def test_what_moved_can_be_run():
+    for new in train_uft.MOVED.values():
+        method, _ = train_uft.find(re.match(r"--algo=([\w-]+)", new)[1])
+        assert isinstance(method, train_uft.Method)
+
+
 @pytest.mark.parametrize(
-    "content",
-    ["", "\n\n", '{"prompt": "x"', "[1]\n", '{"prompt": "x"}\n'],
-    ids=["empty", "blank", "broken", "list", "fields"],
+    ("text", "wanted"),
+    [
+        ("1 / 0", "mine.py line 1: ZeroDivisionError"),
+        ("import nowhere", "mine.py line 1: ModuleNotFoundError"),
+        pytest.param("x =", "mine.py line 1: SyntaxError", marks=pytest.mark.xfail(strict=True, reason="line 241")),
+        ("LOSS = 3", "mine.py: must define METHOD"),
+        pytest.param("METHOD = 3", "mine.py", marks=pytest.mark.xfail(strict=True, reason="a traceback")),
+    ],
 )
-def test_bad_data_files(content, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "rows.jsonl"
+def test_bad_methods_of_ones_own(text, wanted, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(text)
+    assert wanted in refused(capsys, monkeypatch, f"--algo={tmp_path / 'mine.py'}", f"--out_dir={tmp_path / 'o'}")
+
+
+def test_help_has_every_method_and_the_knobs_of_the_one_that_is_named(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    texts = {}
+    for algo in ("uft", "luffy", str(tmp_path / "mine.py")):
+        with pytest.raises(SystemExit) as e:
+            train_uft.main(["--help", f"--algo={algo}"])
+        assert e.value.code == 0
+        texts[algo] = capsys.readouterr().out
+    for name in VARIANTS:
+        first = (ROOT / f"variants/{name}.py").read_text().partition("\n")[0].strip('"')
+        assert all(re.search(rf"^  {name} +{re.escape(first)}$", text, re.M) for text in texts.values())
+    assert not any(" dft " in text for text in texts.values()) and all(name in texts["uft"] for name in METHODS)
+    assert "--luffy_gamma=0.1" in texts["luffy"] and "--clip_low=1.0" in texts["luffy"]
+    assert "--clip_low=0.2 " in texts["uft"] and "luffy_gamma" not in texts["uft"]
+    assert re.search("--easiest=2 +problems to begin with", texts[str(tmp_path / "mine.py")])
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("", "rows.jsonl"),
+        ("\n\n", "rows.jsonl"),
+        ('{"prompt": "x"', "rows.jsonl"),
+        ("[1]\n", "rows.jsonl"),
+        ('{"prompt": "x"}\n', "rows.jsonl"),
+        ("uft", "row 0: field 'hint' is missing or empty: uft needs it; --algo=rft needs no solutions"),
+        ("luffy", "row 0: field 'answer' is missing or empty: luffy needs it"),
+    ],
+)
+def test_bad_data_files(content, wanted, tmp_path, capsys, monkeypatch):
+    path, args = tmp_path / "rows.jsonl", [f"--out_dir={tmp_path / 'out'}"]
+    if content in ("uft", "luffy"):
+        args.append(f"--algo={content}")
+        truth = {"numbers": [1, 2], "target": 3}
+        row = {"prompt": "1 2", "hint": ["a"] * (content == "luffy"), "answer": "", "truth": truth}
+        content = "".join(json.dumps(row | {"prompt": f"1 {i}"}) + "\n" for i in range(40))
     path.write_text(content)
-    assert "rows.jsonl" in refused(
-        capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", f"--data_path={path}"
-    )
+    assert wanted in refused(capsys, monkeypatch, *args, f"--data_path={path}")
 
 
-@pytest.mark.parametrize("algo", ["uft", "sft", "sft-rft"])
+@pytest.mark.parametrize("algo", ["uft", "sft", "sft-rft", "luffy"])
 def test_the_longest_row_that_can_occur_must_fit_the_budget(algo, tmp_path, capsys, monkeypatch):
     """Refused before any work, with the number that is enough for completions of any length."""
+    generate = train_uft.generate
     monkeypatch.setattr(train_uft, "generate", lambda *a, **kw: pytest.fail("it is sampled already"))
     args = f"--out_dir={tmp_path / 'out'}", f"--algo={algo}", "--hint_steps=100", "--p_low=1", "--p_high=1"
     err = refused(capsys, monkeypatch, *args, "--token_budget=4")
     least = int(re.search(r"token_budget = 4: must be >= (\d+)", err)[1])
     assert f"must be >= {least}," in refused(capsys, monkeypatch, *args, f"--token_budget={least - 1}")
-    monkeypatch.undo()
-    generate = train_uft.generate
 
     def never_stopping(*args, **kw):
         return generate(*args[:5], (), *args[6:], **kw)
@@ -969,36 +958,34 @@ def test_bad_models(tmp_path, capsys, monkeypatch):
 
 
 def test_bad_out_dirs(tmp_path, capsys, monkeypatch):
-    go(tmp_path / "run", "--steps=3")
-    out = f"--out_dir={tmp_path / 'run'}"
-    assert "holds a run already" in refused(capsys, monkeypatch, out, "--steps=3")
-    assert "lr = 0.0002, not 0.5" in refused(
-        capsys, monkeypatch, out, "--steps=3", "--resume=true", "--lr=0.5"
-    )
-    path = tmp_path / "run/resume/tensors-00000.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert "resume" in refused(capsys, monkeypatch, out, "--steps=3", "--resume=true")
-
-
-def test_out_dir_that_is_a_file(tmp_path, capsys, monkeypatch):
     (tmp_path / "taken").write_text("")
     assert "out_dir" in refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'taken'}")
+    out = f"--out_dir={tmp_path / 'run'}", "--steps=3"
+    go(tmp_path / "run", "--steps=3")
+    assert "holds a run already" in refused(capsys, monkeypatch, *out)
+    for resume in ("true", "auto"):
+        changed = refused(capsys, monkeypatch, *out, f"--resume={resume}", "--clip_low=0.5")
+        assert "clip_low = 0.2, not 0.5" in changed
+    path = tmp_path / "run/resume/tensors-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "resume" in refused(capsys, monkeypatch, *out, "--resume=true")
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    def spoiling(model, reference, optimizer, groups, cfg, coef, *rest):
+    def spoiling(run, *rest):
         calls.append(1)
         if len(calls) == 9:
             with torch.no_grad():
-                model.model.norm.weight[0] = math.nan
-        return update(model, reference, optimizer, groups, cfg, coef, *rest)
+                run.model.model.norm.weight[0] = math.nan
+        return update(run, *rest)
 
     calls = []
-    go(tmp_path / "good", "--steps=3", "--lr_schedule=constant")
+    go(tmp_path / "good", "--steps=3", "--lr_schedule=constant", "--eval_every=9")
     monkeypatch.setattr(train_uft, "update", spoiling)
-    err = refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'run'}", "--lr_schedule=constant")
+    err = refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'run'}", "--lr_schedule=constant", "--eval_every=9")
     assert "step 5" in err and "last good checkpoint" in err and str(tmp_path / "run/resume") in err
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "good")
+    good, run = outcome(tmp_path / "good"), outcome(tmp_path / "run")
+    assert {k: v for k, v in good.items() if k != "samples"} == {k: v for k, v in run.items() if k != "samples"}
 
 
 def test_a_learning_rate_that_explodes_is_one_line(tmp_path, capsys, monkeypatch):
@@ -1007,7 +994,7 @@ def test_a_learning_rate_that_explodes_is_one_line(tmp_path, capsys, monkeypatch
 
 
 def test_from_the_shell(tmp_path):
-    command = [sys.executable, str(ROOT / "train_uft.py"), f"--out_dir={tmp_path}", "--stepz=1"]
+    command = [sys.executable, str(ROOT / "train_uft.py"), f"--out_dir={tmp_path}", "--algo=luffy", "--stepz=1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "steps" in result.stderr

@@ -6,34 +6,23 @@ hint tokens are not tempered."""
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from trajectories import HERE as TESTS
+from trajectories import PATHS, a_batch, answer, each_path, either, step, take_step, variant, weighed
 
 import model as plain_head
 import train_uft
 from fast import head as fast_head
+from infra import parallel
 from infra.training import lr_factor
 from model import Transformer
-from sampler import Completion
-from train_uft import (
-    Config,
-    Group,
-    Problem,
-    cut_points,
-    group_advantages,
-    hint_length,
-    hint_probability,
-    kl_k3,
-    policy_loss,
-    uft_loss,
-    update,
-)
+from train_uft import METHODS, Batch, Config, Problem, cut_points, group_advantages, hint_probability, kl_k3
 
-HERE = Path(__file__).parent / "vectors/uft"
+HERE = TESTS / "vectors/uft"
 
 
 def read(name):
@@ -80,34 +69,34 @@ def chi_square(drawn, pmf):
     return sum((c - total * p) ** 2 / (total * p) for c, p in zip(counts, pmf, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("schedule", "step", "m"), [("cosine", 150, 5), ("cosine", 80, 3), ("uniform", 20, 5), ("target", 9, 4)]
-)
-def test_hint_lengths_are_drawn_from_their_distribution(schedule, step, m):
-    cfg = Config(hint_steps=300)
-    drawn = [
-        hint_length(schedule, step, m, cfg, np.random.default_rng((0, 3, step, i)), 0.4) for i in range(4000)
-    ]
-    p = {"cosine": hint_probability(step, 300), "target": 0.4}.get(schedule)
+def hint_length(algo, step, m, hint_steps=300, seed=0):
+    """Segments of m that a method gives at a step; target's problem has a share of 0.4."""
+    method = METHODS[algo] if algo in METHODS else variant(algo)[0]
+    problem = Problem(0, {}, [], list(range(m + 1)))
+    memory = {"problems": [{"share": 0.4}]}
+    return method.hint_length(step, problem, Config(hint_steps=hint_steps), np.random.default_rng(seed), memory)
+
+
+@pytest.mark.parametrize(("algo", "step", "m"), [("uft", 150, 5), ("uft", 80, 3), ("r3", 20, 5), ("target", 9, 4)])
+def test_hint_lengths_are_drawn_from_their_distribution(algo, step, m):
+    drawn = [hint_length(algo, step, m, seed=(0, 3, step, i)) for i in range(4000)]
+    p = {"uft": hint_probability(step, 300), "target": 0.4}.get(algo)
     pmf = [1 / (m + 1)] * (m + 1) if p is None else binomial(m, p)
     assert chi_square(drawn, pmf) < 25.7  # 99.99 % quantile for 5 degrees of freedom
 
 
 def test_uniform_still_draws_all_lengths_after_hint_steps_and_the_others_stop():
-    cfg = Config(hint_steps=300)
     for r in SLICING["uniform"]:
-        cuts, step = cut_points(r["len_hint"], 5), r["timestep"] - 1
-        draws = [
-            hint_length("uniform", step, len(cuts) - 1, cfg, np.random.default_rng(i)) for i in range(200)
-        ]
+        cuts = cut_points(r["len_hint"], 5)
+        draws = [hint_length("r3", r["timestep"] - 1, len(cuts) - 1, seed=i) for i in range(200)]
         assert sorted({cuts[k] for k in draws}) == r["slice_length"]
         assert r["pmf"] == pytest.approx([1 / len(cuts)] * len(cuts), abs=1e-12)
-    for schedule in ("cosine", "stage", "target", "none", "on-failure"):
-        assert hint_length(schedule, 300, 5, cfg, np.random.default_rng(0), 1.0) == 0
+    for algo in ("uft", "rft-cosine", "stage", "target", "rft", "on_failure"):
+        assert hint_length(algo, 300, 5) == 0
 
 
 def stage(step, m, hint_steps):
-    return hint_length("stage", step, m, Config(hint_steps=hint_steps), np.random.default_rng(0))
+    return hint_length("stage", step, m, hint_steps)
 
 
 def test_stage_by_a_hand_worked_table():
@@ -135,7 +124,7 @@ def test_stage_is_the_published_one_a_step_later_where_the_stages_divide_hint_st
 
 def test_hint_texts_of_real_rows_and_the_answer_is_never_in_them():
     for r in SLICING["real_rows"]:
-        problem = Problem({"hint": r["hint"]}, [], cut_points(len(r["hint"]), 5))
+        problem = Problem(0, {"hint": r["hint"]}, [], cut_points(len(r["hint"]), 5))
         for s in r["slices"]:
             text = problem.hint(s["successes"])
             assert text == s["sliced_hint"]
@@ -163,7 +152,8 @@ def test_policy_loss(case):
     logp, old, advantages = (torch.tensor(case[k]) for k in ("log_prob", "old_log_prob", "advantages"))
     mask, clip = torch.tensor(case["eos_mask"]).bool(), case["cliprange"]
     logp.requires_grad_()
-    loss, clipped = policy_loss(logp[mask], old[mask], advantages[mask], clip, clip)
+    batch = a_batch([False] * int(mask.sum()))._replace(old_logp=old[mask], advantage=advantages[mask])
+    loss, clipped = train_uft.ppo_loss(logp[mask], None, batch, Config(clip_low=clip, clip_high=clip))
     (grad,) = torch.autograd.grad(loss.sum() / max(1, int(mask.sum())), logp)
     if "huge" in case.get("note", "") or "overflowing" in case.get("note", ""):
         assert loss.isfinite().all() and grad.isfinite().all()  # the log-ratio is capped at 20
@@ -235,7 +225,7 @@ def test_logprobs_entropies_and_their_gradients(batch, head, loss_at_once):
 
 @pytest.mark.parametrize("name", LOGITS["cases"])
 def test_uft_loss_and_gradient_on_given_logits(name):
-    """In float64, weighted as loss_norm = paper_code. The prompt logits are clamped here; ours are not."""
+    """In float64, weighted as by --algo=published. The prompt logits are clamped here; ours are not."""
     case, config = LOGITS["cases"][name], LOGITS["cases"][name]["config"]
     t = {k.split("/", 2)[2]: v for k, v in ACTOR.items() if k.startswith(case["batch"] + "/in/")}
     logits = (t["logits"] * case["logits_scale"]).requires_grad_()
@@ -252,23 +242,22 @@ def test_uft_loss_and_gradient_on_given_logits(name):
         clamped = tempered[:, : prompt - 1].clamp(-100, 100).log_softmax(-1)
         hint_logp = clamped.gather(-1, ids[:, 1:prompt, None])[..., 0][hint]
         nlls.append(-hint_logp.mean().item() if len(hint_logp) else 0.0)
-        zeros = torch.zeros_like(hint_logp)
-        is_hint = torch.cat((torch.zeros_like(logp), zeros + 1)).bool()
-        loss = uft_loss(
-            torch.cat((logp, hint_logp)),
-            torch.cat((entropy, zeros)),
-            torch.cat((t["old_log_probs"][rows][answer], zeros)),
-            torch.cat((t["advantages"][rows][answer], zeros)),
-            torch.cat((t["ref_log_prob"][rows][answer], zeros)) if config["use_kl_loss"] else None,
-            torch.where(is_hint, 0.0, 1 / (len(logp) * accumulation)).double(),
-            torch.where(
-                is_hint, config["sft_loss_coef"] / (max(1, len(hint_logp)) * accumulation), 0.0
-            ).double(),
-            clip_low=config["clip_ratio"],
-            clip_high=config["clip_ratio"],
-            kl_coef=config["kl_loss_coef"],
-            entropy_coef=config["entropy_coeff"],
-        )
+        # The answers' tokens, then the hints'.
+        given = torch.arange(len(logp) + len(hint_logp)) >= len(logp)
+        weight = torch.where(given, config["sft_loss_coef"] / max(1, len(hint_logp)), 1 / len(logp))
+
+        def column(name, rows=rows, answer=answer, n=len(hint_logp)):
+            return torch.cat((t[name][rows][answer], torch.zeros(n)))
+
+        batch = Batch(
+            given, given, given, column("old_log_probs"), column("advantages"), weight / accumulation,
+            column("ref_log_prob") if config["use_kl_loss"] else None,
+        )  # fmt: skip
+        clip, kl, bonus = config["clip_ratio"], config["kl_loss_coef"], config["entropy_coeff"]
+        cfg = Config(clip_low=clip, clip_high=clip, kl_coef=kl, entropy_coef=bonus)
+        entropies = torch.cat((entropy, torch.zeros_like(hint_logp)))
+        losses = train_uft.uft_loss(METHODS["uft"], torch.cat((logp, hint_logp)), entropies, batch, cfg)
+        loss = (batch.weight * losses).sum()
         assert loss.item() == pytest.approx(published, abs=1e-6)
         loss.backward()
     assert nlls == pytest.approx(case["metrics"]["actor/sft_loss"], abs=1e-6)
@@ -282,23 +271,22 @@ def inputs(kind):
     return {k.split("/", 2)[2]: v for k, v in E2E_TENSORS.items() if k.startswith(kind + "/in/")}
 
 
-def golden_groups(t, advantages, packed):
-    """The published left-padded rows: one completion each, or all rollouts of a problem in one group."""
+def golden_groups(t, advantages):
+    """The published left-padded rows: all rollouts of a problem in one group."""
     groups = []
     for i, ids in enumerate(t["input_ids"]):
         width, h = t["hint_mask"].shape[1], int(t["hint_mask"][i].sum())
         prompt = ids[:width][t["attention_mask"][i, :width].bool()].tolist()
-        answer = t["attention_mask"][i, width:].bool()
-        tokens, a = ids[width:][answer].tolist(), advantages[i][answer]
+        mask = t["attention_mask"][i, width:].bool()
+        tokens, a = ids[width:][mask].tolist(), advantages[i][mask]
         assert (a == a[0]).all()
-        completion = Completion(tokens, t["old_log_probs"][i][answer].tolist(), True)
-        prompt, hint = prompt[: len(prompt) - h], prompt[len(prompt) - h :]
-        if packed and groups and groups[-1].prompt == prompt:
-            groups[-1].completions.append(completion)
-            groups[-1].advantages.append(a[0].item())
+        prompt, hint, old = prompt[: len(prompt) - h], prompt[len(prompt) - h :], t["old_log_probs"][i][mask]
+        made = answer(prompt, hint, tokens, old.tolist(), a[0].item())
+        if groups and groups[-1][0].prompt == prompt:
+            groups[-1].append(made)
         else:
-            groups.append(Group(prompt, hint, [completion], [a[0].item()]))
-    assert len(groups) == (2 if packed else 8)
+            groups.append([made])
+    assert list(map(len, groups)) == [4, 4]
     return groups
 
 
@@ -319,24 +307,28 @@ def assert_gradients(model, key, tolerance=1e-4):
     assert ((sample - published).abs() <= tolerance * of_tensor + 1e-7).all()
 
 
-PATHS = {"packed": {}, "a row a completion": {"pack": False}, "plain": {"fast": False}}
-each_path = pytest.mark.parametrize("path", PATHS)
-
-
 @pytest.fixture
 def known_reference(monkeypatch):
-    """Make update() see given reference log-probs, found by the completion's old log-probs, all different."""
+    """Make update() see given reference log-probs, found by the old log-probs, which are all different."""
 
     def install(t):
         old, ref = t["old_log_probs"].flatten().tolist(), t["ref_log_prob"].flatten().tolist()
         known = dict(zip(old, ref, strict=True))
 
-        def recorded(_model, rows, _cfg):
-            return torch.tensor([known.get(x, 0.0) for x in rows.old_logp.tolist()])
+        def recorded(_model, _where, batch, _cfg):
+            return torch.tensor([known.get(x, 0.0) for x in batch.old_logp.tolist()])
 
-        monkeypatch.setattr(train_uft, "row_logprobs", recorded)
+        monkeypatch.setattr(train_uft, "logprobs", recorded)
 
     return install
+
+
+def micro_batches_of(size, n, method_module, rows_apart, monkeypatch):
+    """Of `size` rows each in the given order, as in the vectors; packed rows cannot be run so, only weighed."""
+    parts = [list(range(i, i + size)) for i in range(0, n, size)]
+    monkeypatch.setattr(method_module, "token_batches", lambda *_: parts)
+    if rows_apart:
+        monkeypatch.setattr(parallel, "my_batches", lambda *_: [(part, 1.0) for part in parts])
 
 
 @each_path
@@ -345,20 +337,16 @@ def known_reference(monkeypatch):
 def test_update_is_the_published_optimiser_step(kind, name, path, known_reference, monkeypatch):
     case = E2E[kind]["cases"][name]
     config, t = case["config"], inputs(kind)
-    packed = path == "packed"
-    if name == "strong_micro2":  # its micro-batches are of two rows in the given order
-        if packed:
-            pytest.skip("two rows of a group cannot be packed apart from the other two")
-        twos = [[i, i + 1] for i in range(0, 8, 2)]
-        monkeypatch.setattr(train_uft, "token_batches", lambda *_: twos)
-        monkeypatch.setattr(train_uft, "my_batches", lambda *_: [(two, 1.0) for two in twos])
+    method, module, _ = variant("published")
+    if name == "strong_micro2":
+        micro_batches_of(2, 8, module, path != "packed", monkeypatch)
     advantages = torch.zeros_like(t["advantages"]) if case["advantages"] == "all zero" else t["advantages"]
     known_reference(t)
-    # the published code divides the logits of hint tokens, too, by the temperature of the rollouts
-    monkeypatch.setattr(train_uft, "token_temperature", lambda _, cfg: cfg.temperature)
+    # The published code divides the logits of hint tokens, too, by the temperature of the rollouts.
+    monkeypatch.setattr(train_uft, "temperatures", lambda _, cfg: cfg.temperature)
+    groups = golden_groups(t, advantages)
     for clip in (1e9, 1.0):
         cfg = Config(
-            loss_norm="paper_code",
             **PATHS[path],
             temperature=case["temperature"],
             grad_clip=clip,
@@ -369,9 +357,10 @@ def test_update_is_the_published_optimiser_step(kind, name, path, known_referenc
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
         )
-        groups = golden_groups(t, advantages, packed)
-        assert len(train_uft.training_rows(groups, cfg, model.config)) == len(groups)
-        metrics = update(model, model, optimizer, groups, cfg, config["sft_loss_coef"])
+        packed = train_uft.training_rows(weighed(groups, method), cfg, model)
+        assert len(packed) == (2 if path == "packed" else 8)
+        coef = config["sft_loss_coef"]
+        metrics = take_step(model, groups, method, coef, cfg, optimizer, reference=model)
         if clip > 1:
             assert_gradients(model, f"{kind}/{name}/grad")
     assert metrics["actor/loss"] == pytest.approx(
@@ -399,34 +388,30 @@ def test_update_is_the_published_optimiser_step(kind, name, path, known_referenc
 def test_recomputed_old_logprobs_are_the_published_ones_at_the_sampling_temperature(kind, temperature, path):
     t = inputs(kind)
     model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
-    groups = golden_groups(t, t["advantages"], packed=True)
+    groups = golden_groups(t, t["advantages"])
     train_uft.recompute_old_logprobs(model, groups, Config(temperature=temperature, **PATHS[path]))
-    ours = torch.tensor([p for g in groups for c in g.completions for p in c.logprobs])
+    ours = torch.tensor(np.concatenate([t.old_logp[t.n_given :] for t in train_uft.flat(groups)])).float()
     answer = t["attention_mask"][:, t["hint_mask"].shape[1] :].bool()
     published = E2E_TENSORS[f"{kind}/compute_log_prob/temp{temperature}"][answer]
     torch.testing.assert_close(ours, published, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@either
 @pytest.mark.parametrize("micro", [False, True], ids=["whole batch", "two micro-batches"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_supervised_loss_is_a_hint_of_the_whole_solution(kind, micro, fast, monkeypatch):
+def test_supervised_loss_is_that_of_trajectories_given_entirely(kind, micro, fast, monkeypatch):
     t = {k.split("/", 3)[3]: v for k, v in E2E_TENSORS.items() if k.startswith(f"sft/{kind}/in/")}
     case, groups = E2E["sft"][kind], []
     for ids, attention, mask in zip(t["input_ids"], t["attention_mask"], t["loss_mask"], strict=True):
         first, length = int(mask.nonzero()[0]) + 1, int(attention.sum())
-        groups.append(Group(ids[:first].tolist(), ids[first:length].tolist()))
-    assert sum(len(g.hint) for g in groups) == case["tokens"]
+        groups.append([answer(ids[:first].tolist(), ids[first:length].tolist(), [])])
+    assert sum(t.n_given for t in train_uft.flat(groups)) == case["tokens"] and len(groups) == 4
+    method, module, _ = variant("published")
     if micro:
-        twos = [[0, 1], [2, 3]]
-        assert len(groups) == 4
-        monkeypatch.setattr(train_uft, "token_batches", lambda *_: twos)
-        monkeypatch.setattr(train_uft, "my_batches", lambda *_: [(two, 1.0) for two in twos])
+        micro_batches_of(2, 4, module, True, monkeypatch)
     model = Transformer.from_pretrained(HERE / f"models/tiny_{kind}")
-    cfg = Config(algo="sft", grad_clip=1e9, loss_norm="paper_code" if micro else "tokens", fast=fast)
-    metrics = update(model, None, torch.optim.SGD(model.parameters(), lr=0.0), groups, cfg, 1.0)
-    assert metrics["actor/loss"] == pytest.approx(
-        case["loss_two_micro_batches" if micro else "loss"], abs=1e-4
-    )
+    metrics, _ = step(model, groups, method if micro else METHODS["sft"], 1.0, fast=fast)
+    wanted = case["loss_two_micro_batches" if micro else "loss"]
+    assert metrics["actor/loss"] == pytest.approx(wanted, abs=1e-4)
     assert metrics["actor/hint_nll"] == pytest.approx(case["loss"], abs=1e-4)
     assert_gradients(model, f"sft/{kind}/" + ("grad_two_micro" if micro else "grad"))
