@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import torch
+from trajectories import CPU
 
 import model as plain_head
 import train_ift
@@ -12,19 +13,8 @@ from data.chat import Example
 from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra.training import ROOT, Run
-from model import Transformer
 
-MODELS = Path(__file__).parent / "vectors/uft/models"
-CPU = torch.device("cpu")
 COUNTDOWN = ROOT / "data/tiny/countdown"
-
-
-def tiny(kind="llama"):
-    """A tiny model of 97 tokens; "window" is one whose tokens see the last three only."""
-    model = Transformer.from_pretrained(MODELS / f"tiny_{'llama' if kind == 'window' else kind}")
-    if kind == "window":
-        model.config.model_type, model.config.extra["sliding_window"] = "mistral", 3
-    return model
 
 
 def rows_of(examples):
@@ -42,7 +32,7 @@ def states_of(model, rows, cfg, lam=None):
     return ift_states(model, rows, residual(cfg, lam))
 
 
-def take_step(loss, model, batch, cfg, optimizer, lam=0.3, reference=None, seed=5):
+def ift_step(loss, model, batch, cfg, optimizer, lam=0.3, reference=None, seed=5):
     """The metrics of an optimiser step, outside of a run."""
     method, device = train_ift.find_loss(loss)[0], model.head_weight.device
     run = Run(None, None, device, None, model, model, reference, optimizer)
@@ -54,8 +44,8 @@ def gradients(loss, model, batch, lam=0.3, reference=None, **knobs):
     """The metrics and gradients of a step that does not move the model."""
     cfg = train_ift.Config(grad_clip=1e9, **knobs)
     still = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    metrics = take_step(loss, model, batch, cfg, still, lam, reference)
-    return metrics, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    means = ift_step(loss, model, batch, cfg, still, lam, reference)
+    return means, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(a, b, tolerance):
@@ -84,12 +74,6 @@ def some_pairs(n=5):
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
-
-
-def metrics(out, left_out=("timing_s/", "train_s", "tokens_per_s", "mfu")):
-    """The records of metrics.jsonl without what no two runs have in common."""
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 
 
 def pairs_flags(folder, n=16):

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from examples import ift_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trajectories import answer, take_step
 
@@ -136,7 +137,7 @@ def examples():
 
 
 def ift_update(m, optimizer, name, cfg, step):
-    return train_ift.update(train_ift.LOSSES[name], m, None, optimizer, examples(), 0.2, cfg, step)
+    return ift_step(name, m, examples(), cfg, optimizer, lam=0.2, seed=step)
 
 
 @pytest.mark.parametrize("again", [False, True])

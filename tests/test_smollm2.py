@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import ift_step
 from trajectories import answer, take_step
 
 import train_ift
@@ -121,7 +122,6 @@ def test_a_supervised_step_of_ift_is_that_of_transformers(models, tokenizer, fas
         nll = F.cross_entropy(peer(ids).logits[0, :-1], ids[0, 1:], reduction="none")
         sums, count = sums + nll[mask].sum(), count + int(mask.sum())
     optimizer = torch.optim.AdamW(ours.parameters(), weight_decay=0.0, **STEP)
-    loss = train_ift.LOSSES["sft"]
-    metrics = train_ift.update(loss, ours, None, optimizer, list(examples), 0.0, cfg)
+    metrics = ift_step("sft", ours, list(examples), cfg, optimizer)
     assert metrics["nll"] == pytest.approx((sums / count).item(), rel=1e-5)
     assert_same_step(ours, peer, sums / count)
