@@ -607,7 +607,8 @@ def main(argv: Sequence[str]) -> None:
     methods = {name: find_loss(name)[0] for name in cfg.loss}
     check(cfg, methods)
     device = training.start(cfg)
-    folders = {name: Path(cfg.out_dir) / (name if len(cfg.loss) > 1 else "") for name in cfg.loss}
+    several = len(cfg.loss) > 1  # each has a folder, FILE for path/to/FILE.py
+    folders = {n: Path(cfg.out_dir) / (Path(n).stem if several else "") for n in cfg.loss}
     begun = any(resume_folder(folder) for folder in folders.values())
     missing = f"{cfg.out_dir} has no checkpoint to resume from"
     config.require(cfg, "resume", begun or cfg.resume != "true", missing)
