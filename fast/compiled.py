@@ -14,11 +14,9 @@ def compile_for_all_shapes(function: Callable) -> Callable:
     """torch.compile with dynamic shapes. All layers share its programs.
 
     Each combination of gradient, mask, prefix and more than one row takes a program, and another model takes
-    as many again: more than the 8 per function that torch allows by default. Sizes that happen to be equal
-    in the first call, such as 256 rows and 256 positions, may differ later.
+    as many again: more than the 8 per function that torch allows by default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    torch.fx.experimental._config.use_duck_shape = False
     return torch.compile(function, dynamic=True)
 
 
@@ -66,13 +64,17 @@ def run_in(block: Block, **functions: Callable) -> None:
 
 
 def or_uncompiled(function: Callable) -> Callable:
-    """compile_for_all_shapes(function), or after one warning the function itself if that fails."""
+    """compile_for_all_shapes(function), or after one warning the function itself if that fails.
+
+    Sizes that happen to be equal in the first call, such as 256 rows and 256 positions, may differ later.
+    """
     state = {"run": compile_for_all_shapes(function)}
 
     def call(*args):
         if state["run"] is not function:
             try:
-                return state["run"](*args)
+                with torch.fx.experimental._config.patch(use_duck_shape=False):
+                    return state["run"](*args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # the compiler and its tools may raise anything

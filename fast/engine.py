@@ -8,6 +8,7 @@ active row, so the batch stays dense and shrinks, or by a waiting prompt, so it 
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,12 @@ FREE_SHARE = 0.5  # share of the free memory for keys and values if no batch siz
 
 
 def prefill(
-    model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int
-) -> Tensor:
+    model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int,
+    compiled: bool = False,
+) -> Tensor:  # fmt: skip
     """Run ragged prompts once and copy their keys and values to slots; returns last logits (prompts, V).
 
-    Prompt i goes to the n slots from slots[i] on.
+    Prompt i goes to the n slots from slots[i] on. compiled: the model's blocks are.
     """
     device = model.head_weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -45,12 +47,24 @@ def prefill(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     passed = KVCache(model.config, len(prompts), longest, model.head_weight.dtype, device)
-    hidden = model.hidden(ids.to(device), cache=passed)
+    if compiled:
+        fix_sizes(passed)
+    # A prompt alone would need a program of its own, in the middle of a run.
+    alone = compiled and len(prompts) == 1
+    with torch.compiler.set_stance("force_eager") if alone else nullcontext():
+        hidden = model.hidden(ids.to(device), cache=passed)
     target = (torch.tensor(slots, device=device)[:, None] + torch.arange(n, device=device)).flatten()
     for layer, new in zip(cache.layers, passed.layers, strict=True):
         layer.k[target, :, :longest] = new.k.repeat_interleave(n, 0).to(layer.k.dtype)
         layer.v[target, :, :longest] = new.v.repeat_interleave(n, 0).to(layer.v.dtype)
     return compute_logits(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
+
+
+def fix_sizes(cache: KVCache) -> None:
+    """Tell torch.compile that key heads and head size are those of all caches, unlike rows and positions."""
+    for layer in cache.layers:
+        for x in (layer.k, layer.v):
+            torch._dynamo.mark_static(x, (1, 3))
 
 
 def decode(
@@ -100,7 +114,8 @@ class Engine:
         self, model: Transformer, rows: int, room: int, dtype: torch.dtype, sampling: tuple, compile: bool
     ):
         device = model.head_weight.device
-        self.model, self.sampling, self.graphs = model, sampling, {}
+        self.model, self.sampling, self.compiled, self.graphs = model, sampling, compile, {}
+        rows = max(rows, 2) if compile else rows  # torch compiles one row apart
         self.cache = KVCache(model.config, rows, room, dtype, device)
         self.row, self.position, self.end, self.token = (
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4)
@@ -114,6 +129,7 @@ class Engine:
         if compile:
             self.sample = or_uncompiled(sample)
             compile_cached_passes(model)
+            fix_sizes(self.cache)
         else:
             self.head = packed_head(model.head_weight)
 
@@ -159,9 +175,8 @@ class Engine:
         self, slots: slice, prompts: list[list[int]], rows: list[int], n: int, max_new_tokens: int
     ) -> None:
         """Fill slots with n completions of each prompt, and sample the first token of each."""
-        # One prompt alone is not worth a program of its own; torch would compile it in the middle of a run.
-        with torch.compiler.set_stance("force_eager" if len(prompts) == 1 else "default"):
-            logits = prefill(self.model, self.cache, prompts, list(range(slots.start, slots.stop, n)), n)
+        first = list(range(slots.start, slots.stop, n))
+        logits = prefill(self.model, self.cache, prompts, first, n, self.compiled)
         self.row[slots] = torch.tensor(rows, device=self.row.device)
         self.position[slots] = torch.tensor(
             [len(p) for p in prompts for _ in range(n)], device=self.row.device
