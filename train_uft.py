@@ -97,8 +97,8 @@ class Config(RunConfig):
     adv_norm: Literal["std", "none"] = "std"  # divisor of advantages; none: Dr. GRPO
     loss_norm: Literal["tokens", "constant"] = "tokens"  # denominator; constant: Dr. GRPO
     rollout_correction: Literal["none", "token", "sequence"] = "none"  # pi_trainer / pi_sampler
-    rollout_cap: Positive = 3.0  # largest weight of rollout_correction
-    drop_dead: bool = False  # do not train on, or count, groups without advantages
+    rollout_cap: Positive = 3.0  # its largest weight
+    drop_dead: bool = False  # leave out groups without advantages
     # Optimiser (AdamW)
     lr: Positive = 2e-4  # learning rate of reinforcement
     warmup: Natural = 10  # steps of linear warm-up
