@@ -13,7 +13,6 @@ import math
 import subprocess
 import sys
 import tomllib
-from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -36,15 +35,14 @@ def read_jsonl(path: Path) -> tuple[list[dict], list[str]]:
 
 def changed_knobs(config: dict) -> dict[str, list]:
     """Knob -> [value, default] where they differ. The defaults are read from the trainer's source."""
-    names, defaults = [config["algo"]] if "algo" in config else config.get("loss", []), {}
+    trainer, names = ("train_uft.py", [config["algo"]]) if "algo" in config else ("train_ift.py", config["loss"])
     files = [Path(name) if name.endswith(".py") else ROOT / "variants" / f"{name}.py" for name in names]
-    trainer = ROOT / ("train_uft.py" if "algo" in config else "train_ift.py")
-    for path in (ROOT / "infra" / "training.py", trainer, *filter(Path.is_file, files)):
+    defaults = {}
+    for path in (ROOT / "infra" / "training.py", ROOT / trainer, *filter(Path.is_file, files)):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         classes = [c for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Config")]
         for field in (f for c in classes for f in c.body if isinstance(f, ast.AnnAssign)):
-            with suppress(ValueError):  # not a literal
-                defaults[field.target.id] = json.loads(json.dumps(ast.literal_eval(field.value)))
+            defaults[field.target.id] = json.loads(json.dumps(ast.literal_eval(field.value)))
     settled = {key for key in config if "dtype" in key and defaults.get(key) == "auto"} | {"out_dir"}
     pairs = {key: [value, defaults.get(key, value)] for key, value in config.items() if key not in settled}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -71,18 +69,17 @@ def facts(config: dict, records: list[dict]) -> dict[str, str]:
     for r in (*tests[-1:], *tests[:1]):
         interval = f"{r.get('val/low', 0):.1%} to {r.get('val/high', 1):.1%}"
         found[f"test accuracy, step {r['step']:,} (95 % interval)"] = f"{r['val/accuracy']:.1%} ({interval})"
-    found["test nll"] = f"{last['val/loss']:.4f} nats a token" if "val/loss" in last else ""
     found["training"] = f"{last.get('step', 0):,} steps, {last.get('train_s', 0):,.0f} s"
     trained = sum(r.get("tokens_per_s", 0) * r.get("timing_s/step", 0) for r in records)
     sampled = f"{last.get('sampled_tokens', 0):,} sampled"
     found["tokens"] = f"about {trained:,.0f} trained on" if trained else sampled
-    found["device"] = "CPU" if device == "auto" and "mfu" not in last else device.replace("auto", "cuda")
+    found["device"] = "CPU" if device == "auto" and "mfu" not in last else device.replace("auto", "CUDA")
     found["method"] = config.get("algo") or ", ".join(config.get("loss", []))
     found["task"] = config.get("task") or config.get("data_path", "")
     found["model"] = config.get("model") or "the task's tiny base"
-    with suppress(OSError):  # there is no git
-        command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
-        found["commit of this page"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    command = "git describe --always --dirty --exclude='*'"  # no output where there is no git
+    git = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    found["commit of this page"] = git.stdout.strip()
     return {name: text for name, text in found.items() if text}
 
 
@@ -90,7 +87,7 @@ def warnings(records: list[dict]) -> list[str]:
     """Signs of trouble, each with its reason and what to try."""
     rollouts, found = [r for r in records if "dead_groups" in r], []
     hinted = [r for r in rollouts if r.get("actor/hint_nll")]
-    n, recent = len(hinted) // 5, rollouts[-LONG:] if len(rollouts) >= LONG else [{"actor/entropy": 1}]
+    n, recent = len(hinted) // 5, rollouts[-LONG:] if len(rollouts) >= LONG else []
 
     def mean(key: str, rs: list[dict]) -> float:
         return sum(r.get(key) or 0 for r in rs) / max(1, len(rs))
@@ -107,7 +104,7 @@ def warnings(records: list[dict]) -> list[str]:
     if mean("response_length/clip_ratio", recent) > 0.95:
         found.append(f"Nearly all completions of the last {LONG} steps were cut, so few reach an answer. Raise "
                      "max_new_tokens, or see whether the model ever writes its end token.")
-    if mean("actor/entropy", recent) < 0.01:
+    if recent and mean("actor/entropy", recent) < 0.01:
         found.append(f"The entropy of the last {LONG} steps is {mean('actor/entropy', recent):.4f} nats: a "
                      "problem's completions are all the same. Raise entropy_coef, or lower lr.")
     return found
@@ -119,9 +116,10 @@ def read_run(folder: Path) -> dict:
     config = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     (records, notes), (samples, more) = map(read_jsonl, (folder / "metrics.jsonl", folder / "samples.jsonl"))
     window = max(1, math.ceil(max((r["step"] for r in records), default=0) / WINDOWS))
-    run = {"name": folder.resolve().name, "facts": facts(config, records), "changed": changed_knobs(config)}
-    run |= {"window": window, "curves": curves(records, window), "warnings": warnings(records) + notes + more}
-    return run | {f"{k}s": [s for s in samples if s.get("kind") == k] for k in ("group", "answer", "row")}
+    return {"name": folder.resolve().name, "facts": facts(config, records), "window": window,
+            "changed": changed_knobs(config) if config else {}, "curves": curves(records, window),
+            "warnings": warnings(records) + notes + more,
+            **{f"{k}s": [s for s in samples if s.get("kind") == k] for k in ("group", "answer", "row")}}
 
 
 def make_report(folders: list[Path]) -> Path:
@@ -142,26 +140,25 @@ def write_report(out: Path) -> None:
         print(f"{out / 'report.html'}: not written ({type(e).__name__}: {e})", file=sys.stderr)
 
 
-PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>A run</title>
-<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy"
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"><style>
 :root { color-scheme: light dark; --dim: light-dark(#5d6772, #9aa4b0); --card: light-dark(#f3f5f8, #1f2328);
-  --a: light-dark(#1667b7, #6cb2ff); --b: light-dark(#b8480f, #ff9a62); --hot: light-dark(#e8590c, #ffa94d);
-  --low: light-dark(#e3ebf4, #212c39); --high: light-dark(#08519c, #63b3ff); --hint: light-dark(#c9e3ff, #1d4a77);
-  --good: light-dark(#1a7f37, #4cc26a); --bad: light-dark(#cf222e, #ff7b72) }
+  --low: light-dark(#e3ebf4, #212c39); --high: light-dark(#08519c, #63b3ff); --hot: light-dark(#e8590c, #ffa94d);
+  --hint: light-dark(#c9e3ff, #1d4a77); --good: light-dark(#1a7f37, #4cc26a); --bad: light-dark(#cf222e, #ff7b72) }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: auto; padding: 12px }
-h1 { font-size: 22px } h2 { font-size: 17px; margin: 32px 0 0 } p, dt, figcaption, text { color: var(--dim) }
+h1 { font-size: 22px } h2 { font-size: 17px; margin: 32px 0 0 } p, small, text { color: var(--dim); margin: 4px 0 }
 dl, .cards { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
-dl div, article, figure, .warning { background: var(--card); border-radius: 6px; padding: 8px; margin: 0 }
-dt, figcaption, text { font-size: 12px; fill: var(--dim) } dd { margin: 0; font-weight: 600 } p { margin: 4px 0 }
+article, .warning { background: var(--card); border-radius: 6px; padding: 8px; min-width: 0 }
+small, text { font-size: 12px; fill: var(--dim) } article b { display: block }
 pre, .cell { font: 13px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0 }
 .warning { border-left: 4px solid var(--hot); margin: 8px 0 } .scroll { max-height: 80vh; overflow: auto }
-.good { color: var(--good) } .bad { color: var(--bad) } .given { background: var(--hint) !important }
-.token { background: var(--logp) } .advantage .token { background: var(--adv) }
+.good { color: var(--good) } .bad { color: var(--bad) } .given { background: var(--hint) }
+.sampled { background: var(--logp) } .advantage .sampled { background: var(--adv) }
 .strip button { width: 20px; height: 22px; margin: 1px; border: 0 } .strip .open { outline: 3px solid var(--hot) }
 .cell { display: inline-block; text-align: center; margin: 1px; padding: 0 4px } .cell * { display: block }
 </style><main></main><script type="application/json" id="data">DATA</script><script>
-const runs = JSON.parse(document.getElementById("data").textContent), colours = ["var(--a)", "var(--b)"]
+const runs = JSON.parse(document.getElementById("data").textContent), colours = ["var(--high)", "var(--hot)"]
 const maker = space => (tag, attrs, ...kids) => {  // of elements; a string among the kids becomes text
   const e = document.createElementNS("http://www.w3.org/" + space, tag)
   for (const k in attrs) typeof attrs[k] == "function" ? e[k] = attrs[k] : e.setAttribute(k, attrs[k])
@@ -170,7 +167,7 @@ const maker = space => (tag, attrs, ...kids) => {  // of elements; a string amon
 }
 const h = maker("1999/xhtml"), svg = maker("2000/svg"), main = document.querySelector("main")
 const section = (title, about, ...kids) => main.append(h("h2", {}, title), h("p", {}, about), ...kids)
-const mix = (a, share, b) => `color-mix(in srgb, ${a} ${Math.round(100 * Math.min(1, share))}%, ${b})`
+const mix = (a, share, b = "transparent") => `color-mix(in srgb, ${a} ${100 * Math.min(1, share)}%, ${b})`
 const ramp = share => mix("var(--high)", share, "var(--low)")
 const short = v => Math.abs(v) >= 1000 ? Math.round(v) : +(+v).toPrecision(3)
 const last = Math.max(1, ...runs.flatMap(r => Object.values(r.curves).map(c => c.at(-1)[0])))
@@ -181,25 +178,24 @@ const label = (x, y, anchor, text) => svg("text", { x, y, "text-anchor": anchor 
 // The head.
 document.title = runs.map(r => r.name).join(" and ")
 runs.forEach((r, i) => main.append(h("h1", { style: `color: ${colours[i]}` }, r.name),
-  ...r.warnings.map(text => h("div", { class: "warning" }, text)),
-  h("dl", {}, ...Object.entries(r.facts).map(([k, v]) => h("div", {}, h("dt", {}, k), h("dd", {}, v)))),
+  ...r.warnings.map(text => h("div", { class: "warning" }, text)), h("div", { class: "cards" },
+    ...Object.entries(r.facts).map(([k, v]) => h("article", {}, h("small", {}, k), h("b", {}, v)))),
   h("p", {}, "Knobs that differ from their defaults: ", Object.entries(r.changed)
     .map(([k, [v, d]]) => `${k} = ${v} (${JSON.stringify(d)})`).join(", ") || "none")))
 
-// Success by hint length.
-for (const r of runs) {
+for (const r of runs) {  // Success by hint length.
   const keys = Object.keys(r.curves).filter(k => k.startsWith("solved/hint_")), n = k => +k.slice(12)
   keys.sort((a, b) => n(b) - n(a))
   const W = Math.min(1030, innerWidth - 30), row = Math.max(26, 140 / keys.length), H = row * keys.length
-  const x = step => 60 + (W - 80) * step / last, y = v => H - v * H
+  const x = step => 60 + (W - 80) * step / last
   const cell = (step, v, i) => svg("rect", { x: x(Math.max(0, step - r.window)), y: i * row, height: row - 1,
     width: x(r.window) - x(0) + 0.3, style: `fill: ${ramp(v)}` }, svg("title", {}, `step ${step}: ${short(v)}`))
   const curve = (key, attrs) => [{ stroke: "Canvas", "stroke-width": 5 }, attrs].map(a =>
-    line(r.curves[key], x, y, a))
+    line(r.curves[key], x, v => H - v * H, a))
   if (keys.length) section(`${r.name}: success by hint length`, "The stronger the blue, the more rollouts are "
     + "right; blank: none had such a hint. Success begins where most is shown (top) and should come down to "
     + "the row without hints, as in the test. Orange: mean reward. Dashed: share of the solution shown. The "
-    + "reward of a healthy run falls while hints shrink: problems get harder.",
+    + "reward of a healthy run falls while hints shrink, since problems get harder.",
     svg("svg", { viewBox: `0 0 ${W} ${H + 18}` }, ...keys.flatMap((k, i) => [
       label(56, (i + 0.6) * row, "end", n(k) ? n(k) + " shown" : "no hint"),
       ...r.curves[k].map(([step, v]) => cell(step, v, i))]),
@@ -208,7 +204,6 @@ for (const r of runs) {
       label(W - 16, H, "start", 0), label(60, H + 15, "start", "step 0"), label(W - 20, H + 15, "end", last)))
 }
 
-// Curves.
 const TITLES = { "val/accuracy": "test accuracy with its 95 % interval", "val/loss": "test nll, nats a token",
   "val/other_start": "test accuracy from another first step", "critic/rewards/mean": "mean reward",
   solved: "share solved", dead_groups: "share of dead groups", "response_length/mean": "completion tokens",
@@ -216,19 +211,82 @@ const TITLES = { "val/accuracy": "test accuracy with its 95 % interval", "val/lo
   "actor/hint_nll": "nll of a given token", "actor/kl_loss": "KL to the reference", loss: "training loss",
   nll: "training nll", grad_norm: "gradient norm", "actor/grad_norm": "gradient norm" }
 function chart([key, title]) {
-  const at = k => runs.map(r => r.curves[k] || []), lines = at(key), isTest = key == "val/accuracy"
-  const lows = isTest ? at("val/low") : [], highs = isTest ? at("val/high") : []
-  const values = [lines, lows, highs].flat(2).map(p => p[1]), high = Math.max(...values)
+  const at = k => runs.map(r => r.curves[k] || []), lines = at(key), tested = key == "val/accuracy"
+  const bands = tested ? at("val/low").map((l, i) => [...l, ...at("val/high")[i].toReversed()]) : []
+  const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values)
   const low = Math.min(...values) > high / 2 ? Math.min(...values) : Math.min(0, ...values)
   const x = step => 40 + 252 * step / last, y = v => 110 - 96 * (v - low) / (high - low || 1)
   const ends = lines.filter(l => l.length).map(l => short(l.at(-1)[1])).join(" and ")
-  return values.length ? h("figure", {}, h("figcaption", {}, `${title}: ${ends}`), svg("svg",
-    { viewBox: "0 0 300 128" }, line([[0, high], [0, low], [last, low]], x, y, { stroke: "var(--dim)", opacity: 0.4 }),
-    label(36, 18, "end", short(high)), label(36, 112, "end", short(low)), label(292, 125, "end", last),
-    ...lows.map((l, i) => line([...l, ...highs[i].toReversed()], x, y, { style: `fill: ${mix(colours[i], 0.2, "transparent")}` })),
-    ...lines.map((l, i) => line(l, x, y, { stroke: colours[i] })))) : ""
+  return values.length ? h("article", {}, h("small", {}, `${title}: ${ends}`), svg("svg",
+    { viewBox: "0 0 300 128" }, label(36, 18, "end", short(high)), label(36, 112, "end", short(low)),
+    line([[0, high], [0, low], [last, low]], x, y, { stroke: "var(--dim)", opacity: 0.4 }),
+    ...bands.map((b, i) => line(b, x, y, { style: `fill: ${mix(colours[i], 0.2)}` })),
+    ...lines.map((l, i) => line(l, x, y, { stroke: colours[i] })), label(292, 125, "end", last))) : ""
 }
 section("Curves", "", h("div", { class: "cards" }, ...Object.entries(TITLES).map(chart)))
+
+function strip(items, colour, show) {  // Buttons in the order of steps, and what the chosen one shows.
+  const view = h("div", {}), open = item => {
+    buttons.forEach((b, i) => b.className = items[i] == item ? "open" : "")
+    view.replaceChildren(...show(item, open))
+  }
+  const buttons = items.map(item => h("button", { title: `step ${item.step}`,
+    style: `background: ${colour(item)}`, onclick: () => open(item) }))
+  if (items.length) open(items.at(-1))
+  return h("div", { class: "strip" }, ...buttons, view)
+}
+function filtered(filters, items, draw) {  // A menu of filters, and what is left.
+  const view = h("div", {}), menu = h("select", {
+    onchange: () => view.replaceChildren(draw(items.filter(filters[menu.value]))) },
+    ...Object.keys(filters).map(k => h("option", { value: k }, `${k} (${items.filter(filters[k]).length})`)))
+  menu.onchange()
+  return [menu, view]
+}
+const right = a => a.reward == 1, solved = g => g.trajectories.filter(right).length
+const verdict = a => h("b", { class: right(a) ? "good" : "bad" }, a.verdict + (a.cut ? ", cut" : ""))
+const changed = (now, was) => ({ "newly solved": a => was(a) !== undefined && now(a) > 0 && !was(a),
+  "newly lost": a => was(a) > 0 && !now(a) })
+
+for (const r of runs.filter(r => r.groups.length)) {
+  const seen = {}, size = g => Math.max(...g.trajectories.map(t => t.tokens.length))
+  for (const g of r.groups) [g.was, seen[g.problem]] = [seen[g.problem], solved(g)]
+  const long = r.groups.map(size).sort((a, b) => b - a)[9] || 0
+  const token = (t, i, a = [t.advantage].flat()) => h("span", { class: i < t.n_given ? "given" : "sampled",
+    title: `log-prob ${t.logprobs[i]}, advantage ${a[i] ?? a[0]}`,
+    style: `--logp: ${mix("var(--hot)", -t.logprobs[i] / 4)}; --adv: ` + mix((a[i] ?? a[0]) > 0 ? "var(--good)"
+      : "var(--bad)", Math.abs(a[i] ?? a[0]) / 2) }, t.tokens[i].replaceAll("\n", "↵\n"))
+  const card = t => h("article", {}, verdict(t), h("small", {}, `reward ${t.reward}, advantage `
+    + `${[t.advantage].flat().slice(-1)}, ${t.n_given} of ${t.tokens.length} tokens given`),
+    h("pre", {}, ...t.tokens.map((_, i) => token(t, i))))
+  const show = (g, open) => [h("p", {}, `Step ${g.step}, problem ${g.problem}${g.dead ? ", dead" : ""}. At other `
+    + "steps: ", ...r.groups.filter(o => o != g && o.problem == g.problem).map(o => h("a", { href: "#",
+      onclick: e => { e.preventDefault(); open(o) } }, `step ${o.step}: ${solved(o)} right `))),
+    h("pre", {}, g.prompt), h("div", { class: "cards" }, ...g.trajectories.map(card))]
+  const colour = h("select", { onchange: () => main.className = colour.value }, h("option", { value: "" },
+    "colour: unlikely tokens"), h("option", { value: "advantage" }, "colour: advantage"))
+  section(`${r.name}: groups`, "A button is a problem at a step: the stronger the blue, the more completions "
+    + "are right. Blue text was given as a hint; the model wrote the rest.", colour, ...filtered({ "all groups":
+    g => true, dead: g => g.dead, ...changed(solved, g => g.was), longest: g => size(g) >= long }, r.groups,
+    groups => strip(groups, g => ramp(solved(g) / g.trajectories.length), show)))
+}
+for (const r of runs.filter(r => r.answers.length)) {
+  const end = r.answers.at(-1).step, other = runs.find(o => o != r), was = new Map((other || r).answers
+    .filter(a => other || a.step < end).map(a => [a.prompt, a])), before = a => was.get(a.prompt)
+  const card = a => h("article", {}, verdict(a), h("pre", {}, a.prompt), h("pre", {}, a.response), h("small", {},
+    before(a) ? `${other ? other.name : "step " + before(a).step}: ${before(a).verdict}` : ""))
+  section(`${r.name}: test answers at step ${end}`, "New is what differs from " + (other ? other.name
+    : "the first validation, of which a few answers are kept."), ...filtered({ "all answers": a => true, right,
+    wrong: a => !right(a), cut: a => a.cut, ...changed(a => +right(a), a => before(a) && +right(before(a))) },
+    r.answers.filter(a => a.step == end), list => h("div", { class: "cards scroll" }, ...list.map(card))))
+}
+for (const r of runs.filter(r => r.rows.length)) {
+  const cell = ([text, own, nll, weight]) => h("span", { class: "cell", style: "background: " + mix("var(--hot)",
+    weight / 4) }, text.replaceAll("\n", "↵"), ...nll == null ? [] : [h("b", { class: own == text ? "good" : "bad" },
+      own.replaceAll("\n", "↵")), h("small", {}, short(nll)), h("small", {}, short(weight))])
+  section(`${r.name}: rows`, "Below a target: what the model itself would write, its nll, its weight in the loss "
+    + "(also the colour).", strip(r.rows, () => "var(--high)", row => [h("p", {}, `Step ${row.step}`),
+    ...row.tokens.map(cell)]))
+}
 </script>
 """
 
