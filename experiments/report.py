@@ -35,17 +35,16 @@ def read_jsonl(path: Path) -> tuple[list[dict], list[str]]:
 
 def changed_knobs(config: dict) -> dict[str, list]:
     """Knob -> [value, default] where they differ. The defaults are read from the trainer's source."""
-    trainer, names = ("train_uft.py", [config["algo"]]) if "algo" in config else ("train_ift.py", config["loss"])
-    files = [Path(name) if name.endswith(".py") else ROOT / "variants" / f"{name}.py" for name in names]
-    defaults = {}
-    for path in (ROOT / "infra" / "training.py", ROOT / trainer, *filter(Path.is_file, files)):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        classes = [c for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Config")]
-        for field in (f for c in classes for f in c.body if isinstance(f, ast.AnnAssign)):
-            defaults[field.target.id] = json.loads(json.dumps(ast.literal_eval(field.value)))
-    settled = {key for key in config if "dtype" in key and defaults.get(key) == "auto"} | {"out_dir"}
-    pairs = {key: [value, defaults.get(key, value)] for key, value in config.items() if key not in settled}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    names = [config["algo"]] if "algo" in config else config.get("loss", [])
+    files = ["infra/training.py", "train_uft.py" if "algo" in config else "train_ift.py"]
+    files += [name if name.endswith(".py") else f"variants/{name}.py" for name in names]
+    sources = [(ROOT / file).read_text(encoding="utf-8") for file in files if (ROOT / file).is_file()]
+    classes = [c for source in sources for c in ast.parse(source).body if isinstance(c, ast.ClassDef)]
+    knobs = [f for c in classes if c.name in ("RunConfig", "Config") for f in c.body if isinstance(f, ast.AnnAssign)]
+    defaults = {f.target.id: json.loads(json.dumps(ast.literal_eval(f.value))) for f in knobs}
+    pairs = {key: [value, defaults.get(key, value)] for key, value in config.items() if key != "out_dir"}
+    # A run writes down the dtypes that auto came to.
+    return {k: [v, d] for k, (v, d) in pairs.items() if v != d and not ("dtype" in k and d == "auto")}
 
 
 def curves(records: list[dict], window: int) -> dict[str, list]:
@@ -64,62 +63,63 @@ def curves(records: list[dict], window: int) -> dict[str, list]:
 def facts(config: dict, records: list[dict]) -> dict[str, str]:
     """What the head of the page says, by name."""
     last = {key: value for r in records for key, value in r.items()}
-    tests = [r for r in records if "val/accuracy" in r]
-    found, device = {}, config.get("device", "auto")
-    for r in (*tests[-1:], *tests[:1]):
-        interval = f"{r.get('val/low', 0):.1%} to {r.get('val/high', 1):.1%}"
-        found[f"test accuracy, step {r['step']:,} (95 % interval)"] = f"{r['val/accuracy']:.1%} ({interval})"
-    found["training"] = f"{last.get('step', 0):,} steps, {last.get('train_s', 0):,.0f} s"
+    tests = [r for r in records if {"val/accuracy", "val/low", "val/high"} <= r.keys()]
     trained = sum(r.get("tokens_per_s", 0) * r.get("timing_s/step", 0) for r in records)
-    sampled = f"{last.get('sampled_tokens', 0):,} sampled"
-    found["tokens"] = f"about {trained:,.0f} trained on" if trained else sampled
-    found["device"] = "CPU" if device == "auto" and "mfu" not in last else device.replace("auto", "CUDA")
-    found["method"] = config.get("algo") or ", ".join(config.get("loss", []))
-    found["task"] = config.get("task") or config.get("data_path", "")
-    found["model"] = config.get("model") or "the task's tiny base"
-    command = "git describe --always --dirty --exclude='*'"  # no output where there is no git
+    device, command = config.get("device", "auto"), "git describe --always --dirty --exclude='*'"
     git = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    found["commit of this page"] = git.stdout.strip()
-    return {name: text for name, text in found.items() if text}
+    return {
+        f"test accuracy, step {r['step']:,}": f"{r['val/accuracy']:.1%} ({r['val/low']:.1%} to {r['val/high']:.1%})"
+        for r in (*tests[-1:], *tests[:1])
+    } | {
+        "training": f"{last.get('step', 0):,} steps, {last.get('train_s', 0):,.0f} s",
+        "tokens": f"{trained:,.0f} trained on" if trained else f"{last.get('sampled_tokens', 0):,} sampled",
+        "device": "CPU" if device == "auto" and "mfu" not in last else device.replace("auto", "CUDA"),
+        "method": config.get("algo") or ", ".join(config.get("loss", [])),
+        "task": config.get("task") or config.get("data_path", ""),
+        "model": config.get("model") or "the task's tiny base",
+        "commit of this page": git.stdout.strip() or "not known",
+    }
 
 
 def warnings(records: list[dict]) -> list[str]:
     """Signs of trouble, each with its reason and what to try."""
-    rollouts, found = [r for r in records if "dead_groups" in r], []
-    hinted = [r for r in rollouts if r.get("actor/hint_nll")]
-    n, recent = len(hinted) // 5, rollouts[-LONG:] if len(rollouts) >= LONG else []
 
     def mean(key: str, rs: list[dict]) -> float:
         return sum(r.get(key) or 0 for r in rs) / max(1, len(rs))
 
+    rollouts, found = [r for r in records if "dead_groups" in r], []
+    recent = rollouts[-LONG:] if len(rollouts) >= LONG else []
     dead = max(map(len, "".join(" x"[r["dead_groups"] == 1] for r in rollouts).split()), default=0)
     if dead >= LONG:
-        found.append(f"All groups were dead in {dead} steps in a row: equal rewards have no advantage and teach "
-                     "nothing. Show hints for longer, or raise rollouts or temperature.")
-    nll, late_nll = (mean("actor/hint_nll", rs) for rs in (hinted[:n], hinted[-n:]))
-    length, late_length = (mean("response_length/mean", rs) for rs in (hinted[:n], hinted[-n:]))
-    if n >= 4 and late_nll > 1.2 * nll and late_length < 0.8 * length:
-        found.append(f"hint_nll rose from {nll:.2f} to {late_nll:.2f} while completions shortened from "
-                     f"{length:.0f} to {late_length:.0f} tokens: solutions are forgotten. Raise hint_coef.")
+        found.append(f"All groups were dead in {dead} steps in a row: equal rewards have no advantage and teach"
+                     " nothing. Show hints for longer, or raise rollouts or temperature.")
+    hinted = [r for r in rollouts if r.get("actor/hint_nll")]
+    fifths = hinted[: len(hinted) // 5], hinted[-(len(hinted) // 5) :]
+    (nll, later_nll), (length, later_length) = (
+        [mean(key, rs) for rs in fifths] for key in ("actor/hint_nll", "response_length/mean"))
+    if len(hinted) >= LONG and later_nll > 1.2 * nll and later_length < 0.8 * length:
+        found.append(f"hint_nll rose from {nll:.2f} to {later_nll:.2f} while completions shortened from"
+                     f" {length:.0f} to {later_length:.0f} tokens: solutions are forgotten. Raise hint_coef.")
     if mean("response_length/clip_ratio", recent) > 0.95:
-        found.append(f"Nearly all completions of the last {LONG} steps were cut, so few reach an answer. Raise "
-                     "max_new_tokens, or see whether the model ever writes its end token.")
+        found.append(f"Nearly all completions of the last {LONG} steps were cut, so few reach an answer. Raise"
+                     " max_new_tokens, or see whether the model ever writes its end token.")
     if recent and mean("actor/entropy", recent) < 0.01:
-        found.append(f"The entropy of the last {LONG} steps is {mean('actor/entropy', recent):.4f} nats: a "
-                     "problem's completions are all the same. Raise entropy_coef, or lower lr.")
+        found.append(f"The entropy of the last {LONG} steps is {mean('actor/entropy', recent):.4f} nats: a"
+                     " problem's completions are all the same. Raise entropy_coef, or lower lr.")
     return found
 
 
 def read_run(folder: Path) -> dict:
-    """All that the page shows of a run. ValueError for a damaged config.toml."""
-    path = folder / "config.toml"
-    config = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    (records, notes), (samples, more) = map(read_jsonl, (folder / "metrics.jsonl", folder / "samples.jsonl"))
+    """All that the page shows of a run."""
+    (records, notes), (samples, more) = (read_jsonl(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
+    try:
+        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        config, more = {}, [*more, f"config.toml: {e}"]
     window = max(1, math.ceil(max((r["step"] for r in records), default=0) / WINDOWS))
-    return {"name": folder.resolve().name, "facts": facts(config, records), "window": window,
-            "changed": changed_knobs(config) if config else {}, "curves": curves(records, window),
-            "warnings": warnings(records) + notes + more,
-            **{f"{k}s": [s for s in samples if s.get("kind") == k] for k in ("group", "answer", "row")}}
+    run = {"name": folder.resolve().name, "facts": facts(config, records), "changed": changed_knobs(config)}
+    run |= {"window": window, "curves": curves(records, window), "warnings": warnings(records) + notes + more}
+    return run | {f"{k}s": [s for s in samples if s.get("kind") == k] for k in ("group", "answer", "row")}
 
 
 def make_report(folders: list[Path]) -> Path:
@@ -140,23 +140,23 @@ def write_report(out: Path) -> None:
         print(f"{out / 'report.html'}: not written ({type(e).__name__}: {e})", file=sys.stderr)
 
 
-PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"><style>
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><style>
 :root { color-scheme: light dark; --dim: light-dark(#5d6772, #9aa4b0); --card: light-dark(#f3f5f8, #1f2328);
   --low: light-dark(#e3ebf4, #212c39); --high: light-dark(#08519c, #63b3ff); --hot: light-dark(#e8590c, #ffa94d);
   --hint: light-dark(#c9e3ff, #1d4a77); --good: light-dark(#1a7f37, #4cc26a); --bad: light-dark(#cf222e, #ff7b72) }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: auto; padding: 12px }
 h1 { font-size: 22px } h2 { font-size: 17px; margin: 32px 0 0 } p, small, text { color: var(--dim); margin: 4px 0 }
-dl, .cards { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
+.cards { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
 article, .warning { background: var(--card); border-radius: 6px; padding: 8px; min-width: 0 }
-small, text { font-size: 12px; fill: var(--dim) } article b { display: block }
+small, text { font-size: 12px; fill: var(--dim) } article b, .cell * { display: block }
 pre, .cell { font: 13px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0 }
-.warning { border-left: 4px solid var(--hot); margin: 8px 0 } .scroll { max-height: 80vh; overflow: auto }
+.warning { border-left: 4px solid var(--hot); margin: 8px 0 } .scroll { max-height: 600px; overflow: auto }
 .good { color: var(--good) } .bad { color: var(--bad) } .given { background: var(--hint) }
-.sampled { background: var(--logp) } .advantage .sampled { background: var(--adv) }
-.strip button { width: 20px; height: 22px; margin: 1px; border: 0 } .strip .open { outline: 3px solid var(--hot) }
-.cell { display: inline-block; text-align: center; margin: 1px; padding: 0 4px } .cell * { display: block }
+.sampled { background: var(--unlikely) } .advantage .sampled { background: var(--advantage) }
+.strip button { width: 20px; height: 22px; margin: 1px; border: 0 } .open { outline: 3px solid var(--hot) }
+.cell { display: inline-block; text-align: center; margin: 1px; padding: 0 4px; vertical-align: top }
 </style><main></main><script type="application/json" id="data">DATA</script><script>
 const runs = JSON.parse(document.getElementById("data").textContent), colours = ["var(--high)", "var(--hot)"]
 const maker = space => (tag, attrs, ...kids) => {  // of elements; a string among the kids becomes text
@@ -168,14 +168,13 @@ const maker = space => (tag, attrs, ...kids) => {  // of elements; a string amon
 const h = maker("1999/xhtml"), svg = maker("2000/svg"), main = document.querySelector("main")
 const section = (title, about, ...kids) => main.append(h("h2", {}, title), h("p", {}, about), ...kids)
 const mix = (a, share, b = "transparent") => `color-mix(in srgb, ${a} ${100 * Math.min(1, share)}%, ${b})`
-const ramp = share => mix("var(--high)", share, "var(--low)")
+const ramp = share => mix("var(--high)", share, "var(--low)"), visible = text => text.replaceAll("\n", "↵\n")
 const short = v => Math.abs(v) >= 1000 ? Math.round(v) : +(+v).toPrecision(3)
 const last = Math.max(1, ...runs.flatMap(r => Object.values(r.curves).map(c => c.at(-1)[0])))
-const line = (points, x, y, attrs) => svg("polyline", { fill: "none", "stroke-width": 2,
-  points: points.map(p => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join(" "), ...attrs })
 const label = (x, y, anchor, text) => svg("text", { x, y, "text-anchor": anchor }, text)
+const line = (points, x, y, attrs) => svg("polyline", { fill: "none", "stroke-width": 2, ...attrs,
+  points: points.map(p => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join(" ") })
 
-// The head.
 document.title = runs.map(r => r.name).join(" and ")
 runs.forEach((r, i) => main.append(h("h1", { style: `color: ${colours[i]}` }, r.name),
   ...r.warnings.map(text => h("div", { class: "warning" }, text)), h("div", { class: "cards" },
@@ -183,20 +182,19 @@ runs.forEach((r, i) => main.append(h("h1", { style: `color: ${colours[i]}` }, r.
   h("p", {}, "Knobs that differ from their defaults: ", Object.entries(r.changed)
     .map(([k, [v, d]]) => `${k} = ${v} (${JSON.stringify(d)})`).join(", ") || "none")))
 
-for (const r of runs) {  // Success by hint length.
-  const keys = Object.keys(r.curves).filter(k => k.startsWith("solved/hint_")), n = k => +k.slice(12)
-  keys.sort((a, b) => n(b) - n(a))
+for (const r of runs) {  // success by hint length
+  const n = k => +k.slice(12), keys = Object.keys(r.curves).filter(k => k.startsWith("solved/hint_"))
   const W = Math.min(1030, innerWidth - 30), row = Math.max(26, 140 / keys.length), H = row * keys.length
   const x = step => 60 + (W - 80) * step / last
   const cell = (step, v, i) => svg("rect", { x: x(Math.max(0, step - r.window)), y: i * row, height: row - 1,
     width: x(r.window) - x(0) + 0.3, style: `fill: ${ramp(v)}` }, svg("title", {}, `step ${step}: ${short(v)}`))
   const curve = (key, attrs) => [{ stroke: "Canvas", "stroke-width": 5 }, attrs].map(a =>
-    line(r.curves[key], x, v => H - v * H, a))
+    line(r.curves[key] || [], x, v => H - v * H, a))
   if (keys.length) section(`${r.name}: success by hint length`, "The stronger the blue, the more rollouts are "
-    + "right; blank: none had such a hint. Success begins where most is shown (top) and should come down to "
-    + "the row without hints, as in the test. Orange: mean reward. Dashed: share of the solution shown. The "
-    + "reward of a healthy run falls while hints shrink, since problems get harder.",
-    svg("svg", { viewBox: `0 0 ${W} ${H + 18}` }, ...keys.flatMap((k, i) => [
+    + "right; blank: no such hint. Success begins where most is shown (top) and should come down to the row "
+    + "without hints, as in the test. Orange: mean reward. Dashed: share of the solution shown. The reward of "
+    + "a healthy run falls while hints shrink, since problems get harder.",
+    svg("svg", { viewBox: `0 0 ${W} ${H + 18}` }, ...keys.sort((a, b) => n(b) - n(a)).flatMap((k, i) => [
       label(56, (i + 0.6) * row, "end", n(k) ? n(k) + " shown" : "no hint"),
       ...r.curves[k].map(([step, v]) => cell(step, v, i))]),
       ...curve("hint/share", { stroke: "CanvasText", "stroke-dasharray": "6 4" }),
@@ -204,38 +202,37 @@ for (const r of runs) {  // Success by hint length.
       label(W - 16, H, "start", 0), label(60, H + 15, "start", "step 0"), label(W - 20, H + 15, "end", last)))
 }
 
-const TITLES = { "val/accuracy": "test accuracy with its 95 % interval", "val/loss": "test nll, nats a token",
-  "val/other_start": "test accuracy from another first step", "critic/rewards/mean": "mean reward",
-  solved: "share solved", dead_groups: "share of dead groups", "response_length/mean": "completion tokens",
+const TITLES = { "val/accuracy": "test accuracy (95 %)", "val/other_start": "from another first step",
+  "val/loss": "test nll", "critic/rewards/mean": "mean reward", solved: "share solved", loss: "training loss",
+  dead_groups: "share of dead groups", "response_length/mean": "completion tokens", nll: "training nll",
   "response_length/clip_ratio": "share of completions cut", "actor/entropy": "entropy, nats",
-  "actor/hint_nll": "nll of a given token", "actor/kl_loss": "KL to the reference", loss: "training loss",
-  nll: "training nll", grad_norm: "gradient norm", "actor/grad_norm": "gradient norm" }
+  "actor/hint_nll": "nll of a given token", "actor/kl_loss": "KL to the reference", grad_norm: "gradient norm",
+  "actor/grad_norm": "gradient norm" }
 function chart([key, title]) {
-  const at = k => runs.map(r => r.curves[k] || []), lines = at(key), tested = key == "val/accuracy"
-  const bands = tested ? at("val/low").map((l, i) => [...l, ...at("val/high")[i].toReversed()]) : []
-  const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values)
-  const low = Math.min(...values) > high / 2 ? Math.min(...values) : Math.min(0, ...values)
+  const at = k => runs.map(r => r.curves[k] || []), lines = at(key), test = key == "val/accuracy"
+  const bands = test ? at("val/low").map((l, i) => [...l, ...at("val/high")[i].toReversed()]) : []
+  const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values), least = Math.min(...values)
+  const low = least > high / 2 ? least : Math.min(0, least), ends = lines.map(l => short(l.at(-1)?.[1]))
   const x = step => 40 + 252 * step / last, y = v => 110 - 96 * (v - low) / (high - low || 1)
-  const ends = lines.filter(l => l.length).map(l => short(l.at(-1)[1])).join(" and ")
-  return values.length ? h("article", {}, h("small", {}, `${title}: ${ends}`), svg("svg",
+  return values.length ? h("article", {}, h("small", {}, `${title}: ${ends.join(" and ")}`), svg("svg",
     { viewBox: "0 0 300 128" }, label(36, 18, "end", short(high)), label(36, 112, "end", short(low)),
     line([[0, high], [0, low], [last, low]], x, y, { stroke: "var(--dim)", opacity: 0.4 }),
     ...bands.map((b, i) => line(b, x, y, { style: `fill: ${mix(colours[i], 0.2)}` })),
     ...lines.map((l, i) => line(l, x, y, { stroke: colours[i] })), label(292, 125, "end", last))) : ""
 }
-section("Curves", "", h("div", { class: "cards" }, ...Object.entries(TITLES).map(chart)))
+section("Curves", "With their last values.", h("div", { class: "cards" }, ...Object.entries(TITLES).map(chart)))
 
-function strip(items, colour, show) {  // Buttons in the order of steps, and what the chosen one shows.
+function strip(items, colour, show) {  // buttons in the order of steps, and what the chosen one shows
   const view = h("div", {}), open = item => {
     buttons.forEach((b, i) => b.className = items[i] == item ? "open" : "")
     view.replaceChildren(...show(item, open))
   }
-  const buttons = items.map(item => h("button", { title: `step ${item.step}`,
-    style: `background: ${colour(item)}`, onclick: () => open(item) }))
-  if (items.length) open(items.at(-1))
+  const buttons = items.map(item => h("button", { title: `step ${item.step}`, onclick: () => open(item),
+    style: `background: ${colour(item)}` }))
+  if (items.length) open(items.findLast(item => !item.dead) || items.at(-1))
   return h("div", { class: "strip" }, ...buttons, view)
 }
-function filtered(filters, items, draw) {  // A menu of filters, and what is left.
+function filtered(filters, items, draw) {  // a menu of filters, and what is left
   const view = h("div", {}), menu = h("select", {
     onchange: () => view.replaceChildren(draw(items.filter(filters[menu.value]))) },
     ...Object.keys(filters).map(k => h("option", { value: k }, `${k} (${items.filter(filters[k]).length})`)))
@@ -244,48 +241,48 @@ function filtered(filters, items, draw) {  // A menu of filters, and what is lef
 }
 const right = a => a.reward == 1, solved = g => g.trajectories.filter(right).length
 const verdict = a => h("b", { class: right(a) ? "good" : "bad" }, a.verdict + (a.cut ? ", cut" : ""))
-const changed = (now, was) => ({ "newly solved": a => was(a) !== undefined && now(a) > 0 && !was(a),
-  "newly lost": a => was(a) > 0 && !now(a) })
 
 for (const r of runs.filter(r => r.groups.length)) {
   const seen = {}, size = g => Math.max(...g.trajectories.map(t => t.tokens.length))
   for (const g of r.groups) [g.was, seen[g.problem]] = [seen[g.problem], solved(g)]
   const long = r.groups.map(size).sort((a, b) => b - a)[9] || 0
-  const token = (t, i, a = [t.advantage].flat()) => h("span", { class: i < t.n_given ? "given" : "sampled",
-    title: `log-prob ${t.logprobs[i]}, advantage ${a[i] ?? a[0]}`,
-    style: `--logp: ${mix("var(--hot)", -t.logprobs[i] / 4)}; --adv: ` + mix((a[i] ?? a[0]) > 0 ? "var(--good)"
-      : "var(--bad)", Math.abs(a[i] ?? a[0]) / 2) }, t.tokens[i].replaceAll("\n", "↵\n"))
-  const card = t => h("article", {}, verdict(t), h("small", {}, `reward ${t.reward}, advantage `
-    + `${[t.advantage].flat().slice(-1)}, ${t.n_given} of ${t.tokens.length} tokens given`),
+  const token = (t, i, a = t.advantage[i] ?? t.advantage) => h("span", {
+    class: i < t.n_given ? "given" : "sampled", title: `log-prob ${t.logprobs[i]}, advantage ${a}`,
+    style: `--unlikely: ${mix("var(--hot)", -t.logprobs[i] / 4)}; --advantage: `
+      + mix(a > 0 ? "var(--good)" : "var(--bad)", Math.abs(a) / 2) }, visible(t.tokens[i]))
+  const card = t => h("article", {}, verdict(t), h("small", {}, `reward ${t.reward}, advantage ${
+    t.advantage.at?.(-1) ?? t.advantage}, ${t.n_given} of ${t.tokens.length} tokens given`),
     h("pre", {}, ...t.tokens.map((_, i) => token(t, i))))
-  const show = (g, open) => [h("p", {}, `Step ${g.step}, problem ${g.problem}${g.dead ? ", dead" : ""}. At other `
-    + "steps: ", ...r.groups.filter(o => o != g && o.problem == g.problem).map(o => h("a", { href: "#",
-      onclick: e => { e.preventDefault(); open(o) } }, `step ${o.step}: ${solved(o)} right `))),
+  const show = (g, open) => [h("p", {}, `Step ${g.step}, problem ${g.problem}${g.dead ? ", dead" : ""} `,
+    ...r.groups.filter(o => o != g && o.problem == g.problem).map(o => h("button", {
+      onclick: () => open(o) }, `at step ${o.step}: ${solved(o)} right`))),
     h("pre", {}, g.prompt), h("div", { class: "cards" }, ...g.trajectories.map(card))]
-  const colour = h("select", { onchange: () => main.className = colour.value }, h("option", { value: "" },
-    "colour: unlikely tokens"), h("option", { value: "advantage" }, "colour: advantage"))
+  const colour = h("select", { onchange: () => main.className = colour.value },
+    ...["unlikely", "advantage"].map(value => h("option", { value }, `colour: ${value}`)))
   section(`${r.name}: groups`, "A button is a problem at a step: the stronger the blue, the more completions "
-    + "are right. Blue text was given as a hint; the model wrote the rest.", colour, ...filtered({ "all groups":
-    g => true, dead: g => g.dead, ...changed(solved, g => g.was), longest: g => size(g) >= long }, r.groups,
+    + "are right. Text on blue was given as a hint; the model wrote the rest.", colour, ...filtered({
+      "all groups": g => true, dead: g => g.dead, "newly solved": g => solved(g) && g.was === 0,
+      "newly lost": g => !solved(g) && g.was > 0, longest: g => size(g) >= long }, r.groups,
     groups => strip(groups, g => ramp(solved(g) / g.trajectories.length), show)))
+}
+for (const r of runs.filter(r => r.rows.length)) {
+  const cell = ([text, own, nll, weight]) => h("span", { class: "cell",
+    style: `background: ${mix("var(--hot)", weight / 4)}` }, visible(text), ...own == null ? [] : [
+      h("b", { class: own == text ? "good" : "bad" }, visible(own)), h("small", {}, `${nll} ${weight}`)])
+  section(`${r.name}: rows`, "Below a target: the model's own prediction, the nll, and the weight in the loss "
+    + "(the colour).", strip(r.rows, () => "var(--high)", row => [h("p", {}, `Step ${row.step}`),
+    ...row.tokens.map(cell)]))
 }
 for (const r of runs.filter(r => r.answers.length)) {
   const end = r.answers.at(-1).step, other = runs.find(o => o != r), was = new Map((other || r).answers
     .filter(a => other || a.step < end).map(a => [a.prompt, a])), before = a => was.get(a.prompt)
   const card = a => h("article", {}, verdict(a), h("pre", {}, a.prompt), h("pre", {}, a.response), h("small", {},
     before(a) ? `${other ? other.name : "step " + before(a).step}: ${before(a).verdict}` : ""))
-  section(`${r.name}: test answers at step ${end}`, "New is what differs from " + (other ? other.name
-    : "the first validation, of which a few answers are kept."), ...filtered({ "all answers": a => true, right,
-    wrong: a => !right(a), cut: a => a.cut, ...changed(a => +right(a), a => before(a) && +right(before(a))) },
-    r.answers.filter(a => a.step == end), list => h("div", { class: "cards scroll" }, ...list.map(card))))
-}
-for (const r of runs.filter(r => r.rows.length)) {
-  const cell = ([text, own, nll, weight]) => h("span", { class: "cell", style: "background: " + mix("var(--hot)",
-    weight / 4) }, text.replaceAll("\n", "↵"), ...nll == null ? [] : [h("b", { class: own == text ? "good" : "bad" },
-      own.replaceAll("\n", "↵")), h("small", {}, short(nll)), h("small", {}, short(weight))])
-  section(`${r.name}: rows`, "Below a target: what the model itself would write, its nll, its weight in the loss "
-    + "(also the colour).", strip(r.rows, () => "var(--high)", row => [h("p", {}, `Step ${row.step}`),
-    ...row.tokens.map(cell)]))
+  section(`${r.name}: test answers at step ${end}`, `Newly: against ${other?.name || "the first validation, of "
+    + "which a few answers are kept"}.`, ...filtered({ "all answers": a => true, right, wrong: a => !right(a),
+    "newly solved": a => right(a) && before(a) && !right(before(a)), cut: a => a.cut,
+    "newly lost": a => !right(a) && before(a) && right(before(a)) }, r.answers.filter(a => a.step == end),
+    list => h("div", { class: "cards scroll" }, ...list.map(card))))
 }
 </script>
 """
@@ -293,12 +290,7 @@ for (const r of runs.filter(r => r.rows.length)) {
 
 if __name__ == "__main__":
     folders = [Path(arg) for arg in sys.argv[1:]]
-    if not 1 <= len(folders) <= 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    try:
-        for folder in folders:
-            (folder / "metrics.jsonl").open().close()
-        print(f"report in {make_report(folders)}")
-    except (OSError, ValueError) as e:  # no such run, a full disk, a damaged config.toml
-        print(f"error: {' and '.join(map(str, folders))}: {e}", file=sys.stderr)
+    if len(folders) not in (1, 2) or not all((f / "metrics.jsonl").exists() for f in folders):
+        print(f"{__doc__}\nerror: name the folders, with a metrics.jsonl, of one or two runs", file=sys.stderr)
         sys.exit(2)
+    print(f"report in {make_report(folders)}")
