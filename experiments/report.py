@@ -35,15 +35,13 @@ def read_jsonl(path: Path) -> tuple[list[dict], list[str]]:
 
 
 def changed_knobs(config: dict) -> dict[str, list]:
-    """Knob -> [value, default] where they differ. The defaults are read from the trainer's source."""
-    names = [config["algo"]] if "algo" in config else config.get("loss", [])
-    files = ["infra/training.py", "train_uft.py" if "algo" in config else "train_ift.py"]
-    files += [name if name.endswith(".py") else f"variants/{name}.py" for name in names]
-    trees = [ast.parse((ROOT / f).read_text(encoding="utf-8")) for f in files if (ROOT / f).is_file()]
-    classes = [c for tree in trees for c in tree.body if getattr(c, "name", "") in ("RunConfig", "Config")]
+    """Knob -> [value, the trainer's default] where they differ. A method's own knobs have no default here."""
+    files = ROOT / "infra" / "training.py", ROOT / ("train_uft.py" if "algo" in config else "train_ift.py")
+    parts = [part for file in files for part in ast.parse(file.read_text(encoding="utf-8")).body]
+    classes = [part for part in parts if getattr(part, "name", "") in ("RunConfig", "Config")]
     knobs = [field for c in classes for field in c.body if isinstance(field, ast.AnnAssign)]
     defaults = {f.target.id: json.loads(json.dumps(ast.literal_eval(f.value))) for f in knobs}
-    pairs = {key: [value, defaults.get(key, value)] for key, value in config.items() if key != "out_dir"}
+    pairs = {key: [value, defaults.get(key)] for key, value in config.items() if key != "out_dir"}
     # A run writes down the dtypes that auto came to.
     return {k: [v, d] for k, (v, d) in pairs.items() if v != d and not ("dtype" in k and d == "auto")}
 
@@ -75,7 +73,6 @@ def facts(config: dict, records: list[dict]) -> dict[str, str]:
     device = config.get("device", "auto")
     found["device"] = "CPU" if device == "auto" and "mfu" not in last else device.replace("auto", "CUDA")
     found["method"] = config.get("algo") or ", ".join(config.get("loss", []))
-    found["model, task"] = f"{config.get('model') or 'tiny base'}, {config.get('task') or 'conversations'}"
     command = "git describe --always --dirty --exclude='*'"
     git = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     return found | {"commit of this page": git.stdout.strip() or "not known"}
@@ -110,7 +107,8 @@ def warnings(records: list[dict]) -> list[str]:
 
 def read_run(folder: Path) -> dict:
     """All that the page shows of a run."""
-    (records, notes), (samples, more) = (read_jsonl(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
+    records, notes = read_jsonl(folder / "metrics.jsonl")
+    samples, more = read_jsonl(folder / "samples.jsonl")
     try:
         config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -193,47 +191,38 @@ for (const r of runs) {  // success by hint length
       label(W - 16, H, "start", 0), label(60, H + 15, "start", "step 0"), label(W - 20, H + 15, "end", last)))
 }
 
-const TITLES = { "val/accuracy": "test accuracy", "val/other_start": "from another first step", nll: "nll",
-  "val/loss": "test nll", "critic/rewards/mean": "mean reward", solved: "share solved", loss: "training loss",
-  dead_groups: "share of dead groups", "response_length/mean": "completion tokens", "actor/entropy": "entropy",
-  "response_length/clip_ratio": "share of completions cut", "actor/hint_nll": "nll of a given token",
-  "actor/kl_loss": "KL to the reference", grad_norm: "gradient norm", "actor/grad_norm": "gradient norm" }
-section("Curves", "With their last values; test accuracy with its 95 % interval.", cards(Object.keys(TITLES).map(key => {
+const hidden = /timing|solved.hint|val.(low|high|reward)|lr|mfu|tokens|train_s|step/
+const names = [...new Set(runs.flatMap(r => Object.keys(r.curves)))].filter(key => !hidden.test(key))
+section("Curves", "Each with its last value. docs/metrics.md explains the names.", cards(names.map(key => {
   const at = k => runs.map(r => r.curves[k] || []), lines = at(key), test = key == "val/accuracy"
   const bands = test ? at("val/low").map((l, i) => [...l, ...at("val/high")[i].toReversed()]) : []
   const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values), least = Math.min(...values)
   const low = least > high / 2 ? least : Math.min(0, least), ends = lines.map(l => short(l.at(-1)?.[1]))
   const x = step => 40 + 252 * step / last, y = v => 110 - 96 * (v - low) / (high - low || 1)
-  return values.length ? h("article", {}, h("small", {}, `${TITLES[key]}: ${ends.join(" and ")}`), svg("svg",
+  return h("article", {}, h("small", {}, `${key}: ${ends.join(" and ")}`), svg("svg",
     { viewBox: "0 0 300 128" }, label(36, 18, "end", short(high)), label(36, 112, "end", short(low)),
     line([[0, high], [0, low], [last, low]], x, y, { stroke: "var(--dim)", opacity: 0.4 }),
     ...bands.map((b, i) => line(b, x, y, { style: `fill: ${mix(colours[i], 0.2)}` })),
-    ...lines.map((l, i) => line(l, x, y, { stroke: colours[i] })), label(292, 125, "end", last))) : ""
+    ...lines.map((l, i) => line(l, x, y, { stroke: colours[i] })), label(292, 125, "end", last)))
 })))
 
-const strip = (items, colour, show) => {  // buttons in the order of steps, and what the chosen one shows
-  const view = h("div", {}), buttons = items.map(item => h("button", { title: `step ${item.step}`,
-    onclick: () => open(item), style: `background: ${colour(item)}` }))
-  const open = item => {
-    buttons.forEach((b, i) => b.className = items[i] == item ? "open" : "")
-    view.replaceChildren(...show(item, open))
-  }
-  if (items.length) open(items.findLast(item => !item.dead) || items.at(-1))
-  return h("div", { class: "strip" }, ...buttons, view)
-}
+const right = a => a.reward == 1, solved = g => g.trajectories.filter(right).length
+const verdict = a => h("b", { class: right(a) ? "good" : "bad" }, a.verdict + (a.cut ? ", cut" : ""))
+const fold = (title, share, fill) => h("details", { style: `border-color: ${ramp(share)}`,
+  ontoggle: e => e.target.children[1] || e.target.append(...fill()) }, h("summary", {}, title))
 const filtered = (filters, items, draw) => {  // a menu of filters, and what is left
   const view = h("div", {}), menu = h("select", {
-    onchange: () => view.replaceChildren(draw(items.filter(filters[menu.value]))) },
+    onchange: () => view.replaceChildren(...items.filter(filters[menu.value]).map(draw)) },
     ...Object.keys(filters).map(k => h("option", { value: k }, `${k} (${items.filter(filters[k]).length})`)))
   menu.onchange()
   return [menu, view]
 }
-const right = a => a.reward == 1, solved = g => g.trajectories.filter(right).length
-const verdict = a => h("b", { class: right(a) ? "good" : "bad" }, a.verdict + (a.cut ? ", cut" : ""))
-const changed = (now, was) => ({ "newly solved": x => now(x) && was(x) === 0, "newly lost": x => !now(x) && was(x) })
+const changed = (now, was) => ({ "newly solved": x => now(x) && was(x) === 0,
+  "newly lost": x => !now(x) && was(x) > 0 })
 for (const r of runs.filter(r => r.groups.length)) {
   const seen = {}, size = g => Math.max(...g.trajectories.map(t => t.tokens.length))
-  for (const g of r.groups) [g.was, seen[g.problem]] = [seen[g.problem], solved(g)]
+  for (const g of r.groups) (seen[g.problem] ??= []).push(g)
+  const before = g => seen[g.problem][seen[g.problem].indexOf(g) - 1]
   const long = r.groups.map(size).sort((a, b) => b - a)[9] || 0
   const token = (t, i, a = t.advantage[i] ?? t.advantage) => h("span", {
     class: i < t.n_given ? "given" : "sampled", title: `log-prob ${t.logprobs[i]}, advantage ${a}`,
@@ -241,23 +230,22 @@ for (const r of runs.filter(r => r.groups.length)) {
       + mix(a > 0 ? "var(--good)" : "var(--bad)", Math.abs(a) / 2) }, visible(t.tokens[i]))
   const card = t => h("article", {}, verdict(t), h("small", {}, `reward ${t.reward}, advantage ${
     t.advantage.at?.(-1) ?? t.advantage}`), h("pre", {}, ...t.tokens.map((_, i) => token(t, i))))
-  const show = (g, open) => [h("p", {}, `Step ${g.step}, problem ${g.problem}${g.dead ? ", dead" : ""} `,
-    ...r.groups.filter(o => o != g && o.problem == g.problem).map(o => h("a", { href: "javascript:0",
-      onclick: () => open(o) }, `at step ${o.step}: ${solved(o)} right `))),
-    h("pre", {}, g.prompt), cards(g.trajectories.map(card))]
+  const title = g => `step ${g.step}: ${solved(g)} of ${g.trajectories.length} right${g.dead ? ", dead" : ""}`
+  const show = g => fold(title(g) + " | " + g.prompt.trim().slice(-60), solved(g) / g.trajectories.length, () => [
+    h("pre", {}, g.prompt), ...seen[g.problem].flatMap(o => [h("p", {}, title(o)), cards(o.trajectories.map(card))])])
   const colour = h("select", { onchange: () => main.className = colour.value },
     ...["unlikely", "advantage"].map(value => h("option", { value }, `colour: ${value}`)))
-  section(`${r.name}: groups`, "A button is a problem at a step: the bluer, the more completions are right. Text "
-    + "on blue was given as a hint; the model wrote the rest.", colour, ...filtered({ "all groups": g => true,
-      dead: g => g.dead, ...changed(solved, g => g.was), longest: g => size(g) >= long }, r.groups,
-    groups => strip(groups, g => ramp(solved(g) / g.trajectories.length), show)))
+  section(`${r.name}: groups`, "Open one to see its completions, at every step that has this problem. Text on "
+    + "blue was given as a hint; the model wrote the rest.", colour, ...filtered({ "all groups": g => true,
+      dead: g => g.dead, ...changed(solved, g => before(g) && solved(before(g))), longest: g => size(g) >= long },
+      r.groups, show))
 }
 for (const r of runs.filter(r => r.rows.length)) {
   const cell = ([text, own, nll, weight]) => h("span", { class: "cell",
     style: `background: ${mix("var(--hot)", weight / 4)}` }, visible(text), ...own == null ? [] : [
       h("b", { class: own == text ? "good" : "bad" }, visible(own)), h("small", {}, short(nll)), short(weight)])
   section(`${r.name}: rows`, "Below a target: the model's own prediction, nll, and weight in the loss, also the "
-    + "colour.", strip(r.rows, () => "var(--high)", r => [h("p", {}, `Step ${r.step}`), ...r.tokens.map(cell)]))
+    + "colour.", h("div", { class: "scroll" }, ...r.rows.map(row => fold(`step ${row.step}`, 1, () => row.tokens.map(cell)))))
 }
 for (const r of runs.filter(r => r.answers.length)) {
   const end = r.answers.at(-1).step, other = runs.find(o => o != r), was = new Map((other || r).answers
@@ -266,8 +254,7 @@ for (const r of runs.filter(r => r.answers.length)) {
     before(a) ? `${other ? other.name : "step " + before(a).step}: ${before(a).verdict}` : ""))
   section(`${r.name}: test answers at step ${end}`, `Newly: since ${other?.name || "the first validation"}.`,
     ...filtered({ "all answers": a => true, right, wrong: a => !right(a), cut: a => a.cut,
-      ...changed(right, a => before(a) && +right(before(a))) }, r.answers.filter(a => a.step == end),
-    list => cards(list.map(card), "scroll")))
+      ...changed(right, a => before(a) && +right(before(a))) }, r.answers.filter(a => a.step == end), card))
 }
 </script>
 """
