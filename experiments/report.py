@@ -82,27 +82,26 @@ def warnings(records: list[dict]) -> list[str]:
     """Signs of trouble, each with its reason and what to try."""
     rollouts = [r for r in records if "dead_groups" in r]
     hinted = [r for r in rollouts if r.get("actor/hint_nll")]
-    fifth, recent = len(hinted) // 5, rollouts[-LONG:]
+    n, recent = len(hinted) // 5, rollouts[-LONG:]
 
     def mean(key: str, rs: list[dict]) -> float:
         return sum(r.get(key) or 0 for r in rs) / max(1, len(rs))
 
     dead = max(map(len, "".join(" x"[r["dead_groups"] == 1] for r in rollouts).split()), default=0)
-    keys, parts = ("actor/hint_nll", "response_length/mean"), (hinted[:fifth], hinted[len(hinted) - fifth :])
-    (nll, later_nll), (tokens, fewer) = ([mean(key, part) for part in parts] for key in keys)
+    nll, late_nll = (mean("actor/hint_nll", rs) for rs in (hinted[:n], hinted[-n:]))
+    tokens, late = (mean("response_length/mean", rs) for rs in (hinted[:n], hinted[-n:]))
     cut, entropy = (mean(key, recent) for key in ("response_length/clip_ratio", "actor/entropy"))
-    forgets, enough = later_nll > 1.2 * nll and fewer < 0.8 * tokens, len(recent) == LONG
-    signs = {
-        f"All groups were dead in {dead} steps in a row: equal rewards teach nothing. Show hints for longer, or"
-        " raise rollouts or temperature.": dead >= LONG,
-        f"Solutions are forgotten: hint_nll rose from {nll:.2f} to {later_nll:.2f} while completions shortened"
-        f" from {tokens:.0f} to {fewer:.0f} tokens. Raise hint_coef.": forgets and len(hinted) >= LONG,
-        f"Nearly all completions of the last {LONG} steps were cut, so few reach an answer. Raise"
-        " max_new_tokens, or see whether the model writes its end token.": cut > 0.95 and enough,
-        f"Entropy is gone: {entropy:.4f} nats over the last {LONG} steps, so a problem's completions are all"
-        " the same. Raise entropy_coef, or lower lr.": entropy < 0.01 and enough,
-    }
-    return [sign for sign, shown in signs.items() if shown]
+    found, enough = [], len(recent) == LONG
+    if dead >= LONG:
+        found.append(f"All groups were dead in {dead} steps in a row: equal rewards teach nothing. Show more hints.")
+    if n >= LONG // 5 and late_nll > 1.2 * nll and late < 0.8 * tokens:
+        change = f"hint_nll rose from {nll:.2f} to {late_nll:.2f}, completions shrank from {tokens:.0f} to"
+        found.append(f"Solutions are forgotten: {change} {late:.0f} tokens. Raise hint_coef.")
+    if enough and cut > 0.95:
+        found.append(f"{cut:.0%} of the last completions were cut before their end. Raise max_new_tokens.")
+    if enough and entropy < 0.01:
+        found.append(f"The entropy is gone ({entropy:.4f} nats): completions of a problem are equal. Lower lr.")
+    return found
 
 
 def read_run(folder: Path) -> dict:
@@ -133,19 +132,18 @@ def write_report(*folders: Path) -> None:
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><style>
 :root { color-scheme: light dark; --dim: light-dark(#5d6772, #9aa4b0); --card: light-dark(#f3f5f8, #1f2328);
-  --low: light-dark(#e3ebf4, #212c39); --high: light-dark(#08519c, #63b3ff); --hint: light-dark(#c9e3ff, #1d4a77);
-  --hot: light-dark(#e8590c, #ffa94d); --good: light-dark(#1a7f37, #4cc26a); --bad: light-dark(#cf222e, #ff7b72) }
+  --low: light-dark(#e3ebf4, #212c39); --high: light-dark(#08519c, #63b3ff); --hot: light-dark(#e8590c, #fa4);
+  --hint: light-dark(#c9e3ff, #1d4a77); --good: light-dark(#1a7f37, #4c6); --bad: light-dark(#cf222e, #f77) }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: auto; padding: 12px }
-h1 { font-size: 22px } h2 { font-size: 17px; margin: 32px 0 0 } p, small, text { color: var(--dim); margin: 4px 0 }
+h2 { font-size: 17px; margin: 32px 0 0 } p, small, text { color: var(--dim); fill: var(--dim); margin: 4px 0 }
 .cards { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
-article, .warning { background: var(--card); border-radius: 6px; padding: 8px; min-width: 0; margin: 0 }
-.warning { border-left: 4px solid var(--hot); margin: 8px 0 } .scroll { max-height: 600px; overflow: auto }
-small, text { font-size: 12px; fill: var(--dim) } article b, .cell * { display: block }
+article, .warning { background: var(--card); border-radius: 6px; padding: 8px; min-width: 0 }
+.warning { border-left: 4px solid var(--hot); margin: 8px 0 } small, text { font-size: 12px }
 pre, .cell { font: 13px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0 }
 .good { color: var(--good) } .bad { color: var(--bad) } .given { background: var(--hint) }
 .sampled { background: var(--unlikely) } .advantage .sampled { background: var(--advantage) }
-.strip button { width: 20px; height: 22px; margin: 1px; border: 0 } .open { outline: 3px solid var(--hot) }
-.cell { display: inline-block; text-align: center; margin: 1px; padding: 0 4px; vertical-align: top }
+.list { max-height: 640px; overflow: auto; margin-top: 8px } details { padding-left: 8px; border-left: 16px solid }
+.cell { display: inline-block; text-align: center; padding: 0 4px } article b, .cell * { display: block }
 </style><main></main><script type="application/json" id="data">DATA</script><script>
 const runs = JSON.parse(document.getElementById("data").textContent), colours = ["var(--high)", "var(--hot)"]
 const maker = space => (tag, attrs, ...kids) => {  // of elements; a string among the kids becomes text
@@ -156,10 +154,9 @@ const maker = space => (tag, attrs, ...kids) => {  // of elements; a string amon
 }
 const h = maker("1999/xhtml"), svg = maker("2000/svg"), main = document.querySelector("main")
 const section = (title, about, ...kids) => main.append(h("h2", {}, title), h("p", {}, about), ...kids)
-const cards = (list, more = "") => h("div", { class: "cards " + more }, ...list)
+const cards = list => h("div", { class: "cards" }, ...list), visible = text => text.replaceAll("\n", "↵\n")
 const mix = (a, share, b = "transparent") => `color-mix(in srgb, ${a} ${100 * Math.min(1, share)}%, ${b})`
-const ramp = share => mix("var(--high)", share, "var(--low)"), visible = text => text.replaceAll("\n", "↵\n")
-const short = v => Math.abs(v) >= 1000 ? Math.round(v) : +(+v).toPrecision(3)
+const ramp = share => mix("var(--high)", share, "var(--low)"), short = v => +(+v).toPrecision(3)
 const last = Math.max(1, ...runs.flatMap(r => Object.values(r.curves).map(c => c.at(-1)[0])))
 const label = (x, y, anchor, text) => svg("text", { x, y, "text-anchor": anchor }, text)
 const line = (points, x, y, attrs) => svg("polyline", { fill: "none", "stroke-width": 2, ...attrs,
@@ -175,9 +172,9 @@ runs.forEach((r, i) => main.append(h("h1", { style: `color: ${colours[i]}` }, r.
 for (const r of runs) {  // success by hint length
   const n = k => +k.slice(12), keys = Object.keys(r.curves).filter(k => k.startsWith("solved/hint_"))
   const W = Math.min(1030, innerWidth - 30), row = Math.max(26, 140 / keys.length), H = row * keys.length
-  const x = step => 60 + (W - 80) * step / last
-  const cell = (step, v, i) => svg("rect", { x: x(Math.max(0, step - r.window)), y: i * row, height: row - 1,
-    width: x(r.window) - x(0) + 0.3, style: `fill: ${ramp(v)}` }, svg("title", {}, `step ${step}: ${short(v)}`))
+  const x = step => 60 + (W - 80) * step / last, cell = (step, v, i) => svg("rect", { y: i * row,
+    x: x(Math.max(0, step - r.window)), height: row - 1, width: x(r.window) - 59.7, style: `fill: ${ramp(v)}` },
+    svg("title", {}, `step ${step}: ${short(v)}`))
   const curve = (key, attrs) => [{ stroke: "Canvas", "stroke-width": 5 }, attrs].map(a =>
     line(r.curves[key] || [], x, v => H - v * H, a))
   if (keys.length) section(`${r.name}: success by hint length`, "The bluer, the more rollouts are right; blank: "
@@ -211,41 +208,41 @@ const verdict = a => h("b", { class: right(a) ? "good" : "bad" }, a.verdict + (a
 const fold = (title, share, fill) => h("details", { style: `border-color: ${ramp(share)}`,
   ontoggle: e => e.target.children[1] || e.target.append(...fill()) }, h("summary", {}, title))
 const filtered = (filters, items, draw) => {  // a menu of filters, and what is left
-  const view = h("div", {}), menu = h("select", {
+  const view = h("div", { class: "list cards" }), menu = h("select", {
     onchange: () => view.replaceChildren(...items.filter(filters[menu.value]).map(draw)) },
     ...Object.keys(filters).map(k => h("option", { value: k }, `${k} (${items.filter(filters[k]).length})`)))
   menu.onchange()
   return [menu, view]
 }
-const changed = (now, was) => ({ "newly solved": x => now(x) && was(x) === 0,
-  "newly lost": x => !now(x) && was(x) > 0 })
+const changes = (now, was) => ({ "newly solved": a => was(a) && now(a) && !now(was(a)),
+  "newly lost": a => was(a) && !now(a) && now(was(a)) })
+
 for (const r of runs.filter(r => r.groups.length)) {
-  const seen = {}, size = g => Math.max(...g.trajectories.map(t => t.tokens.length))
-  for (const g of r.groups) (seen[g.problem] ??= []).push(g)
-  const before = g => seen[g.problem][seen[g.problem].indexOf(g) - 1]
+  const of = {}, size = g => Math.max(...g.trajectories.map(t => t.tokens.length))
+  for (const g of r.groups) (of[g.problem] ??= []).push(g)
   const long = r.groups.map(size).sort((a, b) => b - a)[9] || 0
   const token = (t, i, a = t.advantage[i] ?? t.advantage) => h("span", {
     class: i < t.n_given ? "given" : "sampled", title: `log-prob ${t.logprobs[i]}, advantage ${a}`,
     style: `--unlikely: ${mix("var(--hot)", -t.logprobs[i] / 4)}; --advantage: `
-      + mix(a > 0 ? "var(--good)" : "var(--bad)", Math.abs(a) / 2) }, visible(t.tokens[i]))
+      + mix(`var(--${a > 0 ? "good" : "bad"})`, Math.abs(a) / 2) }, visible(t.tokens[i]))
   const card = t => h("article", {}, verdict(t), h("small", {}, `reward ${t.reward}, advantage ${
     t.advantage.at?.(-1) ?? t.advantage}`), h("pre", {}, ...t.tokens.map((_, i) => token(t, i))))
   const title = g => `step ${g.step}: ${solved(g)} of ${g.trajectories.length} right${g.dead ? ", dead" : ""}`
-  const show = g => fold(title(g) + " | " + g.prompt.trim().slice(-60), solved(g) / g.trajectories.length, () => [
-    h("pre", {}, g.prompt), ...seen[g.problem].flatMap(o => [h("p", {}, title(o)), cards(o.trajectories.map(card))])])
+  const show = g => fold(title(g), solved(g) / g.trajectories.length, () => [h("pre", {}, g.prompt),
+    ...of[g.problem].flatMap(o => [h("p", {}, title(o)), cards(o.trajectories.map(card))])])
   const colour = h("select", { onchange: () => main.className = colour.value },
     ...["unlikely", "advantage"].map(value => h("option", { value }, `colour: ${value}`)))
   section(`${r.name}: groups`, "Open one to see its completions, at every step that has this problem. Text on "
     + "blue was given as a hint; the model wrote the rest.", colour, ...filtered({ "all groups": g => true,
-      dead: g => g.dead, ...changed(solved, g => before(g) && solved(before(g))), longest: g => size(g) >= long },
-      r.groups, show))
+      dead: g => g.dead, ...changes(solved, g => of[g.problem][of[g.problem].indexOf(g) - 1]),
+      longest: g => size(g) >= long }, r.groups, show))
 }
 for (const r of runs.filter(r => r.rows.length)) {
   const cell = ([text, own, nll, weight]) => h("span", { class: "cell",
     style: `background: ${mix("var(--hot)", weight / 4)}` }, visible(text), ...own == null ? [] : [
-      h("b", { class: own == text ? "good" : "bad" }, visible(own)), h("small", {}, short(nll)), short(weight)])
-  section(`${r.name}: rows`, "Below a target: the model's own prediction, nll, and weight in the loss, also the "
-    + "colour.", h("div", { class: "scroll" }, ...r.rows.map(row => fold(`step ${row.step}`, 1, () => row.tokens.map(cell)))))
+    h("b", { class: own == text ? "good" : "bad" }, visible(own)), h("small", {}, short(nll)), short(weight)])
+  section(`${r.name}: rows`, "Below a target: the model's own prediction, nll, and weight (also the colour).",
+    ...filtered({ "all rows": row => true }, r.rows, row => fold(`step ${row.step}`, 1, () => row.tokens.map(cell))))
 }
 for (const r of runs.filter(r => r.answers.length)) {
   const end = r.answers.at(-1).step, other = runs.find(o => o != r), was = new Map((other || r).answers
@@ -254,7 +251,7 @@ for (const r of runs.filter(r => r.answers.length)) {
     before(a) ? `${other ? other.name : "step " + before(a).step}: ${before(a).verdict}` : ""))
   section(`${r.name}: test answers at step ${end}`, `Newly: since ${other?.name || "the first validation"}.`,
     ...filtered({ "all answers": a => true, right, wrong: a => !right(a), cut: a => a.cut,
-      ...changed(right, a => before(a) && +right(before(a))) }, r.answers.filter(a => a.step == end), card))
+      ...changes(right, before) }, r.answers.filter(a => a.step == end), card))
 }
 </script>
 """
