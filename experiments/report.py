@@ -1,7 +1,6 @@
 """One page about a run, report.html: what it learned, how, and what it wrote. Two runs are overlaid.
 
-    python experiments/report.py out/a             writes out/a/report.html
-    python experiments/report.py out/a out/b       the same with out/b beside it
+    python experiments/report.py out/a [out/b]     writes out/a/report.html
 
 It reads config.toml, metrics.jsonl and samples.jsonl. The page needs no server, network or package. Curves
 are means over windows of steps. Torch is not imported: that takes longer than all the rest.
@@ -70,12 +69,11 @@ def facts(config: dict, records: list[dict]) -> dict[str, str]:
     trained = sum(r.get("tokens_per_s", 0) * r.get("timing_s/step", 0) for r in records)
     sampled = f"{last.get('sampled_tokens', 0):,} sampled"
     found["tokens"] = f"about {trained:,.0f} trained on" if trained else sampled
-    device = config.get("device", "auto")
+    device, git = config.get("device", "auto"), "git describe --always --dirty --exclude='*'"
     found["device"] = "CPU" if device == "auto" and "mfu" not in last else device.replace("auto", "CUDA")
     found["method"] = config.get("algo") or ", ".join(config.get("loss", []))
-    command = "git describe --always --dirty --exclude='*'"
-    git = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    return found | {"commit of this page": git.stdout.strip() or "not known"}
+    commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return found | {"commit of this page": commit or "not known"}
 
 
 def warnings(records: list[dict]) -> list[str]:
@@ -91,16 +89,16 @@ def warnings(records: list[dict]) -> list[str]:
     nll, late_nll = (mean("actor/hint_nll", rs) for rs in (hinted[:n], hinted[-n:]))
     tokens, late = (mean("response_length/mean", rs) for rs in (hinted[:n], hinted[-n:]))
     cut, entropy = (mean(key, recent) for key in ("response_length/clip_ratio", "actor/entropy"))
-    found, enough = [], len(recent) == LONG
+    enough, found = len(recent) == LONG, []
     if dead >= LONG:
-        found.append(f"All groups were dead in {dead} steps in a row: equal rewards teach nothing. Show more hints.")
+        found.append(f"All groups were dead in {dead} steps in a row: equal rewards teach nothing. Show more.")
     if n >= LONG // 5 and late_nll > 1.2 * nll and late < 0.8 * tokens:
         change = f"hint_nll rose from {nll:.2f} to {late_nll:.2f}, completions shrank from {tokens:.0f} to"
         found.append(f"Solutions are forgotten: {change} {late:.0f} tokens. Raise hint_coef.")
     if enough and cut > 0.95:
         found.append(f"{cut:.0%} of the last completions were cut before their end. Raise max_new_tokens.")
     if enough and entropy < 0.01:
-        found.append(f"The entropy is gone ({entropy:.4f} nats): completions of a problem are equal. Lower lr.")
+        found.append(f"The entropy is gone ({entropy:.4f} nats): a problem's completions are equal. Lower lr.")
     return found
 
 
@@ -119,7 +117,7 @@ def read_run(folder: Path) -> dict:
 
 
 def write_report(*folders: Path) -> None:
-    """Write report.html into the first run's folder, on rank 0. An error is printed: the run has ended well."""
+    """Write report.html into the first run's folder, on rank 0. Errors are printed, not raised."""
     path = folders[0] / "report.html"
     try:
         if os.environ.get("RANK", "0") == "0":
@@ -142,8 +140,9 @@ article, .warning { background: var(--card); border-radius: 6px; padding: 8px; m
 pre, .cell { font: 13px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0 }
 .good { color: var(--good) } .bad { color: var(--bad) } .given { background: var(--hint) }
 .sampled { background: var(--unlikely) } .advantage .sampled { background: var(--advantage) }
-.list { max-height: 640px; overflow: auto; margin-top: 8px } details { padding-left: 8px; border-left: 16px solid }
 .cell { display: inline-block; text-align: center; padding: 0 4px } article b, .cell * { display: block }
+.list { max-height: 640px; overflow: auto; margin-top: 8px } details[open] { grid-column: 1 / -1 }
+details { padding-left: 8px; border-left: 16px solid } polyline { filter: drop-shadow(0 0 2px Canvas) }
 </style><main></main><script type="application/json" id="data">DATA</script><script>
 const runs = JSON.parse(document.getElementById("data").textContent), colours = ["var(--high)", "var(--hot)"]
 const maker = space => (tag, attrs, ...kids) => {  // of elements; a string among the kids becomes text
@@ -156,7 +155,8 @@ const h = maker("1999/xhtml"), svg = maker("2000/svg"), main = document.querySel
 const section = (title, about, ...kids) => main.append(h("h2", {}, title), h("p", {}, about), ...kids)
 const cards = list => h("div", { class: "cards" }, ...list), visible = text => text.replaceAll("\n", "↵\n")
 const mix = (a, share, b = "transparent") => `color-mix(in srgb, ${a} ${100 * Math.min(1, share)}%, ${b})`
-const ramp = share => mix("var(--high)", share, "var(--low)"), short = v => +(+v).toPrecision(3)
+const ramp = share => mix("var(--high)", share, "var(--low)")
+const short = v => v && Math.abs(v) < 0.01 ? v.toExponential(1) : +(+v).toPrecision(3)
 const last = Math.max(1, ...runs.flatMap(r => Object.values(r.curves).map(c => c.at(-1)[0])))
 const label = (x, y, anchor, text) => svg("text", { x, y, "text-anchor": anchor }, text)
 const line = (points, x, y, attrs) => svg("polyline", { fill: "none", "stroke-width": 2, ...attrs,
@@ -172,35 +172,34 @@ runs.forEach((r, i) => main.append(h("h1", { style: `color: ${colours[i]}` }, r.
 for (const r of runs) {  // success by hint length
   const n = k => +k.slice(12), keys = Object.keys(r.curves).filter(k => k.startsWith("solved/hint_"))
   const W = Math.min(1030, innerWidth - 30), row = Math.max(26, 140 / keys.length), H = row * keys.length
-  const x = step => 60 + (W - 80) * step / last, cell = (step, v, i) => svg("rect", { y: i * row,
-    x: x(Math.max(0, step - r.window)), height: row - 1, width: x(r.window) - 59.7, style: `fill: ${ramp(v)}` },
-    svg("title", {}, `step ${step}: ${short(v)}`))
-  const curve = (key, attrs) => [{ stroke: "Canvas", "stroke-width": 5 }, attrs].map(a =>
-    line(r.curves[key] || [], x, v => H - v * H, a))
+  const x = step => 60 + (W - 80) * step / last, y = v => H - v * H
+  const cell = (step, v, i) => svg("rect", { x: x(Math.max(0, step - r.window)), y: i * row, height: row - 1,
+    width: x(r.window) - 59.7, style: `fill: ${ramp(v)}` }, svg("title", {}, `step ${step}: ${short(v)}`))
   if (keys.length) section(`${r.name}: success by hint length`, "The bluer, the more rollouts are right; blank: "
-    + "no such hint. Success should move from the top, where most is shown, to the row without hints, as in the "
-    + "test. Orange: mean reward, which falls in a healthy run while hints shrink. Dashed: share shown.",
+    + "no such hint. Success should move from the top, where most is shown, to the row without hints, the test. "
+    + "Orange: mean reward, which falls in a healthy run while hints shrink. Dashed: share of solution shown.",
     svg("svg", { viewBox: `0 0 ${W} ${H + 18}` }, ...keys.sort((a, b) => n(b) - n(a)).flatMap((k, i) => [
       label(56, (i + 0.6) * row, "end", n(k) ? n(k) + " shown" : "no hint"),
       ...r.curves[k].map(([step, v]) => cell(step, v, i))]),
-      ...curve("hint/share", { stroke: "CanvasText", "stroke-dasharray": "6 4" }),
-      ...curve("critic/rewards/mean", { stroke: "var(--hot)" }), label(W - 16, 12, "start", 1),
+      line(r.curves["hint/share"] || [], x, y, { stroke: "CanvasText", "stroke-dasharray": "6 4" }),
+      line(r.curves["critic/rewards/mean"] || [], x, y, { stroke: "var(--hot)" }), label(W - 16, 12, "start", 1),
       label(W - 16, H, "start", 0), label(60, H + 15, "start", "step 0"), label(W - 20, H + 15, "end", last)))
 }
 
-const hidden = /timing|solved.hint|val.(low|high|reward)|lr|mfu|tokens|train_s|step/
+const hidden = /timing|solved.hint|val.(low|high|reward)|lr|mfu|tokens|train_s|step|actor.(loss|pg)/
 const names = [...new Set(runs.flatMap(r => Object.keys(r.curves)))].filter(key => !hidden.test(key))
 section("Curves", "Each with its last value. docs/metrics.md explains the names.", cards(names.map(key => {
   const at = k => runs.map(r => r.curves[k] || []), lines = at(key), test = key == "val/accuracy"
   const bands = test ? at("val/low").map((l, i) => [...l, ...at("val/high")[i].toReversed()]) : []
-  const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values), least = Math.min(...values)
-  const low = least > high / 2 ? least : Math.min(0, least), ends = lines.map(l => short(l.at(-1)?.[1]))
+  const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values)
+  const least = Math.min(...values), low = least > high / 2 ? least : Math.min(0, least)
   const x = step => 40 + 252 * step / last, y = v => 110 - 96 * (v - low) / (high - low || 1)
-  return h("article", {}, h("small", {}, `${key}: ${ends.join(" and ")}`), svg("svg",
-    { viewBox: "0 0 300 128" }, label(36, 18, "end", short(high)), label(36, 112, "end", short(low)),
+  const ends = lines.map(points => points.length ? short(points.at(-1)[1]) : "none").join(" and ")
+  return h("article", {}, h("small", {}, `${key}: ${ends}`), svg("svg", { viewBox: "0 0 300 128" },
+    label(36, 18, "end", short(high)), label(36, 112, "end", short(low)), label(292, 125, "end", last),
     line([[0, high], [0, low], [last, low]], x, y, { stroke: "var(--dim)", opacity: 0.4 }),
     ...bands.map((b, i) => line(b, x, y, { style: `fill: ${mix(colours[i], 0.2)}` })),
-    ...lines.map((l, i) => line(l, x, y, { stroke: colours[i] })), label(292, 125, "end", last)))
+    ...lines.map((points, i) => line(points, x, y, { stroke: colours[i] }))))
 })))
 
 const right = a => a.reward == 1, solved = g => g.trajectories.filter(right).length
@@ -208,8 +207,9 @@ const verdict = a => h("b", { class: right(a) ? "good" : "bad" }, a.verdict + (a
 const fold = (title, share, fill) => h("details", { style: `border-color: ${ramp(share)}`,
   ontoggle: e => e.target.children[1] || e.target.append(...fill()) }, h("summary", {}, title))
 const filtered = (filters, items, draw) => {  // a menu of filters, and what is left
-  const view = h("div", { class: "list cards" }), menu = h("select", {
-    onchange: () => view.replaceChildren(...items.filter(filters[menu.value]).map(draw)) },
+  const view = h("div", { class: "list cards" }), menu = h("select", { onchange: () => {
+    view.replaceChildren(...items.filter(filters[menu.value]).map(draw))
+    if (view.firstChild) view.firstChild.open = true } },  // where it is a fold
     ...Object.keys(filters).map(k => h("option", { value: k }, `${k} (${items.filter(filters[k]).length})`)))
   menu.onchange()
   return [menu, view]
@@ -232,26 +232,26 @@ for (const r of runs.filter(r => r.groups.length)) {
     ...of[g.problem].flatMap(o => [h("p", {}, title(o)), cards(o.trajectories.map(card))])])
   const colour = h("select", { onchange: () => main.className = colour.value },
     ...["unlikely", "advantage"].map(value => h("option", { value }, `colour: ${value}`)))
-  section(`${r.name}: groups`, "Open one to see its completions, at every step that has this problem. Text on "
-    + "blue was given as a hint; the model wrote the rest.", colour, ...filtered({ "all groups": g => true,
-      dead: g => g.dead, ...changes(solved, g => of[g.problem][of[g.problem].indexOf(g) - 1]),
-      longest: g => size(g) >= long }, r.groups, show))
+  section(`${r.name}: groups`, "Completions of a problem, at every step that has it. Text on blue was given as "
+    + "a hint; the model wrote the rest.", colour, ...filtered({ "all groups": g => true, dead: g => g.dead,
+      ...changes(solved, g => of[g.problem][of[g.problem].indexOf(g) - 1]), longest: g => size(g) >= long },
+      r.groups, show))
 }
 for (const r of runs.filter(r => r.rows.length)) {
   const cell = ([text, own, nll, weight]) => h("span", { class: "cell",
     style: `background: ${mix("var(--hot)", weight / 4)}` }, visible(text), ...own == null ? [] : [
     h("b", { class: own == text ? "good" : "bad" }, visible(own)), h("small", {}, short(nll)), short(weight)])
   section(`${r.name}: rows`, "Below a target: the model's own prediction, nll, and weight (also the colour).",
-    ...filtered({ "all rows": row => true }, r.rows, row => fold(`step ${row.step}`, 1, () => row.tokens.map(cell))))
+    ...filtered({ all: row => true }, r.rows, row => fold(`step ${row.step}`, 1, () => row.tokens.map(cell))))
 }
 for (const r of runs.filter(r => r.answers.length)) {
   const end = r.answers.at(-1).step, other = runs.find(o => o != r), was = new Map((other || r).answers
     .filter(a => other || a.step < end).map(a => [a.prompt, a])), before = a => was.get(a.prompt)
-  const card = a => h("article", {}, verdict(a), h("pre", {}, a.prompt), h("pre", {}, a.response), h("small", {},
-    before(a) ? `${other ? other.name : "step " + before(a).step}: ${before(a).verdict}` : ""))
+  const note = a => before(a) ? `${other?.name || "step " + before(a).step}: ${before(a).verdict}` : ""
   section(`${r.name}: test answers at step ${end}`, `Newly: since ${other?.name || "the first validation"}.`,
     ...filtered({ "all answers": a => true, right, wrong: a => !right(a), cut: a => a.cut,
-      ...changes(right, before) }, r.answers.filter(a => a.step == end), card))
+      ...changes(right, before) }, r.answers.filter(a => a.step == end), a => h("article", {}, verdict(a),
+      h("pre", {}, a.prompt), h("pre", {}, a.response), h("small", {}, note(a)))))
 }
 </script>
 """
@@ -260,6 +260,6 @@ for (const r of runs.filter(r => r.answers.length)) {
 if __name__ == "__main__":
     folders = [Path(arg) for arg in sys.argv[1:]]
     if len(folders) not in (1, 2) or not all((f / "metrics.jsonl").exists() for f in folders):
-        print(f"{__doc__}\nerror: name the folders, with a metrics.jsonl, of one or two runs", file=sys.stderr)
+        print(f"{__doc__}\nerror: name one or two folders with a metrics.jsonl", file=sys.stderr)
         sys.exit(2)
     write_report(*folders)
