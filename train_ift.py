@@ -39,6 +39,7 @@ import model as plain_head
 from data.chat import Example
 from data.examples import Data, load_examples
 from experiments.plot import draw_run
+from experiments.report import write_report
 from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra import config, parallel, samples, training
@@ -578,6 +579,7 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
         training.save_and_stop(run, cfg, steps, data.stop_ids, data.template)
     run.log.close()
     draw_run(run.out)
+    write_report(run.out)
     return run.state["last"] | {"seconds": run.state["train_s"]}
 
 

@@ -60,6 +60,7 @@ from data.judge import judge
 from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
 from experiments.plot import draw_run
+from experiments.report import write_report
 from fast import head as fast_head
 from fast import mismatch, packing
 from infra import config, parallel, samples, training
@@ -869,6 +870,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{run.state['train_s']:.0f} s of training; model in {run.out / 'model'}")
     run.log.close()
     draw_run(run.out)
+    write_report(run.out)
 
 
 if __name__ == "__main__":

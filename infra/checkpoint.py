@@ -38,7 +38,9 @@ from lora import adapter_files, base_parameters
 # The first line of a run's config.toml.
 MARK = "# written by nanoFT; a run in this folder continues with --resume=true"
 LINKS = ("model", "sft", "adapter", "resume")  # in out_dir
-RUN_FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "curve.png", "model", "sft", "adapter")
+RUN_FILES = (
+    "config.toml", "metrics.jsonl", "samples.jsonl", "curve.png", "report.html", "model", "sft", "adapter",
+)  # fmt: skip
 
 # ---- out_dir -----------------------------------------------------------------------------------------------
 
