@@ -127,7 +127,7 @@ PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="w
   --hint: light-dark(#c9e3ff, #1d4a77); --good: light-dark(#1a7f37, #4c6); --bad: light-dark(#cf222e, #f77) }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: auto; padding: 12px }
 h2 { font-size: 17px; margin: 32px 0 0 } p, small, text { color: var(--dim); fill: var(--dim); margin: 4px 0 }
-.cards { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
+.cards { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(min(230px, 45%), 1fr)) }
 article { background: var(--card); border-radius: 6px; padding: 8px; margin: 0; min-width: 0 }
 small, text { font-size: 12px } .warning { border-left: 4px solid var(--hot); margin: 8px 0 }
 pre, .cell { font: 13px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0 }
@@ -181,10 +181,10 @@ section("Curves", "Each with its last value. docs/metrics.md explains the names.
   const at = k => runs.map(r => r.curves[k] || []), lines = at(key), test = key == "val/accuracy"
   const bands = test ? at("val/low").map((l, i) => [...l, ...at("val/high")[i].toReversed()]) : []
   const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values), low = Math.min(...values)
-  const x = step => 40 + 252 * step / last, y = v => 110 - 96 * (v - low) / (high - low || 1)
+  const x = step => 48 + 244 * step / last, y = v => 110 - 96 * (v - low) / (high - low || 1)
   const ends = join(lines.map(points => points.length ? short(points.at(-1)[1]) : "none"))
   return h("article", {}, h("small", {}, `${key}: ${ends}`), svg("svg", { viewBox: "0 0 300 128" },
-    label(36, 18, "end", short(high)), label(36, 112, "end", short(low)), label(292, 125, "end", last),
+    label(44, 18, "end", short(high)), label(44, 112, "end", short(low)), label(292, 125, "end", last),
     line([[0, high], [0, low], [last, low]], x, y, { stroke: "var(--dim)", opacity: 0.4 }),
     ...bands.map((b, i) => line(b, x, y, { style: `fill: ${mix(colours[i], 0.2)}` })),
     ...lines.map((points, i) => line(points, x, y, { stroke: `var(--${colours[i]})` }))))
@@ -218,9 +218,9 @@ for (const r of runs.filter(r => r.groups.length)) {
     ...of[g.problem].flatMap(o => [h("p", {}, title(o)), cards(o.trajectories.map(card))])])
   const colour = h("select", { onchange: () => main.className = colour.value }, h("option", {}, "unlikely"),
     h("option", {}, "advantage"))
-  section(`${r.name}: groups`, "Completions of a problem, at every step that has it. Text on blue was a "
-    + "hint; the model wrote the rest.", colour, ...filtered({ "all groups": g => true, dead: g => g.dead,
-    longest: g => size(g) >= long, ...changes(solved, g => g.was) }, r.groups, show))
+  section(`${r.name}: groups`, "Completions of a problem, at every step that has it. On blue: the hint."
+    + " The rest is coloured where unlikely, or by advantage.", colour, ...filtered({ "all groups": g => true,
+    dead: g => g.dead, longest: g => size(g) >= long, ...changes(solved, g => g.was) }, r.groups, show))
 }
 for (const r of runs.filter(r => r.rows.length)) {
   const cell = ([text, own, nll, weight]) => h("span", { class: "cell",
