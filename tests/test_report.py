@@ -386,7 +386,7 @@ def test_a_reader_opens_a_group_and_filters(tmp_path, opened):
     shown = browser.js(f"{groups}.children[2].innerText")
     assert "prompt 7" in shown and "step 1: 0 of 2 right, dead" in shown and "step 21: 1 of 2 right" in shown
     assert EVIL.partition("\u2028")[0] in shown
-    tokens = f"[...{groups}.children[2].querySelector('.cards pre').children]"
+    tokens = f"[...{groups}.children[2].querySelector('article pre').children]"
     assert browser.js(f"{tokens}.map(e => e.className)") == ["given", "sampled", "sampled"]
     # The switch of the colour, which is another one.
     token = f"{groups}.children[2].querySelector('.sampled')"
