@@ -135,7 +135,8 @@ def encode_prompt(tokenizer: Tokenizer, row: dict) -> list[int]:
 
 def answer(
     model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], n: int = 1,
-    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, limits: dict | None = None, **sampling,
+    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, limits: dict | None = None,
+    **sampling,
 ) -> list[list[dict]]:  # fmt: skip
     """For each row n dicts: response, tokens (how many), cut (no stop id came in time), reward, verdict.
 

@@ -18,7 +18,9 @@ Departures from the paper and its published code:
 """
 
 import math
+import os
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, os.path.dirname(__file__))  # before packages that are called evaluate or data
 import evaluate
 import model as plain_head
 from data.chat import Example
@@ -53,13 +56,8 @@ class Config(RunConfig):
     """The knobs of this trainer; infra.training.RunConfig has those of both trainers."""
 
     # What
-    loss: tuple[str, ...] = (
-        "sft",
-        "ift",
-    )  # rows of LOSSES, or files of variants/; several run in turn
-    template: str = (
-        "auto"  # chat template: auto (the checkpoint's, or plain), plain, chatml, zephyr
-    )
+    loss: tuple[str, ...] = ("sft", "ift")  # rows of LOSSES or files of variants/, run in turn
+    template: str = "auto"  # chat template: auto (the checkpoint's or plain), plain, chatml, zephyr
     out_dir: str = "out/ift"  # where everything goes
     # Schedule
     epochs: Positive = 16.0  # passes over the training rows
@@ -592,7 +590,7 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
 
 def config_class(given: dict) -> type:
     """The Config of the given losses."""
-    names = given.get("loss", Config.loss)
+    names = given.get("loss") or Config.loss
     names = names.split(",") if isinstance(names, str) else names
     own = {find_loss(name)[1] for name in names if name} - {Config}
     if len(own) > 1:

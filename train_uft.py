@@ -43,6 +43,7 @@ Departures from the paper and its published code:
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, os.path.dirname(__file__))  # before packages that are called evaluate or data
 import evaluate
 import model as plain_head
 from data.judge import judge
@@ -305,7 +307,7 @@ def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -
         cfg.max_new_tokens,
         cfg.temperature,
         run.tokenizer.stop_ids,
-        seed=int(stream.generate_state(1, np.uint64)[0] >> 2),
+        seed=int(stream.generate_state(1, np.uint64)[0]) >> 2,  # 62 random bits
         keys=[numbers[id(t)] // n for t in to_sample[::n]],
         batch_size=cfg.rollout_batch,
         fast=cfg.fast,
@@ -344,7 +346,12 @@ def is_dead(group: Group) -> bool:
 def without_completions(group: Group, coef: float) -> Group:
     """What is left of a dead group: its given tokens, if they are trained on."""
     kept = [t for t in group if t.n_given and (coef if t.coef is None else t.coef)]
-    return [replace(t, tokens=t.tokens[: t.n_given], old_logp=np.zeros(t.n_given)) for t in kept]
+    cut = []
+    for t in kept:
+        of_given = per_token(t.advantage, t)[: t.n_given]
+        tokens, old_logp = t.tokens[: t.n_given], t.old_logp[: t.n_given]
+        cut.append(replace(t, tokens=tokens, old_logp=old_logp, advantage=of_given))
+    return cut
 
 
 def log_groups(run: Run, groups: list[Group], data: Data, cfg: Config) -> None:
@@ -776,7 +783,7 @@ def main(argv: Sequence[str]) -> None:
     help = config.usage(__doc__, "algo", ROOT / "variants", "METHOD")
 
     def config_class(given: dict) -> type:
-        return find(given.get("algo", Config.algo))[1]
+        return find(given.get("algo") or Config.algo)[1]
 
     cfg = config.parse_config(config_class, argv, help, "train_uft")
     method = find(cfg.algo)[0]

@@ -49,6 +49,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
     Other exceptions keep their traceback.
     """
     # A character that the console cannot show must not end the run, and a line is there once it is printed.
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace", line_buffering=True)
@@ -64,7 +65,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
             raise
         fail(f"{e.filename or 'the output'}: {e.strerror}; nothing written before was lost")
     except KeyboardInterrupt:
-        print("interrupted; --resume=true continues from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)  # before training: it catches the signal
         sys.exit(130)
     sys.exit(0)
 
@@ -120,7 +121,7 @@ def parse_config(
     """
     # The command line, which overrides the TOML file.
     given = {}  # knob: (value, where it was found)
-    for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for arg, following in zip(argv, [*argv, "--"][1:], strict=True):
         if arg.startswith("--") and arg != "--help":
             key, equals, text = arg[2:].partition("=")
             if not equals and not following.startswith("-") and not following.endswith(".toml"):
@@ -229,6 +230,8 @@ def _as_type(key: str, value: Any, kind: Any, where: str) -> Any:
         if kind is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
         if kind is str and isinstance(value, str):
+            if re.search("[\ud800-\udfff]", value):
+                raise UserError(f"{where}{key} = {ascii(value)}: must be UTF-8")
             value = os.path.expandvars(value)
             return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
         if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4000}", value):
@@ -302,7 +305,8 @@ def import_file(name: str, folder: Path, wants: str) -> ModuleType:
     except UserError:
         raise
     except Exception as e:
-        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__))), 0)
+        own = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+        line = e.lineno if isinstance(e, SyntaxError) else own[-1]
         raise UserError(f"{path} line {line}: {type(e).__name__}: {e}") from None
     if not hasattr(module, wants):
         raise UserError(f"{path}: must define {wants}")
@@ -316,7 +320,9 @@ def find_method(knob: str, name: str, table: dict, folder: Path, wants: str) -> 
     variants = first_lines(folder, wants)
     if not (name in variants or name.endswith(".py")):
         raise UserError(f"{knob} = {name!r} is not one of {', '.join([*table, *variants])}, nor a FILE.py")
-    module = import_file(name, folder, wants)
+    module, kind = import_file(name, folder, wants), type(next(iter(table.values())))
+    if not isinstance(getattr(module, wants), kind):
+        raise UserError(f"{name}: {wants} must be a {kind.__name__}, such as another with ._replace(...)")
     return getattr(module, wants), module
 
 

@@ -128,6 +128,8 @@ def check_shared(cfg: Any) -> None:
     require(cfg, "lora_alpha", alpha_used, "needs a lora_rank")
     sampled = cfg.val_n == 1 or cfg.val_temperature > 0
     require(cfg, "val_n", sampled, "needs a val_temperature above 0")
+    if getattr(cfg, "warmup", 0) > cfg.steps:
+        print(f"note: warmup = {cfg.warmup} is longer than the run, whose learning rate stays below lr")
     if cfg.task:
         load_task(cfg.task)  # UserError if there is no such task
 
@@ -445,7 +447,8 @@ def leave_as_found(main: Callable) -> Callable:
     @wraps(main)
     def wrapped(argv: Sequence[str]) -> None:
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-        handlers, stdout, threads = [signal.getsignal(n) for n in numbers], sys.stdout, torch.get_num_threads()
+        handlers = [signal.getsignal(n) for n in numbers]
+        stdout, threads = sys.stdout, torch.get_num_threads()
         precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
         try:
             main(argv)

@@ -13,6 +13,7 @@ from experiments import plot
 from experiments.plot import BY_HINT, PANELS, LoggedRun, all_curves, curve, read_run
 from infra import log, training
 from infra.config import UserError
+from infra.samples import rollout_metrics
 
 PANEL = {p.key: p for p in PANELS}
 UFT = (
@@ -93,7 +94,7 @@ def test_rollout_metrics_have_the_success_by_hint_length():
         for group, k in zip(rewards, shown, strict=True)
     ]
     groups.append([answer([1], [2, 3], [], shown=5)])  # a demonstration, of which nothing was sampled
-    metrics = train_uft.rollout_metrics(groups, SimpleNamespace(problems=[SimpleNamespace(segments=5)]))
+    metrics = rollout_metrics(groups, [SimpleNamespace(segments=5)])
     by_hint = {k: v for k, v in metrics.items() if k.startswith(BY_HINT)}
     assert by_hint == {"solved/hint_0": 0.25, "solved/hint_3": 1.0, "solved/hint_5": 1.0}
     assert metrics["solved"] == 0.625

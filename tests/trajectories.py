@@ -28,7 +28,7 @@ VARIANTS = list(train_uft.config.first_lines(ROOT / "variants", "METHOD"))
 @cache
 def variant(name):
     """The method of a file of variants/, its module, and its knobs with their defaults."""
-    method, module = train_uft.config.find_method("algo", name, {}, ROOT / "variants", "METHOD")
+    method, module = train_uft.config.find_method("algo", name, METHODS, ROOT / "variants", "METHOD")
     return method, module, getattr(module, "Config", Config)
 
 
@@ -149,9 +149,9 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def metrics(out):
+def metrics(out, left_out=TIMES):
     lines = read(Path(out) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 
 
 def steps(out):

@@ -23,7 +23,7 @@ def add_demonstrations(groups, run, data, step, cfg):
 def advantages(groups, cfg):
     train_uft.grpo_advantages([g[:-1] for g in groups], cfg)
     for g in groups:
-        g[-1].advantage = 0.0
+        g[-1].advantage, g[-1].coef = 0.0, cfg.chord_mu
 
 
 def token_weights(trajectories, coef, cfg):
