@@ -34,7 +34,8 @@ def start(flags, out, processes=1):
     common = "--eval_every=5 --save_every=2 --device=cpu --threads=1 --show=0".split()
     command = [*(launcher if processes > 1 else ()), script, *common, *given, f"--out_dir={out}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    options = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 400}
+    return subprocess.run([sys.executable, *command], **options)
 
 
 SCRIPT = """\
