@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, os.path.dirname(__file__))  # before packages that are called evaluate or data
+sys.path.insert(0, os.path.dirname(__file__))  # before packages of the same names
 import evaluate
 import model as plain_head
 from data.chat import Example
@@ -114,7 +114,7 @@ def check(cfg: Config, methods: dict[str, "Method"]) -> None:
         config.require(cfg, key, named, "must be given if there is no task")
 
 
-# ---- temporal residual (section 4.2) -------------------------------------
+# ---- temporal residual (section 4.2) ----
 
 
 class Rows(NamedTuple):
@@ -207,7 +207,7 @@ def residual_lambda(
     return min(1.0, max(0.0, lam + noise * disturb * lam))
 
 
-# ---- relation propagation (section 4.3 and Algorithm 1) ------------------
+# ---- relation propagation (section 4.3 and Algorithm 1) ----
 
 
 def discounted_sum(x: Tensor, gamma: float, side: str = "left") -> Tensor:
@@ -282,7 +282,7 @@ def ift_loss(nll: Tensor, mask: Tensor, gamma: float, **options) -> Tensor:
     return (weights * nll * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# ---- methods -------------------------------------------------------------
+# ---- methods ----
 
 
 class Method(NamedTuple):
@@ -296,10 +296,6 @@ class Method(NamedTuple):
     mean_logprobs: bool = False  # pairs: log-probs averaged over tokens instead of summed
     kl: bool = False  # pairs: needs the KL to the reference
     beta: float = 0.0  # pairs: default of the knob beta
-
-
-def sft_token_loss(nll: Tensor, cfg: Config) -> Tensor:
-    return nll
 
 
 def propagation_knobs(cfg: Config) -> dict:
@@ -317,7 +313,7 @@ def ift_example_loss(nll: Tensor, mask: Tensor, cfg: Config) -> Tensor:
 
 
 LOSSES = {
-    "sft": Method(token_loss=sft_token_loss),
+    "sft": Method(token_loss=lambda nll, cfg: nll),
     "ift": Method(example_loss=ift_example_loss, residual=True),
     "dpo": Method(pair_loss=pairs.dpo, beta=0.1, reference=True),
     "ipo": Method(pair_loss=pairs.ipo, beta=0.1, reference=True),
@@ -333,7 +329,7 @@ def find_loss(name: str) -> tuple[Method, type]:
     return method, getattr(module, "Config", Config)
 
 
-# ---- a micro-batch -------------------------------------------------------
+# ---- a micro-batch ----
 
 
 def to_rows(examples: Sequence[Example], number: Sequence[int], device: torch.device) -> Rows:
@@ -377,7 +373,7 @@ def examples_loss(
 
 
 def target_nll(model: Transformer, rows: Rows, cfg: Config, states=None) -> Tensor:
-    """Negative log-likelihood (B, T) of each target, 0 elsewhere. states: or target_states."""
+    """Negative log-likelihood (B, T) of the targets, 0 elsewhere. states: or target_states."""
     head = fast_head if cfg.fast else plain_head
     states = target_states(model, rows) if states is None else states
     logp = head.token_logprobs(states, model.head_weight, rows.ids[rows.mask])[0]
@@ -411,7 +407,7 @@ def pairs_loss(
     return method.pair_loss(pair, cfg.beta or method.beta, cfg), nll
 
 
-# ---- one optimiser step --------------------------------------------------
+# ---- one optimiser step ----
 
 
 def update(
@@ -452,7 +448,7 @@ def update(
     return means | {"grad_norm": grad_norm, "tokens": sum(len(e.ids) for e in examples)}
 
 
-# ---- validation and samples -----------------------------------------------
+# ---- validation and samples ----
 
 
 @torch.no_grad()
@@ -481,10 +477,7 @@ def log_rows(run: Run, batch: list, method: Method, residual: Residual | None, c
 
 
 def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config) -> dict:
-    """Test nll and, on a task, accuracy, by default greedy. Prints and logs them; returns them.
-
-    Accuracy is also taken from another first step than the solution's, where the task has one.
-    """
+    """Test nll; on a task accuracy, also from another first step. Prints, logs, returns."""
     step, answers = run.state["step"], []
     record = {"val/loss": validation_nll(run.model, data.test, cfg)}
     line = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}"
@@ -517,7 +510,7 @@ def validation_nll(model: Transformer, examples: list, cfg: Config) -> float:
     return sums["nll"] / max(1, sums["tokens"])
 
 
-# ---- the run -------------------------------------------------------------
+# ---- the run ----
 
 NOISE_STREAM = 4  # key of lambda's random stream; infra/training.py's order of rows has 1
 COLUMNS = {  # of a console line: name -> (metric, format)
@@ -607,7 +600,8 @@ def main(argv: Sequence[str]) -> None:
     methods = {name: find_loss(name)[0] for name in cfg.loss}
     check(cfg, methods)
     device = training.start(cfg)
-    folders = {name: Path(cfg.out_dir) / (name if len(cfg.loss) > 1 else "") for name in cfg.loss}
+    several = len(cfg.loss) > 1  # each has a folder, FILE for path/to/FILE.py
+    folders = {n: Path(cfg.out_dir) / (Path(n).stem if several else "") for n in cfg.loss}
     begun = any(resume_folder(folder) for folder in folders.values())
     missing = f"{cfg.out_dir} has no checkpoint to resume from"
     config.require(cfg, "resume", begun or cfg.resume != "true", missing)

@@ -9,7 +9,7 @@
 
 SFT, RL and everything between differ in which first tokens of an answer the reference wrote,
 and in their loss. So there is one Trajectory whose first tokens were given, one Batch of
-tokens, one objective, uft_loss, and one table of methods. main(), at the end, reads first.
+tokens, one objective, uft_loss, and one table of methods. Read main(), at the end, first.
 
     method                 given by the reference    sampled         loss of a given token
     sft                    the whole solution        nothing         -log p
@@ -36,7 +36,7 @@ Departures from the paper and its published code:
   sums a trajectory's hint log-probs; the code has means of micro-batches (--algo=published).
 - stage and r3 never train on the hint's log-likelihood; the published stage does.
 - The logits of given tokens are not divided by the temperature of rollouts.
-- The first step is not spent at learning rate 0. Equal rewards have advantages of exactly 0.
+- The first step is not at learning rate 0. Equal rewards have advantages of exactly 0.
 - A begin-of-text token is put in front where the tokenizer has one (Llama).
 - A prompt too long for the window is refused; the published code cuts off the hint.
 """
@@ -53,7 +53,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, os.path.dirname(__file__))  # before packages that are called evaluate or data
+sys.path.insert(0, os.path.dirname(__file__))  # before packages of the same names
 import evaluate
 import model as plain_head
 from data.judge import judge
@@ -72,48 +72,48 @@ from sampler import COLDEST, generate
 
 @dataclass
 class Config(RunConfig):
-    """The knobs of this trainer; infra.training.RunConfig has those of both trainers."""
+    """The knobs of this trainer. RunConfig has those of both trainers."""
 
     # What
-    algo: str = "uft"  # a method: a row of METHODS, or a file of variants/ by name or path
+    algo: str = "uft"  # a row of METHODS, or a file of variants/ or a path
     out_dir: str = "out/uft"  # where everything goes
     # Schedule
-    steps: Count = 1000  # steps of reinforcement; one step = one batch of rollouts
-    sft_steps: Count = 1000  # steps of the supervised phase of sft and sft-rft
+    steps: Count = 1000  # of reinforcement, one batch of rollouts each
+    sft_steps: Count = 1000  # of the supervised phase of sft and sft-rft
     problems: Count = 32  # problems per step
     rollouts: Count = 4  # completions per problem
-    mini_batch: Count = 16  # problems per optimiser step of reinforcement
+    mini_batch: Count = 16  # problems per optimiser step of RL
     # Hints
-    hint_steps: Count = 600  # T_hint: no hints from this step on (r3 ignores it)
-    segments: Count = 5  # L: hint sentences are cut into at most this many segments
-    p_low: Fraction = 0.05  # cosine: expected share of the solution shown before hint_steps
-    p_high: Fraction = 0.95  # cosine: the same at the start
-    hint_coef: NonNegative = 0.001  # beta, of the hint's log-likelihood; up to 1 if it is forgotten
+    hint_steps: Count = 600  # T_hint: no hints from here on (not r3)
+    segments: Count = 5  # L: most segments of a hint
+    p_low: Fraction = 0.05  # cosine: expected share shown at the end
+    p_high: Fraction = 0.95  # and at the start
+    hint_coef: NonNegative = 0.001  # beta; up to 1 if solutions are forgotten
     # Loss
     clip_low: NonNegative = 0.2  # lower PPO clip: ratio >= 1 - clip_low
     clip_high: NonNegative = 0.2  # upper PPO clip: ratio <= 1 + clip_high
-    kl_coef: NonNegative = 0.0  # weight of the KL to the model that RL starts from
-    entropy_coef: NonNegative = 0.001  # weight of the entropy bonus
+    kl_coef: NonNegative = 0.0  # of the KL to the model that RL starts from
+    entropy_coef: NonNegative = 0.001  # of the entropy bonus
     adv_norm: Literal["std", "none"] = "std"  # divisor of advantages; none: Dr. GRPO
     loss_norm: Literal["tokens", "constant"] = "tokens"  # denominator; constant: Dr. GRPO
-    rollout_correction: Literal["none", "token", "sequence"] = "none"  # by pi_trainer / pi_sampler
-    rollout_cap: Positive = 3.0  # largest weight of rollout_correction
-    drop_dead: bool = False  # leave out, and do not count, completions of groups without advantages
+    rollout_correction: Literal["none", "token", "sequence"] = "none"  # pi_trainer / pi_sampler
+    rollout_cap: Positive = 3.0  # its largest weight
+    drop_dead: bool = False  # leave out groups without advantages
     # Optimiser (AdamW)
     lr: Positive = 2e-4  # learning rate of reinforcement
     warmup: Natural = 10  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    sft_lr: Positive = 5e-4  # peak in the supervised phase: cosine after a tenth of warm-up
+    sft_lr: Positive = 5e-4  # peak; a tenth of warm-up, then cosine
     beta1: Decay = 0.9  # decay of the first moment
-    beta2: Decay = 0.99  # decay of the second moment in reinforcement
-    sft_beta2: Decay = 0.99  # the same in the supervised phase; the paper has 0.95
+    beta2: Decay = 0.99  # decay of the second moment in RL
+    sft_beta2: Decay = 0.99  # in the supervised phase; 0.95 in the paper
     weight_decay: NonNegative = 0.0  # decoupled weight decay
     grad_clip: Positive = 1.0  # largest gradient norm
     # Rollouts
-    max_prompt: Count = 256  # longest prompt without its hint, in tokens
+    max_prompt: Count = 256  # tokens of the longest prompt, hint left out
     temperature: Positive = 1.0  # of rollouts, and of the log-probs of their tokens
-    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights to sample with
-    pack: bool = True  # fast: a group shares its prompt in one row where that is cheaper
+    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the sampler's weights
+    pack: bool = True  # fast: one row a group where that is cheaper
 
 
 def check(cfg: Config, method: "Method") -> None:
@@ -127,14 +127,14 @@ def check(cfg: Config, method: "Method") -> None:
     both = method.supervised and method.reinforced
     rule = "with LoRA must be 0 here: run sft, and then rft from its out_dir/model"
     config.require(cfg, "kl_coef", not (both and cfg.kl_coef and cfg.lora_rank), rule)
-    config.require(cfg, "task", cfg.task, "must be given; conversations are for train_ift.py")
+    config.require(cfg, "task", cfg.task, "must be given; chat is for train_ift.py")
 
 
-# ---- trajectories, and the tokens of a micro-batch ----------------------
+# ---- trajectories, and the tokens of a micro-batch ----
 
 
 class Pick(NamedTuple):
-    """A problem of a step. Each draw of it, should it occur twice, has its own random numbers."""
+    """A problem of a step. Each draw of it has its own random numbers."""
 
     problem: int
     draw: int = 0
@@ -157,7 +157,7 @@ class Trajectory:
     finished: bool = True  # by a stop token; False: cut at max_new_tokens
     # Set by the method: advantages(), after_rollout(), token_weights().
     advantage: float | np.ndarray = 1.0  # a number, or one per token
-    coef: float | None = None  # of its given tokens; None: hint_coef if the method trains hints, or 0
+    coef: float | None = None  # of given tokens; None: hint_coef, or 0 (trains_hints)
     weight: float | np.ndarray = 0.0  # of each token in the loss of the optimiser step
     start: int = 0  # the first token to train on; set by share_given()
 
@@ -188,15 +188,14 @@ class Rows(NamedTuple):
     positions: Tensor  # (B, T)
     mask: Tensor | None  # (B, 1, T, T) bool; None: causal
     index: Tensor  # (N,) into the flattened B x T: the state that predicts each token
-    fed: Tensor  # (N,) the place whose input is the token, for variants; -1: none, it is the last
+    fed: Tensor  # (N,) the place whose input is the token; -1: none
 
 
-# ---- hints (section 3.1 and Algorithm 1) ---------------------------------
-# hint_length() returns how many segments of a problem's solution to give at `step` of
-# reinforcement (from 0), or a list with one number per trajectory. One more than there are is
-# the whole solution with its end token, after which nothing is sampled. memory is saved with
-# the run: memory["problems"][i] is a dict of problem i, written to in after_rollout().
-# Solutions are cut after round(k n / m) of their n sentences, m = min(segments, n): cut_points.
+# ---- hints (section 3.1 and Algorithm 1) ----
+# How many segments of a solution to give at `step` of reinforcement (from 0), or a list with
+# one number per trajectory. One more than there are: the whole solution and its end token.
+# memory is saved with the run; after_rollout() writes to memory["problems"][i], a dict.
+# The k-th cut is after round(k n / m) of n sentences, m = min(segments, n): cut_points.
 
 
 def hint_probability(step: int, hint_steps: int, p_low=0.05, p_high=0.95) -> float:
@@ -227,7 +226,7 @@ def stage_hint(step, problem, cfg, rng, memory):
     return m - step * (m + 1) // cfg.hint_steps if step < cfg.hint_steps else 0
 
 
-# ---- rollouts ------------------------------------------------------------
+# ---- rollouts ----
 
 # Keys of the random streams; infra/training.py's order of rows has 1.
 SAMPLING_STREAM, HINT_STREAM = 2, 3
@@ -249,7 +248,7 @@ def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
 
 
 def start_trajectory(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
-    """With nothing sampled yet: k segments are given, or the whole solution if k is larger."""
+    """With nothing sampled yet: k segments given, or if k is larger, everything."""
     problem = data.problems[pick.problem]
     whole = k > problem.segments
     text = problem.solution() if whole else problem.hint(k)
@@ -257,7 +256,7 @@ def start_trajectory(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Tr
     if whole:
         tokens = [*tokens, tokenizer.eos_id]
     n, shown = len(tokens), min(k, problem.segments)
-    t = Trajectory(pick, problem.prompt, tokens, n, old_logp=np.zeros(n), shown=shown, response=text)
+    t = Trajectory(pick, problem.prompt, tokens, n, np.zeros(n), shown, response=text)
     t.finished = whole
     return t
 
@@ -365,7 +364,7 @@ def log_groups(run: Run, groups: list[Group], data: Data, cfg: Config) -> None:
         run.log.write("samples", run.state["step"] + 1, record)
 
 
-# ---- advantages and losses (section 3.2) ---------------------------------
+# ---- advantages and losses (section 3.2) ----
 
 
 def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
@@ -449,7 +448,7 @@ def uft_loss(method: "Method", logp: Tensor, entropy: Tensor, batch: Batch, cfg:
     return torch.where(batch.given, method.given_loss(logp, entropy, batch, cfg), sampled)
 
 
-# ---- methods -------------------------------------------------------------
+# ---- methods ----
 
 
 def next_problems(step, n_problems, memory, cfg):
@@ -502,11 +501,11 @@ METHODS = {
     "uft": RFT._replace(hint_length=cosine_hint, trains_hints=True, needs="hint"),
 }
 
-# ---- one optimiser step --------------------------------------------------
+# ---- one optimiser step ----
 
 
 def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[str, float]:
-    """One AdamW step, the gradient norm clipped; returns means over its tokens as metrics."""
+    """One AdamW step, the gradient norm clipped; returns means as metrics."""
     sums = torch.zeros(len(SUMS), device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
     # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world()
@@ -584,13 +583,13 @@ def token_sums(
 
 
 def micro_batches(groups: list[Group], cfg: Config, model: Transformer) -> list:
-    """This process's micro-batches: (rows, 1 or 0), of at most token_budget padded tokens."""
+    """This process's micro-batches (rows, 1 or 0), within token_budget padded tokens."""
     rows = training_rows(groups, cfg, model)
     batches = parallel.my_batches([packing.row_length(row) for row in rows], cfg.token_budget)
     return [([rows[i] for i in batch], counted) for batch, counted in batches]
 
 
-# ---- from trajectories to rows of tokens ---------------------------------
+# ---- from trajectories to rows of tokens ----
 
 
 def per_token(value: float | Sequence, t: Trajectory) -> np.ndarray:
@@ -696,7 +695,7 @@ def make_batch(rows: list[Group], device: torch.device, cfg: Config) -> tuple[Ro
     return where, batch
 
 
-# ---- the sampler's mismatch ----------------------------------------------
+# ---- the sampler's mismatch ----
 
 
 def recompute_old_logprobs(
@@ -744,7 +743,7 @@ def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str,
     return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
 
 
-# ---- validation ----------------------------------------------------------
+# ---- validation ----
 
 
 def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
@@ -768,7 +767,7 @@ COLUMNS = {  # of a console line: name -> (metric, format)
 }  # fmt: skip
 
 
-# ---- the run -------------------------------------------------------------
+# ---- the run ----
 
 
 def find(algo: str) -> tuple[Method, type]:
@@ -823,7 +822,7 @@ def main(argv: Sequence[str]) -> None:
             if cfg.kl_coef and run.reference is None:  # out_dir/sft did not exist before
                 start = run.out / "sft" if sft_steps else run.base
                 run.reference = training.frozen_model(start, run, cfg)
-            # 2. Choose how much of each solution to give. UFT: l ~ Binomial(m, p(t)), eq. 3.1.
+            # 2. Choose how much to give. UFT: l ~ Binomial(m, p(t)), eq. 3.1.
             shown = choose_hints(picks, t, method, run, data, cfg)
             # 3. Sample the rest and score it.
             training.fill_rollout_model(run)

@@ -40,31 +40,48 @@ def compile_blocks(model: Transformer) -> str:
     except Exception as e:  # the compiler and its tools may raise anything
         return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
 
-    def forward(self, x, cos, sin, mask, cache=None):
-        # The engine compiles a decode step as a whole.
-        run = Block.forward if isinstance(cache, LayerCache) else compiled
-        return run(self, x, cos, sin, mask, cache)
-
     for block in model.model.layers:
-        block.forward = MethodType(forward, block)  # deepcopy binds it to the copied block
+        run_in(block, whole=compiled)
     return ""
 
 
+def compile_cached_passes(model: Transformer) -> None:
+    """Compile every block's passes with a KVCache: prefill and decode steps. Plain after a failure."""
+    compiled = or_uncompiled(Block.forward)
+    for block in model.model.layers:
+        run_in(block, cached=compiled)
+
+
+def run_in(block: Block, **functions: Callable) -> None:
+    """Have a block run in functions(block, x, cos, sin, mask, cache): `cached` with a KVCache, else `whole`."""
+    block.functions = getattr(block, "functions", {}) | functions
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        kind = "cached" if isinstance(cache, LayerCache) else "whole"
+        return self.functions.get(kind, Block.forward)(self, x, cos, sin, mask, cache)
+
+    block.forward = MethodType(forward, block)  # deepcopy binds it to the copied block
+
+
 def or_uncompiled(function: Callable) -> Callable:
-    """compile_for_all_shapes(function), or after one warning the function itself if that fails."""
+    """compile_for_all_shapes(function), or after one warning the function itself if that fails.
+
+    Sizes that happen to be equal in the first call, such as 256 rows and 256 positions, may differ later.
+    """
     state = {"run": compile_for_all_shapes(function)}
 
     def call(*args):
         if state["run"] is not function:
             try:
-                return state["run"](*args)
+                with torch.fx.experimental._config.patch(use_duck_shape=False):
+                    return state["run"](*args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # the compiler and its tools may raise anything
                 if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                     raise
                 reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-                print(f"warning: torch.compile of {function.__name__} failed, continuing without ({reason})",
+                print(f"warning: torch.compile of {function.__qualname__} failed, continuing without ({reason})",
                       file=sys.stderr)  # fmt: skip
                 state["run"] = function
         return function(*args)

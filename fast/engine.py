@@ -8,12 +8,13 @@ active row, so the batch stays dense and shrinks, or by a waiting prompt, so it 
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fast.compiled import or_uncompiled
+from fast.compiled import compile_cached_passes, or_uncompiled
 from fast.head import PIECE, compute_logits
 from infra.config import memory_advice
 from infra.parallel import has_bfloat16
@@ -29,18 +30,13 @@ FREE_SHARE = 0.5  # share of the free memory for keys and values if no batch siz
 # ---- one pass ----------------------------------------------------------------------------------------------
 
 
-def prompt_states(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Hidden states (prompts, T, C), and each layer's keys and values, of right-padded ids (prompts, T)."""
-    cache = KVCache(model.config, len(ids), ids.shape[1], model.head_weight.dtype, ids.device)
-    return model.hidden(ids, cache=cache), [(layer.k, layer.v) for layer in cache.layers]
-
-
 def prefill(
-    model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int, states: Callable
-) -> Tensor:
+    model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int,
+    compiled: bool = False,
+) -> Tensor:  # fmt: skip
     """Run ragged prompts once and copy their keys and values to slots; returns last logits (prompts, V).
 
-    Prompt i goes to the n slots from slots[i] on. states: prompt_states, or its compiled form.
+    Prompt i goes to the n slots from slots[i] on. compiled: the model's blocks are.
     """
     device = model.head_weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -50,12 +46,25 @@ def prefill(
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    hidden, filled = states(model, ids.to(device))
+    passed = KVCache(model.config, len(prompts), longest, model.head_weight.dtype, device)
+    if compiled:
+        fix_sizes(passed)
+    # A prompt alone would need a program of its own, in the middle of a run.
+    alone = compiled and len(prompts) == 1
+    with torch.compiler.set_stance("force_eager") if alone else nullcontext():
+        hidden = model.hidden(ids.to(device), cache=passed)
     target = (torch.tensor(slots, device=device)[:, None] + torch.arange(n, device=device)).flatten()
-    for layer, (k, v) in zip(cache.layers, filled, strict=True):
-        layer.k[target, :, :longest] = k.repeat_interleave(n, 0).to(layer.k.dtype)
-        layer.v[target, :, :longest] = v.repeat_interleave(n, 0).to(layer.v.dtype)
+    for layer, new in zip(cache.layers, passed.layers, strict=True):
+        layer.k[target, :, :longest] = new.k.repeat_interleave(n, 0).to(layer.k.dtype)
+        layer.v[target, :, :longest] = new.v.repeat_interleave(n, 0).to(layer.v.dtype)
     return compute_logits(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
+
+
+def fix_sizes(cache: KVCache) -> None:
+    """Tell torch.compile that key heads and head size are those of all caches, unlike rows and positions."""
+    for layer in cache.layers:
+        for x in (layer.k, layer.v):
+            torch._dynamo.mark_static(x, (1, 3))
 
 
 def decode(
@@ -67,6 +76,11 @@ def decode(
     mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache)
     return head(hidden[:, 0]) if head else compute_logits(hidden[:, 0], model.head_weight)
+
+
+def sample(logits: Tensor, seed: Tensor, rows: Tensor, positions: Tensor, *sampling) -> tuple[Tensor, Tensor]:
+    """sampler.draw with the random numbers of its rows: ids (n,) and their log-probs (n,)."""
+    return draw(logits, uniform(seed, rows, positions), *sampling)
 
 
 def packed_head(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -92,15 +106,16 @@ def round_up(x: int, multiple: int) -> int:
 class Engine:
     """The slots of a batch: keys and values, last token and position of each, and the decode step over them.
 
-    On CUDA the step, sampling included, is compiled and replayed as a CUDA graph, one for each number of rows
-    and span of positions, both rounded up; elsewhere it is called directly.
+    On CUDA the step, sampling included, is replayed as a CUDA graph, one for each number of rows and span of
+    positions, both rounded up, and each temperature, top_k and top_p. Elsewhere it is called directly.
     """
 
     def __init__(
         self, model: Transformer, rows: int, room: int, dtype: torch.dtype, sampling: tuple, compile: bool
     ):
         device = model.head_weight.device
-        self.model, self.sampling, self.graphs = model, sampling, {}
+        self.model, self.sampling, self.compiled, self.graphs = model, sampling, compile, {}
+        rows = max(rows, 2) if compile else rows  # torch compiles one row apart
         self.cache = KVCache(model.config, rows, room, dtype, device)
         self.row, self.position, self.end, self.token = (
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4)
@@ -110,32 +125,33 @@ class Engine:
             torch.zeros(1, dtype=torch.long, device=device),
         )
         self.on_cuda = device.type == "cuda"
-        # Functions, not bound methods: an engine that refers to itself, and its cache, would outlive its use.
-        self.step, self.states, self.head = decode_slots, prompt_states, None
+        self.sample, self.head = sample, None
         if compile:
-            self.step, self.states = or_uncompiled(decode_slots), or_uncompiled(prompt_states)
+            self.sample = or_uncompiled(sample)
+            compile_cached_passes(model)
+            fix_sizes(self.cache)
         else:
             self.head = packed_head(model.head_weight)
 
     def __deepcopy__(self, memo: dict) -> None:
         """Copy nothing: a copied model makes its own engine."""
 
-    def draw(self, logits: Tensor, slots: slice) -> None:
-        """Sample a token for each of the slots from logits (slots, V)."""
-        u = uniform(self.seed, self.row[slots], self.position[slots])
-        token, logprob = draw(logits, u, *self.sampling)
+    def draw(self, logits: Tensor, slots: slice, sample: Callable) -> None:
+        """Sample a token for each of the slots from logits (slots, V). sample: the function, or compiled."""
+        token, logprob = sample(logits, self.seed, self.row[slots], self.position[slots], *self.sampling)
         self.token[slots].copy_(token)
         self.logprob[slots].copy_(logprob)
 
     def advance(self, n: int, length: int) -> None:
         """Decode the first n slots, none of which has reached position `length`."""
         if not self.on_cuda:
-            return self.step(self, n, length)
+            return decode_slots(self, n, length)
         n = min(round_up(n, ROW_BUCKET) if n > 16 else 16, len(self.token))
         length = min(round_up(length, SPAN_BUCKET), self.cache.room)
-        if (n, length) not in self.graphs:
-            self.graphs[n, length] = self.capture(n, length)
-        self.graphs[n, length].replay()
+        key = (n, length, self.sampling)
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(n, length)
+        self.graphs[key].replay()
 
     def capture(self, n: int, length: int) -> "torch.cuda.CUDAGraph":
         """A CUDA graph of the step. Warm-up leaves no tokens; its keys and values are overwritten later."""
@@ -144,7 +160,7 @@ class Engine:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.step(self, n, length)
+                decode_slots(self, n, length)
                 self.token.copy_(token)
                 self.position.copy_(position)
         torch.cuda.current_stream().wait_stream(stream)
@@ -152,22 +168,21 @@ class Engine:
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         # thread_local, so that NCCL's watchdog thread may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self.step(self, n, length)
+            decode_slots(self, n, length)
         return graph
 
     def admit(
         self, slots: slice, prompts: list[list[int]], rows: list[int], n: int, max_new_tokens: int
     ) -> None:
         """Fill slots with n completions of each prompt, and sample the first token of each."""
-        logits = prefill(
-            self.model, self.cache, prompts, list(range(slots.start, slots.stop, n)), n, self.states
-        )
+        first = list(range(slots.start, slots.stop, n))
+        logits = prefill(self.model, self.cache, prompts, first, n, self.compiled)
         self.row[slots] = torch.tensor(rows, device=self.row.device)
         self.position[slots] = torch.tensor(
             [len(p) for p in prompts for _ in range(n)], device=self.row.device
         )
         self.end[slots] = self.position[slots] + max_new_tokens
-        self.draw(logits.repeat_interleave(n, 0), slots)
+        self.draw(logits.repeat_interleave(n, 0), slots, sample)
 
     def close_gaps(self, keep: Tensor, active: int) -> Tensor:
         """Move survivors, `keep` (n,) of the active slots, from the far end into the gaps before them.
@@ -192,7 +207,7 @@ def decode_slots(engine: Engine, n: int, length: int) -> None:
     """Feed the first n slots their last token and sample the next; none has reached position `length`."""
     logits = decode(engine.model, engine.cache, engine.token[:n], engine.position[:n], length, engine.head)
     engine.position[:n].add_(1)
-    engine.draw(logits, slice(0, n))
+    engine.draw(logits, slice(0, n), engine.sample)
 
 
 def engine_for(
@@ -201,14 +216,21 @@ def engine_for(
     """A new engine; on CUDA the model's last one, with its graphs, if it is large enough."""
     if model.head_weight.device.type != "cuda":
         return Engine(model, rows, room, dtype, sampling, compile)
-    settings = (dtype, sampling, compile, model.head_weight.data_ptr())
+    settings = (dtype, compile, model.head_weight.data_ptr())
     last_settings, engine = model.__dict__.get("_engine", (None, None))
     if engine and last_settings == settings and len(engine.token) >= rows and engine.cache.room >= room:
+        engine.sampling = sampling
         return engine
-    model.__dict__["_engine"] = engine = None, None  # freed before the new one takes its memory
+    engine = None
+    drop_engine(model)  # before the new one takes its memory
     engine = Engine(model, rows, room, dtype, sampling, compile)
     model.__dict__["_engine"] = (settings, engine)
     return engine
+
+
+def drop_engine(model: Transformer) -> None:
+    """Give back the memory of the model's last engine: its keys and values, and its graphs."""
+    model.__dict__.pop("_engine", None)
 
 
 def fitting_rows(model: Transformer, room: int, dtype: torch.dtype, reserve: int = 0) -> int:

@@ -310,6 +310,7 @@ def load_model(
         _check(str(head[0]), torch.equal(tied, head[1].to(tied.dtype)), f"{rule}; {fix}")
     if missing:
         raise UserError(f"{dir}: tensor {next(iter(missing))} is missing ({len(missing)} in all)")
+    model.frequencies = model.frequencies.to(model.head_weight.device)
     return model
 
 

@@ -116,9 +116,7 @@ def test_a_prefill_and_a_step_are_the_plain_ones():
     rows = [p for p in prompts for _ in range(n)]
     caches = [KVCache(model.config, 12, 30, torch.float32, torch.device("cpu")) for _ in range(2)]
     with torch.no_grad():
-        a = engine.prefill(
-            model, caches[0], prompts, [0, 3, 6, 9], n, engine.prompt_states
-        ).repeat_interleave(n, 0)
+        a = engine.prefill(model, caches[0], prompts, [0, 3, 6, 9], n).repeat_interleave(n, 0)
         b = sampler.prefill(model, caches[1], rows)
         positions = torch.tensor([len(p) for p in rows])
         for _ in range(3):
@@ -320,8 +318,45 @@ def test_an_engine_is_kept_as_long_as_it_is_large_enough(monkeypatch):
     for change in ((9, 64), (8, 65)):
         other = engine.engine_for(model, *change, torch.float32, (1.0, 0, 1.0), True)
         assert other is not first
+        engine.drop_engine(model)
         first = engine.engine_for(model, 8, 64, torch.float32, (0.0, 0, 1.0), True)
+        assert first is not other
     assert engine.engine_for(model, 8, 64, torch.float32, (0.0, 0, 1.0), False) is not first
+
+
+def test_a_validation_keeps_the_engine_and_its_graphs(monkeypatch):
+    """Rollouts, a greedy validation, rollouts: one engine, and no graph is captured twice."""
+    made, captured, real = [], [], engine.Engine
+
+    def capture(one, n, length):
+        captured.append((n, length, one.sampling))
+        sampling = one.sampling  # a graph replays the settings that it was captured with
+
+        def replay():
+            assert one.sampling == sampling
+            engine.decode_slots(one, n, length)
+
+        return SimpleNamespace(replay=replay)
+
+    def as_on_cuda(*args):
+        made.append(one := real(*args))
+        one.on_cuda = True
+        return one
+
+    def kept(model, *args):
+        keeper.head_weight.data_ptr = model.head_weight.data_ptr
+        return engine_for(keeper, *args)
+
+    engine_for, model = engine.engine_for, tiny()
+    keeper = with_cuda(model)  # asked where the model is, and keeps its engine
+    monkeypatch.setattr(real, "capture", capture)
+    monkeypatch.setattr(engine, "Engine", lambda _keeper, *args: as_on_cuda(model, *args))
+    monkeypatch.setattr(engine, "engine_for", kept)
+    knobs = {"n": 2, "max_new_tokens": 20, "stop_ids": [1, 2, 3]}
+    settings = [{"temperature": 1.0, "seed": 5}, {"temperature": 0.0}, {"temperature": 1.0, "seed": 9}]
+    for setting in settings:
+        both(model, ragged(), **knobs, **setting)
+    assert len(made) == 1 and len(captured) == len(set(captured)) == 2
 
 
 def test_the_memory_of_the_last_engine_counts_as_free(monkeypatch):
