@@ -205,7 +205,7 @@ def test_cached_decoding_is_the_full_forward(variant, which, head):
     if which is sampler:
         logits = sampler.prefill(model, cache, prompts)
     else:
-        logits = engine.prefill(model, cache, prompts, [0, 1, 2], 1, engine.prompt_states)
+        logits = engine.prefill(model, cache, prompts, [0, 1, 2], 1)
         extra = (lambda states: states @ model.head_weight.T,) if head else ()
     full, positions = model(ids), torch.tensor(lengths)
     for _ in range(20):
