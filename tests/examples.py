@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import torch
-from trajectories import CPU, metrics, tiny  # noqa: F401 (for the tests)
+from trajectories import CPU
 
 import model as plain_head
 import train_ift

@@ -74,22 +74,22 @@ def test_running_out_of_memory_is_no_fault_of_the_compiler(monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", ["", "float32", "bfloat16"])
 def test_compiled_blocks_agree_with_eager_ones_at_any_length(lora):
-    model, eager = tiny(), tiny()
+    model, eager, generator = tiny(), tiny(), torch.Generator()
     if lora:
         for m in (model, eager):
             add_adapters(m.to(getattr(torch, lora)), 4, 8.0)
-            for layer in adapted_layers(m).values():
-                torch.nn.init.ones_(layer.lora_B)
+            for layer in adapted_layers(m).values():  # small: with large ones bfloat16 is all rounding
+                torch.nn.init.normal_(layer.lora_B, std=0.02, generator=generator.manual_seed(1))
     assert compile_blocks(model) == ""
     for T in (17, 9, 30):
-        ids = torch.randint(0, 90, (3, T))
+        ids = torch.randint(0, 90, (3, T), generator=generator.manual_seed(T))
         for m in (model, eager):
             m.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=lora == "bfloat16"):
                 m(ids).logsumexp(-1).sum().backward()
         for a, b in zip(model.parameters(), eager.parameters(), strict=True):
             if lora == "bfloat16" and a.requires_grad:  # rounded at other places
-                assert (a.grad - b.grad).norm() < 0.1 * b.grad.norm()
+                assert (a.grad - b.grad).norm() < 0.15 * b.grad.norm()
             elif a.requires_grad:
                 torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
     if lora:  # rollouts use another model, with merged weights

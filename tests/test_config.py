@@ -99,8 +99,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     assert parse(str(tmp_path / "a.toml")) == Config(steps=3, lr=2.0)
 
 
-def test_the_home_folder_is_expanded_at_the_start_of_a_text_only(tmp_path, monkeypatch):
+def test_the_home_folder_and_variables_are_expanded(tmp_path, monkeypatch):
+    """The home folder at the start of a text only."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    names = {"$SCRATCH/a": "/scratch/a", "${SCRATCH}b": "/scratchb", "$NO_SUCH/a": "$NO_SUCH/a"}
+    assert {name: parse(f"--name={name}").name for name in names} == names
     (tmp_path / "a.toml").write_text('name = "~/x"\nwords = ["~/y", "a~/b", "~"]\n')
     assert parse("~/a.toml") == Config(f"{tmp_path}/x", words=(f"{tmp_path}/y", "a~/b", str(tmp_path)))
     assert parse("--name=~/x", "--words=~/y,a~/b,~") == parse("~/a.toml")
@@ -159,42 +163,52 @@ def test_values_of_a_file(line, key, value, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("knob", "rule", "texts", "lines"),
+    [
+        ("steps", "must be a whole number", ["", "1.5", "true", "inf", "1e999", "0x10", "1" * 5000],
+         ["1.5", "true", "[1]", "inf", "2024-01-01"]),
+        ("steps", "must be >= 1", ["0", "-1"], ["0"]),
+        ("lr", "must be a number", ["fast", "nan", "-inf", "1e999", "1" * 5000], ["inf", "false", "1" * 400]),
+        ("lr", "must be above 0", ["0", "-1"], ["-1"]),
+        ("fast", "must be true or false", ["yes", "1"], ["0"]),
+        ("name", "must be text", [], ["3"]),
+        ("resume", "must be text", [], ["1"]),
+        ("resume", "is not one of auto, true, false; the nearest is 'auto'", ["aut"], ['"aut"']),
+        ("norm", "is not one of L1, L2, ''; the nearest is 'L2'", ["L3"], ['"L3"']),
+        ("norm", "is not one of", [], ["true"]),
+        ("sizes", "must be a whole number", ["3,four"], ["[3, 4.5]"]),
+        ("sizes", "must be a list", [], ["3"]),
+        ("words", "must be text", [], ["[1]"]),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_refused_by_name(knob, rule, texts, lines, tmp_path):
+    """From the command line, and from a file with its name too."""
+    for text in texts:
+        assert re.match(rf"{knob} = .*{re.escape(rule)}", refused(f"--{knob}={text}")), text[:9]
+    for line in lines:
+        (tmp_path / "a.toml").write_text(f"{knob} = {line}")
+        message = refused(str(tmp_path / "a.toml")).removeprefix(f"{tmp_path / 'a.toml'}: ")
+        assert re.match(rf"{knob} = .*{re.escape(rule)}", message), line[:9]
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         ("--stepz=1", "unknown knob 'stepz'; the nearest is 'steps' (--help lists them)"),
         ("--steps", "--steps needs a value: --steps=..."),
+        ("--norm", "--norm needs a value: --norm=..."),
         ("--lr 3e-4", "--lr 3e-4: write --lr=3e-4"),
         ("--steps 3 --lr=1", "--steps 3: write --steps=3"),
-        ("--norm", "--norm needs a value"),
-        ("--steps=", "steps = '': must be a whole number"),
         ("--steps=1.5", "steps = '1.5': must be a whole number"),
-        ("--steps=true", "steps = 'true': must be a whole number"),
-        ("--steps=inf", "steps = 'inf': must be a whole number"),
-        ("--steps=1e999", "steps = '1e999': must be a whole number"),
-        ("--steps=0x10", "steps = '0x10': must be a whole number"),
         ("--steps=0", "steps = 0: must be >= 1"),
-        ("--lr=fast", "lr = 'fast': must be a number"),
-        ("--lr=nan", "lr = 'nan': must be a number"),
-        ("--lr=-inf", "lr = '-inf': must be a number"),
-        ("--lr=1e999", "lr = '1e999': must be a number"),
-        ("--lr=-1", "lr = -1.0: must be above 0"),
-        ("--fast=yes", "fast = 'yes': must be true or false"),
-        ("--fast=1", "fast = '1': must be true or false"),
-        ("--norm=L3", "norm = 'L3' is not one of L1, L2, ''; the nearest is 'L2'"),
-        ("--resume=aut", "resume = 'aut' is not one of auto, true, false; the nearest is 'auto'"),
         ("--sizes=3,four", "sizes = 'four': must be a whole number"),
-        (
-            "nothing.toml",
-            "nothing.toml: cannot be read (No such file or directory); arguments are [file.toml] --key=value",
-        ),
+        ("no.toml", "no.toml: cannot be read (No such file or directory); arguments are [file.toml]"),
         ("steps=3", "steps=3: cannot be read"),
-        (str(ROOT), "cannot be read"),
-        ("--steps=" + "1" * 5000, ": must be a whole number"),
-        ("--lr=" + "1" * 5000, ": must be a number"),
+        (str(ROOT), f"{ROOT}: cannot be read"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(args, message):
-    assert message in refused(*args.split())
+    assert refused(*args.split()).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -202,22 +216,7 @@ def test_wrong_arguments_are_refused_by_name(args, message):
     [
         ("stepz = 1", "unknown knob 'stepz'; the nearest is 'steps'"),
         ("[train]\nsteps = 1", "unknown knob 'train'"),
-        ("steps = 1.5", "steps = 1.5: must be a whole number"),
         ("steps = true", "steps = True: must be a whole number"),
-        ("steps = [1]", "steps = [1]: must be a whole number"),
-        ("steps = inf", "steps = inf: must be a whole number"),
-        ("steps = 2024-01-01", "steps = datetime.date(2024, 1, 1): must be a whole number"),
-        ("steps = -1", "steps = -1: must be >= 1"),
-        ("lr = inf", "lr = inf: must be a number"),
-        ("lr = false", "lr = False: must be a number"),
-        ("lr = " + "1" * 400, ""),
-        ("name = 3", "name = 3: must be text"),
-        ("fast = 0", "fast = 0: must be true or false"),
-        ("resume = 1", "resume = 1: must be text"),
-        ("norm = true", "norm = 'true' is not one of"),
-        ("sizes = 3", "sizes = 3: must be a list"),
-        ("sizes = [3, 4.5]", "sizes = 4.5: must be a whole number"),
-        ("words = [1]", "words = 1: must be text"),
         ("steps = ", "not TOML"),
         ("steps = 1\nsteps = 2", "not TOML"),
         ("steps = " + "[" * 5000, "not TOML"),
@@ -225,7 +224,7 @@ def test_wrong_arguments_are_refused_by_name(args, message):
         (b'name = "\xff"', "not TOML"),
     ],
 )
-def test_wrong_lines_of_a_file_are_refused_with_its_name(line, message, tmp_path):
+def test_wrong_files_are_refused_with_their_names(line, message, tmp_path):
     (tmp_path / "a.toml").write_bytes(line if isinstance(line, bytes) else line.encode())
     assert refused(str(tmp_path / "a.toml")).startswith(f"{tmp_path / 'a.toml'}: {message}")
 
@@ -309,6 +308,16 @@ def test_a_file_that_is_no_method_is_one_line(content, message, tmp_path):
     with pytest.raises(UserError) as e:
         config.find_method("loss", str(path), {}, ROOT / "variants", "LOSS")
     assert str(e.value).startswith(message.format(path=path)) and "\n" not in str(e.value)
+
+
+@pytest.mark.xfail(strict=True, reason="tracebacks")
+@pytest.mark.parametrize("what", ["a file by a relative path", "loss = 3", "loss = [1]", "algo = 3"])
+def test_faults_that_are_no_line_yet(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("LOSS = 1 / 0\n")
+    (tmp_path / "a.toml").write_text(what if "=" in what else 'loss = "mine.py"\n')
+    with pytest.raises(UserError):
+        (train_uft if "algo" in what else train_ift).main(["a.toml"])
 
 
 def test_methods_come_from_a_table_a_folder_or_a_path(tmp_path):

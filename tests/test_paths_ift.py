@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from examples import COUNTDOWN, metrics, pairs_flags, rows_of, states_of, tiny
+from examples import COUNTDOWN, pairs_flags, rows_of, states_of
 from safetensors.torch import load_file
+from trajectories import metrics, tiny
 
 import model as model_module
 import train_ift

@@ -169,23 +169,19 @@ def test_a_token_of_probability_0_is_never_drawn(holders):
     assert set(ids.tolist()) == set(holders) and logp.isfinite().all()
 
 
-@pytest.mark.parametrize("vocab", [300, 384, 512])
-def test_u_close_to_1_neither_leaves_the_vocabulary_nor_takes_probability_0(vocab):
+@pytest.mark.parametrize("vocab", [5, 128, 140, 300, 384, 512])
+def test_u_close_to_1_takes_a_token_with_mass(vocab):
+    """It neither leaves the vocabulary nor takes probability 0; of a last block with mass, the last token."""
     u = torch.tensor([LAST, 1 - 2.0**-26, 1 - 2.0**-25], dtype=torch.float64)
-    for holders in ((5, 140), (0,), (17, 100, 127)):
-        ids, logp = draw(one_token_has_all(vocab, holders).expand(3, -1), u)
-        assert set(ids.tolist()) <= set(holders) and logp.isfinite().all()
-
-
-@pytest.mark.parametrize("vocab", [5, 128, 140])
-def test_u_close_to_1_takes_the_last_token_with_mass(vocab):
-    u = torch.tensor([LAST, 1 - 2.0**-26, 1 - 2.0**-25], dtype=torch.float64)
-    for holders in ((1, vocab - 1), (0, vocab - 3)):
+    for holders in ((0,), (1, vocab - 1), (0, vocab - 3), (vocab // 20, vocab // 3, vocab // 2)):
+        holders = sorted({*holders})
         logits = one_token_has_all(vocab, holders)
         logits[logits.isfinite()] = 0.0
+        ids, logp = draw(logits.expand(3, -1), u)
+        assert set(ids.tolist()) <= set(holders) and logp.isfinite().all()
         if holders[-1] >= (vocab - 1) // 128 * 128:
-            ids, logp = draw(logits.expand(3, -1), u)
-            assert set(ids.tolist()) == {holders[-1]} and logp.tolist() == pytest.approx([math.log(0.5)] * 3)
+            assert set(ids.tolist()) == {holders[-1]}
+            assert logp.tolist() == pytest.approx([-math.log(len(holders))] * 3)
 
 
 def test_a_large_vocabulary_is_drawn_without_bias_at_the_far_end():
@@ -260,28 +256,23 @@ def test_rows_of_equal_prompts_differ_and_keys_tell_them_apart(generate):
 
 
 def test_a_stop_id_ends_a_row_and_is_kept(generate):
+    """Also if it is the row's very first token, or its very last."""
     model, prompts, stop = tiny(), ragged(6), [1, 50, 99, 120, 7]
-    free = generate(model, prompts, 4, 40)
-    for a, b in zip(
-        sum(free, []), sum(generate(model, prompts, 4, 40, stop_ids=stop, batch_size=8), []), strict=True
-    ):
+    free = sum(generate(model, prompts, 4, 40), [])
+    stopped = sum(generate(model, prompts, 4, 40, stop_ids=stop, batch_size=8), [])
+    for a, b in zip(free, stopped, strict=True):
         end = next((t for t, i in enumerate(a.tokens) if i in stop), None)
         assert b.tokens == (a.tokens if end is None else a.tokens[: end + 1])
         assert b.finished is (end is not None) and not a.finished
         assert len(b.logprobs) == len(b.tokens) and len(a.tokens) == 40
         assert all(type(i) is int for i in b.tokens) and all(type(p) is float for p in b.logprobs)
-
-
-def test_a_row_that_stops_on_its_very_last_or_first_token_is_finished(generate):
-    model, prompt = tiny(), [5, 6, 7]
+    prompt = [5, 6, 7]
     (free,) = generate(model, [prompt], 1, 6, 0.0)[0]
-    (c,) = generate(model, [prompt], 1, 1, 0.0, [free.tokens[0]])[0]
-    assert c.tokens == free.tokens[:1] and c.finished
-    (c,) = generate(model, [prompt], 1, 1, 0.0)[0]
-    assert c.tokens == free.tokens[:1] and not c.finished
     length = free.tokens.index(free.tokens[-1]) + 1
-    (c,) = generate(model, [prompt], 1, length, 0.0, [free.tokens[-1]])[0]
-    assert c.tokens == free.tokens[:length] and c.finished
+    first, last = free.tokens[:1], free.tokens[-1:]
+    for most, stop, finished in ((1, first, True), (1, [], False), (length, last, True)):
+        (c,) = generate(model, [prompt], 1, most, 0.0, stop)[0]
+        assert c.tokens == free.tokens[:most] and c.finished is finished
 
 
 def test_progress_counts_rows_and_tokens(generate):

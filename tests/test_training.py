@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from examples import metrics
 from safetensors.torch import load_file
+from trajectories import metrics
 
 import train_ift
 import train_uft
@@ -172,7 +172,7 @@ def test_a_step_that_is_not_finite_is_refused_and_changes_nothing(loss, gradient
 
 def test_a_failed_update_names_the_step_the_checkpoint_and_the_knob(tmp_path):
     (tmp_path / "resume").mkdir()
-    (tmp_path / "resume" / "state.json").write_text("{}")
+    (tmp_path / "resume/state.json").write_text("{}")
     with pytest.raises(UserError) as e:
         with explain_failure(SimpleNamespace(out=tmp_path), train_ift.Config(token_budget=900), 7):
             raise torch.OutOfMemoryError("CUDA out of memory.")

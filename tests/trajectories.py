@@ -149,9 +149,9 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def metrics(out):
+def metrics(out, left_out=TIMES):
     lines = read(Path(out) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 
 
 def steps(out):
