@@ -101,7 +101,8 @@ class Config(RunConfig):
 def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     """Refuse combinations that cannot work, naming the knob."""
     config.require(cfg, "loss", bool(methods), f"must name one of {', '.join(LOSSES)}")
-    config.require(cfg, "loss", len(methods) == len(cfg.loss), "must name each method once")
+    once = len({Path(name).stem for name in cfg.loss}) == len(cfg.loss)  # names of folders
+    config.require(cfg, "loss", once, "must name each method once, and files by different names")
     training.check_shared(cfg)
     matters = cfg.quantity != "logps" or cfg.norm in ("softmax", "log")
     config.require(cfg, "quantity", matters, f"is the same as loss with norm = {cfg.norm}")
@@ -586,7 +587,8 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
 def config_class(given: dict) -> type:
     """The Config of the given losses."""
     names = given.get("loss") or Config.loss
-    names = names.split(",") if isinstance(names, str) else names
+    if not isinstance(names, list | tuple):
+        names = names.split(",") if isinstance(names, str) else [names]
     own = {find_loss(name)[1] for name in names if name} - {Config}
     if len(own) > 1:
         rule = "run methods with knobs of their own one at a time"

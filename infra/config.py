@@ -305,7 +305,7 @@ def import_file(name: str, folder: Path, wants: str) -> ModuleType:
     except UserError:
         raise
     except Exception as e:
-        own = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+        own = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == os.path.abspath(path)]
         line = e.lineno if isinstance(e, SyntaxError) else own[-1]
         raise UserError(f"{path} line {line}: {type(e).__name__}: {e}") from None
     if not hasattr(module, wants):
@@ -315,6 +315,8 @@ def import_file(name: str, folder: Path, wants: str) -> ModuleType:
 
 def find_method(knob: str, name: str, table: dict, folder: Path, wants: str) -> tuple[Any, ModuleType | None]:
     """A row of the table, or what a file of the folder (or at a path) defines as `wants`, and that module."""
+    if not isinstance(name, str):
+        raise UserError(f"{knob} = {name!r}: must be text")
     if name in table:
         return table[name], None
     variants = first_lines(folder, wants)

@@ -310,9 +310,8 @@ def test_a_file_that_is_no_method_is_one_line(content, message, tmp_path):
     assert str(e.value).startswith(message.format(path=path)) and "\n" not in str(e.value)
 
 
-@pytest.mark.xfail(strict=True, reason="tracebacks")
 @pytest.mark.parametrize("what", ["a file by a relative path", "loss = 3", "loss = [1]", "algo = 3"])
-def test_faults_that_are_no_line_yet(what, tmp_path, monkeypatch):
+def test_wrong_names_of_methods_are_refused(what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("LOSS = 1 / 0\n")
     (tmp_path / "a.toml").write_text(what if "=" in what else 'loss = "mine.py"\n')

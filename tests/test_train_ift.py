@@ -915,8 +915,7 @@ def test_beside_another_loss_a_file_has_a_folder_in_out_dir(tmp_path):
     assert {folder.parent.name for folder in (tmp_path / "out").glob("*/model")} == {"sft", "mine"}
 
 
-@pytest.mark.xfail(strict=True, reason="the second continues the first one's run, without a word")
-def test_two_files_of_one_name_are_two_losses(tmp_path):
+def test_two_files_of_one_name_are_refused(tmp_path):
     paths = [tmp_path / folder / "mine.py" for folder in "ab"]
     for path, text in zip(paths, ("nll", "2 * nll"), strict=True):
         path.parent.mkdir()
