@@ -44,7 +44,7 @@ from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra import config, parallel, samples, training
 from infra.checkpoint import resume_folder
-from infra.config import Count, Fraction, Natural, NonNegative, Positive
+from infra.config import Count, FilePath, Fraction, Natural, NonNegative, Positive
 from infra.training import ROOT, Run, RunConfig
 from model import Transformer
 from sampler import int64, uniform
@@ -57,9 +57,9 @@ class Config(RunConfig):
     """The knobs of this trainer; infra.training.RunConfig has those of both trainers."""
 
     # What
-    loss: tuple[str, ...] = ("sft", "ift")  # rows of LOSSES or files of variants/, run in turn
+    loss: tuple[FilePath, ...] = ("sft", "ift")  # rows of LOSSES or files of variants/, run in turn
     template: str = "auto"  # chat template: auto (the checkpoint's or plain), plain, chatml, zephyr
-    out_dir: str = "out/ift"  # where everything goes
+    out_dir: FilePath = "out/ift"  # where everything goes
     # Schedule
     epochs: Positive = 16.0  # passes over the training rows
     steps: Natural = 0  # optimiser steps; 0: as many as the epochs have
@@ -107,7 +107,7 @@ def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     matters = cfg.quantity != "logps" or cfg.norm in ("softmax", "log")
     config.require(cfg, "quantity", matters, f"is the same as loss with norm = {cfg.norm}")
     if cfg.gamma == 0 and cfg.propagate and any(m.example_loss for m in methods.values()):
-        print("note: gamma = 0 weighs each token by its own loss; see propagate")
+        config.note("gamma = 0 weighs each token by its own loss; see propagate")
     of_pairs = "/".join(name for name, method in methods.items() if method.pair_loss)
     advice = f"{of_pairs} needs pairs: --task= --data_path=FILE"
     config.require(cfg, "task", not (of_pairs and cfg.task), advice)

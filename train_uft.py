@@ -65,7 +65,7 @@ from fast import head as fast_head
 from fast import mismatch, packing
 from infra import config, parallel, samples, training
 from infra.checkpoint import save_model
-from infra.config import Count, Decay, Fraction, Natural, NonNegative, Positive
+from infra.config import Count, Decay, FilePath, Fraction, Natural, NonNegative, Positive
 from infra.training import ROOT, Run, RunConfig
 from model import Transformer
 from sampler import COLDEST, generate
@@ -76,8 +76,8 @@ class Config(RunConfig):
     """The knobs of this trainer. RunConfig has those of both trainers."""
 
     # What
-    algo: str = "uft"  # a row of METHODS, or a file of variants/ or a path
-    out_dir: str = "out/uft"  # where everything goes
+    algo: FilePath = "uft"  # a row of METHODS, or a file of variants/ or a path
+    out_dir: FilePath = "out/uft"  # where everything goes
     # Schedule
     steps: Count = 1000  # of reinforcement, one batch of rollouts each
     sft_steps: Count = 1000  # of the supervised phase of sft and sft-rft

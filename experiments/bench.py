@@ -49,7 +49,7 @@ from data.chat import Example, encode_rows, rows_of_task
 from data.rows import load_rows, load_task
 from data.tokenizer import Tokenizer
 from fast.head import CUDA_CHUNK
-from infra.config import Count, Natural, UserError, one_of, parse_config, require, run_script
+from infra.config import Count, FilePath, Natural, UserError, parse_config, require, run_script
 from infra.log import flops_per_token
 from infra.parallel import has_bfloat16, pick_device, refresh, settle_dtype, whole_copy
 from infra.training import speed_up
@@ -82,9 +82,9 @@ class Config:
     # What
     what: tuple[str, ...] = ("generate", "geometric", "grpo", "sft", "ift")  # also memory, or fit alone
     shape: str = "30m"  # 30m, 30m-152k, qwen2.5-0.5b, -1.5b, -3b, llama-3.2-1b, -3b, gemma-2b, ...
-    model: str = ""  # Hugging Face directory to measure instead of random weights of a shape
-    task: str = ""  # sft and grpo: rows of this task, by the tokenizer of `model`, instead of random tokens
-    data_path: str = ""  # where the task's rows are; empty: the task makes them
+    model: FilePath = ""  # Hugging Face directory to measure instead of random weights of a shape
+    task: FilePath = ""  # sft and grpo: rows of this task by the tokenizer of `model`, not random tokens
+    data_path: FilePath = ""  # where the task's rows are; empty: the task makes them
     dtype: Literal["float32", "bfloat16"] = "float32"  # weights of generate and geometric
     train_dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of sft, ift and grpo
     gradient_checkpointing: bool = False  # in our sft and ift steps
@@ -110,7 +110,7 @@ def check(cfg: Config) -> None:
     for name in cfg.what:
         if name not in WORKLOADS:
             raise UserError(f"what: '{name}' is not one of {', '.join(WORKLOADS)}, or fit alone")
-    one_of(cfg, "shape", tuple(SHAPES))
+    require(cfg, "shape", cfg.shape in SHAPES, f"is not one of {', '.join(SHAPES)}")
     require(cfg, "lora_rank", not (cfg.lora_rank and cfg.peers), "give 0 with peers = true")
     require(cfg, "length", cfg.length >= 2, "must be >= 2")
     rule = "needs --model=DIR and --what=sft, grpo or both"

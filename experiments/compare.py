@@ -36,7 +36,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.field import STAGES
 from infra.checkpoint import resume_folder
-from infra.config import Count, UserError, parse_config, require, run_script
+from infra.config import Count, FilePath, UserError, parse_config, require, run_script
 from infra.stats import mean_interval
 from infra.training import ROOT
 
@@ -71,9 +71,9 @@ class Config:
     args: str = ""  # further arguments of the trainer
     # How
     jobs: Count = 2  # runs at a time, one thread each
-    out_dir: str = "out/compare"  # where everything goes
+    out_dir: FilePath = "out/compare"  # where everything goes
     # Report
-    table: str = ""  # make no runs, only the table of those in this folder
+    table: FilePath = ""  # make no runs, only the table of those in this folder
     goal: float = 50.0  # test accuracy, in %, whose cost is reported
 
 

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from infra.config import Count, Fraction, Natural, Positive, parse_config, require_each, run_script
+from infra.config import Count, FilePath, Fraction, Natural, Positive, parse_config, require, run_script
 from infra.training import lr_factor
 from train_ift import dpo_loss, ift_loss, mix_embeddings, orpo_loss
 
@@ -61,7 +61,7 @@ class Config:
     maps: int = 17  # random maps besides gymnasium's
     seeds: int = 20  # runs of each method on each map
     seed: Natural = 0  # random seed
-    out_dir: str = "out/frozen_lake"  # folder for table.json and picture.png
+    out_dir: FilePath = "out/frozen_lake"  # folder for table.json and picture.png
     # Methods
     lam: Fraction = 0.2  # lambda of the temporal residual
     gamma: Fraction = 0.95  # discount of relation propagation
@@ -395,7 +395,8 @@ def plot(table: dict, path: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    require_each(cfg, ("maps", "seeds"), lambda v: v >= 2, "must be >= 2, for a standard error")
+    for key in ("maps", "seeds"):
+        require(cfg, key, getattr(cfg, key) >= 2, "must be >= 2, for a standard error")
     table = measure(cfg)
     print(show(table))
     out = Path(cfg.out_dir)

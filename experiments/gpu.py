@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from infra.config import parse_config, require_each, run_script
+from infra.config import Count, parse_config, require, run_script
 from infra.training import ROOT
 
 GOALS = {  # (workload, shape, rows) -> share of the measured limit
@@ -45,9 +45,9 @@ class Config:
     # What
     shapes: tuple[str, ...] = ("qwen2.5-0.5b", "qwen2.5-1.5b")  # shapes of experiments/bench.py
     rows: tuple[int, ...] = (256, 1024)  # rows decoded at a time
-    length: int = 4096  # tokens of the SFT step
-    problems: int = 256  # problems of the UFT step, at the first shape
-    new: int = 256  # tokens of a completion
+    length: Count = 4096  # tokens of the SFT step
+    problems: Count = 256  # problems of the UFT step, at the first shape
+    new: Count = 256  # tokens of a completion
     peers: bool = False  # measure transformers' generate too, at the first number of rows
     tests: bool = True  # run tests/test_cuda.py first
     # How
@@ -78,8 +78,8 @@ def cells(name: str, shape: str, rows: int, result: dict) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    require_each(cfg, ("length", "problems", "new"), lambda v: v >= 1, "must be >= 1")
-    require_each(cfg, ("shapes", "rows"), lambda v: len(v) > 0, "must not be empty")
+    for key in ("shapes", "rows"):
+        require(cfg, key, len(getattr(cfg, key)) > 0, "must not be empty")
 
     # Agreement.
     agreement = "not tested"

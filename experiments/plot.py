@@ -26,7 +26,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from infra.checkpoint import MAY_DIFFER
-from infra.config import UserError, parse_config, require, run_script
+from infra.config import FilePath, UserError, parse_config, require, run_script
 from infra.parallel import rank
 from infra.stats import mean_interval
 
@@ -36,7 +36,7 @@ class Config:
     """Every knob."""
 
     # Output
-    out: str = "out/curves.png"  # the picture, a .png or .svg file
+    out: FilePath = "out/curves.png"  # the picture, a .png or .svg file
 
 
 WINDOWS = 60  # most points of a training curve; each is the mean over a window of steps

@@ -51,7 +51,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_uft
-from infra.config import Count, Natural, NonNegative, Positive, UserError, parse_config, require, run_script
+from infra import config
+from infra.config import Count, FilePath, Natural, NonNegative, Positive, UserError, require
 from train_uft import METHODS, Batch, uft_loss
 
 WRONG, GAP = 0.1, 0.9  # a wrong leaf's reward, and how much more the right one has
@@ -72,7 +73,7 @@ class Config:
     # Runs
     seeds: int = 20  # runs of each method on each tree
     seed: Natural = 0  # random seed
-    out_dir: str = "out/search_tree"  # folder for table.json and plot.png
+    out_dir: FilePath = "out/search_tree"  # folder for table.json and plot.png
 
 
 # ---- one step of Algorithm 2 -----------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def plot(table: dict, path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    cfg = parse_config(Config, argv, __doc__)
+    cfg = config.parse_config(Config, argv, __doc__)
     require(cfg, "branching", min(cfg.branching, default=0) >= 2, "each must be >= 2")
     require(cfg, "heights", len(set(cfg.heights)) >= 2, "must be two or more, for a slope")
     require(cfg, "seeds", cfg.seeds >= 2, "must be >= 2, for a standard error")
@@ -267,4 +268,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    config.run_script(main)

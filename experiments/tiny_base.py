@@ -38,7 +38,8 @@ from data import countdown, logic
 from data.bpe import BYTE_TO_CHAR, merge, token_bytes
 from data.rows import load_rows, load_task
 from data.tokenizer import TAGS, TINY_PATTERN, Tokenizer
-from infra.config import Count, Fraction, Natural, Positive, UserError, parse_config, run_script
+from infra.answers import accuracy
+from infra.config import Count, FilePath, Fraction, Natural, Positive, UserError, parse_config, run_script
 from infra.training import ROOT, lr_factor
 from model import ModelConfig, Transformer
 
@@ -48,9 +49,9 @@ class Config:
     """Every knob."""
 
     # What
-    task: str = "all"  # countdown, logic, all: both; another task of data/, or the path of your own
-    data_path: str = ""  # where the task's rows are; empty: the task makes them
-    out_dir: str = ""  # folder for a folder a task; empty: data/tiny, or out/base for other tasks
+    task: FilePath = "all"  # countdown, logic, all: both; another task of data/, or the path of your own
+    data_path: FilePath = ""  # where the task's rows are; empty: the task makes them
+    out_dir: FilePath = ""  # folder for a folder a task; empty: data/tiny, or out/base for other tasks
     seed: Natural = 0  # random seed of weights and texts
     batch: Count = 64  # texts a step
     # Other tasks than countdown and logic
@@ -278,9 +279,9 @@ def check_base(model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows:
     answers = evaluate.answer(model, tokenizer, task, rows, n=4, max_new_tokens=new, temperature=1.0)
     flat = [a for group in answers for a in group]
     ended, formed = fmean(not a["cut"] for a in flat), fmean(a["reward"] > 0 for a in flat)
-    right = evaluate.accuracy(answers)
+    right = accuracy(answers).mean
     solved = fmean(any(a["reward"] == 1 for a in group) for group in answers)
-    greedy = evaluate.accuracy(evaluate.answer(model, tokenizer, task, rows, max_new_tokens=new))
+    greedy = accuracy(evaluate.answer(model, tokenizer, task, rows, max_new_tokens=new)).mean
     # How much likelier an answer is after its own prompt than after the next one's.
     prompts, said = [row["prompt"] for row in rows], [group[0]["response"] for group in answers]
     own, other = (

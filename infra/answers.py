@@ -26,7 +26,12 @@ def right_share(answers: list[dict], checker: str = "ours") -> float:
     return sum(scored(a, checker)[0] == 1.0 for a in answers) / len(answers)
 
 
-# ---- the table ---------------------------------------------------------------------------------------------
+def accuracy(groups: list[list[dict]], checker: str = "ours") -> Estimate:
+    """Share of all answers that are right, with its 95 % interval; each problem has as many answers."""
+    return share_interval([right_share(g, checker) for g in groups], len(groups[0]))
+
+
+# ---- the table ----
 
 
 def summarise(name: str, groups: list[list[dict]], checker: str) -> dict:
@@ -80,7 +85,7 @@ def table_rows(results: list[dict], checker: str) -> list[list[str]]:
     return rows
 
 
-# ---- two sides ---------------------------------------------------------------------------------------------
+# ---- two sides ----
 
 Problem = tuple  # task, prompt, truth, and how many equal ones the file has before it
 SHOULD_AGREE = ("n", "temperature", "top_k", "top_p", "max_new_tokens", "dtype")  # settings of both sides

@@ -26,20 +26,30 @@ class UserError(Exception):
     """A user's mistake: printed as one line on stderr, exit code 2, no traceback."""
 
 
-LONGEST_LINE = 1000  # characters of an error; of a longer one both ends are printed
+MOST_CHARACTERS = 1000  # of an error; of a longer one, which quotes a whole value, both ends are printed
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started; 0 of a single one."""
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return int(os.environ.get("RANK") or 0) if several else 0
+
+
+def note(text: str) -> None:
+    """Print a note, on the first process only."""
+    if rank() == 0:
+        print(f"note: {text}")
 
 
 def fail(message: str) -> NoReturn:
     """Print one line of error and exit with code 2."""
-    from infra.parallel import rank
-
-    line = " ".join(message.encode("utf-8", "replace").decode().split("\n"))
-    if len(line) > LONGEST_LINE:  # it quotes a whole value
-        line = f"{line[: LONGEST_LINE // 2]} [...] {line[-LONGEST_LINE // 2 :]}"
-    print(
-        f"error: {line}" if rank() == 0 else f"error (process {rank()}): {line}", file=sys.stderr, flush=True
-    )
+    line = message.encode("utf-8", "replace").decode().replace("\n", " ")
+    if len(line) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2
+        line = f"{line[:half]} [...] {line[-half:]}"
+    process = f" (process {rank()})" if rank() else ""
+    print(f"error{process}: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -70,7 +80,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-# ---- knobs -------------------------------------------------------------------------------------------------
+# ---- knobs ----
 
 
 class Bound(NamedTuple):
@@ -88,6 +98,7 @@ NonNegative = Annotated[float, Bound("must be >= 0", lambda v: v >= 0)]
 Fraction = Annotated[float, Bound("must be from 0 to 1", lambda v: 0 <= v <= 1)]
 Decay = Annotated[float, Bound("must be >= 0 and below 1", lambda v: 0 <= v < 1)]
 Switch = Literal["auto", "true", "false"]
+FilePath = Annotated[str, "path"]  # $VARIABLES, and ~ at its start, are expanded; a name counts as a path
 
 TABLES = ("train_uft", "train_ift")  # of a TOML file, one for each trainer
 MOVED = {  # knobs of the trainers' earlier versions
@@ -142,11 +153,13 @@ def parse_config(
         print(f"{usage}\n\nEvery knob with its default (also as key = value in the TOML file):")
         print(describe_knobs(cls))
         sys.exit(0)
-    types_of = get_type_hints(cls, include_extras=True)
-    return cls(**{
-        _known(key, types_of, where): _convert(key, value, types_of[key], where)
-        for key, (value, where) in given.items()
-    })  # fmt: skip
+    kinds, values = get_type_hints(cls, include_extras=True), {}
+    for key, (value, where) in given.items():
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, 1, 0)[0]
+            raise UserError(f"{where}unknown knob '{key}'; the nearest is '{near}' (--help lists them)")
+        values[key] = _convert(key, value, kinds[key], where)
+    return cls(**values)
 
 
 def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
@@ -154,9 +167,8 @@ def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, di
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
-        raise UserError(
-            f"{path}: cannot be read ({e.strerror}); arguments are [file.toml] --key=value"
-        ) from None
+        advice = "arguments are [file.toml] --key=value"
+        raise UserError(f"{path}: cannot be read ({e.strerror}); {advice}") from None
     except (ValueError, RecursionError) as e:  # of TOML, UTF-8, a number too long, or a NUL in the path
         raise UserError(f"{path}: not TOML ({e})") from None
     include = content.pop("include", None)
@@ -169,32 +181,21 @@ def _read_toml(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, di
 
 def _own_knobs(files: list[tuple[Path, dict]], table: str) -> list[tuple[Path, dict]]:
     """The files' knobs outside of tables and in the script's own table, which has precedence."""
-    knobs, found = [], set()
+    knobs, found, known = [], set(), " and ".join(f"[{name}]" for name in TABLES)
     for path, content in files:
-        tables = {name: content.pop(name) for name in TABLES if name in content}
-        for name, value in tables.items():
-            if not isinstance(value, dict):
-                rule = f"must be a table, [{name}], of that script's knobs"
-                raise UserError(f"{path}: {name} = {value!r}: {rule}")
         for name, value in content.items():
-            if isinstance(value, dict):
-                known = " and ".join(f"[{t}]" for t in TABLES)
-                raise UserError(f"{path}: unknown knob '{name}'; the tables are {known}")
-        found |= set(tables)
-        knobs.append((path, content | tables.get(table, {})))
+            if isinstance(value, dict) != (name in TABLES):
+                raise UserError(f"{path}: {name} = {value!r}: the tables of knobs are {known}")
+        plain = {name: value for name, value in content.items() if name not in TABLES}
+        knobs.append((path, plain | content.get(table, {})))
+        found |= content.keys() & set(TABLES)
     if found and table not in found:
         others = ", ".join(f"[{name}]" for name in sorted(found))
-        if not table:
-            raise UserError(f"{files[-1][0]}: {others} is for a trainer only")
-        raise UserError(f"{files[-1][0]}: has no table [{table}], only {others}; this script reads [{table}]")
+        raise UserError(f"{files[-1][0]}: is for another script: it has a table {others}, not [{table}]")
     return knobs
 
 
-def _known(key: str, types_of: dict, where: str) -> str:
-    if key not in types_of:
-        near = difflib.get_close_matches(key, types_of, 1, 0)
-        raise UserError(f"{where}unknown knob '{key}'; the nearest is '{near[0]}' (--help lists them)")
-    return key
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8"}
 
 
 def _convert(key: str, value: Any, kind: Any, where: str) -> Any:
@@ -202,72 +203,62 @@ def _convert(key: str, value: Any, kind: Any, where: str) -> Any:
 
     None stands for a flag without a value, --key.
     """
-    bound, choices = None, ()
+    rule, choices = None, ()
     if get_origin(kind) is Annotated:
-        kind, bound = get_args(kind)
+        kind, rule = get_args(kind)
     if get_origin(kind) is Literal:
         kind, choices = str, get_args(kind)
-        value = str(value).lower() if isinstance(value, bool) else value
+    if kind is bool or "true" in choices:
+        value = "true" if value is None else value
+        value = str(value).lower() if str(value).lower() in ("true", "false") else value
     if value is None:
-        if kind is not bool and "true" not in choices:
-            raise UserError(f"--{key} needs a value: --{key}=...")
-        value = "true"
-    converted = _as_type(key, value, kind, where)
+        raise UserError(f"--{key} needs a value: --{key}=...")
+    try:
+        if get_origin(kind) is tuple:
+            items = value.split(",") if isinstance(value, str) else value
+            return tuple(_convert(key, item, get_args(kind)[0], where) for item in items if item != "")
+        converted = _as_type(value, kind)
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError):
+        expected = NAMES.get(kind, "a list separated by commas")
+        raise UserError(f"{where}{key} = {value!r}: must be {expected}") from None
     if choices and converted not in choices:
         near = difflib.get_close_matches(converted, choices, 1, 0)[0]
         listed = ", ".join(repr(c) if c == "" else c for c in choices)
         raise UserError(f"{where}{key} = {value!r} is not one of {listed}; the nearest is '{near}'")
-    if bound and not bound.holds(converted):
-        raise UserError(f"{where}{key} = {converted!r}: {bound.rule}")
-    return converted
+    if isinstance(rule, Bound) and not rule.holds(converted):
+        raise UserError(f"{where}{key} = {converted!r}: {rule.rule}")
+    return _expanded(key, converted, where) if rule == "path" else converted
 
 
-def _as_type(key: str, value: Any, kind: Any, where: str) -> Any:
-    try:
-        if get_origin(kind) is tuple:
-            items = value.split(",") if isinstance(value, str) else value
-            return tuple(_convert(key, v, get_args(kind)[0], where) for v in items if v != "")
-        if kind is bool:
-            return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
-        if kind is str and isinstance(value, str):
-            if re.search("[\ud800-\udfff]", value):
-                raise UserError(f"{where}{key} = {ascii(value)}: must be UTF-8")
-            value = os.path.expandvars(value)
-            return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
-        if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4000}", value):
-            return int(value)
-        if kind is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if kind in (int, float) and not isinstance(value, bool):
-            number = float(value)
-            if kind is float and math.isfinite(number):
-                return number
-            if kind is int and number == int(number):
-                return int(number)
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
-        pass
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise UserError(f"{where}{key} = {value!r}: must be {names.get(kind, 'a list separated by commas')}")
+def _as_type(value: Any, kind: type) -> Any:
+    """The value as a bool, int, float or str. LookupError, ValueError, TypeError ... if it is none."""
+    if kind is bool:
+        return {"true": True, "false": False}[value]
+    if kind is str:
+        value.encode()
+        return value
+    if isinstance(value, bool):
+        raise TypeError
+    if kind is int and re.fullmatch(r"[+-]?[0-9]{1,4000}", str(value)):
+        return int(value)  # exact, where a float has 53 bits
+    number = float(value)
+    if not (math.isfinite(number) if kind is float else number == int(number)):
+        raise ValueError
+    return kind(number)
+
+
+def _expanded(key: str, path: str, where: str) -> str:
+    """A path with its variables, and ~ at its start, replaced."""
+    full = os.path.expandvars(path)
+    if unknown := re.search(r"\$(\w+|\{\w+\})", full):
+        raise UserError(f"{where}{key} = {path!r}: the variable {unknown[0]} is not set")
+    return os.path.expanduser(full) if full == "~" or full.startswith("~/") else full
 
 
 def require(config: Any, key: str, ok: bool, rule: str) -> None:
     """UserError "key = value: rule" unless ok."""
     if not ok:
         raise UserError(f"{key} = {getattr(config, key)!r}: {rule}")
-
-
-def require_each(config: Any, keys: Sequence[str], ok: Callable[[Any], bool], rule: str) -> None:
-    """require() for several knobs with the same rule."""
-    for key in keys:
-        require(config, key, ok(getattr(config, key)), rule)
-
-
-def one_of(config: Any, key: str, choices: Sequence[str]) -> None:
-    """UserError that names the nearest choice, unless the knob has one of the choices as its value."""
-    value = getattr(config, key)
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1, 0)[0]
-        raise UserError(f"{key} = {value!r} is not one of {', '.join(choices)}; the nearest is '{near}'")
 
 
 def describe_knobs(cls: type) -> str:
@@ -288,28 +279,44 @@ def describe_knobs(cls: type) -> str:
     return "\n".join(lines)
 
 
-# ---- files that add to a script ----------------------------------------------------------------------------
+# ---- files that add to a script ----
 
 
 def import_file(name: str, folder: Path, wants: str) -> ModuleType:
-    """Import folder/NAME.py, or NAME itself if it is a path of a Python file, which must define `wants`."""
-    path = Path(name).expanduser() if name.endswith(".py") else folder / f"{name}.py"
+    """Import folder/NAME.py, or NAME itself if it is a path of a Python file, which must define `wants`.
+
+    A file is executed once, until it is edited; `import` finds those of the folder by the same module.
+    """
+    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
         raise UserError(f"{name}: there is no file {path}")
-    module_name = f"{folder.name}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    file = path.resolve()
+    module_name = f"{folder.name}.{file.stem}" if file.parent == folder.resolve() else str(file)
+    module, edited = sys.modules.get(module_name), file.stat().st_mtime_ns
+    if module is None or Path(module.__file__) != file or _edited.setdefault(module_name, edited) != edited:
+        module = _execute(module_name, file, path)
+        _edited[module_name] = edited
+    if not hasattr(module, wants):
+        raise UserError(f"{path}: must define {wants}")
+    return module
+
+
+_edited: dict[str, int] = {}  # module -> time of its file's last change when it was executed
+
+
+def _execute(module_name: str, file: Path, shown: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(module_name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # so that its source can be read for --help
     try:
         spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as e:
-        own = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == os.path.abspath(path)]
+    except BaseException as e:
+        del sys.modules[module_name]
+        if isinstance(e, UserError) or not isinstance(e, Exception):
+            raise
+        own = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
         line = e.lineno if isinstance(e, SyntaxError) else own[-1]
-        raise UserError(f"{path} line {line}: {type(e).__name__}: {e}") from None
-    if not hasattr(module, wants):
-        raise UserError(f"{path}: must define {wants}")
+        raise UserError(f"{shown} line {line}: {type(e).__name__}: {e}") from None
     return module
 
 
@@ -344,7 +351,7 @@ def usage(docstring: str, knob: str, folder: Path, wants: str) -> str:
     return "\n".join([docstring, f"Files of {folder.name}/ (--{knob}=NAME):", *lines])
 
 
-# ---- written files -----------------------------------------------------------------------------------------
+# ---- written files ----
 
 
 def write_toml(config: Any, path: Path) -> None:
@@ -357,7 +364,7 @@ def write_toml(config: Any, path: Path) -> None:
     path.write_text("".join(f"{k} = {text(v)}\n" for k, v in asdict(config).items()), encoding="utf-8")
 
 
-# ---- errors with advice ------------------------------------------------------------------------------------
+# ---- errors with advice ----
 
 
 @contextmanager

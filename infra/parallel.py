@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from infra.config import UserError
+from infra.config import UserError, rank
 from lora import adapted_layers, base_parameters, merged_weight
 
-# ---- processes: torchrun starts them, each calls start_process() -------------------------------------------
+# ---- processes: torchrun starts them, each calls start_process() ----
 
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # rank 0 writes a checkpoint of 100 GB while the others wait
@@ -84,10 +84,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def world() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -98,7 +94,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-# ---- shares of the work ------------------------------------------------------------------------------------
+# ---- shares of the work ----
 
 
 def share(items: Sequence) -> Sequence:
@@ -169,7 +165,7 @@ def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], flo
     return parts[rank()] + [(order[-1:], 0.0)] * (max(map(len, parts)) - len(parts[rank()]))
 
 
-# ---- FSDP2 -------------------------------------------------------------------------------------------------
+# ---- FSDP2 ----
 
 
 def shard_model(model, dtype: str = "float32") -> None:
@@ -222,7 +218,7 @@ def refresh(copy, model) -> None:
             p.copy_(merged_weight(model, name, full(theirs[name])))
 
 
-# ---- arithmetic --------------------------------------------------------------------------------------------
+# ---- arithmetic ----
 
 
 def has_bfloat16(device: torch.device) -> bool:

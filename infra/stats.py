@@ -13,7 +13,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-# ---- Student's t -------------------------------------------------------------------------------------------
+# ---- Student's t ----
 
 
 def t_within(t: float, df: float) -> float:
@@ -39,7 +39,7 @@ def t_quantile(df: float, level: float = 0.95) -> float:
     return high
 
 
-# ---- means and shares --------------------------------------------------------------------------------------
+# ---- means and shares ----
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
@@ -83,7 +83,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-# ---- differences -------------------------------------------------------------------------------------------
+# ---- differences ----
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

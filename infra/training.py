@@ -37,7 +37,18 @@ from infra.checkpoint import (
     write_model,
     write_resume,
 )
-from infra.config import Count, Natural, NonNegative, Positive, Switch, UserError, memory_advice, require
+from infra.config import (
+    Count,
+    FilePath,
+    Natural,
+    NonNegative,
+    Positive,
+    Switch,
+    UserError,
+    memory_advice,
+    note,
+    require,
+)
 from infra.huggingface import check_folder, load_model, stored_dtype, weights_mark
 from infra.log import Log, brief, import_wandb, mfu
 from infra.parallel import (
@@ -62,16 +73,16 @@ class RunConfig:
     """The knobs of both trainers."""
 
     # What
-    model: str = ""  # Hugging Face directory to start from; empty: the tiny base of the task
+    model: FilePath = ""  # Hugging Face directory to start from; empty: the tiny base of the task
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
-    task: str = "countdown"  # a file of data/, or the path of your own
+    task: FilePath = "countdown"  # a file of data/, or the path of your own
     style: str = "short"  # prompt style of the task: paper, or short for tiny models
     checker: Literal["ours", "published"] = "ours"  # judge of the answers: ours, or the papers' code
-    data_path: str = ""  # folder or file of rows; empty: the task makes them
+    data_path: FilePath = ""  # folder or file of rows; empty: the task makes them
     train_rows: Natural = 0  # use the first N rows; 0: all, or the task's default number
     test_rows: Natural = 0  # the same for the test rows
     sizes: tuple[int, ...] = ()  # numbers or people per problem that the task makes; empty: its default
-    out_dir: str = "out"  # where everything goes
+    out_dir: FilePath = "out"  # where everything goes
     resume: Literal["false", "true", "auto"] = "false"  # continue the run in out_dir; auto: if there is one
     seed: Natural = 0  # random seed
     # Scoring
@@ -129,7 +140,7 @@ def check_shared(cfg: Any) -> None:
     sampled = cfg.val_n == 1 or cfg.val_temperature > 0
     require(cfg, "val_n", sampled, "needs a val_temperature above 0")
     if getattr(cfg, "warmup", 0) > cfg.steps:
-        print(f"note: warmup = {cfg.warmup} is longer than the run, whose learning rate stays below lr")
+        note(f"warmup = {cfg.warmup} is longer than the run, whose learning rate stays below lr")
     if cfg.task:
         load_task(cfg.task)  # UserError if there is no such task
 

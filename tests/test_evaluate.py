@@ -13,8 +13,9 @@ import pytest
 import evaluate
 from data import countdown
 from data.tokenizer import Tokenizer
-from evaluate import accuracy, answer, pieces
+from evaluate import answer, pieces
 from experiments.tiny_base import learn_tokenizer
+from infra.answers import accuracy
 from infra.config import UserError, run_script
 from infra.stats import wilson
 from model import Transformer
@@ -38,30 +39,30 @@ def refused(capsys, monkeypatch, *args):
     return err
 
 
-# ---- figures -----------------------------------------------------------------------------------------------
+# ---- figures ----
 
 
 def test_accuracy_counts_right_answers_only():
     """The format's reward 0.1 is no tenth of a right answer."""
     groups = [[{"reward": r, "verdict": ""} for r in rewards] for rewards in ((1.0, 0.1), (0.0, 0.1))]
-    assert accuracy(groups) == 0.25
+    assert accuracy(groups).mean == 0.25
 
 
-# ---- answers -----------------------------------------------------------------------------------------------
+# ---- answers ----
 
 
 def test_answers_are_what_the_checker_says_of_the_decoded_completion():
     model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
-    rows = countdown.load("test", n=4, style="short")
-    answers = answer(model, tokenizer, countdown, rows, 2, 30, 1.0, seed=3)
+    rows, how = countdown.load("test", n=4, style="short"), {"n": 2, "max_new_tokens": 30, "temperature": 1.0}
+    answers = answer(model, tokenizer, countdown, rows, **how, seed=3)
     assert [len(group) for group in answers] == [2] * 4
     for row, group in zip(rows, answers, strict=True):
         for a in group:
             assert (a["reward"], a["verdict"]) == countdown.score(a["response"], row["truth"])
             assert "<|endoftext|>" not in a["response"] and 1 <= a["tokens"] <= 30
             assert not a["cut"] or a["tokens"] == 30
-    assert answer(model, tokenizer, countdown, rows, 2, 30, 1.0, seed=3, batch_size=2) == answers
-    assert answer(model, tokenizer, countdown, rows, 2, 30, 1.0, seed=4) != answers
+    assert answer(model, tokenizer, countdown, rows, **how, seed=3, batch_size=2) == answers
+    assert answer(model, tokenizer, countdown, rows, **how, seed=4) != answers
 
 
 def test_numpy_rewards_are_saved_as_numbers(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ SMALL = [f"--model={BASE}", "--rows=6", "--max_new_tokens=40", "--device=cpu", "
 OTHERS = Path(os.environ.get("NANOFT_UFT_DATA", "uft_data")) / "others"  # the published data
 
 
-# ---- one row of the table ----------------------------------------------------------------------------------
+# ---- one row of the table ----
 
 
 def made(reward, verdict, published=None, cut=False):
@@ -76,7 +76,7 @@ def test_summary_counts_verdicts_and_estimates_pass_at_k():
     assert len({len(row) for row in rows}) == 1
 
 
-# ---- sources -----------------------------------------------------------------------------------------------
+# ---- sources ----
 
 
 def published_row(data_source, truth, question="What?", **other):
@@ -181,7 +181,7 @@ def test_the_published_file_has_eight_sources():
     }
 
 
-# ---- answers -----------------------------------------------------------------------------------------------
+# ---- answers ----
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -262,9 +262,8 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys, monkeypatch):
         return score(response, truth)
 
     monkeypatch.setattr(countdown, "score", stopping)
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(KeyboardInterrupt):
         run("--temperature=1", f"--save={path}")
-    assert e.value.code == 130 and "the same command continues" in capsys.readouterr().err
     assert len(lines_of(path)) == 1 + 3
     text = path.read_text()
     path.write_text(text[:-5])  # the third answer is half-written now
@@ -447,7 +446,7 @@ def test_help_names_every_knob(capsys):
     assert all(f"--{field}=" in out for field in evaluate.Config.__dataclass_fields__)
 
 
-# ---- comparisons -------------------------------------------------------------------------------------------
+# ---- comparisons ----
 
 
 def write_answers(path, shares, task="t", n=1):

@@ -21,7 +21,7 @@ from infra.parallel import (
 )
 from model import ModelConfig, Transformer
 
-# ---- devices -----------------------------------------------------------------------------------------------
+# ---- devices ----
 
 
 def test_devices_are_refused_by_name(monkeypatch):
@@ -76,7 +76,7 @@ def test_autocast_is_on_for_bfloat16_alone():
         assert product.dtype == getattr(torch, dtype)
 
 
-# ---- shares of the work ------------------------------------------------------------------------------------
+# ---- shares of the work ----
 
 
 def test_shares_cover_everything_once_and_keep_in_step(monkeypatch):
@@ -126,7 +126,7 @@ def test_sorted_micro_batches_waste_little_on_padding():
     assert len(batches) < 40  # of the 512 that one row at a time would make
 
 
-# ---- the model to sample from ------------------------------------------------------------------------------
+# ---- the model to sample from ----
 
 
 def test_a_copy_in_another_dtype_follows_the_model():

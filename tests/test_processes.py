@@ -114,7 +114,7 @@ def test_two_processes_do_what_one_does(flags, tmp_path):
         assert torch.equal(trained[name], base[name]) == frozen, name
 
 
-# ---- runs that end and go on -------------------------------------------------------------------------------
+# ---- runs that end and go on ----
 
 STOP = """
 save = training.save_and_stop
@@ -210,7 +210,7 @@ def test_several_processes_checkpoint_as_many_blocks_fast_as_plain(tmp_path):
     assert_same_model(tmp_path / "true/out", tmp_path / "false/out", atol=1e-5)
 
 
-# ---- in bfloat16, whatever the processor computes in -------------------------------------------------------
+# ---- in bfloat16, whatever the processor computes in ----
 # No collective may depend on what one process happens to hold. The rows are few and odd, so that a process
 # has none of a kind: one row or three over two processes, dropped groups, hints that run out, empty prompts.
 
