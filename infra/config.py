@@ -26,7 +26,6 @@ class UserError(Exception):
     """A user's mistake: printed as one line on stderr, exit code 2, no traceback."""
 
 
-MOST_CHARACTERS = 1000  # of an error; of a longer one, which quotes a whole value, both ends are printed
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
 
 
@@ -45,12 +44,17 @@ def note(text: str) -> None:
 def fail(message: str) -> NoReturn:
     """Print one line of error and exit with code 2."""
     line = message.encode("utf-8", "replace").decode().replace("\n", " ")
-    if len(line) > MOST_CHARACTERS:
-        half = MOST_CHARACTERS // 2
-        line = f"{line[:half]} [...] {line[-half:]}"
     process = f" (process {rank()})" if rank() else ""
     print(f"error{process}: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def open_streams() -> None:
+    """Print to nowhere where standard output or error is missing or closed, as without a terminal."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -58,9 +62,9 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
     Other exceptions keep their traceback.
     """
-    # A character that the console cannot show must not end the run, and a line is there once it is printed.
-    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
+    open_streams()
     for stream in (sys.stdout, sys.stderr):
+        # A character that the console cannot show must not end the run; a printed line is there at once.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace", line_buffering=True)
     try:
@@ -101,16 +105,7 @@ Switch = Literal["auto", "true", "false"]
 FilePath = Annotated[str, "path"]  # $VARIABLES, and ~ at its start, are expanded; a name counts as a path
 
 TABLES = ("train_uft", "train_ift")  # of a TOML file, one for each trainer
-MOVED = {  # knobs of the trainers' earlier versions
-    "hint=none": "--algo=rft",
-    "hint=cosine": "--algo=rft-cosine",
-    "hint=uniform": "--algo=r3",
-    "hint=stage": "--algo=stage",
-    "hint=target": "--algo=target",
-    "hint=on-failure": "--algo=on_failure",
-    "hint_weight=prob": "--algo=prob",
-    "hint_loss=ift": "--algo=residual",
-    "loss_norm=paper_code": "--algo=published",
+MOVED = {  # values that people try
     "algo=grpo": "--algo=rft, which is GRPO",
     "side=left": "--side=later",
     "side=right": "--side=earlier",
@@ -145,7 +140,7 @@ def parse_config(
                 in_files |= {key: (value, f"{path}: ") for key, value in content.items()}
     given = in_files | given
     for key, (value, where) in given.items():
-        if now := MOVED.get(f"{key}={value}") if table else None:
+        if now := MOVED.get(f"{key}={value}"):
             raise UserError(f"{where}{key}={value} is now {now}")
     if not isinstance(cls, type):
         cls = cls({key: value for key, (value, _) in given.items()})
@@ -285,38 +280,31 @@ def describe_knobs(cls: type) -> str:
 def import_file(name: str, folder: Path, wants: str) -> ModuleType:
     """Import folder/NAME.py, or NAME itself if it is a path of a Python file, which must define `wants`.
 
-    A file is executed once, until it is edited; `import` finds those of the folder by the same module.
+    A file is executed once, and again after an edit. `import` of a file of the folder gives that module too.
     """
     path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
         raise UserError(f"{name}: there is no file {path}")
-    file = path.resolve()
-    module_name = f"{folder.name}.{file.stem}" if file.parent == folder.resolve() else str(file)
-    module, edited = sys.modules.get(module_name), file.stat().st_mtime_ns
-    if module is None or Path(module.__file__) != file or _edited.setdefault(module_name, edited) != edited:
-        module = _execute(module_name, file, path)
-        _edited[module_name] = edited
+    file, edited = path.resolve(), path.stat().st_mtime_ns
+    full_name = f"{folder.name}.{file.stem}" if file.parent == folder.resolve() else str(file)
+    module = sys.modules.get(full_name)
+    current = module and Path(module.__file__).resolve() == file
+    if not current or getattr(module, "_edited", edited) != edited:
+        spec = importlib.util.spec_from_file_location(full_name, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[full_name] = module  # so that its source can be read for --help
+        try:
+            spec.loader.exec_module(module)
+        except Exception as e:
+            del sys.modules[full_name]
+            if isinstance(e, UserError):
+                raise
+            own = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+            line = e.lineno if isinstance(e, SyntaxError) else own[-1]
+            raise UserError(f"{path} line {line}: {type(e).__name__}: {e}") from None
+        module._edited = edited
     if not hasattr(module, wants):
         raise UserError(f"{path}: must define {wants}")
-    return module
-
-
-_edited: dict[str, int] = {}  # module -> time of its file's last change when it was executed
-
-
-def _execute(module_name: str, file: Path, shown: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # so that its source can be read for --help
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as e:
-        del sys.modules[module_name]
-        if isinstance(e, UserError) or not isinstance(e, Exception):
-            raise
-        own = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
-        line = e.lineno if isinstance(e, SyntaxError) else own[-1]
-        raise UserError(f"{shown} line {line}: {type(e).__name__}: {e}") from None
     return module
 
 

@@ -1,7 +1,6 @@
 """Logs of a run: metrics.jsonl, samples.jsonl, a live counter, confidence intervals, hardware utilisation."""
 
 import json
-import math
 import sys
 import time
 from dataclasses import asdict
@@ -44,12 +43,9 @@ class Log:
         """Log metrics to wandb too, on rank 0. Returns the id of the run there; run_id continues a run."""
         if rank():
             return run_id
-        wandb = import_wandb()
+        wandb, own = import_wandb(), {"name": self.out_dir.name, "dir": self.out_dir, "config": asdict(cfg)}
         try:
-            self.wandb_run = wandb.init(
-                project=project, name=self.out_dir.name, id=run_id, resume="allow", dir=self.out_dir,
-                config=asdict(cfg),
-            )  # fmt: skip
+            self.wandb_run = wandb.init(project=project, id=run_id, resume="allow", **own)
         except wandb.Error as e:  # no login, no such entity, no network
             raise UserError(f"wandb = {project!r}: {e}") from None
         return self.wandb_run.id
@@ -96,7 +92,7 @@ class Counter:
 
     def __init__(self, total: int):
         self.total, self.start, self.shown = total, time.perf_counter(), 0.0
-        self.live = sys.stdout.isatty()
+        self.live = getattr(sys.stdout, "isatty", bool)()
 
     def __call__(self, finished: int, tokens: int) -> None:
         now = time.perf_counter()
@@ -139,12 +135,12 @@ def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
 @cache
 def peak_flops(device: torch.device) -> float:
     """FLOP/s of a large bfloat16 product on this GPU, the best of ten runs."""
-    n, best = 8192, math.inf
+    n, times = 8192, []
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     for _ in range(10):
         torch.cuda.synchronize()
         start = time.perf_counter()
         a @ b
         torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)

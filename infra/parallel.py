@@ -1,7 +1,7 @@
-"""Several processes (torchrun, FSDP2): their shares of the work, sharded models, device and arithmetic.
+"""Several processes (torchrun, FSDP2): shares of the work, sharded models, device, arithmetic.
 
-A collective is called by all processes or by none: whether it is called depends on the configuration or on
-sums over all processes, never on the data of one process.
+A collective is called by all processes or by none: whether it is called depends on the configuration
+or on sums over all processes, never on the data of one process.
 """
 
 import os
@@ -22,64 +22,49 @@ from lora import adapted_layers, base_parameters, merged_weight
 # ---- processes: torchrun starts them, each calls start_process() ----
 
 
-COLLECTIVE_TIMEOUT = timedelta(hours=2)  # rank 0 writes a checkpoint of 100 GB while the others wait
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # rank 0 may write a checkpoint of 100 GB meanwhile
 
 
 def start_process(device: str, threads: int) -> torch.device:
     """Set this process up and return its device.
 
-    Under torchrun it joins the other processes, takes the GPU of its local rank, and prints on rank 0 only.
+    Under torchrun it joins the others, takes the GPU of its local rank, and prints on rank 0 only.
     """
     if threads:
         torch.set_num_threads(threads)
     picked = pick_device(device)
-    # cuDNN's attention gives NaN gradients for some masks (T % 128 = 64), and plans anew for every shape.
+    # cuDNN's attention gives NaN gradients for some masks (T % 128 = 64) and plans for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
-        missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
-        if missing:
-            raise UserError(
-                f"WORLD_SIZE is set but not {', '.join(missing)}: start several processes with torchrun"
-            )
-        # One GPU per process of this machine.
-        local = int(os.environ["LOCAL_RANK"])
+    if int(os.environ.get("WORLD_SIZE") or "1") == 1:
+        return picked
+    # One GPU per process of this machine; join the other processes.
+    try:
         if picked.type == "cuda":
-            if local >= torch.cuda.device_count():
-                found = torch.cuda.device_count()
-                raise UserError(
-                    f"process {local} of this machine finds only {found} GPUs; start {found} processes"
-                )
-            picked = torch.device("cuda", local)
+            picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(picked)
-        # Join the other processes.
-        try:
-            dist.init_process_group(
-                "nccl" if picked.type == "cuda" else "gloo",
-                timeout=COLLECTIVE_TIMEOUT,
-                device_id=picked if picked.type == "cuda" else None,
-            )
-        except (dist.DistError, RuntimeError, ValueError) as e:
-            reason = (str(e).strip().splitlines() or [""])[0]
-            raise UserError(
-                f"the {os.environ['WORLD_SIZE']} processes did not find each other: {reason}"
-            ) from None
-        if rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+        if not dist.is_initialized():
+            backend, own = ("nccl", picked) if picked.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own)
+    except (dist.DistError, RuntimeError, ValueError, KeyError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        advice = "start as many processes as there are GPUs with torchrun"
+        raise UserError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: {reason}; {advice}") from None
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the run)
     return picked
 
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA where there is one."""
+    found = {"cpu": True, "cuda": torch.cuda.is_available()}
+    found |= {"mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
+    if name == "auto":
+        name = "cuda" if found["cuda"] else "cpu"
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device = {name!r}: must be auto, cpu, cuda, mps or xpu") from None
-    there = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "xpu": torch.xpu.is_available,
-    }
-    if device.type != "cpu" and not there.get(device.type, lambda: False)():
+    if not found.get(device.type):
         raise UserError(f"device = {name!r}: torch finds no such device here")
     return device
 
@@ -122,8 +107,7 @@ def add_up(sums: dict[str, float]) -> dict[str, float]:
     return {k: sum(p[k] for p in parts) for k in sums}
 
 
-# Start a new micro-batch once padding exceeds this share and the batch fills 1/8 of the budget.
-MAX_PADDING = 0.04
+MAX_PADDING = 0.04  # share of a micro-batch that fills at least 1/8 of the budget
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -135,13 +119,13 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     tokens = 0  # of the last batch, without padding
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > budget:
-            raise UserError(
-                f"token_budget = {budget}: must be >= {lengths[i]}, the tokens of the longest row"
-            )
+            rule = f"must be >= {lengths[i]}, the tokens of the longest row"
+            raise UserError(f"token_budget = {budget}: {rule}")
         if batches[-1]:
             longest, rows = lengths[batches[-1][0]], len(batches[-1])
             padded = longest * (rows + 1)
-            wasteful = longest * rows >= budget / 8 and padded - tokens - lengths[i] > MAX_PADDING * padded
+            padding = padded - tokens - lengths[i]
+            wasteful = longest * rows >= budget / 8 and padding > MAX_PADDING * padded
             if padded > budget or wasteful:
                 batches.append([])
                 tokens = 0
@@ -151,10 +135,10 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], float]]:
-    """token_batches of this process's share of the rows, each with the factor to multiply its loss by.
+    """token_batches of this process's share of the rows, each with the factor of its loss.
 
-    Every process gets the same number of micro-batches, or FSDP would wait forever: a process with fewer
-    repeats the shortest row with factor 0.0. All others have factor 1.0.
+    Every process gets the same number of micro-batches, or FSDP would wait forever: a process with
+    fewer repeats the shortest row with factor 0.0. All others have factor 1.0.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     parts = []
@@ -162,14 +146,15 @@ def my_batches(lengths: Sequence[int], budget: int) -> list[tuple[list[int], flo
         rows = order[r :: world()]
         batches = token_batches([lengths[i] for i in rows], budget) if rows else []
         parts.append([([rows[i] for i in batch], 1.0) for batch in batches])
-    return parts[rank()] + [(order[-1:], 0.0)] * (max(map(len, parts)) - len(parts[rank()]))
+    mine, most = parts[rank()], max(map(len, parts))
+    return mine + [(order[-1:], 0.0)] * (most - len(mine))
 
 
 # ---- FSDP2 ----
 
 
 def shard_model(model, dtype: str = "float32") -> None:
-    """Shard over all processes with FSDP2, one unit per block; dtype bfloat16 gathers blocks in bfloat16.
+    """Shard over all processes with FSDP2, one unit per block, gathered in bfloat16 if that is dtype.
 
     Gradients are summed in float32 and come out averaged over processes: multiply losses by world().
     `model.run` is registered as a forward pass.
@@ -189,7 +174,7 @@ def sharding(dtype: str):
 
 
 def full(p: torch.Tensor) -> torch.Tensor:
-    """The whole of a parameter that may be sharded. A collective: all processes must call it."""
+    """The whole of a parameter that may be sharded. A collective."""
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
@@ -235,26 +220,23 @@ def settle_dtype(cfg: Any, device: torch.device) -> None:
 
     bfloat16 asked for where it is missing becomes float32, with a warning; on CUDA, UserError instead.
     """
-    native = has_bfloat16(device)
+    native, cuda = has_bfloat16(device), device.type == "cuda"
     if cfg.dtype == "auto":
         lora = bool(getattr(cfg, "lora_rank", 0))
-        cfg.dtype = "bfloat16" if native and (lora or device.type == "cuda") else "float32"
+        cfg.dtype = "bfloat16" if native and (lora or cuda) else "float32"
     if getattr(cfg, "rollout_dtype", "") == "auto":
-        cfg.rollout_dtype = cfg.dtype if device.type == "cuda" else "float32"
-    if device.type == "cuda":
+        cfg.rollout_dtype = cfg.dtype if cuda else "float32"
+    if cuda:
         torch.set_float32_matmul_precision("high" if getattr(cfg, "tf32", True) else "highest")
-    if "bfloat16" not in (cfg.dtype, getattr(cfg, "rollout_dtype", "")) or has_bfloat16(device):
-        return
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"dtype: {name} has no bfloat16; give --dtype=float32 (and --rollout_dtype=float32)")
-    if cfg.dtype == "bfloat16":
+        if not native and "bfloat16" in (cfg.dtype, getattr(cfg, "rollout_dtype", "")):
+            advice = "give --dtype=float32 (and --rollout_dtype=float32)"
+            raise UserError(f"dtype: {torch.cuda.get_device_name(device)} has no bfloat16; {advice}")
+    elif not native and cfg.dtype == "bfloat16":
         cfg.dtype = "float32"
         if rank() == 0:
-            reason = "no bfloat16 arithmetic here, so dtype = float32, which is faster"
-            print(f"warning: {reason}", file=sys.stderr)
+            print("warning: no bfloat16 here, so dtype = float32, which is faster", file=sys.stderr)
 
 
 def autocast(device: torch.device, dtype: str):
-    """bfloat16 products over float32 weights if dtype is "bfloat16", else plain float32."""
+    """bfloat16 products over float32 weights if dtype is bfloat16, else float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")

@@ -30,12 +30,12 @@ def t_within(t: float, df: float) -> float:
 
 
 @cache
-def t_quantile(df: float, level: float = 0.95) -> float:
-    """The t that |T| exceeds with probability 1 - level."""
+def t_quantile(df: float) -> float:
+    """The t that |T| exceeds with probability 0.05."""
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, df) < level else (low, middle)
+        low, high = (middle, high) if t_within(middle, df) < 0.95 else (low, middle)
     return high
 
 
@@ -49,9 +49,10 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion."""
-    p, d = successes / n, 1 + z * z / n
+    z, p = 1.96, successes / n
+    d = 1 + z * z / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / d), min(1.0, (centre + half) / d)
 

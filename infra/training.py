@@ -47,6 +47,7 @@ from infra.config import (
     UserError,
     memory_advice,
     note,
+    open_streams,
     require,
 )
 from infra.huggingface import check_folder, load_model, stored_dtype, weights_mark
@@ -141,6 +142,10 @@ def check_shared(cfg: Any) -> None:
     require(cfg, "val_n", sampled, "needs a val_temperature above 0")
     if getattr(cfg, "warmup", 0) > cfg.steps:
         note(f"warmup = {cfg.warmup} is longer than the run, whose learning rate stays below lr")
+    out, data = Path(cfg.out_dir).resolve(), (ROOT / "data").resolve()
+    taken = [Path(name).resolve() for name in (".", cfg.model, cfg.data_path, ROOT)]
+    free = out not in taken and data not in (out, *out.parents)
+    require(cfg, "out_dir", free, "must be a folder of its own, such as out/NAME")
     if cfg.task:
         load_task(cfg.task)  # UserError if there is no such task
 
@@ -459,12 +464,13 @@ def leave_as_found(main: Callable) -> Callable:
     def wrapped(argv: Sequence[str]) -> None:
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
         handlers = [signal.getsignal(n) for n in numbers]
-        stdout, threads = sys.stdout, torch.get_num_threads()
+        streams, threads = (sys.stdout, sys.stderr), torch.get_num_threads()
         precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
         try:
+            open_streams()
             main(argv)
         finally:
-            sys.stdout = stdout
+            sys.stdout, sys.stderr = streams
             torch.set_num_threads(threads)
             torch.set_float32_matmul_precision(precision)
             torch.backends.cuda.enable_cudnn_sdp(cudnn)

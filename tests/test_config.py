@@ -1,6 +1,7 @@
 """infra/config.py: the command line and TOML files, refusals by name, exit codes, every Config there is."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -248,9 +249,8 @@ def test_old_names_are_answered_with_the_new_ones(tmp_path, monkeypatch):
             wanted = f"{where}name=old is now --name=new"
             assert refused(*args, cls=cls, table="train_uft") == wanted
     assert parse("--name=new", table="train_uft").name == "new"
-    for knob in ("hint=none", "hint=target", "hint_loss=ift", "loss_norm=paper_code", "algo=grpo"):
-        with pytest.raises(UserError, match=f"^{knob} is now --algo="):
-            train_uft.main([f"--{knob}"])
+    with pytest.raises(UserError, match="^algo=grpo is now --algo=rft, which is GRPO$"):
+        train_uft.main(["--algo=grpo"])
 
 
 def test_a_class_may_depend_on_a_value():
@@ -348,6 +348,48 @@ def test_methods_come_from_a_table_a_folder_or_a_path(tmp_path):
     assert shown == f"About.\nFiles of {tmp_path.name}/ (--algo=NAME):\n  first        First of all."
 
 
+def test_a_file_is_executed_once_until_it_is_edited(tmp_path):
+    """By whatever path, and again after it failed. A file of variants/ is the module that `import` gives."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.py").symlink_to(tmp_path / "mine.py")
+    mine, other = tmp_path / "mine.py", tmp_path / "sub/mine.py"
+    for path in (mine, other):
+        path.write_text(f"METHOD = {path.parent.name!r}\n")
+
+    def load(path):
+        return config.import_file(str(path), ROOT / "variants", "METHOD")
+
+    first = load(mine)
+    assert load(mine) is load(tmp_path / "sub/../mine.py") is load(tmp_path / "link.py") is first
+    assert load(other).METHOD == "sub" and load(mine) is first
+    for text in ("METHOD = 1 / 0", "METHOD = 1 / 0 "):
+        mine.write_text(text)
+        with pytest.raises(UserError, match="ZeroDivisionError"):
+            load(mine)
+    mine.write_text("METHOD = 'edited'")
+    assert load(mine).METHOD == "edited"
+    for name in ("luffy", "trapo"):
+        module = config.find_method("algo", name, train_uft.METHODS, ROOT / "variants", "METHOD")[1]
+        assert module is importlib.import_module(f"variants.{name}") is load(ROOT / f"variants/{name}.py")
+
+
+@pytest.mark.parametrize(
+    "out_dir",
+    [".", "./x/..", "data", "./data/tiny", "data/tiny/countdown/x", "BASE", "BASE/../base", "link", "rows", ROOT],
+)
+def test_a_run_has_a_folder_of_its_own(out_dir, tmp_path, monkeypatch):
+    """Not the current one, the checkout's or its data, the base's or the rows', however they are spelled."""
+    base, link = tmp_path / "base", tmp_path / "link"
+    (tmp_path / "rows").mkdir()
+    base.mkdir()
+    link.symlink_to(base)
+    name = str(out_dir).replace("BASE", str(base)).replace("link", str(link)).replace("rows", f"{tmp_path}/rows")
+    monkeypatch.chdir(ROOT)
+    for trainer in (train_uft, train_ift):
+        with pytest.raises(UserError, match="^out_dir = '.*': must be a folder of its own, such as out/NAME$"):
+            trainer.main([f"--out_dir={name}", f"--model={base}", f"--data_path={tmp_path}/rows"])
+
+
 # ---- --help and config.toml ----
 
 
@@ -441,10 +483,48 @@ def test_a_table_of_a_file_holds_the_knobs_of_one_script(tmp_path):
     ):
         file.write_text(content)
         assert message in refused(str(file), cls=train_uft.Config, table="train_uft")
-    assert "both.toml: is for another script: it has a table [train_ift]" in refused(str(file), cls=evaluate.Config)
+    message = refused(str(file), cls=evaluate.Config)
+    assert "both.toml: is for another script: it has a table [train_ift]" in message
 
 
-# ---- exit codes ----
+# ---- processes, output, exit codes ----
+
+
+@pytest.mark.parametrize("rank", ["", "0", "1"])
+def test_notes_are_printed_by_the_first_process(rank, monkeypatch, capsys):
+    """Before the processes have found each other too. Without torchrun there is one."""
+    for world, first in (("2", rank != "1"), ("", True)):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setenv("RANK", rank)
+        configured(train_ift, ["--loss=ift", "--gamma=0"])
+        note = "note: gamma = 0 weighs each token by its own loss; see propagate\n"
+        assert capsys.readouterr().out == (note if first else "")
+
+
+class Written:
+    """The least that standard output can be."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+@pytest.mark.parametrize("kind", ["missing", "closed", "odd"])
+def test_output_may_be_missing_closed_or_odd(kind, tmp_path, monkeypatch):
+    odd, closed = Written(), open(os.devnull, "w")
+    closed.close()
+    stream = {"missing": None, "closed": closed, "odd": odd}[kind]
+    for main in (evaluate.main, train_uft.main):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        knobs = f"--out_dir={tmp_path} --algo=sft --sft_steps=1 --train_rows=32 --test_rows=2 --eval_every=5"
+        main("--rows=2 --max_new_tokens=4 --show=0".split() if main is evaluate.main else knobs.split())
+        assert sys.stdout is stream and sys.stderr is stream
+    assert kind != "odd" or "2 test problems" in odd.text
+
+
 
 
 @pytest.mark.parametrize(
