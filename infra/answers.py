@@ -167,7 +167,7 @@ def difference(name: str, pairs: list[tuple[list[dict], list[dict]]], checker: s
 
 
 def over_seeds(name: str, problems: list[Problem], sides: tuple, checker: str) -> str:
-    """The difference of seeds' means: training runs may differ by more than the choice of problems explains."""
+    """The difference of the seeds' means, which vary by more than the choice of problems explains."""
     means = [[fmean(right_share(s[p], checker) for p in problems) for s in seeds] for seeds in sides]
     mean, low, high = stats.welch(*means)
     texts = [" ".join(f"{v:.1%}" for v in values) for values in means]

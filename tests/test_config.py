@@ -375,19 +375,18 @@ def test_a_file_is_executed_once_until_it_is_edited(tmp_path):
 
 @pytest.mark.parametrize(
     "out_dir",
-    [".", "./x/..", "data", "./data/tiny", "data/tiny/countdown/x", "BASE", "BASE/../base", "link", "rows", ROOT],
+    [*". ./x/.. data ./data/tiny data/tiny/x TMP/base TMP/a/../base TMP/link TMP/rows".split(), str(ROOT)],
 )
 def test_a_run_has_a_folder_of_its_own(out_dir, tmp_path, monkeypatch):
-    """Not the current one, the checkout's or its data, the base's or the rows', however they are spelled."""
-    base, link = tmp_path / "base", tmp_path / "link"
-    (tmp_path / "rows").mkdir()
-    base.mkdir()
-    link.symlink_to(base)
-    name = str(out_dir).replace("BASE", str(base)).replace("link", str(link)).replace("rows", f"{tmp_path}/rows")
+    """Not the current one, the checkout or its data, the base's or the rows', however they are spelled."""
+    for name in ("base", "rows"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("base")
     monkeypatch.chdir(ROOT)
+    knobs = [f"--out_dir={out_dir}", "--model=TMP/base", "--data_path=TMP/rows"]
     for trainer in (train_uft, train_ift):
-        with pytest.raises(UserError, match="^out_dir = '.*': must be a folder of its own, such as out/NAME$"):
-            trainer.main([f"--out_dir={name}", f"--model={base}", f"--data_path={tmp_path}/rows"])
+        with pytest.raises(UserError, match="^out_dir = .*: must be a folder of its own, such as out/NAME$"):
+            trainer.main([knob.replace("TMP", str(tmp_path)) for knob in knobs])
 
 
 # ---- --help and config.toml ----
