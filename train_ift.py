@@ -38,8 +38,6 @@ import evaluate
 import model as plain_head
 from data.chat import Example
 from data.examples import Data, load_examples
-from experiments.plot import draw_run
-from experiments.report import write_report
 from fast import head as fast_head
 from fast import prefix as fast_prefix
 from infra import config, parallel, samples, training
@@ -475,7 +473,7 @@ def log_rows(run: Run, batch: list, method: Method, residual: Residual | None, c
     elif method.token_loss:
         weights = method.token_loss(nll, cfg) / nll.clamp(min=1e-9)
     for record in samples.row_records(run.tokenizer, (rows.ids, rows.mask, own, nll, weights)):
-        run.log.write("samples", run.state["step"] + 1, record)
+        samples.write(run.log, run.state["step"] + 1, record)
 
 
 def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config) -> dict:
@@ -537,6 +535,7 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
     # Of several methods some may not have begun.
     resume = cfg.resume != "false" and resume_folder(out_dir) is not None
     run = training.set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
+    run.method = name
     data = load_examples(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
     run.reference = training.frozen_model(run.base, run, cfg) if method.reference else None
     if cfg.optimizer == "adamw":
@@ -578,9 +577,7 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
             show = cfg.show if step + 1 == steps else 0
             run.state["last"] = validate(run, data, name, steps, show, cfg)
         training.save_and_stop(run, cfg, steps, data.stop_ids, data.template)
-    run.log.close()
-    draw_run(run.out)
-    write_report(run.out)
+    training.finish(run, cfg)
     return run.state["last"] | {"seconds": run.state["train_s"]}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from data.chat import encode_rows, load, rows_of_task, turn_ends
 from data.judge import check_task
+from data.problems import in_style
 from data.rows import judged_by, load_rows, load_task, split_note
 from data.tokenizer import Tokenizer
 from infra.config import UserError, require
@@ -33,6 +34,7 @@ def load_examples(pairs: bool, cfg: Any, tokenizer: Tokenizer, model_config: Any
         if task:
             options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
             test_rows = load_rows(task, split, cfg.data_path, n, **options)  # test comes last
+            test_rows = in_style(test_rows, cfg.prompt_style, tokenizer)
             check_task(task, test_rows)
             rows = rows_of_task(test_rows)
         else:

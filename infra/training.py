@@ -22,8 +22,11 @@ import torch
 from data.judge import reset_signals_in_children
 from data.rows import load_task
 from data.tokenizer import Tokenizer
+from experiments.plot import draw_run
+from experiments.report import write_report
 from fast.compiled import compile_blocks
 from fast.head import trim_heap, trim_heap_at_peaks
+from infra.card import model_card
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
@@ -66,6 +69,7 @@ class RunConfig:
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
     task: str = "countdown"  # a file of data/, or the path of your own
     style: str = "short"  # prompt style of the task: paper, or short for tiny models
+    prompt_style: Literal["plain", "chat"] = "plain"  # chat: prompts in the model's chat template
     checker: Literal["ours", "published"] = "ours"  # judge of the answers: ours, or the papers' code
     data_path: str = ""  # folder or file of rows; empty: the task makes them
     train_rows: Natural = 0  # use the first N rows; 0: all, or the task's default number
@@ -120,6 +124,7 @@ class Run:
     state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, a method's memory
     metrics: dict | None = None  # of the step in progress
     log: Log | None = None
+    method: str = ""  # the name of what is trained
 
 
 def check_shared(cfg: Any) -> None:
@@ -379,8 +384,12 @@ def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
 
 
 def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step's optimiser steps, averaged."""
-    return {k: sum(u[k] for u in updates) / len(updates) for k in (updates or [{}])[0]}
+    """The metrics of a step's optimiser steps, each averaged over those that have it."""
+    values: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(v) / len(v) for name, v in values.items()}
 
 
 def log_step(
@@ -401,7 +410,7 @@ def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "
     if done % cfg.save_every == 0 or done == total or stop:
         dtype = saved_dtype(run.model, cfg)
         parts = {
-            "model": partial(write_model, run.model, run.tokenizer, stop_ids, template, dtype),
+            "model": partial(write_model_and_card, run, cfg, stop_ids, template, dtype),
             "resume": partial(write_resume, run.model, run.optimizer, run.state, cfg),
         }
         if adapted_layers(run.model):
@@ -413,6 +422,25 @@ def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "
         run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
         sys.exit(128 + stop)
+
+
+def write_model_and_card(run: Run, cfg: Any, stop_ids, template: str, dtype, folder: Path) -> None:
+    write_model(run.model, run.tokenizer, stop_ids, template, dtype, folder)
+    if rank() == 0:
+        card = model_card(cfg, run.method, run.base, run.state)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def finish(run: Run, cfg: Any) -> None:
+    """Close the log, draw curve.png, write report.html, and say what can be done next."""
+    run.log.close()
+    draw_run(run.out)
+    write_report(run.out)
+    model, data = run.out / "model", f" --data_path={cfg.data_path}" if cfg.data_path else ""
+    task = f"--task={cfg.task} --style={cfg.style}{data}, or " if cfg.task else ""
+    print(f"{run.state['train_s']:.0f} s of training; model in {model}, report in {run.out / 'report.html'}")
+    print(f"next: python evaluate.py --model={model} {task}--chat")
+    print("      or the same command with --resume=true and more steps")
 
 
 def saved_dtype(model: Transformer, cfg: Any) -> torch.dtype:
