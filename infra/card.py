@@ -13,8 +13,9 @@ LEFT_OUT = {*MAY_DIFFER, "model", "dtype", "rollout_dtype", "algo", "loss"}
 
 def model_card(cfg: Any, method: str, base: Path, state: dict) -> str:
     """The text of the card. state: of the run, with `last`, the record of its last validation."""
-    uft = hasattr(cfg, "algo")
-    knob, trainer, paper = ("algo", "train_uft.py", "2505.16984") if uft else ("loss", "train_ift.py", "2405.11870")
+    knob, trainer, paper = "loss", "train_ift.py", "2405.11870"
+    if hasattr(cfg, "algo"):
+        knob, trainer, paper = "algo", "train_uft.py", "2505.16984"
     name = getattr(cfg, "hub", "") or base.resolve().name
     metadata = {"base_model": getattr(cfg, "hub", ""), "license": license_of(base)}
     data = Path(cfg.task or cfg.data_path).stem
