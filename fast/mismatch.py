@@ -29,8 +29,8 @@ def rollout_weights(
 def settle(run: Any, groups: Sequence, recompute: Callable, cfg: Any) -> dict[str, float]:
     """Make old log-probs the trainer's if the sampler's precision is another.
 
-    recompute(model, groups, cfg) sets them. rollout_correction weighs advantages by pi_trainer / pi_sampler, since to scale an advantage by a positive
-    factor scales its policy loss by the same. Returns metrics.
+    recompute(model, groups, cfg) sets them. rollout_correction weighs advantages by pi_trainer / pi_sampler,
+    since to scale an advantage by a positive factor scales its policy loss by the same. Returns metrics.
     """
     both_float32 = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
     if not groups or both_float32 and cfg.rollout_correction == "none":
