@@ -150,7 +150,7 @@ class Merger:
             unknown = char not in self.vocab
         return symbols
 
-    # ---- tiktoken ------------------------------------------------------------------------------------------
+    # ---- tiktoken ----
 
     def _try_tiktoken(self, spelled: dict[str, bytes], byte_ids: list[int], pattern: str) -> None:
         """Set `encoding` if tiktoken gives the same ids; `ids` has the id of each of its ranks.

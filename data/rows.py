@@ -33,6 +33,7 @@ PROMPT = (
 )
 """The prompt of the UFT paper (TinyZero's), plain text without a chat template."""
 ENDINGS = (".parquet", ".jsonl", ".json")
+KINDS = ("prefs", "sft", "gen")  # of a hub folder's splits (train_prefs-* ...); the first found is read
 FUNCTIONS = ("load(split, path=None) -> rows", "score(response, truth) -> (reward, verdict)")  # of a task
 TEST_EVERY = 10  # one row in ten of a single file is a test row
 FIELDS = "prompt question problem hint answer final_answer solution truth reward_model data_source level"
@@ -248,9 +249,17 @@ def _files(path: Path, split: str) -> list[Path]:
     parts = {p: p.relative_to(path).parts for p in sorted(path.rglob("*")) if p.suffix in ENDINGS}
     files = [p for p, names in parts.items() if not any(name.startswith((".", "~")) for name in names)]
     whole = [path / f"{split}{ending}" for ending in ENDINGS]
-    files = [p for p in whole if p in files][:1] or [
-        p for p in files if re.match(rf"{re.escape(split)}[-_.]", p.name) or split in parts[p][:-1]
-    ]
+    if found := [p for p in whole if p in files]:
+        return found[:1]
+    # Shards, as on the hub: of several kinds one is read.
+    named = [p for p in files if re.match(rf"{re.escape(split)}[-_.]", p.name)]
+    for kind in (split, *(f"{split}_{kind}" for kind in KINDS)):
+        if shards := [p for p in named if p.name.startswith(f"{kind}-")]:
+            others = {p.name.partition("-")[0] for p in named} - {kind}
+            if others:
+                print(f"{path}: reading {kind}, not {', '.join(sorted(others))}")
+            return shards
+    files = [p for p in files if p in named or split in parts[p][:-1]]
     if not files:
         raise UserError(f"{path}: no {split}.parquet or {split}.jsonl")
     return files

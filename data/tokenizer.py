@@ -6,7 +6,7 @@ refuses by name what it does not support. An encoding takes four steps:
 
 1. Cut out added tokens such as <|endoftext|> (`AddedTokens`).
 2. Normalise the text between them (`_normalizer`).
-3. Cut it into pieces, most often words (`_pre_tokenizer`).
+3. Cut it into pieces, most often words (`pre_tokenizer`).
 4. Merge the characters of each piece into tokens (`bpe.Merger`).
 
 `chat` formats a conversation with the checkpoint's chat template, or a built-in one (data/templates.py).
@@ -20,14 +20,15 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
-from operator import add
+from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import regex
 
 from data import templates
 from data.bpe import BYTE_TOKENS, Merger, token_bytes
+from data.pieces import flatten, pre_tokenizer, unsupported
 from infra.config import UserError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
@@ -35,22 +36,6 @@ OTHER_FORMATS = ("tokenizer.model", "vocab.json", "tekken.json")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, regex.error)
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT4_PATTERN = (  # DIGITS differs between families
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Words keep their space; every number up to 99 can be one token.
-TINY_PATTERN = r" ?\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]"
-COVERING = {  # patterns whose matches are all of a text
-    GPT2_PATTERN,
-    TINY_PATTERN,
-    GPT4_PATTERN.replace("DIGITS", r"\p{N}"),  # Qwen2.5
-    GPT4_PATTERN.replace("DIGITS", r"\p{N}{1,3}"),  # Llama 3
-    # GPT-2's pattern as other files spell it
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-}
 
 
 class Tokenizer:
@@ -75,7 +60,7 @@ class Tokenizer:
         """
         self.config, self.source, model = config, None, description["model"]
         if model.get("type", "BPE") != "BPE":
-            raise _unsupported(f"a tokenizer of kind {model['type']}")
+            raise unsupported(f"a tokenizer of kind {model['type']}")
         vocab, pieces = model["vocab"], bool(model.get("byte_fallback"))
 
         # Added tokens, with the eos among them even where only config.json names it
@@ -99,7 +84,7 @@ class Tokenizer:
         normalized = {self._normalize(t): a for t, a in added.items() if a.get("normalized")}
         self._raw = AddedTokens({t: a for t, a in added.items() if not a.get("normalized")})
         self._normalized = AddedTokens(normalized)
-        self._cuts, pattern = _pre_tokenizer(description.get("pre_tokenizer"), pieces)
+        self._cuts, pattern = pre_tokenizer(description.get("pre_tokenizer"), pieces)
         spelled = {t: token_bytes(t, pieces) for t in vocab}
         self._merger = Merger(model, spelled, pattern)
 
@@ -113,7 +98,7 @@ class Tokenizer:
         self._strip = _stripped_spaces(description.get("decoder"), pieces)
         self._skipped_ids = {a["id"] for t, a in added.items() if a.get("special") and t not in TAGS}
 
-    # ---- reading and writing -------------------------------------------------------------------------------
+    # ---- reading and writing ----
 
     @classmethod
     def from_pretrained(cls, dir: str | Path) -> "Tokenizer":
@@ -180,7 +165,7 @@ class Tokenizer:
             if config.pop("chat_template", None) is not None:
                 _write_json(dir / "tokenizer_config.json", config)
 
-    # ---- text and ids --------------------------------------------------------------------------------------
+    # ---- text and ids ----
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of a text. The text of an added token becomes that token; lone surrogates, which are no
@@ -231,6 +216,29 @@ class Tokenizer:
         spaces = len(text) - len(text.lstrip(" "))
         return text[min(spaces, self._strip) :]
 
+    @cached_property
+    def added_pattern(self) -> regex.Pattern:
+        """Finds the tokens that are found as a whole, and those that end an answer; no white space."""
+        tokens = {token["content"] for token in self.description["added_tokens"]}
+        tokens |= {self.decode([stop]) for stop in self.stop_ids}
+        return _any_of(filter(str.strip, tokens))
+
+    def encode_parts(self, text: str, cuts: list[int]) -> list[list[int]]:
+        """Ids of the parts of a text: together those of the whole, if no cut falls inside a token.
+
+        SentencePiece begins each encoding with a space, so a part is encoded with what stands before it,
+        from the last added token on. Where that merges over the cut, the part is encoded alone, as the
+        prompt is when the model has to answer it.
+        """
+        parts, before = [], ""
+        for begin, end in pairwise([0, *cuts, len(text)]):
+            part = text[begin:end]
+            head, both = self.encode(before) if before else [], self.encode(before + part)
+            parts.append(both[len(head) :] if both[: len(head)] == head else self.encode(part))
+            starts = [token.start() for token in self.added_pattern.finditer(part)]
+            before = part[starts[-1] :] if starts else part or before
+        return parts
+
     def check_ids(self, ids: Iterable[int], vocab_size: int, where: str) -> None:
         """UserError if an id has no row in an embedding of vocab_size rows. where: names the data row."""
         highest = max(ids, default=-1)
@@ -238,7 +246,7 @@ class Tokenizer:
             token = f"token {self.decode([highest])!r} has id {highest}"
             raise UserError(f"{where}: {token}, but the model has only vocab_size = {vocab_size} ids")
 
-    # ---- conversations -------------------------------------------------------------------------------------
+    # ---- conversations ----
 
     def template_name(self, template: str = "auto") -> str:
         """The chat template that `template` stands for: a name in TEMPLATES or one of the checkpoint's own;
@@ -288,11 +296,7 @@ class Tokenizer:
         return self.encode(self.render(messages, add_generation_prompt, template, **variables))
 
 
-def _unsupported(part: str) -> UserError:
-    return UserError(f"{part} is not supported")
-
-
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def _read_json(path: Path) -> dict:
@@ -336,22 +340,27 @@ def _read_config(dir: Path) -> dict:
     return config
 
 
-# ---- added tokens ------------------------------------------------------------------------------------------
+# ---- added tokens ----
 
 # White space as Rust's regular expressions define it
 SPACES = regex.compile(r"\p{White_Space}*")
 SPACES_BACKWARDS = regex.compile(r"(?r)\p{White_Space}*")
 
 
+def _any_of(texts: Iterable[str]) -> regex.Pattern:
+    """Finds any of the texts; of two that start at the same place the longer one wins."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")
+
+
 class AddedTokens:
-    """Cuts added tokens out of a text. Of two tokens that start at the same place the longer one wins."""
+    """Cuts added tokens out of a text."""
 
     def __init__(self, tokens: dict[str, dict]):
         """tokens: what to look for -> its entry in tokenizer.json's added_tokens."""
         self.tokens = tokens
         self.first_characters = sorted({t[0] for t in tokens if t})
-        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-        self.pattern = regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")
+        self.pattern = _any_of(filter(None, tokens))
 
     def cut(self, text: str) -> Iterator[tuple[str, bool, list[int]]]:
         """(text before a token, whether that begins the text, [the token's id]), last (the rest, ..., [])."""
@@ -387,7 +396,7 @@ def _added_tokens(tokens: list[dict], config: dict, vocab: dict[str, int]) -> di
         if content in added:
             continue
         if token.get("single_word"):
-            raise _unsupported(f"single_word = true of added token {content!r}")
+            raise unsupported(f"single_word = true of added token {content!r}")
         place = vocab.get(content, following)
         if type(id := token.get("id", place)) is not int or id != place:
             raise UserError(f"added token {content!r} has id {id!r}, but its place gives it id {place}")
@@ -416,30 +425,25 @@ def _configured_tokens(config: dict) -> list[dict]:
 def _bos(part: dict | None, ids: dict[str, int]) -> int | None:
     """The id that the post-processor puts in front of a text, or None. What it puts behind is left out."""
     before: list[str] = []
-    for p in _flatten(part, "processors"):
+    for p in flatten(part, "processors"):
         if p["type"] == "TemplateProcessing":
             names = [item.get("SpecialToken", {}).get("id") for item in p["single"]]
-            before += names[: names.index(None)]  # None is the text
+            if names.count(None) != 1:  # None is the text
+                raise UserError("post_processor TemplateProcessing must contain the text once")
+            before += names[: names.index(None)]
         elif p["type"] != "ByteLevel":
-            raise _unsupported(f"post_processor {p['type']}")
+            raise unsupported(f"post_processor {p['type']}")
     if len(before) > 1 or not ids.keys() >= {*before}:
         raise UserError(f"post_processor puts {before} in front, not one token of the vocabulary")
     return ids[before[0]] if before else None
 
 
-def _flatten(part: dict | None, name: str) -> list[dict]:
-    """The parts of a Sequence, which can hold further Sequences. name: of the list of parts."""
-    if not part:
-        return []
-    return [q for p in part[name] for q in _flatten(p, name)] if part["type"] == "Sequence" else [part]
-
-
-# ---- normalising -------------------------------------------------------------------------------------------
+# ---- normalising ----
 
 
 def _normalizer(part: dict | None) -> list[Callable[[str], str]]:
     """The functions applied in turn to a text before it is cut into pieces."""
-    return [_normalizer_step(p) for p in _flatten(part, "normalizers")]
+    return [_normalizer_step(p) for p in flatten(part, "normalizers")]
 
 
 def _normalizer_step(part: dict) -> Callable[[str], str]:
@@ -450,114 +454,15 @@ def _normalizer_step(part: dict) -> Callable[[str], str]:
         return lambda text: text and part["prepend"] + text
     if kind == "Replace" and part["pattern"].get("String"):
         return lambda text: text.replace(part["pattern"]["String"], part["content"])
-    raise _unsupported(f"normalizer {kind}")
+    raise unsupported(f"normalizer {kind}")
 
 
-# ---- cutting into pieces -----------------------------------------------------------------------------------
-
-Cut = Callable[[str, bool], list[str]]  # (text, whether it begins the whole text) -> its pieces
-BEHAVIORS = {  # of a Split: (text, match, text, ..., match, text) -> pieces
-    "Isolated": lambda parts: parts,
-    "MergedWithPrevious": lambda parts: [*map(add, parts[::2], parts[1::2]), parts[-1]],
-    "MergedWithNext": lambda parts: [parts[0], *map(add, parts[1::2], parts[2::2])],
-}
-
-# The tokenizers package reads patterns with Oniguruma. These parts mean the same to Python's regex module.
-ESCAPE = r"\\[pP]\{\^?\w+\}|\\u[0-9A-Fa-f]{4}|\\x[0-7][0-9A-Fa-f]|\\[sSdDnrtfA]|\\[^\p{L}\p{N}]"
-GROUP = r"\(\?(?:[:=!>]|<[=!])"
-# Upper or lower case, without letters that can be one ligature
-ANY_CASE = r"\(\?i:(?!['’a-zA-Z|]*(?i:ss|st|ff|fi|fl))['’a-zA-Z|]+\)"
-COUNT = r"\{(?:\d+(?:,\d*)?|,\d+)\}(?![+?])"
-CLASS = rf"(?<class>\[\^?(?!\])(?:(?!&&|\|\||--|~~|\[:)(?:{ESCAPE}|(?&class)|[^\\\[\]]))+\])"
-KNOWN_PATTERN = regex.compile(rf"(?:{ESCAPE}|{GROUP}|{ANY_CASE}|{COUNT}|{CLASS}|(?!\(\?)[^\\{{\[])*", regex.S)
-NUMBERED_GROUP = regex.compile(rf"(?:{ESCAPE}|{CLASS})(*SKIP)(*FAIL)|\((?!\?)")
-
-
-def _pre_tokenizer(part: dict | None, pieces: bool) -> tuple[list[Cut], str | None]:
-    """The cuts to make one after the other, and the pattern of a last cut that loses no text, or None.
-
-    pieces: the vocabulary is SentencePiece's. Else it is byte-level, and ByteLevel is the last part.
-    """
-    parts = _flatten(part, "pretokenizers")
-    if pieces:
-        return [_pre_tokenizer_step(p, pieces) for p in parts], None
-    if not parts or parts[-1]["type"] != "ByteLevel":
-        raise UserError("pre_tokenizer must end with ByteLevel, since the vocabulary is byte-level")
-    byte_level, parts = parts[-1], parts[:-1]
-    cuts = [_pre_tokenizer_step(p, pieces) for p in parts]
-    prefix = byte_level["add_prefix_space"]
-    if prefix:
-        cuts.append(lambda text, at_start: [text if text.startswith(" ") else " " + text])
-    if byte_level.get("use_regex", True):
-        return cuts, GPT2_PATTERN
-    last = parts[-1] if parts and not prefix else {}
-    if last.get("behavior") == "Isolated" and last["pattern"].get("Regex") in COVERING:
-        return cuts[:-1], last["pattern"]["Regex"]
-    return cuts, None
-
-
-def _pre_tokenizer_step(part: dict, pieces: bool) -> Cut:
-    kind = part["type"]
-    if kind == "Split":
-        return _split(part)
-    if kind == "Digits":
-        return _cut(r"\p{N}" if part["individual_digits"] else r"\p{N}+", "Isolated")
-    if kind == "Metaspace" and pieces:
-        return _metaspace(part)
-    raise _unsupported(f"pre_tokenizer {kind} in this place")
-
-
-def _split(part: dict) -> Cut:
-    behavior, invert, pattern = part["behavior"], part["invert"], part["pattern"]
-    if behavior not in BEHAVIORS or (invert and behavior != "Isolated"):
-        raise _unsupported(f"a pre_tokenizer Split with behavior {behavior} and invert = {invert}")
-    if len(pattern) != 1:
-        raise UserError("the pattern of a pre_tokenizer Split must be either a Regex or a String")
-    if "String" in pattern:
-        return _cut(regex.escape(pattern["String"]), behavior)
-    if not KNOWN_PATTERN.fullmatch(pattern["Regex"]):
-        raise _unsupported(f"a part of the pre_tokenizer's pattern {pattern['Regex']!r}")
-    return _cut(NUMBERED_GROUP.sub("(?:", pattern["Regex"]), behavior)
-
-
-def _cut(pattern: str, behavior: str) -> Cut:
-    """Cuts at the matches of a pattern. Nothing is lost: the text between two matches is a piece as well."""
-    compiled = regex.compile(f"({pattern})", regex.V1 | regex.MULTILINE)
-
-    def cut(text: str, at_start: bool) -> list[str]:
-        parts = compiled.split(text)
-        if "" in parts[1::2]:
-            raise _unsupported(f"a pre_tokenizer's pattern that matches an empty text ({pattern!r})")
-        return [piece for piece in BEHAVIORS[behavior](parts) if piece]
-
-    return cut
-
-
-def _metaspace(part: dict) -> Cut:
-    """Writes spaces as the replacement, puts one in front and, with `split`, cuts before each of them."""
-    space, scheme = part["replacement"], part.get("prepend_scheme", "always")
-    split, prefix = part.get("split") is not False, part.get("add_prefix_space")
-    known = len(space) == 1 and scheme in ("always", "first", "never")
-    if not known or prefix is False and scheme != "never":
-        options = f"replacement {space!r}, prepend_scheme {scheme!r} and add_prefix_space = {prefix}"
-        raise _unsupported(f"Metaspace with {options}")
-    words = _cut(regex.escape(space), "MergedWithNext")
-
-    def cut(text: str, at_start: bool) -> list[str]:
-        text = text.replace(" ", space)
-        if (scheme == "always" or (scheme == "first" and at_start)) and not text.startswith(space):
-            text = space + text
-        return words(text, at_start) if split else [text]
-
-    return cut
-
-
-# ---- decoding ----------------------------------------------------------------------------------------------
+# ---- decoding ----
 
 
 def _stripped_spaces(decoder: dict | None, pieces: bool) -> int:
     """The number of spaces that a decoder drops in front of a text. UserError: it does other things."""
-    parts = _flatten(decoder, "decoders")
+    parts = flatten(decoder, "decoders")
     kinds = [p["type"] for p in parts]
     if not pieces and kinds == ["ByteLevel"]:
         return 0
@@ -565,4 +470,4 @@ def _stripped_spaces(decoder: dict | None, pieces: bool) -> int:
         spaces = (parts[0]["pattern"], parts[0]["content"]) == ({"String": "▁"}, " ")
         if spaces and all(p["content"] == " " and not p["stop"] for p in parts[3:]):
             return sum(max(int(p["start"]), 0) for p in parts[3:])
-    raise _unsupported(f"decoder {', '.join(kinds)} with these settings")
+    raise unsupported(f"decoder {', '.join(kinds)} with these settings")
