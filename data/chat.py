@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.rows import is_one_file, read_records, split_rows
+from data.rows import is_one_file, naming, read_records, split_rows
 from data.tokenizer import Tokenizer
 from data.turns import REASONING, find_turns
 from infra.config import UserError
@@ -144,10 +144,8 @@ def _messages(value: list, name: str) -> list[dict]:
         raise UserError(f"field '{name}' must be a list of messages, or a text beside a text as prompt")
     messages = []
     for n, message in enumerate(value):
-        try:
+        with naming(f"field '{name}', message {n}"):
             messages.append(_message(message))
-        except UserError as e:
-            raise UserError(f"field '{name}', message {n}: {e}") from None
     return messages
 
 
