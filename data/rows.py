@@ -185,7 +185,9 @@ def _complete(row: Any, truth: str = "truth") -> dict:
 
 def first(rows: list[dict], n: int | None, path: str | Path, split: str) -> list[dict]:
     """All rows, or the first n. UserError if there are fewer."""
-    if n is not None and not 1 <= n <= len(rows):
+    if n is not None and n < 1:
+        raise UserError(f"n: {n}; must be >= 1")
+    if n is not None and n > len(rows):
         raise UserError(f"n: {n} rows were asked for, {path} has {len(rows)} of split {split}")
     return rows[:n]
 
