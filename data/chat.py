@@ -1,23 +1,17 @@
-"""Conversations, texts and preference pairs: rows of files, and the token ids and loss masks made of them.
+"""Conversations, texts and preference pairs: rows of files, and their token ids and loss masks.
 
-A row (.jsonl, .json, .parquet) has one of these forms; the first are UltraChat's and UltraFeedback's:
+A row has one of these forms. The first two are UltraChat's and UltraFeedback's:
 
     {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}, ...]}
     {"chosen": [{"role": "user", "content": "2+3?"}, ...], "rejected": [...], "prompt": "2+3?"}
     {"prompt": [{"role": "user", "content": "2+3?"}], "completion": [{"role": "assistant", ...}]}
-    {"prompt": "2+3=", "completion": "5"}                      text without a chat template
-    {"prompt": "2+3=", "chosen": "5", "rejected": "6"}         also with lists of messages
+    {"prompt": "2+3=", "completion": "5"}                 texts, without a chat template
+    {"prompt": "2+3=", "chosen": "5", "rejected": "6"}    texts, or lists of messages
 
-A conversation may have `tools` beside its messages, and a message any field that the chat template reads
-(tool_calls, reasoning_content, name ...). "weight": 0 or "train": false takes the loss off an
-assistant's turn, "label": false (KTO's) leaves a row out. Up to 5 % of the rows may be bad: they are
-skipped, counted and printed. The paper's files are parquet, so `pip install -e '.[data]'`:
-
-    hf download HuggingFaceH4/ultrachat_200k --repo-type=dataset --local-dir=ultrachat
-    hf download HuggingFaceH4/ultrafeedback_binarized --repo-type=dataset --local-dir=ultrafeedback
-
-The loss is on the assistant's turns and on the token that ends each of them, and nowhere else. Published
-IFT code leaves the end token out with tokenizers that have a bos token, so its models never stop.
+A conversation may have `tools`, and a message any field that the chat template reads (tool_calls,
+reasoning_content ...). The loss is on the assistant's turns and on the token that ends each of them.
+"weight": 0 or "train": false takes it off a turn, "label": false (KTO's) leaves a row out. Published
+IFT code has no loss on the end token if there is a bos token, so its models never stop.
 """
 
 import json
@@ -39,7 +33,7 @@ from data.turns import REASONING, find_turns
 from infra.config import UserError
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
-FORMS = (("chosen", "rejected"), ("messages",), ("completion",))  # the first whose fields are there counts
+FORMS = (("chosen", "rejected"), ("messages",), ("completion",))  # the first that is there counts
 UNSUPPORTED = ("system", "system_prompt", "system_message", "history", "functions", "documents")
 UNSUPPORTED += ("images", "videos", "audios", "chat_template_kwargs")  # an answer may depend on them
 MOST_BAD = 0.05  # share of bad rows that are skipped; more end the run
@@ -50,20 +44,20 @@ class Example(NamedTuple):
     ids: np.ndarray  # (T,) int32
     mask: np.ndarray  # (T,) bool: the tokens that are targets
     cut: bool  # the end did not fit into max_length
-    ends: tuple[int, ...] = ()  # special tokens that end its trained turns within max_length
+    ends: tuple[int, ...] = ()  # special tokens that end its trained turns
 
 
 # ---- rows ----
 
 
 def load(split: str, path: str | Path, one_file: str = "all") -> list[dict]:
-    """Rows of a file or folder, as dicts of where, of label where it is false, and of one of
+    """Rows of a file or folder, as dicts of where, of label if it is false, and of one of
 
     - prompt and completion, or prompt, chosen and rejected: texts
-    - messages, or chosen and rejected: conversations that end with the assistant, with tools if there are
-      any; the first `first` messages are the prompt, and have no loss
+    - messages, or chosen and rejected: conversations, with tools if there are any; the loss begins
+      after the first `first` messages
 
-    one_file: see rows.load_rows(). UserError: the path cannot be read, or more than 5 % of the rows are bad.
+    one_file: see rows.load_rows(). UserError: more than 5 % of the rows are bad.
     """
     rows, bad = [], []
     records = read_records(path, split)
@@ -73,11 +67,13 @@ def load(split: str, path: str | Path, one_file: str = "all") -> list[dict]:
         except UserError as e:
             bad.append(f"{where}: {e}")
     _report(bad, len(records))
-    return split_rows(rows, split) if one_file == "split" and is_one_file(path) else rows
+    if one_file == "split" and is_one_file(path):
+        return split_rows(rows, split)
+    return rows
 
 
 def _report(bad: list[str], rows: int) -> None:
-    """Print the errors of bad rows. UserError with the first if there are too many to skip."""
+    """Print what is skipped. UserError if it is too much."""
     share = f"{len(bad):,} of {rows:,} rows"
     if len(bad) > MOST_BAD * rows:
         raise UserError(f"{bad[0]} ({share} are bad; up to {MOST_BAD:.0%} would be skipped)")
@@ -90,21 +86,23 @@ def _row(record: dict) -> dict:
     names = next((names for names in FORMS if record.get(names[-1]) is not None), ())
     if not names:
         forms = "'messages', 'prompt' and 'completion', or 'chosen' and 'rejected'"
-        raise UserError(f"there is no answer; needs the fields {forms}, but has {', '.join(record)}")
+        raise UserError(f"there is no answer; needs {forms}, but has {', '.join(record)}")
     for name in UNSUPPORTED:
         if record.get(name):
-            raise UserError(f"field '{name}' is not supported; move it into the messages or remove it")
+            raise UserError(f"field '{name}' is not supported; move it into the messages")
     label = record.get("label")
     if label not in (None, True, False):
-        raise UserError(f"field 'label' is {label!r}; must be true, or false for a bad answer")
+        raise UserError(f"field 'label' is {label!r}; must be true or false")
 
     row = {name: record.get(name) for name in ("prompt", *names)}
     are_texts = all(isinstance(text, str) for text in row.values())
     if "messages" in names or not are_texts:
         row = _conversations(record, names)
     elif record.get("tools"):
-        raise UserError("field 'tools' needs messages, since only a chat template can write it")
-    return row if label is None or label else row | {"label": False}
+        raise UserError("field 'tools' needs messages, not texts")
+    if label is not None and not label:
+        row["label"] = False
+    return row
 
 
 def _conversations(record: dict, names: tuple[str, ...]) -> dict:
@@ -119,8 +117,9 @@ def _conversations(record: dict, names: tuple[str, ...]) -> dict:
         if isinstance(prompt, str) and answer[0]["role"] == "assistant":
             before = [{"role": "user", "content": prompt}]
         # An answer may repeat the prompt, or its last messages.
-        repeats = [n for n in range(len(before) + 1) if before[len(before) - n :] == answer[:n]]
-        answer = answer[max(repeats) :]
+        overlaps = range(min(len(before), len(answer)), -1, -1)
+        repeated = next(n for n in overlaps if before[len(before) - n :] == answer[:n])
+        answer = answer[repeated:]
         if not answer or answer[-1]["role"] != "assistant":
             raise UserError(f"field '{name}' does not end with an answer of the assistant")
         row[name] = before + answer
@@ -130,7 +129,7 @@ def _conversations(record: dict, names: tuple[str, ...]) -> dict:
         same = [a == b for a, b in zip(chosen, rejected, strict=False)]
         row["first"] = min([*same, False].index(False), len(chosen) - 1, len(rejected) - 1)
         if row["first"] == 0:
-            raise UserError("'chosen' and 'rejected' do not begin with the same message")
+            raise UserError("'chosen' and 'rejected' do not begin alike")
     if "completion" in names:
         row["messages"] = row.pop("completion")
     if tools := _functions(record.get("tools"), "field 'tools'"):
@@ -141,7 +140,7 @@ def _conversations(record: dict, names: tuple[str, ...]) -> dict:
 def _messages(value: list, name: str) -> list[dict]:
     """The checked messages of a field."""
     if not isinstance(value, list) or not value:
-        raise UserError(f"field '{name}' must be a list of messages, or a text beside a text as prompt")
+        raise UserError(f"field '{name}' must be a list of messages, or a text as 'prompt' is")
     messages = []
     for n, message in enumerate(value):
         with naming(f"field '{name}', message {n}"):
@@ -150,18 +149,19 @@ def _messages(value: list, name: str) -> list[dict]:
 
 
 def _message(message: dict) -> dict:
-    """A checked message without null fields: parquet gives every message the fields of all others."""
+    """A checked message without null fields, which parquet adds."""
     if not isinstance(message, dict):
-        raise UserError(f"must be an object with role and content, not {type(message).__name__}")
-    names = ", ".join(message)
+        raise UserError(f"must be an object with role and content, not {message!r:.80}")
+    fields = ", ".join(message)
     message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
         rule = f"must be one of {', '.join(ROLES)}"
-        raise UserError(f"field 'role' is {role!r}; {rule}; the message has the fields {names}")
+        raise UserError(f"field 'role' is {role!r}; {rule}; the fields are {fields}")
 
     # Texts. Calls may stand for the content.
-    calls, function_call = message.pop("tool_calls", None), message.pop("function_call", None)
+    calls = message.pop("tool_calls", None)
+    function_call = message.pop("function_call", None)
     if function_call and not calls:  # OpenAI's older form of a single call
         calls = [{"type": "function", "function": function_call}]
     calls = [call for call in _functions(calls, "calls") if call.get("function", call)]
@@ -169,8 +169,7 @@ def _message(message: dict) -> dict:
         message["tool_calls"] = calls
     for field in ("content", *REASONING):
         if not isinstance(message.get(field, ""), str):
-            kind = type(message[field]).__name__
-            raise UserError(f"field '{field}' must be a text, not {kind}")
+            raise UserError(f"field '{field}' must be a text, not {message[field]!r:.80}")
     content = message.setdefault("content", None)
     if content is None and not (calls and role == "assistant"):
         raise UserError("field 'content' is missing or null")
@@ -180,17 +179,18 @@ def _message(message: dict) -> dict:
     # Which turns have a loss.
     for field in ("weight", "train"):
         if message.get(field, 0) not in (0, role == "assistant"):  # 0 is False, 1 is True
-            rule = "must be 1 or 0 (true or false) for the assistant, 0 for others"
+            rule = "must be 1 or 0 for the assistant, 0 for others"
             raise UserError(f"field '{field}' of the {role} is {message[field]!r}; {rule}")
     return message
 
 
 def _functions(value, name: str) -> list[dict]:
-    """Tools or calls. All of them, one, its arguments and its parameters may be JSON text. Outside of
-    texts null fields are left out, since parquet gives every object the fields of all others.
-    """
-    text = json.dumps(value or [], default=str)
-    value = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if v is not None})
+    """Tools or calls without null fields. Each part may be JSON text, whose nulls stay."""
+
+    def without_nulls(fields: dict) -> dict:
+        return {k: v for k, v in fields.items() if v is not None}
+
+    value = json.loads(json.dumps(value or [], default=str), object_hook=without_nulls)
     functions = [_parsed(item, dict, name) for item in _parsed(value, list, name)]
     for item in functions:
         if "function" in item:
@@ -217,14 +217,14 @@ def _parsed(value, kind: type, name: str):
 def encode_rows(
     rows: list[dict], tokenizer: Tokenizer, max_length: int, template="auto", pairs=False
 ) -> tuple[list[Example] | list[tuple[Example, Example]], dict[str, int]]:
-    """Examples of the rows, or pairs (chosen, rejected) of them, and counts by what became of the rows.
+    """Examples of the rows, or pairs (chosen, rejected) of them, and counts of what became of the rows.
 
-    Without pairs a preference row gives its chosen answer. An example longer than max_length loses its
-    end. Rows are skipped where no token of an answer is left, and pairs that are equal up to there.
-    UserError: more than 5 % of the rows cannot be encoded; names the first.
+    Without pairs a preference row gives its chosen answer. An example loses its end after max_length
+    tokens; without an answer up to there it is skipped, as are pairs that are equal up to there.
+    UserError: more than 5 % of the rows cannot be encoded.
     """
     if tokenizer.eos_id is None:
-        raise UserError("the tokenizer's configuration has no eos_token, without which no answer ends")
+        raise UserError("the tokenizer has no eos_token, without which no answer ends")
     tokenizer.template_name(template)  # there must be such a template
     examples, counts, bad = [], Counter(rows=len(rows), kept=0, truncated=0), []
     _job.update(rows=rows, pairs=pairs, settings=(tokenizer, max_length, template))
@@ -246,8 +246,7 @@ Encoded = tuple[tuple[Example, ...], list[str], str]
 
 
 def _encode_all(n: int) -> Iterator[Encoded]:
-    """The n rows of the job in their order. Of many each core takes its part, and the processes of a
-    torchrun share the cores of their machine."""
+    """The rows of the job in order; many are shared among the cores of this process."""
     cores = 1
     if n >= MANY and sys.platform == "linux":  # elsewhere a fork is not safe
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -260,19 +259,20 @@ def _encode_all(n: int) -> Iterator[Encoded]:
 
 
 def _encode_row(i: int) -> Encoded:
-    """The Example of row i or the two of a pair, () if it is skipped; notes to count; its error or ""."""
+    """The Example of row i or the two of its pair, () if skipped; notes to count; an error."""
     row, pairs = _job["rows"][i], _job["pairs"]
     if "label" in row:
         return (), ["skipped: labelled as a bad answer"], ""
     names = [name for name in ("chosen", "messages", "completion") if name in row]
     try:
         if pairs and "rejected" not in row:
-            raise UserError("this loss needs pairs, but the row has no 'chosen' and 'rejected'")
+            raise UserError("this loss needs pairs, 'chosen' and 'rejected'")
         names += ["rejected"] if pairs else []
         encoded = [encode(row, name, *_job["settings"]) for name in names]
     except UserError as e:
         return (), ["skipped: bad rows"], f"{row['where']}: {e}"
-    made, notes = tuple(e for e, _ in encoded), [note for _, some in encoded for note in some]
+    made = tuple(example for example, _ in encoded)
+    notes = [note for _, notes in encoded for note in notes]
     if unused := [e for e in made if not e.mask.any()]:
         reason = "the prompt fills max_length" if unused[0].cut else "no turn to train on"
         return (), [f"skipped: {reason}"], ""
@@ -284,15 +284,13 @@ def _encode_row(i: int) -> Encoded:
 def encode(
     row: dict, name: str, tokenizer: Tokenizer, max_length: int, template: str
 ) -> tuple[Example, list[str]]:
-    """The Example of row[name], cut to max_length, and notes on what was treated specially. The loss is
-    on all assistant turns after the prompt; of texts, encoded separately, on the answer and its eos.
-    """
+    """The Example of row[name], cut to max_length, and notes to count."""
     # Ids of the parts of the text, of which every second one is a target.
     if "prompt" in row:
         answer = _without_prompt(row[name], row["prompt"])
         notes = [] if answer == row[name] else ["answers without the prompt that they repeat"]
         if not answer.strip():
-            raise UserError(f"field '{name}' is empty, so there is no answer to learn")
+            raise UserError(f"field '{name}' is empty")
         parts = [tokenizer.encode(row["prompt"], bos=True), tokenizer.encode(answer)]
         closed = [parts[1][-1:] == [tokenizer.eos_id]]
     else:
@@ -316,7 +314,7 @@ def encode(
 
 
 def _without_prompt(answer: str, prompt: str) -> str:
-    """An answer without the prompt that it may begin with, give or take white space around that."""
+    """An answer without the prompt that it may begin with, give or take white space."""
     for begun, text in ((prompt, answer), (prompt.strip(), answer.lstrip())):
         rest = text.removeprefix(begun)
         inside_a_word = begun[-1:].isalnum() and rest[:1].isalnum()

@@ -1,11 +1,8 @@
 """Where the assistant's turns lie in a rendered conversation.
 
-A chat template is a program that comes with a checkpoint, so only rendering shows where turn i lies:
-
-    it begins   where render(messages before i, add_generation_prompt=True) ends: the model's prompt
-    it ends     after the first added token behind its last word in render(messages up to i)
-
-Both must be beginnings of the rendering of the whole conversation.
+A chat template is a program of the checkpoint, so only rendering shows where turn i lies. It begins
+where render(messages before i, add_generation_prompt=True) ends, and ends after the first added
+token behind its last word in render(messages up to i). The whole text must begin with both.
 """
 
 import json
@@ -17,9 +14,9 @@ from os.path import commonprefix
 from data.tokenizer import Tokenizer
 from infra.config import UserError
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold an assistant's thought
+REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of a thought
 CLOSE = "</think>"  # ends a thought inside a content
-DATE = "26 Jul 2024"  # "today", so that data do not change with the day; Llama 3.2's default
+DATE = "26 Jul 2024"  # "today", which must not change the data; Llama 3.2's default
 MARK = 0xF0000  # the first of the private characters, which no text contains
 REWRITTEN = "turns without loss (rewritten by the template)"
 UNPROMPTED = "turns without loss (no prompt before them)"
@@ -27,12 +24,11 @@ BARE = "turns trained without the thought that the template begins"
 
 
 def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tuple[str, list, list]:
-    """The text of the conversation row[name]; (begin, end, closed) of each trained turn in it, closed by
-    a token or not; and a note for each turn that is treated specially.
+    """The text of the conversation row[name]; begin, end and whether a token closes it for each trained
+    turn; and notes to count. UserError: the template does not write all of the row.
 
-    A turn is trained if it stands in the whole conversation as it does with nothing behind it. Else it
-    is context: Qwen3's template drops the thoughts of earlier turns. UserError: the template cannot
-    render the row, or leaves something out.
+    A turn is trained if it is written as it is with nothing behind it. Qwen3's template drops the
+    thoughts of earlier turns.
     """
     messages, tools, turns, notes = row[name], row.get("tools"), [], []
     render = partial(tokenizer.render, template=template, date_string=DATE, tools=tools)
@@ -44,10 +40,11 @@ def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tup
         # DeepSeek's template joins a call's arguments to other text.
         messages = deepcopy(messages)
         for function in _called(messages):
-            function["arguments"] = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+            arguments = function.get("arguments", {})
+            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
         whole = _whole(messages, tools, render)
 
-    # The last turn comes first, since it may be written in full where the template abridges it.
+    # The last turn comes first: it may be written in full where the template abridges it.
     last = len(messages) - 1
     for i in reversed(range(row["first"], last + 1)):
         message = messages[i]
@@ -62,7 +59,7 @@ def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tup
         text, start = _follow(prompt, text, messages[: i + 1], render)
         if start is None and i == last:
             seen = f"expected {prompt!r:.200} before it, found {whole!r:.200}"
-            raise UserError(f"the chat template does not write an answer where it asks for one; {seen}")
+            raise UserError(f"the chat template does not answer where it asks for it; {seen}")
         end = None if start is None else _end_of_turn(text, start, i, message, tokenizer)
         if i == last:
             whole = text
@@ -76,16 +73,17 @@ def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tup
 
 
 def _whole(messages: list[dict], tools: list | None, render: Callable) -> str:
-    """The text of a conversation. UserError for a text, call or tool that the template leaves out:
-    private characters take the places of all of them, and each must show.
+    """The text of a conversation. UserError if a private character in the place of a text, call or
+    tool does not show.
     """
     whole, places = render(messages, False), []
     messages, tools = deepcopy(messages), deepcopy(tools)
 
     def mark(holder: dict, key: str, where: str) -> str:
-        places.append((chr(MARK + len(places)), holder.get(key), where))
-        holder[key] = places[-1][0]
-        return holder[key]
+        character = chr(MARK + len(places))
+        places.append((character, holder.get(key), where))
+        holder[key] = character
+        return character
 
     for tool in tools or []:
         mark(tool.get("function", tool), "name", "field 'tools'")
@@ -95,11 +93,12 @@ def _whole(messages: list[dict], tools: list | None, render: Callable) -> str:
         for function in _called([message]):
             mark(function, "name", f"message {i}, field 'tool_calls'")
             if arguments := function.get("arguments"):
-                marked = {mark(function, "arguments", f"message {i}, arguments of a call"): ""}
+                character = mark(function, "arguments", f"message {i}, arguments of a call")
                 is_text = isinstance(arguments, str)
-                function["arguments"] = json.dumps(marked, ensure_ascii=False) if is_text else marked
-    try:  # Mistral's system text is in the prompt alone
-        written = render(messages, False, tools=tools) + render(messages[:-1], True, tools=tools)
+                function["arguments"] = f'{{"{character}": ""}}' if is_text else {character: ""}
+    try:
+        written = render(messages, False, tools=tools)
+        written += render(messages[:-1], True, tools=tools)  # where Mistral's has the system text
     except UserError:  # it reads what it writes
         return whole
     for character, text, where in places:
@@ -114,24 +113,23 @@ def _called(messages: list[dict]) -> list[dict]:
     return [call.get("function", call) for m in messages for call in m.get("tool_calls") or []]
 
 
-def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> tuple[str, int | None]:
+def _follow(prompt: str, text: str, messages: list, render: Callable) -> tuple[str, int | None]:
     """The text of a conversation as it is trained on, and where its last turn begins (None: unknown).
 
-    prompt: the conversation before that turn, with the assistant asked to answer. The turn follows it,
-    with three exceptions:
+    It follows the prompt for it. But:
 
-    - The prompt has more than the answered conversation: Mistral's system text stands in the last user
-      turn. The turn is moved behind the prompt.
-    - The template drops the turn's thought, or the prompt begins it (R1's ends with "<think>\\n"). The
-      turn is written in full behind the prompt, as the model will have to continue it.
-    - The prompt begins a thought and the turn has none. It follows the assistant's header alone.
+    - The prompt may have what the answered conversation lacks: Mistral writes the system text into the
+      last user turn. The turn is moved behind the prompt.
+    - The template may drop a thought, or the prompt begin it, as R1's does. The turn is written in full
+      behind the prompt, as the model will have to continue it.
+    - If the turn lacks the thought that the prompt begins, it follows the assistant's header alone.
     """
     start = len(prompt)
     if not text.startswith(prompt):
-        # The header is what the template writes before an answer of one unmistakable character.
+        # The header of an answer of one unmistakable character.
         probe = render([*messages[:-1], {"role": "assistant", "content": chr(MARK)}], False)
         header, found, _ = probe.partition(chr(MARK))
-        # The prompt must end as the header does, but for a space that may begin the answer.
+        # The prompt must end as the header does, but for a space before the answer.
         shared = len(commonprefix([prompt, header]))
         rest = header[shared:]
         rest = rest if prompt.endswith(rest) else rest.rstrip()
@@ -143,7 +141,8 @@ def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> t
 
     # The thought: begun by the prompt, in a field of its own or in the content.
     message = messages[-1]
-    begun, written, content = prompt[start:].strip(), text[start:], message["content"] or ""
+    begun, written = prompt[start:].strip(), text[start:]
+    content = message["content"] or ""
     thought = next((message[name] for name in REASONING if message.get(name)), "")
     if thought and begun:
         content = f"{thought}\n{CLOSE}\n\n{content}"
@@ -157,10 +156,8 @@ def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> t
 
 
 def _end_of_turn(text: str, start: int, i: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """Where message i, which begins at `start`, ends, and whether a token of its own ends it. Else its
-    text does. UserError: the template writes another text than the message has.
-    """
-    # Behind its last word. A template may strip the content, or write it without its thought.
+    """Where message i, which begins at `start`, ends, and whether a token of its own ends it."""
+    # Behind its last word. A template may strip the content, or drop its thought.
     content, at = (message["content"] or "").strip(), start
     answer = content if text.find(content, at) >= 0 else content.rpartition(CLOSE)[2].strip()
     parts = {name: message[name].strip() for name in REASONING if message.get(name)}
@@ -168,11 +165,13 @@ def _end_of_turn(text: str, start: int, i: int, message: dict, tokenizer: Tokeni
         found = text.find(part, at)
         if found < 0 or message["content"] is None and text.startswith("None", start):
             seen = f"expected {part!r:.200}, found {text[start:]!r:.200}"
-            raise UserError(f"message {i}: the chat template ignores or changes field '{name}'; {seen}")
+            raise UserError(f"the chat template ignores or changes '{name}' of message {i}; {seen}")
         at = found + len(part) if part else at
-    # A token that ends a turn need not be special. Calls may have tokens of their own.
+    # The token need not be special. Calls may have tokens of their own.
     closes = list(tokenizer.added_pattern.finditer(text, at))
     if message.get("tool_calls"):
         stops = {tokenizer.decode([stop]) for stop in tokenizer.stop_ids}
         closes = [close for close in closes if close[0] in stops] or closes[-1:]
-    return (closes[0].end(), True) if closes else (len(text.rstrip()), False)
+    if closes:
+        return closes[0].end(), True
+    return len(text.rstrip()), False
