@@ -45,7 +45,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_ift
 import train_uft
-from data.chat import Example, encode_rows, rows_of_task
+from data.chat import Example, encode_rows
+from data.examples import rows_of_task
 from data.rows import load_rows, load_task
 from data.tokenizer import Tokenizer
 from fast.head import CUDA_CHUNK

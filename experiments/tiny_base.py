@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 from data import countdown, logic
 from data.bpe import BYTE_TO_CHAR, merge, token_bytes
+from data.pieces import TINY_PATTERN
 from data.rows import load_rows, load_task
-from data.tokenizer import TAGS, TINY_PATTERN, Tokenizer
+from data.tokenizer import TAGS, Tokenizer
 from infra.config import Count, Fraction, Natural, Positive, UserError, parse_config, run_script
 from infra.training import ROOT, lr_factor
 from model import ModelConfig, Transformer
