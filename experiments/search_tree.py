@@ -20,28 +20,25 @@ uft_loss: every pair (s, a) is a token that counts pi(a|s). A step explores B le
 states visited, and 1 for the way down. The step that reaches 50 % is counted.
 
 What is simulated, and why nothing is lost:
-- Only the H states on the solution's path. Below any other state all leaves give 0.1, so every A is 0 there,
-  a policy equal to pi_ref feels no KL, and hints never reach them. Those states stay uniform for ever; only
-  their leaves count. The right action is 0 everywhere, since nothing depends on the actions' names.
+- Only the H states on the solution's path. Below any other state all leaves give 0.1, so every A is 0 there
+  and those states stay uniform for ever; only their leaves count. The right action is 0 everywhere.
 - Of a rollout from (s*_h, a*), only whether it ends at the right leaf: its probability is prod_{j>h}
   pi(a*|s*_j).
 - rft jumps from hit to hit, for without a hit all A are 0. The number of steps to the next one with a hit is
   geometric, and the states that hit in it are drawn given that one does. No part of this is approximate.
 
 Departures from the paper: a constant step size instead of 1 / sqrt(T) with T fixed beforehand, and a run ends
-at the first iterate that is good enough instead of returning the best of T.
-
-The KL term is exact: its gradient pi (log(pi / pi_ref) - KL) enters through the advantages. --kl=k3 uses the
-trainer's estimator, whose gradient is pi - pi_ref, and 0 for an action at its clamp (pi < pi_ref / 14). It
-does not fade as pi(a*|s*) nears 1, while the advantages do: with beta = 0.1 tall trees are lost (B = 3, H =
-11: 2,000 leaves become about 40,000).
+at the first iterate that is good enough. The KL term is exact: its gradient pi (log(pi / pi_ref) - KL) enters
+through the advantages. --kl=k3 uses the trainer's estimator, whose gradient pi - pi_ref does not fade as
+pi(a*|s*) nears 1, while the advantages do: with beta = 0.1 tall trees are lost (B = 3, H = 11: 2,000 leaves
+become about 40,000).
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +48,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_uft
+from experiments.plot import note_without_matplotlib
 from infra.config import Count, Natural, NonNegative, Positive, UserError, parse_config, require, run_script
 from train_uft import METHODS, Batch, uft_loss
 
@@ -72,7 +70,7 @@ class Config:
     # Runs
     seeds: int = 20  # runs of each method on each tree
     seed: Natural = 0  # random seed
-    out_dir: str = "out/search_tree"  # folder for table.json and plot.png
+    out_dir: str = "out/search_tree"  # folder for picture.png
 
 
 # ---- one step of Algorithm 2 -----------------------------------------------------------------------------
@@ -173,97 +171,83 @@ def leaves_to_half(branching: int, heights: Tensor, beta: float | None, cfg: Con
     raise UserError(f"{name}, B = {branching}: {reached}")
 
 
-def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Slope and R2 of the least-squares line."""
-    return float(np.polyfit(x, y, 1)[0]), float(np.corrcoef(x, y)[0, 1] ** 2)
+Leaves = dict[str, Tensor]  # method -> (heights, seeds)
 
 
-def measure(cfg: Config) -> dict:
-    """The content of table.json: rows, one for each tree, and fits, one for each B."""
-    heights, rows, fits = sorted(set(cfg.heights)), [], []
+def explore(branching: int, heights: Sequence[int], cfg: Config) -> Leaves:
+    """Leaves explored by every method in trees of one B, all heights and seeds at once."""
+    runs = torch.tensor(heights).repeat_interleave(cfg.seeds)
     methods = {"rft": None} | {f"uft {b:g}" if b else "hints only": b for b in cfg.betas}
-    for branching in cfg.branching:
-        # All heights and seeds of a B at once.
-        runs = torch.tensor(heights).repeat_interleave(cfg.seeds)
-        leaves = {m: leaves_to_half(branching, runs, b, cfg).view(-1, cfg.seeds) for m, b in methods.items()}
-        means = {m: t.mean(1).tolist() for m, t in leaves.items()}
-        errors = {m: (t.std(1) / math.sqrt(cfg.seeds)).tolist() for m, t in leaves.items()}
-        bounds = [branching**h / 4 for h in heights]
-        for i, height in enumerate(heights):
-            row = {"branching": branching, "height": height, "bound": bounds[i]}
-            rows.append(row | {m: {"mean": means[m][i], "stderr": errors[m][i]} for m in methods})
-        # Growth: rft's by a factor a level, the others' as a power of H.
-        rate, r2 = fit(heights, np.log(means["rft"]))
-        least = min(mean / bound for mean, bound in zip(means["rft"], bounds, strict=True))
-        rft = {"factor": math.exp(rate), "r2": r2, "least_over_bound": least}
-        found = {"branching": branching, "rft": rft}
-        for m in list(methods)[1:]:
-            power, r2 = fit(np.log(heights), np.log(means[m]))
-            found[m] = {"power": power, "r2": r2}
-        fits.append(found)
-    return {"config": asdict(cfg), "rows": rows, "fits": fits}
+    return {m: leaves_to_half(branching, runs, b, cfg).view(-1, cfg.seeds) for m, b in methods.items()}
 
 
-def show(table: dict) -> str:
-    """The table and its verdict on the theorems, as text."""
-    methods = [m for m in table["rows"][0] if m not in ("branching", "height", "bound")]
-    lines = ["leaves explored until pass@1 is 50 %: mean +- standard error"]
-    lines += [f"{'B':>2} {'H':>3} {'B^H/4':>11}" + "".join(f"{m:>26}" for m in methods)]
-    for r in table["rows"]:
-        cells = (f"{r[m]['mean']:,.0f} +- {r[m]['stderr']:,.0f}" for m in methods)
-        tree = f"{r['branching']:>2} {r['height']:>3} {r['bound']:>11,.0f}"
-        lines += [tree + "".join(f"{c:>26}" for c in cells)]
-    for f in table["fits"]:
-        b, rft = f["branching"], f["rft"]
-        near = "within" if abs(rft["factor"] / b - 1) <= 0.05 else "NOT within"
-        above = "above" if rft["least_over_bound"] > 1 else "NOT above"
-        lines += [
-            f"B = {b}: rft grows by {rft['factor']:.2f} a level (R2 {rft['r2']:.4f}), {near} 5 % of B",
-            f"  rft's mean is {above} B^H/4 in every tree (at least {rft['least_over_bound']:.1f} times)",
-            *(f"  {m} grows as H^{f[m]['power']:.2f} (R2 {f[m]['r2']:.4f}; bound 5)" for m in methods[1:]),
-        ]
+def standard_error(leaves: Tensor) -> Tensor:
+    return leaves.std(1) / math.sqrt(leaves.shape[1])
+
+
+def fit(x: Sequence[float], y: Tensor) -> tuple[float, float]:
+    """Slope and R2 of the least-squares line through (x, log y)."""
+    return float(np.polyfit(x, y.log(), 1)[0]), float(np.corrcoef(x, y.log())[0, 1] ** 2)
+
+
+def show(branching: int, heights: Sequence[int], leaves: Leaves) -> str:
+    """The trees of one B, and their verdict on the theorems."""
+    lines = [f"{'B':>2} {'H':>3} {'B^H/4':>11}" + "".join(f"{m:>26}" for m in leaves)]
+    for i, height in enumerate(heights):
+        figures = [(x[i].mean(), standard_error(x)[i]) for x in leaves.values()]
+        cells = "".join(f"{f'{mean:,.0f} +- {error:,.0f}':>26}" for mean, error in figures)
+        lines.append(f"{branching:>2} {height:>3} {branching**height / 4:>11,.0f}{cells}")
+    # Growth: rft's by a factor a level, the others' as a power of H.
+    means = {m: x.mean(1) for m, x in leaves.items()}
+    rate, r2 = fit(heights, means["rft"])
+    near = "within" if abs(math.exp(rate) / branching - 1) <= 0.05 else "NOT within"
+    least = min(mean / (branching**h / 4) for mean, h in zip(means.pop("rft"), heights, strict=True))
+    above = "above" if least > 1 else "NOT above"
+    lines += [
+        f"B = {branching}: rft grows by {math.exp(rate):.2f} a level (R2 {r2:.4f}), {near} 5 % of B",
+        f"  rft's mean is {above} B^H/4 in every tree (at least {least:.1f} times)",
+    ]
+    for m, mean in means.items():
+        power, r2 = fit(np.log(heights), mean)
+        lines.append(f"  {m} grows as H^{power:.2f} (R2 {r2:.4f}; bound 5)")
     return "\n".join(lines)
 
 
-def plot(table: dict, path: Path) -> None:
-    """Leaves over the height, a panel for each B. Without matplotlib one line says so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
-        return
-    n = len(table["fits"])
-    figure = Figure(figsize=(4 * n, 3.6), layout="tight")
-    axes = figure.subplots(1, n, sharey=True, squeeze=False)[0]
-    for axis, f in zip(axes, table["fits"], strict=True):
-        rows = [r for r in table["rows"] if r["branching"] == f["branching"]]
-        x = [r["height"] for r in rows]
-        axis.plot(x, [r["bound"] for r in rows], "k--", linewidth=1, label="RFT's lower bound $B^H/4$")
-        methods = [m for m in f if m != "branching"]
-        for method, marker in zip(methods, "osv^Dx*<>" * len(f), strict=False):
-            means, errors = ([r[method][k] for r in rows] for k in ("mean", "stderr"))
-            name = method.replace("rft", "RFT").replace("uft ", r"UFT $\beta$ = ")
-            axis.errorbar(x, means, errors, marker=marker, mfc="none", linewidth=1, label=name)
-        axis.set(yscale="log", xlabel="height H", title=f"B = {f['branching']}")
+def plot(trees: dict[int, Leaves], heights: Sequence[int], path: Path) -> None:
+    """Leaves over the height, a panel for each B."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(trees), 3.6), layout="tight")
+    axes = figure.subplots(1, len(trees), sharey=True, squeeze=False)[0]
+    for axis, (branching, leaves) in zip(axes, trees.items(), strict=True):
+        bounds = [branching**h / 4 for h in heights]
+        axis.plot(heights, bounds, "k--", linewidth=1, label="RFT's lower bound $B^H/4$")
+        for (name, x), marker in zip(leaves.items(), cycle("osv^Dx*"), strict=False):
+            error = standard_error(x).numpy()
+            axis.errorbar(heights, x.mean(1).numpy(), error, marker=marker, mfc="none", label=name)
+        axis.set(yscale="log", xlabel="height H", title=f"B = {branching}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("leaves explored until pass@1 = 50 %")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
-    print(f"plot in {path}")
+    print(f"picture in {path}")
 
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
+    heights = sorted(set(cfg.heights))
     require(cfg, "branching", min(cfg.branching, default=0) >= 2, "each must be >= 2")
-    require(cfg, "heights", len(set(cfg.heights)) >= 2, "must be two or more, for a slope")
+    require(cfg, "heights", len(heights) >= 2, "must be two or more, for a slope")
     require(cfg, "seeds", cfg.seeds >= 2, "must be >= 2, for a standard error")
-    table = measure(cfg)
-    print(show(table))
+    print("leaves explored until pass@1 is 50 %: mean +- standard error")
+    trees = {}
+    for branching in cfg.branching:
+        trees[branching] = explore(branching, heights, cfg)
+        print(show(branching, heights, trees[branching]))
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    print(f"table in {out / 'table.json'}")
-    plot(table, out / "plot.png")
+    with note_without_matplotlib():
+        plot(trees, heights, out / "picture.png")
 
 
 if __name__ == "__main__":
