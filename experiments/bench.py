@@ -14,15 +14,14 @@ Both sides have the very same weights, random unless `model` names some, and tok
 names one: the shape is what counts. With a task, sft has its rows, of different lengths and with prompts that
 are no targets, and a completion of grpo ends at a stop token. `pip install -e '.[bench]'` installs the peers.
 
-Runs are interleaved, and the median of `repeats` is printed with the ratio of medians, since machines are
-noisy and ratios less so. What comes before (compilation, untimed calls) is setup_s in the JSON. On a CPU the
-figure is processor time, on CUDA wall time. `ift` is compared with our own sft step on the same batch, and
-grpo shows the part of its step that rollouts take. `memory` is the peak of a separate process; its ratio is
-ours to theirs.
+Calls are interleaved, and the median of `repeats` is printed with its ratio to ours: machines are noisy, and
+ratios less so. It is processor time on a CPU and wall time on CUDA, in MB the peak of a separate process.
+setup_s in the JSON is what came before, such as compilation. ift stands beside our own sft step on the same
+batch, and grpo beside the part of its step that rollouts take.
 
-The share of the limit is an ideal time over the measured one. The ideal is the time of the workload's
-products at the speed of one large product measured here, or that of reading weights, keys and values at the
-speed of one large copy, whichever is longer. For sft it is the MFU. The last line is everything as JSON.
+The share of the limit is an ideal time over the measured one: that of the workload's products at the speed of
+one large product measured here, or of reading weights, keys and values at the speed of one large copy,
+whichever is longer. For sft it is the MFU. The last line is everything as JSON.
 """
 
 import copy
@@ -146,11 +145,10 @@ def activation_bytes(c: ModelConfig, gradient_checkpointing: bool) -> int:
     queries and outputs, keys and values, the MLP's four inner tensors, and statistics. With gradient
     checkpointing: the residual of each block, and all of one block. Of the last norm 8 C.
     """
-    h, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    block = 20 * c.hidden_size + 4 * h + 4 * k + 8 * c.intermediate_size + 4 * c.num_attention_heads + 8
-    if gradient_checkpointing:
-        return 8 * c.hidden_size + 4 * c.hidden_size * c.num_hidden_layers + block
-    return 8 * c.hidden_size + block * c.num_hidden_layers
+    width, layers = c.hidden_size, c.num_hidden_layers
+    heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    block = 20 * width + 4 * heads + 4 * kv + 8 * c.intermediate_size + 4 * c.num_attention_heads + 8
+    return 8 * width + (4 * width * layers + block if gradient_checkpointing else block * layers)
 
 
 @cache
@@ -175,14 +173,13 @@ def needs(name: str, gpus: int, lora_rank: int = 0, tokens: int = 16384, again: 
     n, block, adapters = parameters(name, lora_rank)
     trained, frozen = (adapters, n / gpus) if lora_rank else (n / gpus, 0)
     head = c.vocab_size * c.hidden_size
-    table = head * (1 if c.tie_word_embeddings else 2)
+    table = head if c.tie_word_embeddings else 2 * head
     temporary = 16 * CUDA_CHUNK  # some logits
-    if gpus > 1:  # FSDP gathers two blocks, and embedding and head, in float32 unless they are frozen
-        temporary += 2 * 2 * block + (2 if lora_rank else 4) * 2 * table
-    elif not lora_rank:
-        temporary += 2 * n  # bfloat16 copies
     if not lora_rank:
         temporary += 2 * 4 * head  # the head's gradient twice
+        temporary += 2 * n if gpus == 1 else 0  # bfloat16 copies
+    if gpus > 1:  # FSDP gathers two blocks, and embedding and head, in float32 unless they are frozen
+        temporary += 2 * 2 * block + (2 if lora_rank else 4) * 2 * table
     kv = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # of a position
     parts = {
         "weights": 4 * trained + 2 * frozen,
@@ -198,17 +195,14 @@ def needs(name: str, gpus: int, lora_rank: int = 0, tokens: int = 16384, again: 
 
 
 def fit() -> None:
-    """Print the memory of each model of the papers' configs, and the fewest GPUs of a size that train it.
-
-    5 % and 1 GB of a GPU are left free; "-" is more than 32.
-    """
+    """Print the memory of the papers' models, and the fewest GPUs of a size that train each ("-": above 32)."""
     names = list(needs("30m", 1))
     heading = ["GB on one GPU", "parameters", *names, "all", f"GPUs of {' / '.join(map(str, GPUS))} GB"]
     rows = [heading, ["---"] * len(heading)]
     for lora_rank, shape in product((0, 32), PAPERS):
         needed = {gpus: needs(shape, gpus, lora_rank).values() for gpus in (1, 2, 4, 8, 16, 32)}
-        enough = [[str(k) for k, parts in needed.items() if sum(parts) < 0.95 * gb - 1] for gb in GPUS]
-        counts = " / ".join((fewest or ["-"])[0] for fewest in enough)
+        free = [[str(k) for k, parts in needed.items() if sum(parts) < 0.95 * gb - 1] for gb in GPUS]
+        counts = " / ".join((enough or ["-"])[0] for enough in free)
         method = ("IFT" if shape in IFT_SHAPES else "UFT") + (f", LoRA {lora_rank}" if lora_rank else "")
         figures = [f"{part:.1f}" for part in (*needed[1], sum(needed[1]))]
         size = f"{parameters(shape, lora_rank)[0] / 1e9:.2f} B"
@@ -302,11 +296,10 @@ def generation(cfg: Config, model: Transformer, folder: Path, geometric: bool = 
 
         peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
         peer.generation_config.eos_token_id = stop or None
-        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": 0}
+        options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "max_new_tokens": new}
         options |= {"eos_token_id": stop} if geometric else {"min_new_tokens": new}
         options |= {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-        theirs = partial(peer.generate, max_new_tokens=new, **options)
-        calls["transformers"] = partial(seconds, theirs, device)
+        calls["transformers"] = partial(seconds, partial(peer.generate, **options), device)
     return calls
 
 
@@ -373,12 +366,11 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
         train_uft.update(run, groups, method, settings)
 
     calls: Calls = {"nanoFT": partial(seconds, step, device), "rollouts": lambda: spent[-1]}
-    # TRL's. Without stop ids every completion has grpo_new tokens.
-    if cfg.peers:
+    if cfg.peers:  # without stop ids every completion has grpo_new tokens
         options = {
             "use_vllm": False, "beta": 0.0, "per_device_train_batch_size": cfg.problems * n,
             "steps_per_generation": 1, "num_generations": n, "max_completion_length": new,
-            "temperature": 1.0, "generation_kwargs": {} if stop else {"min_new_tokens": new},
+            "generation_kwargs": {} if stop else {"min_new_tokens": new},
         }  # fmt: skip
         reward = {"reward_funcs": lambda completions, **_: [float(len(c) % 7) for c in completions]}
         prompts = [{"prompt": text} for text in texts]

@@ -19,40 +19,27 @@ def random_case(seed: int = 0, runs: int = 6, height: int = 3, branching: int = 
     return theta, visited, hit, torch.arange(height) < length[:, None]
 
 
-@pytest.mark.parametrize("kl", ["exact", "k3"])
-def test_the_gradient_is_the_closed_form(kl: str) -> None:
+def test_the_gradient_is_the_closed_form() -> None:
     beta, step = 0.3, 0.7
     theta, visited, hit, hint = random_case()
     assert hit.any() and hint.any() and (visited & ~hit).any()
-    pi, ref = theta.softmax(-1), 1 / 3
-    assert (pi > ref / 13).all()  # below the clamp k3 has another gradient
-    right = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    pi, right = theta.softmax(-1), torch.tensor([1.0, 0, 0], dtype=torch.float64)
     q = 0.1 + 0.9 * hit[..., None] * right
-    policy = pi * (q - (pi * q).sum(-1, keepdim=True))
-    log = (pi / ref).log()
-    pull = pi * (log - (pi * log).sum(-1, keepdim=True)) if kl == "exact" else pi - ref
+    log = (3 * pi).log()
+    policy, pull = (pi * (x - (pi * x).sum(-1, keepdim=True)) for x in (q, log))
     by_hand = visited[..., None] * (policy - beta * pull) + hint[..., None] * beta * (right - pi)
-    new = ascend(theta, visited, hit, hint, beta, Config(kl=kl, step_size=step))
+    new = ascend(theta, visited, hit, hint, beta, step)
     torch.testing.assert_close(new, theta + step * by_hand)
-
-
-def test_k3_has_no_gradient_at_its_clamp() -> None:
-    theta = torch.tensor([[[5.0, 0.0]]], dtype=torch.float64)
-    visited, none = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
-    new = ascend(theta, visited, none, none, 0.3, Config(kl="k3"))
-    p = theta.softmax(-1)[0, 0, 0]
-    by_hand = -0.3 * (p - 0.5) * torch.stack([1 - p, p - 1])  # of action 0 alone
-    torch.testing.assert_close(new[0, 0], theta[0, 0] + by_hand)
 
 
 def test_without_hits_hints_or_beta_the_update_is_rfts() -> None:
     theta, visited, hit, _ = random_case()
     nothing, everywhere = torch.zeros_like(hit), torch.ones_like(hit)
-    still = ascend(theta, visited, nothing, nothing, 0.0, Config())
+    still = ascend(theta, visited, nothing, nothing, 0.0)
     torch.testing.assert_close(still, theta, rtol=0, atol=1e-15)
-    rft = ascend(theta, visited, hit, nothing, 0.0, Config())
-    assert torch.equal(ascend(theta, visited, hit, everywhere, 0.0, Config()), rft)  # beta = 0 mutes any hint
-    assert not torch.equal(ascend(theta, visited, hit, nothing, 0.1, Config()), rft)
+    rft = ascend(theta, visited, hit, nothing, 0.0)
+    assert torch.equal(ascend(theta, visited, hit, everywhere, 0.0), rft)  # beta = 0 mutes any hint
+    assert not torch.equal(ascend(theta, visited, hit, nothing, 0.1), rft)
 
 
 def test_a_hit_is_the_product_of_the_states_below() -> None:
@@ -158,7 +145,7 @@ def test_small_trees_keep_to_the_theorems(tmp_path, capsys) -> None:
     assert capsys.readouterr().out != printed
 
 
-MISTAKES = ["branching=1", "heights=3", "heights=0,3", "betas=-1", "seeds=1", "max_steps=3", "kl=k2"]
+MISTAKES = ["branching=1", "heights=3", "heights=0,3", "betas=-1", "seeds=1", "max_steps=3"]
 
 
 @pytest.mark.parametrize("arg", MISTAKES)
