@@ -332,9 +332,8 @@ def requests(cfg: Config, model: Transformer, _folder: Path) -> Calls:
 def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
     """One step: 4 completions of each problem, `prompt` + `grpo_new` tokens, rewards and one optimiser step.
 
-    Without a KL term, TRL's default. In bfloat16 a bfloat16 copy of the weights samples, as in training.
+    A task's prompts have all but the last sentence of their hint, as UFT starts. No KL term, TRL's default.
     """
-    # Prompts: random ids, or of a task's rows with all but the last sentence of their hint, as UFT starts.
     device, new, n = model.head_weight.device, cfg.grpo_new, 4
     ids = random_ids(cfg.problems, sizes("grpo", cfg)[1], model.config.vocab_size, first=2).tolist()
     texts, stop = [" ".join(f"t{i}" for i in prompt) for prompt in ids], []
@@ -343,20 +342,13 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
         rows = load_rows(load_task(cfg.task), "train", cfg.data_path, cfg.problems, style="short")
         texts = [row["prompt"] + "".join(row["hint"][:-1]) for row in rows]
         ids, stop = [tokenizer.encode(text) for text in texts], sorted(tokenizer.stop_ids)
-    # Ours.
-    settings = train_uft.Config(
-        entropy_coef=0.0, token_budget=8192, max_new_tokens=new, dtype=cfg.train_dtype, fast=cfg.fast
-    )
-    settle_dtype(settings, device)
-    own, spent = copy.deepcopy(model), []
-    speed_up(own, settings, device)
-    sampler = whole_copy(own, getattr(torch, settings.dtype))
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
-    run = SimpleNamespace(model=own, device=device, optimizer=optimizer, reference=None)
-    method = train_uft.METHODS["rft"]
+    limits = {"token_budget": 8192, "max_new_tokens": new}
+    settings = train_uft.Config(entropy_coef=0.0, dtype=cfg.train_dtype, fast=cfg.fast, **limits)
+    run, spent, method = our_run(settings, model, cfg), [], train_uft.METHODS["rft"]
+    sampler = whole_copy(run.model, getattr(torch, settings.dtype))
 
     def step() -> None:
-        refresh(sampler, own)
+        refresh(sampler, run.model)
         start = clock(device)
         outputs = generate(sampler, ids, n, new, stop_ids=stop, fast=cfg.fast)
         spent.append(clock(device) - start)
@@ -367,15 +359,23 @@ def grpo(cfg: Config, model: Transformer, folder: Path) -> Calls:
 
     calls: Calls = {"nanoFT": partial(seconds, step, device), "rollouts": lambda: spent[-1]}
     if cfg.peers:  # without stop ids every completion has grpo_new tokens
-        options = {
-            "use_vllm": False, "beta": 0.0, "per_device_train_batch_size": cfg.problems * n,
-            "steps_per_generation": 1, "num_generations": n, "max_completion_length": new,
-            "generation_kwargs": {} if stop else {"min_new_tokens": new},
-        }  # fmt: skip
+        options = {"per_device_train_batch_size": cfg.problems * n, "steps_per_generation": 1}
+        options |= {"num_generations": n, "max_completion_length": new}
+        options |= {"generation_kwargs": {} if stop else {"min_new_tokens": new}}
         reward = {"reward_funcs": lambda completions, **_: [float(len(c) % 7) for c in completions]}
         prompts = [{"prompt": text} for text in texts]
         calls["TRL"] = partial(trl_seconds, "GRPO", cfg, folder, prompts, options, **reward)
     return calls
+
+
+def our_run(settings, model: Transformer, cfg: Config) -> SimpleNamespace:
+    """What a trainer's update() needs, with a copy of the model unless ours is the only measurement."""
+    device = model.head_weight.device
+    settle_dtype(settings, device)
+    own = model if cfg.only else copy.deepcopy(model)
+    speed_up(own, settings, device)
+    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
+    return SimpleNamespace(model=own, device=device, optimizer=optimizer, reference=None)
 
 
 def trajectory(problem: int, prompt: list[int], c) -> train_uft.Trajectory:
@@ -412,14 +412,9 @@ def supervised(cfg: Config, model: Transformer, folder: Path, ift: bool = False)
 
 def our_step(loss: str, cfg: Config, model: Transformer) -> Callable[[list[Example]], dict]:
     """train_ift.py's optimiser step, a function of the batch."""
-    settings, device = train_ift.Config(dtype=cfg.train_dtype, fast=cfg.fast), model.head_weight.device
-    settings.token_budget = max(8192, cfg.length)
-    settle_dtype(settings, device)
-    own = model if cfg.only else copy.deepcopy(model)
-    speed_up(own, settings, device)
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=True)
-    run = SimpleNamespace(model=own, device=device, optimizer=optimizer, reference=None)
-    method = train_ift.LOSSES[loss]
+    budget, method = max(8192, cfg.length), train_ift.LOSSES[loss]
+    settings = train_ift.Config(token_budget=budget, dtype=cfg.train_dtype, fast=cfg.fast)
+    run = our_run(settings, model, cfg)
     residual = train_ift.make_residual(0, 0, settings) if method.residual else None
     return lambda batch: train_ift.update(run, batch, method, residual, settings)
 

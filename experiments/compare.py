@@ -1,12 +1,12 @@
 """Compare methods: make the runs of a sweep, then a table with 95 % intervals and a figure.
 
-    python experiments/compare.py                             Countdown: 8 methods x 5 seeds, 2 runs at a time
+    python experiments/compare.py                   Countdown: 8 methods x 5 seeds, 2 runs at a time
     python experiments/compare.py --methods=uft,rft --grid="lr=2e-4,1e-3 hint_coef=.001,.1" --seeds=3
-    python experiments/compare.py --methods=uft,sft,sft-long --sft_long=1800 --args=config/logic-tiny.toml
+    python experiments/compare.py --methods=uft,sft-long --sft_long=1800 --args=config/logic-tiny.toml
     python experiments/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
-    python experiments/compare.py --paper=ift --out_dir=out/compare-ift    SFT, IFT, its parts, other lambdas
-    python experiments/compare.py --suite=field --out_dir=out/field        docs/field.md
-    python experiments/compare.py --table out/compare         the table and figure of the runs in a folder
+    python experiments/compare.py --paper=ift --out_dir=out/ift     SFT, IFT, its parts, other lambdas
+    python experiments/compare.py --suite=field --out_dir=out/field                docs/field.md
+    python experiments/compare.py --table out/compare               of the runs in a folder
 
 A run is `python train_uft.py --algo=METHOD --seed=...` or `python train_ift.py --loss=METHOD --seed=...` in a
 folder of its own. A method is any value of that knob, so also a file of variants/ or a path, and `sft-long`:
@@ -109,17 +109,15 @@ def settings(cfg: Config) -> dict[str, list[str]]:
 
 def train(name: str, flags: list[str], seed: int, cfg: Config) -> str | None:
     """Make one run, or finish it; nothing if it is done. Returns the error in one line, or None."""
-    # "done" holds the arguments that a finished run was made with.
     out = Path(cfg.out_dir) / f"{name}-{seed}"
     done, arguments = out / "done", shlex.join(flags)
-    if done.exists():
+    if done.exists():  # it holds the arguments that the run was made with
         made_with = done.read_text(encoding="utf-8")
-        if made_with in ("", arguments):
-            return None
-        return f"{out} was made with {made_with}, not with {arguments}: give another --out_dir"
-    resume = ["--resume=true"] if resume_folder(out) else []
+        other = f"{out} was made with {made_with}, not with {arguments}: give another --out_dir"
+        return None if made_with in ("", arguments) else other
+    resume = "true" if resume_folder(out) else "false"
     command = [sys.executable, str(ROOT / f"train_{cfg.paper}.py"), *flags, f"--seed={seed}"]
-    command += [f"--out_dir={out}", "--threads=1", *resume]
+    command += [f"--out_dir={out}", "--threads=1", f"--resume={resume}"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "console.txt", "a", encoding="utf-8") as console:
@@ -178,10 +176,9 @@ def cells(runs: list[LoggedRun], columns: list, goal: float) -> list[str]:
     found.append(" ".join(f"{100 * end['val/accuracy']:.1f}" for end in ends))
     found += [f"{ends[0]['step']:,}", f"{min(end['train_s'] for end in ends):.0f}"]
     costs = [cost for run in runs if (cost := cost_of_goal(run, goal))]
-    if not costs:
-        return found + ["-"] * 3
     some = f" ({len(costs)} of {len(runs)} seeds)" if len(costs) < len(runs) else ""
-    return found + [f"{fmean(values):,.0f}{some}" for values in zip(*costs, strict=True)]
+    means = [f"{fmean(values):,.0f}{some}" for values in zip(*costs, strict=True)]
+    return found + (means or ["-"] * 3)
 
 
 def report(methods: Methods, folder: Path, goal: float) -> None:
