@@ -244,10 +244,11 @@ def main(argv: Sequence[str]) -> None:
             torch.cuda.reset_peak_memory_stats()
         try:
             result = STAGES[name](cfg, TINY if cfg.tiny else FULL, device)
-        except Exception as e:  # whatever it is, the next stage may do
+        except Exception as e:  # the next stage may work
             result = {"error": f"{type(e).__name__}: {e}"}
         print(f"{name}: {json.dumps(result)}", flush=True)
         found[name] = result
+    timer.cancel()
     end()
 
 

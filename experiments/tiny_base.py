@@ -4,17 +4,16 @@
     python experiments/tiny_base.py --task=countdown --out_dir=out/base
     python experiments/tiny_base.py --task=path/to/task.py               your own task, in out/base/task
 
-A base must write the format and know the small steps of its task, yet solve almost nothing, like a pretrained
-language model before fine-tuning. So it is pretrained on texts of the task's form that are mostly wrong or
-aimless, and never on a problem of the test set. A task gives them by base_text(rng) -> (prompt, response), or
-one string. Without it, a text is the prompt of one training row with the solution of another; a share `right`
-of the texts has its own solution. The check at the end says what the base can do, and what to change.
+A base must write the format and know the small steps of its task, yet solve almost nothing, like a language
+model before fine-tuning. So it is pretrained on texts of the task's form that are mostly wrong or aimless,
+and never on a problem of the test set. A task gives them by base_text(rng) -> (prompt, response), or one
+string. Without it, a text is the prompt of one training row with the solution of another; a share `right` of
+the texts has its own solution. The check at the end says what the base can do, and what to change.
 
 The two embedded bases never see a reference solution. Countdown's learns to add and subtract, then what the
-target is for, then to doubt both. Logic's has an idea but cannot argue. Most of its texts state the right
-roles in random order; a few are random sound walks, refutations included. A second stage unsettles it with
-texts whose lines are mostly random. Its 20,000 problems of 3 people are drawn from all that are not test
-problems, so many training problems are among them.
+target is for, then to doubt both. Logic's has an idea but cannot argue: most of its texts state the right
+roles in random order, a few are random sound walks, refutations included. A second stage unsettles it with
+texts whose lines are mostly random. Of its 20,000 problems none is a test problem, but many train UFT later.
 """
 
 import random
@@ -50,7 +49,7 @@ class Config:
     # What
     task: str = "all"  # countdown, logic, all: both; another task of data/, or the path of your own
     data_path: str = ""  # where the task's rows are; empty: the task makes them
-    out_dir: str = ""  # folder for a folder a task; empty: data/tiny, or out/base for other tasks
+    out_dir: str = ""  # where folder TASK goes; empty: data/tiny, or out/base for other tasks
     seed: Natural = 0  # random seed of weights and texts
     batch: Count = 64  # texts a step
     # Other tasks than countdown and logic
@@ -137,14 +136,13 @@ STAGES = {"countdown": countdown_stages, "logic": logic_stages}
 
 def own_stage(task: ModuleType, cfg: Config, rng: random.Random) -> Stage:
     """Texts of a task's base_text, or of the solutions of its training rows."""
-    name = task.__name__.rpartition(".")[2]
+    where = f"task {task.__name__.rpartition('.')[2]}"
 
     def own_text() -> Text:
         text = task.base_text(rng)
         text = ("", text) if isinstance(text, str) else text
         if not (isinstance(text, tuple) and [*map(type, text)] == [str, str]):
-            rule = "must return (prompt, response) or a string"
-            raise UserError(f"task {name}: base_text() {rule}, not {text!r}")
+            raise UserError(f"{where}: base_text() must return (prompt, response) or a string, not {text!r}")
         return text
 
     def mixed_text() -> Text:
@@ -155,12 +153,12 @@ def own_stage(task: ModuleType, cfg: Config, rng: random.Random) -> Stage:
         return cfg.steps, cfg.lr, own_text
     rows = load_rows(task, "train", cfg.data_path, style="short")
     if not all(row["answer"] for row in rows):
-        raise UserError(f"task {name}: needs base_text(rng), since its rows have no solutions")
+        raise UserError(f"{where}: needs base_text(rng), since its rows have no solutions")
     solved = [(row["prompt"], "".join(row["hint"]) + row["answer"]) for row in rows]
     return cfg.steps, cfg.lr, mixed_text
 
 
-# ---- the tokenizer ---------------------------------------------------------------------------------------
+# ---- tokenizer and training ------------------------------------------------------------------------------
 
 
 def learn_tokenizer(texts: Iterable[str], merges: int, pattern: str = TINY_PATTERN) -> Tokenizer:
@@ -207,9 +205,6 @@ def learn_tokenizer(texts: Iterable[str], merges: int, pattern: str = TINY_PATTE
     }  # fmt: skip
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     return Tokenizer(description, config)
-
-
-# ---- training --------------------------------------------------------------------------------------------
 
 
 def token_nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -291,8 +286,8 @@ def check_base(model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows:
         f"  they are {other - own:.1f} nats likelier after their own prompt (0: nothing is copied from it)",
         f"  {right:.1%} are right, {solved:.1%} of the problems have a right one; greedy {greedy:.1%}",
     ]
-    wrong = [text for text, holds in advice.items() if holds]
-    return "\n".join([*lines, *(f"  change: {text}" for text in wrong or ["nothing"])])
+    wrong = [text for text, holds in advice.items() if holds] or ["nothing"]
+    return "\n".join([*lines, *(f"  change: {text}" for text in wrong)])
 
 
 def main(argv: Sequence[str]) -> None:
