@@ -174,7 +174,7 @@ def needs(name: str, gpus: int, lora_rank: int = 0) -> dict[str, float]:
         "rollout weights": 0 if ift else 2 * n,
         "KV cache": 0 if ift else kv * 2048 * -(-64 // gpus),
         "activations": activation_bytes(c, True) * 16384,
-        "temporary": 16 * CUDA_CHUNK,  # some logits
+        "temporary": 8 * CUDA_CHUNK,  # some logits
     }
     if gpus > 1:
         parts["temporary"] += gathered

@@ -54,7 +54,7 @@ def compile_cached_passes(model: Transformer) -> None:
 
 
 def run_in(block: Block, **functions: Callable) -> None:
-    """Have a block run in function(block, x, cos, sin, mask, cache): `cached` with a KVCache, else `whole`."""
+    """Have a block run as function(block, x, cos, sin, mask, cache): `cached` with a KVCache, or `whole`."""
     block.functions = getattr(block, "functions", {}) | functions
 
     def forward(self, x, cos, sin, mask, cache=None):

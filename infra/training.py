@@ -23,7 +23,7 @@ from data.judge import reset_signals_in_children
 from data.rows import load_task
 from data.tokenizer import Tokenizer
 from fast.compiled import compile_blocks, uncompile
-from fast.head import trim_heap, trim_heap_at_peaks
+from fast.head import compile_chunks, trim_heap, trim_heap_at_peaks
 from fast.self_check import find_faults
 from infra.checkpoint import (
     check_disk,
@@ -211,9 +211,11 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.fast:
         trim_heap_at_peaks(model)
-    if cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda"):
-        if problem := compile_blocks(model):
-            print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
+    compiled = cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda")
+    if compiled and (problem := compile_blocks(model)):
+        print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
+        compiled = False
+    compile_chunks(compiled)
 
 
 def fill_rollout_model(run: Run) -> None:
@@ -261,6 +263,7 @@ def self_check(run: Run, cfg: Any, rows: Sequence[Sequence[int]], prefix: bool =
         if name == "compiled blocks":
             instead, cfg.compile = "--compile=false", "false"
             uncompile(run.model)
+            compile_chunks(False)
         elif name == "packed rows":
             instead, cfg.pack = "--pack=false", False
         elif name == "decode graph":
