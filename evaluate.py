@@ -169,7 +169,6 @@ def answer_rows(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) 
             cfg.seed,
             scoring_limits(cfg),
             keys=share(range(len(rows))),
-            fast=cfg.fast,
             batch_size=cfg.rollout_batch,
             progress=Counter(cfg.val_n * len(mine)),
             **engine_options(run, cfg, longest),

@@ -549,6 +549,8 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
     steps = cfg.steps or max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
     warmup = round(cfg.warmup_ratio * steps)
     print(f"{name}: {steps} steps of {cfg.batch}, {training.model_size(run)}")
+    rows = [(e[0] if method.pair_loss else e).ids for e in data.examples]
+    training.self_check(run, cfg, rows, prefix=method.residual)
     if run.state["step"] == 0:
         run.state["last"] = validate(run, data, name, steps, 0, cfg)
 

@@ -314,7 +314,6 @@ def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -
         seed=int(stream.generate_state(1, np.uint64)[0]) >> 2,  # 62 random bits
         keys=[numbers[id(t)] // n for t in to_sample[::n]],
         batch_size=cfg.rollout_batch,
-        fast=cfg.fast,
         **training.engine_options(run, cfg, data.longest),
     )
     for t, completion in zip(to_sample, flat(completions), strict=True):
@@ -788,6 +787,7 @@ def main(argv: Sequence[str]) -> None:
     training.start_or_resume(run, cfg, resume, state, splits, reads_base)
     counts = f"{len(data.problems)} train, {len(data.test_rows)} test problems"
     print(f"{cfg.algo} on {cfg.task}: {counts}, {training.model_size(run)}")
+    training.self_check(run, cfg, [p.prompt for p in data.problems])
     if run.state["step"] == 0:
         validate(run, data, total, cfg.show, cfg)
 

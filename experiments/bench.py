@@ -175,7 +175,7 @@ def needs(name: str, gpus: int, lora_rank: int = 0, tokens: int = 16384, again: 
     trained, frozen = (adapters, n / gpus) if lora_rank else (n / gpus, 0)
     head = c.vocab_size * c.hidden_size
     table = head if c.tie_word_embeddings else 2 * head
-    temporary = 16 * CUDA_CHUNK  # some logits
+    temporary = 8 * CUDA_CHUNK  # some logits
     if not lora_rank:
         temporary += 2 * 4 * head  # the head's gradient twice
         temporary += 2 * n if gpus == 1 else 0  # bfloat16 copies

@@ -292,8 +292,8 @@ def _trained(model) -> dict[str, torch.nn.Parameter]:
 MAY_DIFFER = (  # knobs that a resumed run may change
     "resume", "out_dir", "hub", "device", "threads", "rollout_batch", "compile", "gradient_checkpointing",
     "fast", "token_budget", "pack", "eval_every", "save_every", "keep", "save_dtype", "print_every",
-    "sample_every", "show", "tf32", "score_timeout", "score_workers", "score_errors", "data_path",
-    "wandb",
+    "sample_every", "show", "tf32", "self_check", "score_timeout", "score_workers", "score_errors",
+    "data_path", "wandb",
 )  # fmt: skip
 MAY_CHANGE = ("lr", "sft_lr", "warmup", "warmup_ratio", "lr_schedule", "steps", "epochs")  # and it is said
 

@@ -24,8 +24,9 @@ from data.rows import load_task
 from data.tokenizer import Tokenizer
 from experiments.plot import draw_run
 from experiments.report import write_report
-from fast.compiled import compile_blocks
-from fast.head import trim_heap, trim_heap_at_peaks
+from fast.compiled import compile_blocks, uncompile
+from fast.head import compile_chunks, trim_heap, trim_heap_at_peaks
+from fast.self_check import find_faults
 from infra.card import model_card
 from infra.checkpoint import (
     check_disk,
@@ -93,6 +94,7 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 on CUDA and for LoRA
     tf32: bool = True  # CUDA: float32 products in TF32
+    self_check: bool = True  # CUDA: compare fast with plain before the first step
     threads: Natural = 0  # CPU threads; 0: torch's choice
     # Validation and reports
     max_new_tokens: Count = 64  # longest completion
@@ -119,6 +121,7 @@ class Run:
     tokenizer: Tokenizer
     model: Transformer
     rollout_model: Transformer  # the weights to sample with: the model itself, or a copy that refresh() fills
+    engine: bool = True  # sample with fast/engine.py; False: self_check() has found it wrong
     reference: Transformer | StartingModel | None = None  # frozen, for a KL term or a pair loss
     optimizer: torch.optim.Optimizer | None = None
     state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, a method's memory
@@ -213,9 +216,11 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.fast:
         trim_heap_at_peaks(model)
-    if cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda"):
-        if problem := compile_blocks(model):
-            print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
+    compiled = cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda")
+    if compiled and (problem := compile_blocks(model)):
+        print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
+        compiled = False
+    compile_chunks(compiled)
 
 
 def fill_rollout_model(run: Run) -> None:
@@ -247,21 +252,52 @@ def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:
     return model.requires_grad_(False)
 
 
+def self_check(run: Run, cfg: Any, rows: Sequence[Sequence[int]], prefix: bool = False) -> None:
+    """On CUDA, compare the run's fast paths with the plain ones, and turn off what disagrees or fails.
+
+    rows: token ids of some of the run's rows. prefix: the run makes both passes of IFT.
+    """
+    if not (cfg.fast and cfg.self_check and run.device.type == "cuda"):
+        return
+    fill_rollout_model(run)
+    agree = []
+    for name, fault in find_faults(run, cfg, rows, prefix):
+        if not fault:
+            agree.append(name)
+            continue
+        if name == "compiled blocks":
+            instead, cfg.compile = "--compile=false", "false"
+            uncompile(run.model)
+            compile_chunks(False)
+        elif name == "packed rows":
+            instead, cfg.pack = "--pack=false", False
+        elif name == "decode graph":
+            instead, run.engine = "the plain sampler", False
+        else:  # head, prefix
+            instead, cfg.fast = "--fast=false", False
+        if rank() == 0:
+            print(f"warning: {name}: {fault}; the run goes on with {instead}", file=sys.stderr)
+        if not cfg.fast:
+            break
+    release_rollout_model(run)
+    print(f"checked on {torch.cuda.get_device_name(run.device)}: {', '.join(agree) or 'nothing'} agree")
+
+
 def scoring_limits(cfg: Any) -> dict:
     """Arguments of data.judge.judge."""
     return {"timeout": cfg.score_timeout, "workers": cfg.score_workers, "on_error": cfg.score_errors}
 
 
 def engine_options(run: Run, cfg: Any, longest_prompt: int = 0) -> dict:
-    """Arguments of generate() that only the fast sampler uses."""
-    if not cfg.fast:
-        return {}
+    """Arguments of generate(): whether to sample fast, and what only the engine uses."""
+    if not (cfg.fast and run.engine):
+        return {"fast": False}
     # Gradients and moments are allocated in the first update: leave room for them.
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     shares = 1 if cfg.lora_rank else world()  # every process has all adapters
     reserve = 0 if run.optimizer.state else 12 * trained // shares
     compiled = False if cfg.compile == "false" else None
-    return {"compile": compiled, "reserve": reserve, "longest_prompt": longest_prompt}
+    return {"fast": True, "compile": compiled, "reserve": reserve, "longest_prompt": longest_prompt}
 
 
 def show_answers(run: Run, rows: list[dict], answers: list[list[dict]], n: int, last: bool) -> None:
