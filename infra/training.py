@@ -181,7 +181,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     rollout_dtype "": the run does not sample, and needs no weights for it.
     """
     base = starting_model(cfg)
-    out = check_out_dir(out_dir, base, resume)
+    out = check_out_dir(out_dir, resume)
     lock(out)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
