@@ -32,7 +32,7 @@ from statistics import fmean
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.field import STAGES
+from experiments.field import FOLDERS, STAGES
 from experiments.plot import Curves, LoggedRun, Panel, curve, draw, note_without_matplotlib, read_run
 from infra.checkpoint import resume_folder
 from infra.config import Count, UserError, parse_config, require, run_script
@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
         return make_runs({name: (flags, cfg.seeds) for name, flags in settings(cfg).items()}, cfg)
     out = Path(cfg.out_dir)
     for stage, runs in STAGES.items():
-        make_runs(runs(out), replace(cfg, out_dir=str(out / stage)))
+        make_runs(runs(out), replace(cfg, out_dir=str(out / FOLDERS.get(stage, stage))))
 
 
 def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:

@@ -150,14 +150,17 @@ def test_the_field_is_searched_and_then_run_at_the_better_value(tmp_path, monkey
 
     def stand_in(name, flags, seed, cfg):
         better = name in ("uft,hint_coef=0.1", "rft,lr=2e-4")
-        write_run(compare.Path(cfg.out_dir) / f"{name}-{seed}", [0, 0.5 if better else 0.4], tokens=10)
-        made.append((name, flags, seed))
+        run = compare.Path(cfg.out_dir) / f"{name}-{seed}"
+        if not run.exists():
+            write_run(run, [0, 0.5 if better else 0.4], tokens=10)
+        made.append((compare.Path(cfg.out_dir).name, name, flags, seed))
 
     made = []
     monkeypatch.setattr(compare, "train", stand_in)
     compare.main(["--suite=field", f"--out_dir={tmp_path}"])
-    chosen = {name: flags for name, flags, seed in made if seed == 2}
+    chosen = {name: flags for stage, name, flags, seed in made if stage == "base" and seed == 2}
     assert chosen["uft"] == ["--algo=uft", "--hint_coef=0.1"] and chosen["rft"] == ["--algo=rft", "--lr=2e-4"]
+    assert {name for stage, name, _, seed in made if seed == 4} == {name for s, name, *_ in made if s == "tenth"}
     assert len(chosen) == 19 and (tmp_path / "base/curves.png").stat().st_size > 1000
 
 
