@@ -534,7 +534,8 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
     # Of several methods some may not have begun.
     resume = cfg.resume != "false" and resume_folder(out_dir) is not None
-    run = training.set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
+    sampled = cfg.dtype if cfg.lora_rank and device.type == "cuda" else "float32"
+    run = training.set_up(cfg, str(out_dir), device, sampled if cfg.task else "", resume)
     run.method = name
     data = load_examples(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
     run.reference = training.frozen_model(run.base, run, cfg) if method.reference else None

@@ -57,6 +57,7 @@ def compute_logits(states: Tensor, weight: Tensor, out: Tensor | None = None) ->
 
     On a CPU a large head is multiplied in pieces that stay in the cache, a quarter faster for few rows.
     """
+    states = states.to(weight.dtype)
     if states.device.type == "cpu" and len(weight) > 4 * PIECE:
         out = states.new_empty(len(states), len(weight)) if out is None else out
         for i in range(0, len(weight), PIECE):

@@ -121,13 +121,13 @@ class Run:
     tokenizer: Tokenizer
     model: Transformer
     rollout_model: Transformer  # the weights to sample with: the model itself, or a copy that refresh() fills
-    engine: bool = True  # sample with fast/engine.py; False: self_check() has found it wrong
     reference: Transformer | StartingModel | None = None  # frozen, for a KL term or a pair loss
     optimizer: torch.optim.Optimizer | None = None
     state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, a method's memory
     metrics: dict | None = None  # of the step in progress
     log: Log | None = None
     method: str = ""  # the name of what is trained
+    engine: bool = True  # sample with fast/engine.py; False: self_check() has found it wrong
 
 
 def check_shared(cfg: Any) -> None:
