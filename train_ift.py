@@ -40,6 +40,7 @@ from data.chat import Example
 from data.examples import Data, load_examples
 from fast import head as fast_head
 from fast import prefix as fast_prefix
+from fast.engine import drop_engine
 from infra import config, parallel, samples, training
 from infra.checkpoint import resume_folder
 from infra.config import Count, Fraction, Natural, NonNegative, Positive
@@ -490,6 +491,7 @@ def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config
             begun = [r for r in begun if r["start"]]
             record["val/other_start"] = evaluate.validation(run, data.task, begun, cfg)[1]["val/accuracy"]
             line += f" | from another first step {record['val/other_start']:.1%}"
+        drop_engine(run.rollout_model)  # on a GPU its keys and values take the memory of training
     print(line)
     training.show_answers(run, data.test_rows, answers, show, step == steps)
     run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})

@@ -187,7 +187,7 @@ def needs(name: str, gpus: int, lora_rank: int = 0, tokens: int = 16384, again: 
         "gradients": 4 * trained,
         "optimiser": (4 if ift else 8) * trained,
         "reference": 0 if ift or lora_rank else 4 * n / gpus,
-        "rollout weights": 0 if ift else 2 * n,
+        "rollout weights": 0 if ift or lora_rank and gpus == 1 else 2 * n,
         "KV cache": 0 if ift else kv * 2048 * -(-64 // gpus),
         "activations": activation_bytes(c, again) * tokens,
         "temporary": temporary,
