@@ -196,7 +196,7 @@ def validation(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) -
     Every process samples its part. longest: tokens of the longest prompt of the run.
     """
     training.fill_rollout_model(run)
-    sampling = {key: getattr(cfg, key) for key in ("max_new_tokens", "seed", "fast")}
+    sampling = {key: getattr(cfg, key) for key in ("max_new_tokens", "seed")}
     sampling |= {"n": cfg.val_n, "temperature": cfg.val_temperature, "batch_size": cfg.rollout_batch}
     sampling |= training.engine_options(run, cfg, longest)
     sampling["keys"] = share(range(len(rows)))

@@ -4,11 +4,12 @@
 
 What is trained, and what its optimiser keeps, shrinks to a few hundredths of the model. The frozen weights
 may be rounded to bfloat16, the adapters A and B are float32. The model with its adapters off is the starting
-model, so a KL term or a pair loss needs no second one. Rollouts and out_dir/model use W + (alpha / rank) B A;
-out_dir/adapter holds A and B as the peft library reads them.
+model, so a KL term or a pair loss needs no second one. A single process samples with the adapters as they
+are. out_dir/model has W + (alpha / rank) B A; out_dir/adapter has A and B as the peft library reads them.
 
-FSDP shards the frozen weights only. Every process has all adapters, and average_gradients() makes their
-gradients means over the processes, as FSDP does with those of its own parameters.
+FSDP shards the frozen weights only, and rollouts use a merged copy. Every process has all adapters, and
+average_gradients() makes their gradients means over the processes, as FSDP does with those of its own
+parameters.
 """
 
 import math
@@ -30,10 +31,12 @@ class LoRALinear(nn.Linear):
     adapter_on: bool = True
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
         y = super().forward(x)
         if not self.adapter_on:
             return y
-        return y.add_(F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return y.add_(F.linear(F.linear(x, a), b), alpha=self.scale)
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infra.config import UserError
-from model import KVCache, Transformer
+from model import KVCache, Transformer, compute_logits
 
 BLOCK = 128  # tokens per block in draw(); divides the vocabulary of every common model
 COLDEST = 1e-30  # lower temperatures are raised to this one, so that logits / temperature stays finite
@@ -115,7 +115,7 @@ def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     hidden = model.hidden(ids.to(device), cache=cache)
-    return F.linear(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
+    return compute_logits(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
 
 
 def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
@@ -123,7 +123,7 @@ def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor
     # Every row attends to its own positions so far: (n, 1, 1, length).
     mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache)
-    return F.linear(hidden[:, 0], model.head_weight)
+    return compute_logits(hidden[:, 0], model.head_weight)
 
 
 def check_arguments(prompts, n, max_new_tokens, temperature, top_k, top_p, batch_size) -> None:

@@ -38,10 +38,9 @@ import evaluate
 import model as plain_head
 from data.chat import Example
 from data.examples import Data, load_examples
-from experiments.plot import draw_run
-from experiments.report import write_report
 from fast import head as fast_head
 from fast import prefix as fast_prefix
+from fast.engine import drop_engine
 from infra import config, parallel, samples, training
 from infra.checkpoint import resume_folder
 from infra.config import Count, FilePath, Fraction, Natural, NonNegative, Positive
@@ -475,7 +474,7 @@ def log_rows(run: Run, batch: list, method: Method, residual: Residual | None, c
     elif method.token_loss:
         weights = method.token_loss(nll, cfg) / nll.clamp(min=1e-9)
     for record in samples.row_records(run.tokenizer, (rows.ids, rows.mask, own, nll, weights)):
-        run.log.write("samples", run.state["step"] + 1, record)
+        samples.write(run.log, run.state["step"] + 1, record)
 
 
 def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config) -> dict:
@@ -492,6 +491,7 @@ def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config
             begun = [r for r in begun if r["start"]]
             record["val/other_start"] = evaluate.validation(run, data.task, begun, cfg)[1]["val/accuracy"]
             line += f" | from another first step {record['val/other_start']:.1%}"
+        drop_engine(run.rollout_model)  # on a GPU its keys and values take the memory of training
     print(line)
     training.show_answers(run, data.test_rows, answers, show, step == steps)
     run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
@@ -536,7 +536,9 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
     # Of several methods some may not have begun.
     resume = cfg.resume != "false" and resume_folder(out_dir) is not None
-    run = training.set_up(cfg, str(out_dir), device, "float32" if cfg.task else "", resume)
+    sampled = cfg.dtype if cfg.lora_rank and device.type == "cuda" else "float32"
+    run = training.set_up(cfg, str(out_dir), device, sampled if cfg.task else "", resume)
+    run.method = name
     data = load_examples(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
     run.reference = training.frozen_model(run.base, run, cfg) if method.reference else None
     if cfg.optimizer == "adamw":
@@ -550,6 +552,8 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
     steps = cfg.steps or max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
     warmup = round(cfg.warmup_ratio * steps)
     print(f"{name}: {steps} steps of {cfg.batch}, {training.model_size(run)}")
+    rows = [(e[0] if method.pair_loss else e).ids for e in data.examples]
+    training.self_check(run, cfg, rows, prefix=method.residual)
     if run.state["step"] == 0:
         run.state["last"] = validate(run, data, name, steps, 0, cfg)
 
@@ -578,9 +582,7 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
             show = cfg.show if step + 1 == steps else 0
             run.state["last"] = validate(run, data, name, steps, show, cfg)
         training.save_and_stop(run, cfg, steps, data.stop_ids, data.template)
-    run.log.close()
-    draw_run(run.out)
-    write_report(run.out)
+    training.finish(run, cfg)
     return run.state["last"] | {"seconds": run.state["train_s"]}
 
 

@@ -59,8 +59,6 @@ import model as plain_head
 from data.judge import judge
 from data.problems import Data, Problem, cut_points, load_problems  # noqa: F401
 from data.tokenizer import Tokenizer
-from experiments.plot import draw_run
-from experiments.report import write_report
 from fast import head as fast_head
 from fast import mismatch, packing
 from infra import config, parallel, samples, training
@@ -128,6 +126,8 @@ def check(cfg: Config, method: "Method") -> None:
     both = method.supervised and method.reinforced
     rule = "with LoRA must be 0 here: run sft, and then rft from its out_dir/model"
     config.require(cfg, "kl_coef", not (both and cfg.kl_coef and cfg.lora_rank), rule)
+    ours = cfg.loss_norm == "tokens" or method.token_weights is token_weights
+    config.require(cfg, "loss_norm", ours, f"must be tokens: {cfg.algo} has its own weights")
     config.require(cfg, "task", cfg.task, "must be given; chat is for train_ift.py")
 
 
@@ -161,6 +161,11 @@ class Trajectory:
     coef: float | None = None  # of given tokens; None: hint_coef, or 0 (trains_hints)
     weight: float | np.ndarray = 0.0  # of each token in the loss of the optimiser step
     start: int = 0  # the first token to train on; set by share_given()
+
+    @property
+    def given_whole(self) -> bool:
+        """Whether it is a demonstration, of which nothing was sampled."""
+        return self.n_given == len(self.tokens)
 
 
 Group = list[Trajectory]  # the trajectories of one problem
@@ -249,17 +254,16 @@ def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
 
 
 def start_trajectory(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
-    """With nothing sampled yet: k segments given, or if k is larger, everything."""
+    """With nothing sampled yet: k segments given, or the known whole if k is larger."""
     problem = data.problems[pick.problem]
-    whole = k > problem.segments
-    text = problem.solution() if whole else problem.hint(k)
+    whole = k > problem.segments and problem.has_solution
+    text = problem.solution() if whole else problem.hint(min(k, problem.segments))
     tokens = tokenizer.encode(text)
     if whole:
         tokens = [*tokens, tokenizer.eos_id]
     n, shown = len(tokens), min(k, problem.segments)
-    t = Trajectory(pick, problem.prompt, tokens, n, np.zeros(n), shown, response=text)
-    t.finished = whole
-    return t
+    old_logp, prompt = np.zeros(n), problem.prompt
+    return Trajectory(pick, prompt, tokens, n, old_logp, shown, text, finished=whole)
 
 
 def demonstration(pick: Pick, data: Data, tokenizer: Tokenizer) -> Trajectory:
@@ -310,7 +314,6 @@ def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -
         seed=int(stream.generate_state(1, np.uint64)[0]) >> 2,  # 62 random bits
         keys=[numbers[id(t)] // n for t in to_sample[::n]],
         batch_size=cfg.rollout_batch,
-        fast=cfg.fast,
         **training.engine_options(run, cfg, data.longest),
     )
     for t, completion in zip(to_sample, flat(completions), strict=True):
@@ -339,7 +342,7 @@ def split_evenly(groups: list[Group], size: int) -> list[list[Group]]:
 
 
 def is_dead(group: Group) -> bool:
-    """Whether all advantages of a group are 0, so that its completions give no signal."""
+    """Whether all its advantages are 0, so that its completions give no signal."""
     return not any(np.any(t.advantage) for t in group)
 
 
@@ -356,13 +359,14 @@ def without_completions(group: Group, coef: float) -> Group:
 
 def log_groups(run: Run, groups: list[Group], data: Data, cfg: Config) -> None:
     """Write two groups to samples.jsonl, with the trainer's log-probs of all tokens."""
-    chosen = samples.choose(groups, list(map(is_dead, groups)), run.state["step"])
+    turn = run.state["step"] // cfg.sample_every
+    chosen = samples.choose(groups, list(map(is_dead, groups)), turn)
     chosen = [[replace(t) for t in group] for group in chosen]
     recompute_old_logprobs(run.model, chosen, cfg, given=True)
     for group in chosen:
         prompt = data.problems[group[0].pick.problem].row["prompt"]
         record = samples.group_record(run.tokenizer, prompt, group, is_dead(group))
-        run.log.write("samples", run.state["step"] + 1, record)
+        samples.write(run.log, run.state["step"] + 1, record)
 
 
 # ---- advantages and losses (section 3.2) ----
@@ -524,10 +528,10 @@ def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[s
     # The optimiser step, and the metrics.
     total = parallel.add_up(dict(zip(SUMS, sums.tolist(), strict=True)))
     grad_norm = training.optimizer_step(run.model, run.optimizer, cfg.grad_clip, total["loss"])
-    n_sampled, n_given = max(1, total.pop("sampled")), max(1, total.pop("given"))
-    counts = {"loss": 1, "hint_nll": n_given}
-    means = {f"actor/{k}": v / counts.get(k, n_sampled) for k, v in total.items()}
-    return means | {"actor/grad_norm": grad_norm}
+    n_sampled, n_given = total.pop("sampled"), total.pop("given")
+    counts = {"loss": 1, "hint_nll": n_given} | ({} if run.reference else {"kl_loss": 0})
+    means = {k: v / n for k, v in total.items() if (n := counts.get(k, n_sampled))}
+    return {f"actor/{k}": v for k, v in means.items()} | {"actor/grad_norm": grad_norm}
 
 
 def batch_loss(
@@ -603,8 +607,9 @@ def weigh(groups: list[Group], method: Method, coef: float, cfg: Config) -> None
     method.token_weights(flat(groups), coef, cfg)
     for group in groups:
         for t in group:
-            t.advantage = per_token(t.advantage, t)
-        share_given(group)
+            t.advantage, t.weight = per_token(t.advantage, t), per_token(t.weight, t)
+        if method.states is hidden_states:  # another one may need every trajectory's own
+            share_given(group)
 
 
 def share_given(group: Group) -> None:
@@ -724,37 +729,17 @@ def recompute_old_logprobs(
             t.old_logp = np.concatenate((t.old_logp[: len(t.tokens) - len(values)], values))
 
 
-def settle_old_logprobs(run: Run, groups: list[Group], cfg: Config) -> dict[str, float]:
-    """Make old log-probs the trainer's, where the sampler computes in another precision.
-
-    rollout_correction weighs advantages by pi_trainer / pi_sampler, since to scale an
-    advantage by a positive factor scales its policy loss by the same. Returns metrics.
-    """
-    both_float32 = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
-    if not groups or both_float32 and cfg.rollout_correction == "none":
-        return {}
-    started, trajectories = time.perf_counter(), flat(groups)
-    rollout_logp = [t.old_logp[t.n_given :] for t in trajectories]
-    recompute_old_logprobs(run.model, groups, cfg)
-    logp = [t.old_logp[t.n_given :] for t in trajectories]
-    kind, cap = cfg.rollout_correction, cfg.rollout_cap
-    weights, metrics = mismatch.measure(logp, rollout_logp, kind, cap)
-    for t, weight in zip(trajectories, weights, strict=True):
-        t.advantage = t.advantage * np.concatenate((np.ones(t.n_given), weight))
-    return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
-
-
 # ---- validation ----
 
 
 def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
     """Accuracy on the test rows, without hints, by default greedy."""
-    validation_start, step = time.perf_counter(), run.state["step"]
-    answers, record, line = evaluate.validation(run, data.task, data.test_rows, cfg, data.longest)
-    record |= {"timing_s/testing": time.perf_counter() - validation_start}
+    step, rows = run.state["step"], data.test_rows
+    answers, record, line = evaluate.validation(run, data.task, rows, cfg, data.longest)
     run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
+    run.state["last"] = record
     print(f"step {step}/{total} | test {line} on {len(answers)} problems")
-    training.show_answers(run, data.test_rows, answers, show, step == total)
+    training.show_answers(run, rows, answers, show, step == total)
 
 
 COLUMNS = {  # of a console line: name -> (metric, format)
@@ -777,14 +762,14 @@ def find(algo: str) -> tuple[Method, type]:
     return method, getattr(module, "Config", Config)
 
 
+def config_class(given: dict) -> type:
+    return find(given.get("algo") or Config.algo)[1]
+
+
 @training.leave_as_found
 def main(argv: Sequence[str]) -> None:
     # Configuration, model, data, optimiser; from out_dir/resume if the run continues.
     help = config.usage(__doc__, "algo", ROOT / "variants", "METHOD")
-
-    def config_class(given: dict) -> type:
-        return find(given.get("algo") or Config.algo)[1]
-
     cfg = config.parse_config(config_class, argv, help, "train_uft")
     method = find(cfg.algo)[0]
     check(cfg, method)
@@ -792,6 +777,7 @@ def main(argv: Sequence[str]) -> None:
     total = sft_steps + (cfg.steps if method.reinforced else 0)
     resume = training.resuming(cfg)
     run = training.set_up(cfg, cfg.out_dir, training.start(cfg), cfg.rollout_dtype, resume)
+    run.method = cfg.algo
     data = load_problems(cfg, method, run.tokenizer, run.model.config)
     parameters = run.model.parameters()
     run.optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=True)
@@ -801,14 +787,17 @@ def main(argv: Sequence[str]) -> None:
     training.start_or_resume(run, cfg, resume, state, splits, reads_base)
     counts = f"{len(data.problems)} train, {len(data.test_rows)} test problems"
     print(f"{cfg.algo} on {cfg.task}: {counts}, {training.model_size(run)}")
+    training.self_check(run, cfg, [p.prompt for p in data.problems])
     if run.state["step"] == 0:
         validate(run, data, total, cfg.show, cfg)
 
+    solved = [p.index for p in data.problems if p.has_solution]
     for step in range(run.state["step"], total):
         step_start, run.metrics = time.perf_counter(), {}
         # 1. Choose the problems.
-        problems = method.pick_problems(step, len(data.problems), run.state["memory"], cfg)
-        picks = make_picks(list(map(int, problems)))
+        choices = solved if step < sft_steps else range(len(data.problems))
+        problems = method.pick_problems(step, len(choices), run.state["memory"], cfg)
+        picks = make_picks([choices[i] for i in problems])
         if step < sft_steps:
             # 2-4, supervised phase: everything is given.
             groups = [[demonstration(pick, data, run.tokenizer)] for pick in picks]
@@ -849,7 +838,7 @@ def main(argv: Sequence[str]) -> None:
             weigh(mini_batch, method, coef, cfg)
         with training.explain_failure(run, cfg, step):
             if step >= sft_steps:
-                run.metrics |= settle_old_logprobs(run, groups, cfg)
+                run.metrics |= mismatch.settle(run, groups, recompute_old_logprobs, cfg)
             # 6. Loss (eq. 3.3) and one optimiser step per mini-batch.
             update_start = time.perf_counter()
             updates = [update(run, mini_batch, method, cfg) for mini_batch in mini_batches]
@@ -867,10 +856,7 @@ def main(argv: Sequence[str]) -> None:
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
             validate(run, data, total, cfg.show if step + 1 == total else 0, cfg)
         training.save_and_stop(run, cfg, total)
-    print(f"{run.state['train_s']:.0f} s of training; model in {run.out / 'model'}")
-    run.log.close()
-    draw_run(run.out)
-    write_report(run.out)
+    training.finish(run, cfg)
 
 
 if __name__ == "__main__":

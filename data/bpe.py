@@ -1,14 +1,16 @@
 """Byte-pair encoding: merges the characters of a word into tokens, as a tokenizer.json lists the merges.
 
 `merge` is the algorithm. `Merger` applies it to the words of a text and remembers their ids. Where tiktoken
-merges the same pairs, tiktoken does the work, which is five times faster on words that are new.
+merges the same pairs, tiktoken does the work, five times faster on new words.
 
-A byte-level vocabulary writes each byte as a character; a SentencePiece vocabulary has characters, and byte
-tokens such as <0xE6> for characters that have no token.
+A byte-level vocabulary writes each byte as a character. A SentencePiece vocabulary has characters, and byte
+tokens such as <0xE6> for characters without a token.
 """
 
 import heapq
+from functools import cached_property
 from itertools import chain, groupby, pairwise
+from operator import add
 
 import numpy as np
 import regex
@@ -18,10 +20,11 @@ from infra.config import UserError
 
 # A byte is written as itself if it is printable, else as a character from U+0100 up.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE}
-BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+OTHERS = sorted({*range(256)} - {*PRINTABLE})
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
 CHAR_TO_BYTE = {ord(char): b for b, char in BYTE_TO_CHAR.items()}
-ALPHABET = frozenset(BYTE_TO_CHAR.values())
+NO_BYTE = 0x3000  # no byte is written as one of these, so they must not become bytes
+CHAR_TO_BYTE |= dict.fromkeys(OTHERS, NO_BYTE)
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # SentencePiece's
 
 # SentencePiece does not cut a text. Where no token continues after a word, cutting there changes no ids.
@@ -31,8 +34,6 @@ CACHED_WORDS = 2**18  # words whose ids are remembered
 CACHED_LENGTH = 64  # characters of the longest of them
 
 Ranks = dict[tuple[str, str], int]  # the pairs that merge, and the place of each in the file
-Table = dict[bytes, int]  # what tiktoken merges, in order of rank, and the id of each
-Prefixes = dict[int, list[int]]  # negative ids of UTF-8 prefixes, and the ids of the bytes of each
 
 
 def merge(symbols: list[str], ranks: Ranks) -> list[str]:
@@ -59,59 +60,56 @@ def merge(symbols: list[str], ranks: Ranks) -> list[str]:
 
 
 def token_bytes(token: str, pieces: bool = False) -> bytes:
-    """The bytes a token stands for. pieces: in a SentencePiece vocabulary; else in a byte-level one, where a
-    token of other characters than the alphabet's stands for its own text."""
+    """The bytes of a token of a SentencePiece vocabulary (pieces), or of a byte-level one, where a token of
+    other characters stands for its own text."""
     if pieces:
         return bytes([BYTE_TOKENS[token]]) if token in BYTE_TOKENS else token.encode()
-    if ALPHABET.issuperset(token):
+    try:
         return token.translate(CHAR_TO_BYTE).encode("latin-1")
-    return token.encode()
+    except UnicodeEncodeError:
+        return token.encode()
 
 
 class Merger:
     """Cuts text into words and merges the characters of each into tokens."""
 
-    def __init__(self, model: dict, spelled: dict[str, bytes], pattern: str | None, where: str):
+    def __init__(self, model: dict, spelled: dict[str, bytes], pattern: str | None):
         """model: a tokenizer.json's; spelled: the bytes of each token of its vocabulary.
 
         pattern: cuts text into words and loses nothing. None: each text is one word, or, with a SentencePiece
         vocabulary, is cut here. UserError: the model is not supported.
         """
-        _refuse(model, where)
-        self.vocab, self.ranks, self.unk = model["vocab"], _read_ranks(model, where), model.get("unk_token")
+        for flag in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(flag):
+                raise UserError(f"{flag} = {model[flag]!r} is not supported")
+        self.vocab, self.unk = model["vocab"], model.get("unk_token")
         self.pieces, self.fuse_unk = bool(model.get("byte_fallback")), bool(model.get("fuse_unk"))
         self.whole_words = bool(model.get("ignore_merges"))  # a word that is a token becomes it unmerged
         self.cache: dict[str, list[int]] = {}
+        self.left, self.right, self.made = _read_merges(model)
+        for token, id in self.vocab.items():
+            if type(id) is not int or not 0 <= id < 2**31:
+                raise UserError(f"token {token!r} has id {id!r}, which is not an id")
 
         # Each byte has a token. Else the unk token or nothing stands for it.
         byte_ids = _byte_ids(self.vocab, self.pieces)
         lacking = None in byte_ids
         if lacking and (self.pieces or self.unk is not None and self.unk not in self.vocab):
             also = "" if self.pieces else f" and unk_token {self.unk!r}"
-            raise UserError(f"{where}: the vocabulary lacks byte {byte_ids.index(None):#04x}{also}")
+            raise UserError(f"the vocabulary lacks byte {byte_ids.index(None):#04x}{also}")
 
         # SentencePiece's words begin with spaces. No merge crosses the border of a word if no token does.
         if self.pieces and not self.whole_words:
-            crossed = any("▁" in (left + right).lstrip("▁") for left, right in self.ranks)
+            crossed = any("▁" in token.lstrip("▁") for token in {*self.made})
             pattern = None if crossed else PIECE_PATTERN
         self.words = regex.compile(pattern) if pattern else None
-
-        # tiktoken, where it gives the same ids. It makes a word that is a token of its table that token.
         self.encoding = None
-        if lacking or len(self.ranks) < len(model["merges"]):
-            return
-        table, pairs, self.prefixes = _byte_table(self.ranks, self.vocab, byte_ids, spelled, self.pieces)
-        if self.whole_words and (self.pieces or len(table) < len(self.vocab)):
-            return
-        if _tiktoken_agrees(table, pairs):
-            self.encoding = _tiktoken(table, pattern)
-            if not self.whole_words and len(table) < 256 + len(pairs):
-                # Leave out tokens that merging does not make: with FF behind it, a token is no whole word,
-                # and FF merges with nothing.
-                made = self.encoding._encode_single_piece
-                table = {token: id for token, id in table.items() if len(made(token + b"\xff")) <= 2}
-                self.encoding = _tiktoken(table, pattern)
-            self.ids = [*table.values()]
+        if not lacking:
+            self._try_tiktoken(spelled, byte_ids, pattern or r"[\s\S]+")
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        return {pair: rank for rank, pair in enumerate(zip(self.left, self.right, strict=True))}
 
     def encode(self, parts: list[str]) -> list[int]:
         """Ids of the pieces of a text."""
@@ -139,12 +137,6 @@ class Merger:
             self.cache[word] = ids
         return ids
 
-    def _ids_of(self, ranks: list[int]) -> list[int]:
-        ids = list(map(self.ids.__getitem__, ranks))
-        if self.prefixes and min(ids, default=0) < 0:
-            return [i for id in ids for i in self.prefixes.get(id, (id,))]
-        return ids
-
     def _symbols(self, word: str) -> list[str]:
         """What merging starts from: characters, and what stands for those without a token."""
         symbols, unknown = [], False
@@ -158,29 +150,65 @@ class Merger:
             unknown = char not in self.vocab
         return symbols
 
+    # ---- tiktoken ----
 
-def _has_long_space(text: str) -> bool:
-    return len(text) >= 100_000 and LONG_SPACE.search(text) is not None
+    def _try_tiktoken(self, spelled: dict[str, bytes], byte_ids: list[int], pattern: str) -> None:
+        """Set `encoding` if tiktoken gives the same ids; `ids` has the id of each of its ranks.
+
+        tiktoken starts from bytes, SentencePiece from characters. So the first merges make the characters of
+        the vocabulary, through their UTF-8 prefixes. A prefix has a negative id, and stands for the ids of
+        its bytes (`prefixes`) where a character has no token.
+        """
+        table = {bytes([b]): id for b, id in enumerate(byte_ids)}  # in order of rank
+        left: list[bytes] = []  # of the pairs that merge
+        right: list[bytes] = []
+        self.prefixes: dict[int, list[int]] = {}
+        for char in [token.encode() for token in self.vocab if self.pieces and len(token) == 1]:
+            for n in range(2, len(char) + 1):
+                if char[:n] not in table:
+                    left.append(char[: n - 1])
+                    right.append(char[n - 1 : n])
+                    table[char[:n]] = -len(self.prefixes) - 1
+                    self.prefixes[table[char[:n]]] = [byte_ids[b] for b in char[:n]]
+            table[char] = self.vocab[char.decode()]
+        left += map(spelled.__getitem__, self.left)
+        right += map(spelled.__getitem__, self.right)
+        made = map(add, left[len(self.prefixes) :], right[len(self.prefixes) :])
+        table |= zip(made, map(self.vocab.get, self.made), strict=True)
+
+        # tiktoken makes a word that is a token of its table that token.
+        if self.whole_words and (self.pieces or len(table) < len(self.vocab)):
+            return
+        if not _tiktoken_agrees([*table], left, right):
+            return
+        self.encoding = _tiktoken(table, pattern)
+        if not self.whole_words and len(table) < 256 + len(left):
+            # Leave out tokens that merging does not make: with FF behind it, a token is no whole word,
+            # and FF merges with nothing.
+            made = self.encoding._encode_single_piece
+            table = {token: id for token, id in table.items() if len(made(token + b"\xff")) <= 2}
+            self.encoding = _tiktoken(table, pattern)
+        self.ids = [*table.values()]
+
+    def _ids_of(self, ranks: list[int]) -> list[int]:
+        ids = list(map(self.ids.__getitem__, ranks))
+        if self.prefixes and min(ids, default=0) < 0:
+            return [i for id in ids for i in self.prefixes.get(id, (id,))]
+        return ids
 
 
-def _refuse(model: dict, where: str) -> None:
-    """Raise UserError for a setting that would give other ids, and for ids that are none."""
-    for flag in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(flag):
-            raise UserError(f"{where}: {flag} = {model[flag]!r} is not supported")
-    for token, id in model["vocab"].items():
-        if type(id) is not int or not 0 <= id < 2**31:
-            raise UserError(f"{where}: token {token!r} has id {id!r}, which is not an id")
-
-
-def _read_ranks(model: dict, where: str) -> Ranks:
-    merges = (tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"])
-    ranks = {pair: rank for rank, pair in enumerate(merges)}
-    used = {*chain.from_iterable(ranks), *map("".join, ranks)}
-    if not model["vocab"].keys() >= used:
-        lacking = min(used - model["vocab"].keys())
-        raise UserError(f"{where}: the vocabulary lacks {lacking!r}, a part or the result of a merge")
-    return ranks
+def _read_merges(model: dict) -> tuple[list[str], list[str], list[str]]:
+    """The left and the right tokens of the pairs that merge, in order of rank, and what they make."""
+    left, right = [], []
+    for pair in model["merges"]:
+        first, second = pair.split(" ") if isinstance(pair, str) else pair
+        left.append(first)
+        right.append(second)
+    made = [*map(add, left, right)]
+    if None in map(model["vocab"].get, chain(left, right, made)):
+        lacking = min({*left, *right, *made} - model["vocab"].keys())
+        raise UserError(f"the vocabulary lacks {lacking!r}, a part or the result of a merge")
+    return left, right, made
 
 
 def _byte_ids(vocab: dict[str, int], pieces: bool) -> list[int | None]:
@@ -190,60 +218,34 @@ def _byte_ids(vocab: dict[str, int], pieces: bool) -> list[int | None]:
     return [vocab.get(chr(b) if b < 128 and chr(b) in vocab else t) for t, b in BYTE_TOKENS.items()]
 
 
-# ---- tiktoken ----------------------------------------------------------------------------------------------
+def _has_long_space(text: str) -> bool:
+    return len(text) >= 100_000 and LONG_SPACE.search(text) is not None
 
 
-def _tiktoken(table: Table, pattern: str | None) -> tiktoken.Encoding:
+def _tiktoken(table: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
     ranks = {token: rank for rank, token in enumerate(table)}
-    pattern = pattern or r"[\s\S]+"
     return tiktoken.Encoding("from_file", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
-def _byte_table(
-    ranks: Ranks, vocab: dict[str, int], byte_ids: list[int], spelled: dict[str, bytes], pieces: bool
-) -> tuple[Table, list[tuple[bytes, bytes]], Prefixes]:
-    """The table for tiktoken, which starts from bytes, and the pairs of bytes that may merge.
+def _tiktoken_agrees(tokens: list[bytes], left: list[bytes], right: list[bytes]) -> bool:
+    """Whether tiktoken, given the tokens in order of rank, merges the pairs (left, right) and no others.
 
-    SentencePiece starts from characters. So the first merges make the characters of the vocabulary, through
-    their UTF-8 prefixes. A character without a token stays bytes, or a prefix and bytes; a prefix stands for
-    the ids of its bytes.
+    tiktoken merges any two neighbours whose concatenation is a token, that of lowest rank first. This gives
+    the same if all pairs that make a token are listed, one after the other; or if each token is listed once
+    and merging its own text ends with that pair, since inside a longer text it is merged as it is alone.
     """
-    table: Table = {bytes([b]): id for b, id in enumerate(byte_ids)}
-    pairs: list[tuple[bytes, bytes]] = []
-    prefixes: Prefixes = {}
-    for char in (t.encode() for t in vocab if pieces and len(t) == 1 and ord(t) > 127):
-        for n in range(2, len(char) + 1):
-            if char[:n] not in table:
-                pairs.append((char[: n - 1], char[n - 1 : n]))
-                table[char[:n]] = -len(prefixes) - 1
-                prefixes[-len(prefixes) - 1] = [byte_ids[b] for b in char[:n]]
-        table[char] = vocab[char.decode()]
-    listed = [(spelled[left], spelled[right]) for left, right in ranks]
-    made = map(vocab.__getitem__, map("".join, ranks))
-    table |= zip(map(b"".join, listed), made, strict=True)
-    return table, pairs + listed, prefixes
-
-
-def _tiktoken_agrees(table: Table, pairs: list[tuple[bytes, bytes]]) -> bool:
-    """Whether tiktoken, given the table, merges the listed pairs and no others.
-
-    tiktoken merges any two neighbours whose concatenation is in the table, that of lowest rank first. This
-    gives the same if all pairs that make a token are listed, one after the other; or if each token is listed
-    once and merging its own text ends with that pair, since inside a longer text it is merged as it is alone.
-    """
-    tokens = [*table]
-    made = [token for token, _ in groupby(map(b"".join, pairs))]
+    made = [token for token, _ in groupby(map(add, left, right))]
     number = {token: i for i, token in enumerate(tokens)}
-    parts = [*map(number.get, chain.from_iterable(pairs))]
-    if made != tokens[256:] or None in parts or b"\xff" in b"".join(made):
+    parts = [[*map(number.get, side)] for side in (left, right)]
+    if made != tokens[256:] or None in parts[0] or None in parts[1] or b"\xff" in b"".join(made):
         return False
-    if len(made) < len(pairs):
-        splits = sum(t[:n] in table and t[n:] in table for t in made for n in range(1, len(t)))
-        return splits == len(pairs)
+    if len(made) < len(left):
+        splits = sum(t[:n] in number and t[n:] in number for t in made for n in range(1, len(t)))
+        return splits == len(left) == len({*zip(left, right, strict=True)})
 
     # Go back in time from each pair, all pairs at once: take apart the token at the border that was made
     # later, until both are bytes. No pair across the border may have merged before that token was made.
-    parts = np.array(parts, int).reshape(-1, 2)
+    parts = np.array(parts, int).T
     if (parts.max(1) >= np.arange(256, len(tokens))).any():  # a token comes before its parts
         return False
     keys = parts @ [len(tokens), 1]

@@ -1,28 +1,17 @@
-"""Conversations, texts and preference pairs: rows of files, and the token ids and loss masks made of them.
+"""Conversations, texts and preference pairs: rows of files, and their token ids and loss masks.
 
-A row (.jsonl, .json, .parquet) has one of these forms. The first are UltraChat's and UltraFeedback's:
+A row has one of these forms. The first two are UltraChat's and UltraFeedback's:
 
-    {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}, ...], ...}
-    {"chosen": [{"role": "user", "content": "2+3?"}, ...], "rejected": [...], "prompt": "2+3?", ...}
-    {"prompt": [{"role": "user", "content": "2+3?"}], "completion": [{"role": "assistant", "content": "5"}]}
-    {"prompt": "2+3=", "completion": "5"}                      text without a chat template
-    {"prompt": "2+3=", "chosen": "5", "rejected": "6"}         also with lists of messages
+    {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}, ...]}
+    {"chosen": [{"role": "user", "content": "2+3?"}, ...], "rejected": [...], "prompt": "2+3?"}
+    {"prompt": [{"role": "user", "content": "2+3?"}], "completion": [{"role": "assistant", ...}]}
+    {"prompt": "2+3=", "completion": "5"}                 texts, without a chat template
+    {"prompt": "2+3=", "chosen": "5", "rejected": "6"}    texts, or lists of messages
 
-A conversation may have `tools` beside its messages, and a message any field that the chat template reads
-(tool_calls, reasoning_content, name ...). "weight": 0 or "train": false takes the loss off an assistant's
-turn, "label": false (KTO's) leaves a row out. Fields that the training should heed and cannot are refused by
-name, others (prompt_id, score_chosen) left alone. Up to 5 % of the rows may be bad: they are skipped, counted
-and printed.
-
-The paper's files are parquet, so `pip install -e '.[data]'`; train and test have 207,865 and 23,110
-conversations, and 61,135 and 2,000 pairs:
-
-    hf download HuggingFaceH4/ultrachat_200k --repo-type=dataset --local-dir=ultrachat
-    hf download HuggingFaceH4/ultrafeedback_binarized --repo-type=dataset --local-dir=ultrafeedback
-
-The loss is on the assistant's turns and on the token that ends each of them, and nowhere else. Published IFT
-code leaves the end token out with every tokenizer that begins a text with a bos token, so its models never
-learn to stop.
+A conversation may have `tools`, and a message any field that the chat template reads (tool_calls,
+reasoning_content ...). The loss is on the assistant's turns and on the token that ends each of them.
+"weight": 0 or "train": false takes it off a turn, "label": false (KTO's) leaves a row out. Published
+IFT code has no loss on the end token if there is a bos token, so its models never stop.
 """
 
 import json
@@ -30,7 +19,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -38,66 +27,53 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.rows import ENDINGS, is_one_file, read_records, split_rows
+from data.rows import is_one_file, naming, read_records, split_rows
 from data.tokenizer import Tokenizer
-from data.turns import REASONING, REWRITTEN, encode_parts, find_turns
+from data.turns import REASONING, find_turns
 from infra.config import UserError
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
-FORMS = (("chosen", "rejected"), ("messages",), ("completion",))  # fields with answers; the first form counts
-CONTEXT = ("system", "system_prompt", "system_message", "history", "functions", "documents")
-UNSUPPORTED = (*CONTEXT, "images", "videos", "audios", "chat_template_kwargs")  # an answer may depend on them
-KINDS = ("prefs", "sft", "gen")  # of a hub folder's splits (train_prefs ...); the first found is read
+FORMS = (("chosen", "rejected"), ("messages",), ("completion",))  # the first that is there counts
+UNSUPPORTED = ("system", "system_prompt", "system_message", "history", "functions", "documents")
+UNSUPPORTED += ("images", "videos", "audios", "chat_template_kwargs")  # an answer may depend on them
 MOST_BAD = 0.05  # share of bad rows that are skipped; more end the run
-MANY = 5000  # with at least this many rows all cores encode, and a terminal shows a counter
+MANY = 5000  # with at least this many rows all cores encode
 
 
 class Example(NamedTuple):
     ids: np.ndarray  # (T,) int32
     mask: np.ndarray  # (T,) bool: the tokens that are targets
     cut: bool  # the end did not fit into max_length
-    rewritten: int  # assistant turns without loss, since the template rewrites them once others follow
-    ends: tuple[int, ...] = ()  # ids of the special tokens that end its trained turns, if max_length does not
+    ends: tuple[int, ...] = ()  # special tokens that end its trained turns
 
 
-def turn_ends(examples: Iterable[Example | tuple[Example, Example]]) -> set[int]:
-    """Ids of the special tokens that end trained turns: the model learns to emit them and must stop there."""
-    flat = (e for row in examples for e in ((row,) if isinstance(row, Example) else row))
-    return {i for ends in {e.ends for e in flat} for i in ends}
-
-
-# ---- rows --------------------------------------------------------------------------------------------------
+# ---- rows ----
 
 
 def load(split: str, path: str | Path, one_file: str = "all") -> list[dict]:
-    """Rows of a file or folder, as dicts of where, and of prompt and completion, or prompt, chosen and
-    rejected (texts), messages and first, or chosen, rejected and first (conversations that end with the
-    assistant), with `tools` where a conversation has them and `label` where it is false. first: the number of
-    leading messages that are the prompt, and so have no loss. Messages keep their fields that are not null.
+    """Rows of a file or folder, as dicts of where, of label if it is false, and of one of
 
-    A folder, or its subfolder data/ as on the hub, holds `split`.parquet, .jsonl or .json, or the shards
-    `split`-*.parquet or `split`_KIND-*.parquet; of several kinds the first of prefs, sft, gen is read.
-    one_file: of a single file "all" reads every row for any split, "split" those of rows.split_rows().
+    - prompt and completion, or prompt, chosen and rejected: texts
+    - messages, or chosen and rejected: conversations, with tools if there are any; the loss begins
+      after the first `first` messages
 
-    UserError: a file cannot be read, or more than 5 % of the rows are bad; names the first and its field.
+    one_file: see rows.load_rows(). UserError: more than 5 % of the rows are bad.
     """
-    rows, bad, form = [], [], None
-    records = [record for file in _files(split, path) for record in read_records(file, split)]
+    rows, bad = [], []
+    records = read_records(path, split)
     for where, record in records:
         try:
-            row, found = _row(record)
-            form = form or found
-            if found != form:
-                raise UserError(f"has {found}, but the rows before it have {form}; a file has one form")
-            rows.append({"where": where} | row)
+            rows.append({"where": where} | _row(record))
         except UserError as e:
             bad.append(f"{where}: {e}")
-    _judge(bad, len(records))
-    return split_rows(rows, split) if one_file == "split" and is_one_file(path) else rows
+    _report(bad, len(records))
+    if one_file == "split" and is_one_file(path):
+        return split_rows(rows, split)
+    return rows
 
 
-def _judge(bad: list[str], rows: int) -> None:
-    """Print the errors of bad rows. UserError with the first if there are too many to skip."""
+def _report(bad: list[str], rows: int) -> None:
+    """Print what is skipped. UserError if it is too much."""
     share = f"{len(bad):,} of {rows:,} rows"
     if len(bad) > MOST_BAD * rows:
         raise UserError(f"{bad[0]} ({share} are bad; up to {MOST_BAD:.0%} would be skipped)")
@@ -105,165 +81,154 @@ def _judge(bad: list[str], rows: int) -> None:
         print(f"skipped {share}: " + "; ".join(bad[:3]) + "; ..." * (len(bad) > 3))
 
 
-def _files(split: str, path: str | Path) -> list[Path]:
-    """The shards of a split, named as on the hub, or else the file or folder itself."""
-    for folder in (Path(path), Path(path) / "data"):
-        if any((folder / f"{split}{ending}").exists() for ending in ENDINGS):
-            return [folder]
-        kinds = {shard.name.partition("-")[0] for shard in folder.glob(f"{split}[-_]*.parquet")}
-        for kind in [split, *(f"{split}_{name}" for name in KINDS), *sorted(kinds)]:
-            if kind in kinds:
-                if others := ", ".join(sorted(kinds - {kind})):
-                    print(f"{folder}: reading {kind}, not {others}")
-                return sorted(folder.glob(f"{kind}-*.parquet"))
-    return [Path(path)]
-
-
-def rows_of_task(rows: list[dict]) -> list[dict]:
-    """Rows of a reasoning task (data/countdown.py ...) as (prompt, completion): all hints and the answer."""
-    return [
-        {"where": f"row {i}", "prompt": r["prompt"], "completion": "".join(r["hint"]) + r["answer"]}
-        for i, r in enumerate(rows)
-    ]
-
-
-def _row(record: dict) -> tuple[dict, str]:
-    """The row of a record, and the name of its form."""
+def _row(record: dict) -> dict:
+    """The row of a record, without where."""
     names = next((names for names in FORMS if record.get(names[-1]) is not None), ())
     if not names:
-        needed = "'messages', 'prompt' and 'completion', or 'chosen' and 'rejected'"
-        raise UserError(f"there is no answer; a row needs the fields {needed}, but has {', '.join(record)}")
-    if name := next((name for name in UNSUPPORTED if record.get(name)), ""):
-        raise UserError(f"field '{name}' is not supported; move it into prompt or messages, or remove it")
-    row, prompt, form = {}, record.get("prompt"), " and ".join(f"'{name}'" for name in names)
-    if (label := record.get("label")) not in (None, True, False):
-        raise UserError(f"field 'label' is {label!r}; must be true for a good answer, false for a bad one")
-    row |= {} if label is None or label else {"label": False}
+        forms = "'messages', 'prompt' and 'completion', or 'chosen' and 'rejected'"
+        raise UserError(f"there is no answer; needs {forms}, but has {', '.join(record)}")
+    for name in UNSUPPORTED:
+        if record.get(name):
+            raise UserError(f"field '{name}' is not supported; move it into the messages")
+    label = record.get("label")
+    if label not in (None, True, False):
+        raise UserError(f"field 'label' is {label!r}; must be true or false")
 
-    # Texts.
-    if "messages" not in names and all(isinstance(record.get(name), str) for name in ("prompt", *names)):
-        if record.get("tools"):
-            raise UserError("field 'tools' needs messages, since only a chat template can write it")
-        return {name: record[name] for name in ("prompt", *names)} | row, f"{form} as texts"
+    row = {name: record.get(name) for name in ("prompt", *names)}
+    are_texts = all(isinstance(text, str) for text in row.values())
+    if "messages" in names or not are_texts:
+        row = _conversations(record, names)
+    elif record.get("tools"):
+        raise UserError("field 'tools' needs messages, not texts")
+    if label is not None and not label:
+        row["label"] = False
+    return row
 
-    # Conversations. An answer may repeat the prompt, or its last messages.
-    before = _messages(prompt, "prompt") if "messages" not in names and isinstance(prompt, list) else []
+
+def _conversations(record: dict, names: tuple[str, ...]) -> dict:
+    """The row of a record whose fields `names` are lists of messages."""
+    row, before, prompt = {}, [], record.get("prompt")
+    if "messages" in names:
+        prompt = None  # it repeats the first message
+    elif isinstance(prompt, list):
+        before = _messages(prompt, "prompt")
     for name in names:
         answer = _messages(record[name], name)
-        if answer[0]["role"] == "assistant" and "messages" not in names and isinstance(prompt, str):
+        if isinstance(prompt, str) and answer[0]["role"] == "assistant":
             before = [{"role": "user", "content": prompt}]
-        repeated = next(n for n in range(len(before), -1, -1) if before[len(before) - n :] == answer[:n])
-        row[name] = before + answer[repeated:]
-        if not answer[repeated:] or answer[-1]["role"] != "assistant":
-            raise UserError(f"field '{name}' does not end with an answer, which is a turn of the assistant")
+        # An answer may repeat the prompt, or its last messages.
+        overlaps = range(min(len(before), len(answer)), -1, -1)
+        repeated = next(n for n in overlaps if before[len(before) - n :] == answer[:n])
+        answer = answer[repeated:]
+        if not answer or answer[-1]["role"] != "assistant":
+            raise UserError(f"field '{name}' does not end with an answer of the assistant")
+        row[name] = before + answer
     row["first"] = len(before)
     if "rejected" in names:
-        same = [a == b for a, b in zip(row["chosen"], row["rejected"], strict=False)]
-        row["first"] = min([*same, False].index(False), len(row["chosen"]) - 1, len(row["rejected"]) - 1)
+        chosen, rejected = row["chosen"], row["rejected"]
+        same = [a == b for a, b in zip(chosen, rejected, strict=False)]
+        row["first"] = min([*same, False].index(False), len(chosen) - 1, len(rejected) - 1)
         if row["first"] == 0:
-            raise UserError("'chosen' and 'rejected' do not begin with the same message")
+            raise UserError("'chosen' and 'rejected' do not begin alike")
     if "completion" in names:
         row["messages"] = row.pop("completion")
     if tools := _functions(record.get("tools"), "field 'tools'"):
         row["tools"] = tools
-    return row, f"{form} as messages"
+    return row
 
 
 def _messages(value: list, name: str) -> list[dict]:
     """The checked messages of a field."""
     if not isinstance(value, list) or not value:
-        raise UserError(f"field '{name}' must be a list of messages, or a text beside a 'prompt' of text")
-    return [_message(message, f"field '{name}', message {n}") for n, message in enumerate(value)]
+        raise UserError(f"field '{name}' must be a list of messages, or a text as 'prompt' is")
+    messages = []
+    for n, message in enumerate(value):
+        with naming(f"field '{name}', message {n}"):
+            messages.append(_message(message))
+    return messages
 
 
-def _message(message: dict, where: str) -> dict:
-    """A checked message without its null fields: parquet gives every message the fields of all others."""
+def _message(message: dict) -> dict:
+    """A checked message without null fields, which parquet adds."""
     if not isinstance(message, dict):
-        raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
-    has = f"the message has the fields {', '.join(message)}"
+        raise UserError(f"must be an object with role and content, not {message!r:.80}")
+    fields = ", ".join(message)
     message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
-        raise UserError(f"{where}: field 'role' is {role!r}; must be one of {', '.join(ROLES)}; {has}")
+        rule = f"must be one of {', '.join(ROLES)}"
+        raise UserError(f"field 'role' is {role!r}; {rule}; the fields are {fields}")
 
-    # Texts. A call may stand for the content.
-    calls, function_call = message.pop("tool_calls", None), message.pop("function_call", None)
+    # Texts. Calls may stand for the content.
+    calls = message.pop("tool_calls", None)
+    function_call = message.pop("function_call", None)
     if function_call and not calls:  # OpenAI's older form of a single call
         calls = [{"type": "function", "function": function_call}]
-    calls = [call for call in _functions(calls, f"{where}, its calls") if call.get("function", call)]
-    message |= {"tool_calls": calls} if calls else {}
-    if "content" not in message and not (calls and role == "assistant"):
-        raise UserError(f"{where}: field 'content' is missing or null; {has}")
+    calls = [call for call in _functions(calls, "calls") if call.get("function", call)]
+    if calls:
+        message["tool_calls"] = calls
     for field in ("content", *REASONING):
         if not isinstance(message.get(field, ""), str):
-            raise UserError(f"{where}: field '{field}' must be a text, not {type(message[field]).__name__}")
-    message.setdefault("content", None)
-    if role == "assistant" and not calls and not message["content"].strip():
-        raise UserError(f"{where}: the answer is empty")
+            raise UserError(f"field '{field}' must be a text, not {message[field]!r:.80}")
+    content = message.setdefault("content", None)
+    if content is None and not (calls and role == "assistant"):
+        raise UserError("field 'content' is missing or null")
+    if role == "assistant" and not calls and not content.strip():
+        raise UserError("the answer is empty")
 
     # Which turns have a loss.
     for field in ("weight", "train"):
         if message.get(field, 0) not in (0, role == "assistant"):  # 0 is False, 1 is True
-            must = "1 or 0 (true or false) for the assistant, 0 for others"
-            raise UserError(f"{where}: field '{field}' of the {role} is {message[field]!r}; must be {must}")
+            rule = "must be 1 or 0 for the assistant, 0 for others"
+            raise UserError(f"field '{field}' of the {role} is {message[field]!r}; {rule}")
     return message
 
 
-def _functions(value, where: str) -> list[dict]:
-    """Tools or calls. All of them, one, its arguments and its parameters may be given as JSON text. Outside
-    of texts null fields are left out, since parquet gives every object the fields of all others.
-    """
-    with suppress(TypeError):
-        text = json.dumps(value or [])
-        value = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if v is not None})
-    functions = [_parsed(item, dict, where) for item in _parsed(value, list, where)]
+def _functions(value, name: str) -> list[dict]:
+    """Tools or calls without null fields. Each part may be JSON text, whose nulls stay."""
+
+    def without_nulls(fields: dict) -> dict:
+        return {k: v for k, v in fields.items() if v is not None}
+
+    value = json.loads(json.dumps(value or [], default=str), object_hook=without_nulls)
+    functions = [_parsed(item, dict, name) for item in _parsed(value, list, name)]
     for item in functions:
         if "function" in item:
-            item["function"] = _parsed(item["function"], dict, where)
+            item["function"] = _parsed(item["function"], dict, name)
         function = item.get("function", item)
-        for name in function.keys() & {"arguments", "parameters"}:
-            function[name] = _parsed(function[name], dict, f"{where}, {name}")
+        for field in function.keys() & {"arguments", "parameters"}:
+            function[field] = _parsed(function[field], dict, f"{field} of {name}")
     return functions
 
 
-def _parsed(value, kind: type, where: str):
+def _parsed(value, kind: type, name: str):
     """A list or dict, empty if it is missing. It may be given as JSON text."""
     with suppress(ValueError, RecursionError):
         value = json.loads(value) if isinstance(value, str) else value
     value = value or kind()
     if not isinstance(value, kind):
-        raise UserError(f"{where} must be a {kind.__name__}, or the JSON of one, not {value!r:.80}")
+        raise UserError(f"{name} must be a {kind.__name__}, or the JSON of one, not {value!r:.80}")
     return value
 
 
-# ---- examples ----------------------------------------------------------------------------------------------
+# ---- examples ----
 
 
 def encode_rows(
-    rows: list[dict], tokenizer: Tokenizer, max_length: int, template="auto", pairs=False, window=0
+    rows: list[dict], tokenizer: Tokenizer, max_length: int, template="auto", pairs=False
 ) -> tuple[list[Example] | list[tuple[Example, Example]], dict[str, int]]:
-    """Examples of the rows, or with pairs (chosen, rejected) of Examples, and counts by what became of them.
+    """Examples of the rows, or pairs (chosen, rejected) of them, and counts of what became of the rows.
 
-    Without pairs a preference row gives its chosen answer. An example longer than max_length loses its end;
-    one with no token of an answer up to there is skipped, and so are pairs that are equal up to there.
-    window: the positions that the model was built for; kept rows that exceed it are counted (0: unknown).
-    UserError: more than 5 % of the rows cannot be encoded; names the first.
+    Without pairs a preference row gives its chosen answer. An example loses its end after max_length
+    tokens; without an answer up to there it is skipped, as are pairs that are equal up to there.
+    UserError: more than 5 % of the rows cannot be encoded.
     """
     if tokenizer.eos_id is None:
-        raise UserError("the tokenizer's configuration has no eos_token, without which no answer ends")
+        raise UserError("the tokenizer has no eos_token, without which no answer ends")
     tokenizer.template_name(template)  # there must be such a template
     examples, counts, bad = [], Counter(rows=len(rows), kept=0, truncated=0), []
-
-    # The rows, one after the other. Of many each core takes its part: forked processes inherit the tokenizer
-    # and the rows. The processes of a torchrun share the cores of their machine.
     _job.update(rows=rows, pairs=pairs, settings=(tokenizer, max_length, template))
-    encoded, processes, pool = map(_encode_row, range(len(rows))), 1, None
-    if len(rows) >= MANY and sys.platform == "linux":  # elsewhere a fork is not safe
-        processes = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if processes > 1:
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
-        encoded = pool.map(_encode_row, range(len(rows)), chunksize=500)
-    for done, (made, notes, error) in enumerate(encoded, 1):
+    for made, notes, error in _encode_all(len(rows)):
         counts.update(notes)
         bad += [error] if error else []
         if len(bad) > MOST_BAD * len(rows):
@@ -272,32 +237,42 @@ def encode_rows(
             examples.append(made if pairs else made[0])
             counts["kept"] += 1
             counts["truncated"] += any(e.cut for e in made)
-            if window and max(len(e.ids) for e in made) > window:
-                counts[f"longer than the model's window of {window:,} tokens"] += 1
-        if len(rows) >= MANY and sys.stdout.isatty() and (done % 500 == 0 or done == len(rows)):
-            print(f"\rtokenizing {done:,}/{len(rows):,} rows", end="\n"[done < len(rows) :], flush=True)
-    if pool:
-        pool.shutdown(cancel_futures=True)
-    _judge(bad, len(rows))
+    _report(bad, len(rows))
     return examples, dict(counts)
 
 
-_job: dict = {}  # what encode_rows() is doing
+_job: dict = {}  # what encode_rows() is doing; forked processes inherit it
+Encoded = tuple[tuple[Example, ...], list[str], str]
 
 
-def _encode_row(i: int) -> tuple[tuple[Example, ...], list[str], str]:
-    """The Example of row i or the two of a pair, () if it is skipped; notes to count; its error or ""."""
+def _encode_all(n: int) -> Iterator[Encoded]:
+    """The rows of the job in order; many are shared among the cores of this process."""
+    cores = 1
+    if n >= MANY and sys.platform == "linux":  # elsewhere a fork is not safe
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cores < 2:
+        yield from map(_encode_row, range(n))
+        return
+    print(f"tokenizing {n:,} rows on {cores} cores", flush=True)
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_encode_row, range(n), chunksize=500)
+
+
+def _encode_row(i: int) -> Encoded:
+    """The Example of row i or the two of its pair, () if skipped; notes to count; an error."""
     row, pairs = _job["rows"][i], _job["pairs"]
-    names = FORMS[0] if pairs else [name for name in ("chosen", "messages", "completion") if name in row]
+    if "label" in row:
+        return (), ["skipped: labelled as a bad answer"], ""
+    names = [name for name in ("chosen", "messages", "completion") if name in row]
     try:
-        if "rejected" in names and "rejected" not in row:
-            raise UserError("this loss needs pairs, but the row has no 'chosen' and 'rejected'")
-        if "label" in row:
-            return (), ["skipped: labelled as a bad answer"], ""
+        if pairs and "rejected" not in row:
+            raise UserError("this loss needs pairs, 'chosen' and 'rejected'")
+        names += ["rejected"] if pairs else []
         encoded = [encode(row, name, *_job["settings"]) for name in names]
     except UserError as e:
         return (), ["skipped: bad rows"], f"{row['where']}: {e}"
-    made, notes = tuple(e for e, _ in encoded), [note for _, some in encoded for note in some]
+    made = tuple(example for example, _ in encoded)
+    notes = [note for _, notes in encoded for note in notes]
     if unused := [e for e in made if not e.mask.any()]:
         reason = "the prompt fills max_length" if unused[0].cut else "no turn to train on"
         return (), [f"skipped: {reason}"], ""
@@ -309,20 +284,18 @@ def _encode_row(i: int) -> tuple[tuple[Example, ...], list[str], str]:
 def encode(
     row: dict, name: str, tokenizer: Tokenizer, max_length: int, template: str
 ) -> tuple[Example, list[str]]:
-    """The Example of row[name], cut to max_length, and notes on what was treated specially. The loss is on
-    all assistant turns after the first messages; of texts, encoded separately, on the answer and its eos.
-    """
+    """The Example of row[name], cut to max_length, and notes to count."""
     # Ids of the parts of the text, of which every second one is a target.
     if "prompt" in row:
         answer = _without_prompt(row[name], row["prompt"])
         notes = [] if answer == row[name] else ["answers without the prompt that they repeat"]
         if not answer.strip():
-            raise UserError(f"field '{name}' is empty, so there is no answer to learn")
+            raise UserError(f"field '{name}' is empty")
         parts = [tokenizer.encode(row["prompt"], bos=True), tokenizer.encode(answer)]
         closed = [parts[1][-1:] == [tokenizer.eos_id]]
     else:
         text, turns, notes = find_turns(row, name, tokenizer, template)
-        parts = encode_parts(text, [cut for turn in turns for cut in turn[:2]], tokenizer)
+        parts = tokenizer.encode_parts(text, [cut for turn in turns for cut in turn[:2]])
         closed = [turn[2] for turn in turns]
     if closed and not closed[-1]:
         parts = parts[: 2 * len(closed)]  # no turn with a loss follows
@@ -335,13 +308,13 @@ def encode(
     mask = np.repeat(np.arange(len(parts)) % 2 == 1, sizes)
     mask[:1] = False  # nothing stands before the first token, so nothing can predict it
     last = np.cumsum(sizes)[1::2] - 1
-    ends = {int(ids[t]) for t, special in zip(last, closed, strict=True) if special and t < max_length}
-    rewritten, cut = notes.count(REWRITTEN), len(ids) > max_length
-    return Example(ids[:max_length], mask[:max_length], cut, rewritten, tuple(sorted(ends))), notes
+    ends = {int(ids[t]) for t, closes in zip(last, closed, strict=True) if closes and t < max_length}
+    cut = len(ids) > max_length
+    return Example(ids[:max_length], mask[:max_length], cut, tuple(sorted(ends))), notes
 
 
 def _without_prompt(answer: str, prompt: str) -> str:
-    """An answer without the prompt that it may begin with, give or take white space around that."""
+    """An answer without the prompt that it may begin with, give or take white space."""
     for begun, text in ((prompt, answer), (prompt.strip(), answer.lstrip())):
         rest = text.removeprefix(begun)
         inside_a_word = begun[-1:].isalnum() and rest[:1].isalnum()

@@ -16,49 +16,85 @@ repeat the question. Where it asks to factor or expand, the answer needs as many
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
-from fractions import Fraction
+from decimal import localcontext
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from typing import NamedTuple
 
-from data.algebra import TooLarge, count_factors, fingerprint, inverse, is_collected, negated, zeros
+from data import algebra
+from data.algebra import PRECISE, Unreadable, Value
 
 MAX_READ, MAX_DEPTH, MAX_POWERS = 300, 20, 30  # characters, nested brackets, exponents; more is read as text
-COUNTS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-COUNTS["trillion"] = 10**12
-PARTS = re.compile(r"\b(k|hal(f|ves)|(third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth)s?)\b")
+COUNTS = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+PARTS = set(
+    "k half halve third fourth fifth sixth eighth tenth hundredth thousandth".split()
+)
 UNITS = (  # each with its spellings, without a plural s
-    "mm millimeter,cm centimeter,m meter metre,km kilometer,in inch inche,ft foot feet,yd yard,mi mile,mg,"
-    "g gm gram,kg kilogram,lb pound,oz ounce,ton,s sec second,min minute,h hr hour,day,week,month,year,cent,"
-    "dollar,ml milliliter,l liter,hz,khz,mhz,ev,kev,mev,nm,mph,degree deg,radian rad,2 square sq,3 cubic"
+    "mm millimeter,cm centimeter,m meter metre,km kilometer,"
+    "in inch inche,ft foot feet,yd yard,mi mile,mg,g gm gram,"
+    "kg kilogram,lb pound,oz ounce,ton,s sec second,min minute,"
+    "h hr hour,day,week,month,year,cent,dollar,ml milliliter,"
+    "l liter,hz,khz,mhz,ev,kev,mev,nm,mph,degree deg,radian rad,"
+    "2 square sq,3 cubic"
 )
-UNIT_OF = {spelling: unit.split()[0] for unit in UNITS.split(",") for spelling in unit.split()}
-FUNCTIONS = set(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det dim arg "
-    "Re Im dot ddot hat bar vec tilde overline".split()
-)
+UNIT_OF = {word: unit.split()[0] for unit in UNITS.split(",") for word in unit.split()}
 UNIT_LETTERS = set("mgshlLNJWVAKCFT")  # in \\text or \\mathrm after a number
-NO_SYMBOLS = {"\\" + name for name in "text to ldots dots cdots mid approx cap pm mp cup".split()}
-RELATIONS = {
-    "=": "=", r"\in": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\ne": "!=", r"\neq": "!=",
-    r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=",
-}  # fmt: skip
-BRACKETS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-BRACKETS[r"\begin{pmatrix}"] = r"\end{pmatrix}"
+FUNCTIONS = set(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh "
+    "log ln lg exp max min gcd lcm det dim arg Re Im "
+    "dot ddot hat bar vec tilde overline".split()
+)
+NO_SYMBOLS = {
+    "\\" + name
+    for name in "text to ldots dots cdots mid approx cap cup pm mp".split()
+}
+RELATIONS = {  # each with its spellings
+    spelling: line.split()[0]
+    for line in (
+        r"= \in",
+        r"< \lt",
+        r"> \gt",
+        r"!= \ne \neq",
+        r"<= \le \leq \leqslant",
+        r">= \ge \geq \geqslant",
+    )
+    for spelling in line.split()
+}
+SIGNS = set(RELATIONS.values())
+SUM_SIGNS, PRODUCT_SIGNS = ("+", "-", r"\pm", r"\mp"), ("*", r"\cdot", r"\times", "/", r"\div")
+SEPARATING_WORDS = {'"and', '"or', '", and', '", or', '"and,', '"or,'}
+BRACKETS = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    r"\{": r"\}",
+    r"\lfloor": r"\rfloor",
+    r"\lceil": r"\rceil",
+    r"\begin{pmatrix}": r"\end{pmatrix}",
+}
 CLOSING = set(BRACKETS.values())
-CHARACTERS = {
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
-    "√": r"\sqrt ", "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ",
-    "∈": r"\in ", "±": r"\pm ", "′": "'", "、": ",", "∅": r"\emptyset ", "\u2009": r"\,", "\u202f": r"\,",
-}  # fmt: skip
+CHARACTERS = {  # one, and how LaTeX writes it
+    word[0]: word[1:] + " "
+    for word in r"""−- –- ÷/ ′' 、, ²^2 ³^3 °^\circ ×\times ·\cdot ⋅\cdot
+    ∙\cdot √\sqrt ∞\infty ≤\le ≥\ge ≠\ne ∪\cup ∈\in ±\pm ∅\emptyset
+    ½\frac{1}{2} ¼\frac{1}{4} ¾\frac{3}{4}""".split()
+} | {"\u2009": r"\,", "\u202f": r"\,"}
 LOOK = [  # text that only changes the look: (pattern, replacement), in this order
     (re.compile(pattern.replace("END", "(?![A-Za-z])"), re.DOTALL), replacement)
     for pattern, replacement in (
         (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),
-        (r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text|script)style|(?:no)?limits)END", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|(?:no)?limits)END", ""),
+        (r"\\(?:display|text|script)styleEND", ""),
         (r"\\[dtc]?(frac|binom)END", r"\\\1"),
-        (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|bf|rm|operatorname)(?=\s*\{)", r"\\text"),
+        (r"\\(?:text[a-z]*|mbox|operatorname)(?=\s*\{)", r"\\text"),
+        (r"\\(?:math(?:rm|bf|it|sf)|bf|rm)(?=\s*\{)", r"\\text"),
         (r"(?<=[0-9])\s*(?:\\text\{\s*percent\s*\}|percent\b)|\\%", "%"),
         (r"\\(?:varnothing|empty)END|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(begin|end)\s*\{array\}(?:\s*\{[lcr|\s]*\})?", r"\\\1{matrix}"),
@@ -79,7 +115,6 @@ LOOK = [  # text that only changes the look: (pattern, replacement), in this ord
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 PROSE_BEFORE = re.compile(r"([A-Za-z'(),.:;!\s*_]*[\s:=*_(])?")
 PROSE_AFTER = re.compile(r"([\s.,:;!*_)][A-Za-z'(),.:;!\s*_]*)?")
-UNIT = re.compile(r"(?:(?:/|\\cdot)?x(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)*")  # where x is a word
 TOKEN = re.compile(
     r"""(?P<text>\\text\s*\{[^{}]*\}|[^\W\d_A-Za-z]+)
     |(?P<below>_\s*(?:\{[^{}]*\}|\\[A-Za-z]+|[0-9A-Za-z]))
@@ -98,10 +133,6 @@ MIXED = re.compile(  # 2\frac{1}{2}, 2\frac12 and 2 1/2
 NUMBER, NAME = re.compile(r"\.?[0-9]"), re.compile(r"[A-Za-z]|\\[A-Za-z]")
 
 
-class Unreadable(Exception):
-    """Text that is no formula this file knows."""
-
-
 def equal(answer: str, target: str, question: str = "") -> bool:
     """Whether the answer is the target. question: it may ask for a percentage, or to factor or expand."""
     a, t, asked = _clean(answer), _clean(target), question.lower()
@@ -116,13 +147,13 @@ def equal(answer: str, target: str, question: str = "") -> bool:
     return _same(a, t, form) or "%" in t and _same(a, t.replace("%", ""), form)
 
 
-def _same(a: str, t: str, form: bool) -> bool:
-    a, t = _read(a), _read(t)
+def _same(answer: str, target: str, form: bool) -> bool:
+    a, t = _read(answer), _read(target)
     if not a.readings & t.readings or a.units and t.units and a.units != t.units:
         return False
-    if form and sum(map(count_factors, a.formulas)) != sum(map(count_factors, t.formulas)):
+    if form and sum(f.factors for f in a.formulas) != sum(f.factors for f in t.formulas):
         return False
-    return all(map(is_collected, a.formulas)) or not all(map(is_collected, t.formulas))
+    return all(f.collected for f in a.formulas) or not all(f.collected for f in t.formulas)
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -145,17 +176,19 @@ def _clean(text: str) -> str:
 
 def _ascii(c: str) -> str:
     """A character as LaTeX has it; letters without one stay."""
-    if c.isascii() or c in CHARACTERS:
-        return CHARACTERS.get(c, c)
+    if c in CHARACTERS:
+        return CHARACTERS[c]
     if c.isdecimal():
         return str(unicodedata.decimal(c))
     if "\uff01" <= c <= "\uff5e":  # the wide forms of ASCII
         return chr(ord(c) - 0xFEE0)
-    if unicodedata.category(c) in ("Sc", "Cf"):  # currencies and invisible characters
+    if unicodedata.category(c) in ("Sc", "Cf") and not c.isascii():  # currencies, invisible characters
         return ""
     greek = re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", unicodedata.name(c, ""))
-    name = greek[2].replace("LAMDA", "LAMBDA") if greek else ""
-    return f"\\{name.lower() if greek[1] == 'SMALL' else name.title()} " if greek else c
+    if not greek:
+        return c
+    name = greek[2].replace("LAMDA", "LAMBDA")
+    return f"\\{name.lower() if greek[1] == 'SMALL' else name.title()} "
 
 
 def _without_box(text: str) -> str:
@@ -194,21 +227,28 @@ def _as_text(text: str) -> str:
     return bare[0].lower() + bare[1:] if is_word else text  # Even is even
 
 
-# ---- lists, relations, units ---------------------------------------------------------------------
+class Answer(NamedTuple):
+    readings: set
+    formulas: list[Value]
+    units: set
 
 
 @lru_cache(2048)
-def _read(text: str) -> "Answer":
+def _read(text: str) -> Answer:
     """What an answer can mean, with its commas as thousands and as a list."""
-    found, text = Answer(), MIXED.sub(_improper, text)
-    for spelling in dict.fromkeys((text, THOUSANDS.sub(_without_commas, text))):
-        try:
-            answer = Answer().read(_tokens(spelling))
-            found.readings |= answer.readings
-            found.formulas, found.units = answer.formulas, answer.units
-        except (Unreadable, TooLarge):
-            pass
+    found, text = Answer(set(), [], set()), MIXED.sub(_improper, text)
+    with localcontext(PRECISE):
+        for spelling in dict.fromkeys((text, THOUSANDS.sub(_without_commas, text))):
+            try:
+                reader = Reader(_tokens(spelling))
+                readings = reader.answer()
+                found = Answer(found.readings | readings, reader.formulas, reader.units)
+            except (Unreadable, ArithmeticError):
+                pass
     return found
+
+
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def _improper(match: re.Match) -> str:
@@ -229,9 +269,9 @@ def _tokens(text: str) -> list[str]:
         piece, before = re.sub(r"\s", "", m[0]), found[-1]
         if m.lastgroup == "text":
             content = re.sub(r"\\text\s*\{|\}", "", m[0]).strip()
-            letter = re.fullmatch(r"\(([A-Za-z])\)|([A-Za-z])", content)
+            letter = re.fullmatch(r"\(?([A-Za-z])\)?", content)
             is_unit = content in UNIT_LETTERS and re.match(r'\.?[0-9]|["}/]', before)
-            found.append(letter[1] or letter[2] if letter and not is_unit else '"' + content)
+            found.append(letter[1] if letter and not is_unit else '"' + content)
         elif m.lastgroup == "below":
             found.append("_" + piece.strip("_{}"))
         elif m.lastgroup == "word":
@@ -242,154 +282,29 @@ def _tokens(text: str) -> list[str]:
                 found.append('"' + piece)
             else:
                 found += piece
-        else:  # \frac12 has two arguments
-            found += piece if before in (r"\frac", r"\binom") and re.fullmatch("[0-9]{2}", piece) else [piece]
+        elif before in (r"\frac", r"\binom") and re.fullmatch("[0-9]{2}", piece):
+            found += piece  # \frac12 has two arguments
+        else:
+            found.append(RELATIONS.get(piece, piece))
     return found[1:]
 
 
-def _depths(tokens: list[str]) -> list[int]:
-    """How many brackets are open after each token."""
-    return list(accumulate((t in BRACKETS) - (t in CLOSING) for t in tokens))
+# ---- answers -------------------------------------------------------------------------------------
 
 
-def _split(tokens: list[str], separates: Callable) -> list[list[str]]:
-    """The tokens cut where a token outside all brackets separates."""
-    outside = [i for i, depth in enumerate(_depths(tokens)) if depth == 0 and separates(tokens[i])]
-    return [tokens[a + 1 : b] for a, b in pairwise([-1, *outside, len(tokens)])]
+class Reader:
+    """Reads tokens by recursive descent: solutions, relations, sets and tuples, quantities, formulas.
 
+    A reading is a Value, a tuple, or a frozenset of several solutions. formulas: of a chain of equations the
+    last. units: the known ones."""
 
-def _separates(token: str) -> bool:
-    return token in (",", ";") or token[0] == '"' and token.strip('", ') in ("or", "and")
-
-
-def _relations(tokens: list[str]) -> list[str]:
-    """The signs of a chain such as 0 < x <= 1."""
-    outside = (t for t, depth in zip(tokens, _depths(tokens), strict=True) if depth == 0)
-    return [RELATIONS[t] for t in outside if t in RELATIONS]
-
-
-def _is_name(tokens: list[str]) -> bool:
-    r"""Whether tokens are a name that a value is given to: x, x_1, \alpha, m_{max}, f(x), P(A,B) or words."""
-    if not tokens or tokens[0] in (r"\frac", r"\sqrt") or not (tokens[0][0] == '"' or NAME.match(tokens[0])):
-        return False
-    return bool(re.fullmatch(r"'*(?:_\w+|_\\\w+)?'*(?:\([^()=+*/-]*\))?", "".join(tokens[1:])))
-
-
-class Answer:
-    """The readings of a text, its formulas (of a chain of equations the last) and its known units."""
-
-    def __init__(self, depth: int = 0):
-        self.readings, self.formulas, self.units, self.depth = set(), [], set(), depth
-
-    def read(self, tokens: list[str]) -> "Answer":
-        if tokens.count("^") > MAX_POWERS:
+    def __init__(self, tokens: list[str]):
+        nested = accumulate((t in BRACKETS) - (t in CLOSING) for t in tokens)
+        if max(nested, default=0) + tokens.count("|") > MAX_DEPTH or tokens.count("^") > MAX_POWERS:
             raise Unreadable
-        items = _split(tokens, _separates)
-        is_chain = len(items) == 1 and _relations(tokens)
-        self.readings = self.relation(tokens) if is_chain else {self.solutions(items)}
-        return self
-
-    def solutions(self, items: list[list[str]]) -> tuple:
-        """Solutions in any order; one that is alone is itself."""
-        found = []
-        for item in filter(None, items):
-            reading = self.item(item)
-            found += Counter(dict(reading[1])).elements() if reading[0] == "list" else [reading]
-        if not found:
-            raise Unreadable
-        return found[0] if len(found) == 1 else ("list", _in_any_order(found))
-
-    def item(self, tokens: list[str]) -> tuple:
-        """One solution: a relation, set, union, interval, tuple, matrix or formula, which may have a unit."""
-        if self.depth > MAX_DEPTH or not tokens:
-            raise Unreadable
-        self.depth += 1
-        reading = self.one(tokens)
-        self.depth -= 1
-        return reading
-
-    def one(self, tokens: list[str]) -> tuple:
-        if _relations(tokens):
-            return min(self.relation(tokens), key=lambda reading: reading[0] == "equation")
-        wrapped = tokens[0] if tokens[0] in BRACKETS and min(_depths(tokens)[:-1], default=0) else ""
-        items = _split(tokens[1:-1], _separates)
-        if wrapped == r"\{" or wrapped == "{" and len(items) > 1:
-            return self.solutions(items)
-        if wrapped.startswith(r"\begin"):
-            rows = [_split(row, "&".__eq__) for row in _split(tokens[1:-1], "\\\\".__eq__) if row]
-            return ("matrix", *(tuple(map(self.item, row)) for row in rows))
-        if r"\pm" in tokens or r"\mp" in tokens:
-            signs = {r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"}
-            return self.solutions([[sign.get(t, t) for t in tokens] for sign in signs])
-        if len(parts := _split(tokens, r"\cup".__eq__)) > 1:
-            return ("union", _in_any_order(map(self.item, parts)))
-        if wrapped in ("(", "[") and len(items) > 1:
-            return ("tuple", wrapped, tokens[-1], *map(self.item, items))
-        return self.quantity(tokens)
-
-    def relation(self, tokens: list[str]) -> set:
-        """The readings of a chain of relations: the value of a name, an equation, or inequalities."""
-        sides, signs = _split(tokens, RELATIONS.__contains__), _relations(tokens)
-        if set(signs) != {"="}:
-            readings = [self.item(side) for side in sides]
-            if all(sign[0] == ">" for sign in signs):
-                readings, signs = readings[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
-            return {("relation", *signs, *readings)}
-        found, name = set(), _is_name(sides[0])
-        shown = [Answer(self.depth) for _ in sides]
-        readings = [a.item(side) for a, side in zip(shown[name:], sides[name:], strict=True)]
-        self.formulas, self.units = self.formulas + shown[-1].formulas, self.units | shown[-1].units
-        # x = 5 is the value 5, and so is 10/2 = 5
-        if len(set(readings)) == 1 and (name or readings[0][0] == "value" and len(set(readings[0])) == 2):
-            found.add(readings[-1])
-        # y = 2x is an equation as well, since y is a variable
-        if len(sides) == 2 and (not name or len(sides[0]) == 1 and NAME.match(sides[0][0])):
-            if name:
-                shown[0].item(sides[0])
-            both = shown[0].formulas + shown[1].formulas
-            where = zeros(*both) if len(both) == 2 else None
-            found |= {("equation", where)} if where else set()
-        if not found:
-            raise Unreadable
-        return found
-
-    def quantity(self, tokens: list[str]) -> tuple:
-        """A formula, and a unit after it, which is noted but not part of the reading."""
-        if all(t[0] == '"' for t in tokens):
-            return ("words", *(t[1:2].lower() + t[2:] for t in tokens))
-        start = next((i for i, t in enumerate(tokens) if i and t[0] == '"'), len(tokens))
-        formula = Formula(tokens[:start], self.depth).whole()
-        times = self.unit(tokens[start:])
-        formula = ("*", formula, ("number", Fraction(times))) if times != 1 else formula
-        self.formulas.append(formula)
-        return ("value", *fingerprint(formula))
-
-    def unit(self, tokens: list[str]) -> int:
-        """The count that a unit stands for, such as 1000 for thousand. Notes a unit that is a known one."""
-        text, shape = "".join(tokens).lower(), "".join("x" if t[0] == '"' else t for t in tokens)
-        if not UNIT.fullmatch(shape) or PARTS.search(text):
-            raise Unreadable
-        times, known = 1, set()
-        for word in re.findall("[a-z]+|[-/0-9]", text):
-            name = word.removesuffix("s")
-            times *= COUNTS.get(name, 1)
-            known |= set() if name in COUNTS else {UNIT_OF.get(name) or UNIT_OF.get(word)}
-        self.units |= {frozenset(known)} if known and None not in known else set()
-        return times
-
-
-def _in_any_order(readings: Iterable) -> frozenset:
-    return frozenset(Counter(readings).items())
-
-
-# ---- formulas ------------------------------------------------------------------------------------
-
-
-class Formula:
-    """Reads sums, products, powers, fractions, roots and functions by recursive descent into a tree."""
-
-    def __init__(self, tokens: list[str], depth: int):
-        self.tokens, self.at, self.depth, self.bars = [*tokens, ""], 0, depth, 0
+        self.tokens, self.at, self.bars = [*tokens, ""], 0, 0
+        self.plus, self.forked = True, False  # how \pm is read, and whether there was one
+        self.formulas, self.units, self.equation = [], set(), None
 
     @property
     def next(self) -> str:
@@ -405,96 +320,231 @@ class Formula:
         """The next token, taken, if it is one of these; else an empty string."""
         return self.take() if self.next in signs else ""
 
-    def whole(self) -> tuple:
-        tree = self.sum()
-        if self.next:
+    def answer(self) -> set:
+        """All that the text can mean: an equation such as y = 2x is its right side as well."""
+        found = self.solutions("")
+        alone = len(found) == 1 and self.equation is not None
+        return {_any_order(found)} | ({self.equation} if alone else set())
+
+    def solutions(self, closing: str) -> list:
+        """Readings separated by commas, "and" or "or", up to the closing bracket."""
+        found = []
+        self.separators()
+        while self.next != closing:
+            found += self.item()
+            if not self.separators() and self.next != closing:
+                raise Unreadable
+        if not found:
             raise Unreadable
-        return tree
+        return found
 
-    def sum(self) -> tuple:
+    def separators(self) -> bool:
+        began = self.at
+        while self.next in (",", ";") or self.next in SEPARATING_WORDS:
+            self.at += 1
+        return self.at > began
+
+    def item(self) -> list:
+        r"""The readings of a relation: two if it has \pm, as many as a set has."""
+        start, self.forked = self.at, False
+        found = [self.relation()]
+        if self.forked:
+            self.at, self.plus = start, False
+            found.append(self.relation())
+            self.plus, self.forked = True, False
+        sets = [r for r in found if isinstance(r, frozenset)]
+        return [*Counter(dict(sets[0])).elements()] if sets else found
+
+    def relation(self):
+        """A union, the value of a name, an equation, or a chain of inequalities."""
+        start, signs, named = self.at, [], self.is_name()
+        before = len(self.formulas)
+        if named and self.tokens[start + 1] != "=":
+            self.at = self.tokens.index("=", start)  # f(x) is no product
+            sides = [None]
+        else:
+            sides = [self.union()]
+        while self.next in SIGNS:
+            signs.append(self.take())
+            del self.formulas[before:]
+            sides.append(self.union())
+        if not signs:
+            return sides[0]
+        if set(signs) != {"="}:
+            if all(sign[0] == ">" for sign in signs):
+                sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+            return ("relation", *signs, *sides)
+        if len(sides) == 2 and all(isinstance(side, Value) for side in sides):
+            where = algebra.zeros(*sides)
+            self.equation = ("equation", where) if where is not None else None
+        value = sides[-1]
+        # x = 5 is the value 5, and so is 10/2 = 5
+        if len(set(sides[named:])) == 1 and (named or isinstance(value, Value) and value.constant):
+            return value
+        if len(sides) != 2 or self.equation is None:
+            raise Unreadable
+        return self.equation
+
+    def is_name(self) -> bool:
+        r"""Whether what comes is a name and "=": x, x_1, \alpha, m_{max}, f(x), P(A,B) or words."""
+        if "=" not in self.tokens[self.at :] or self.next in (r"\frac", r"\sqrt", "="):
+            return False
+        rest = self.tokens[self.at + 1 : self.tokens.index("=", self.at)]
+        if not (self.next[0] == '"' or NAME.match(self.next)):
+            return False
+        return bool(re.fullmatch(r"'*(?:_\w+|_\\\w+)?'*(?:\([^()=+*/-]*\))?", "".join(rest)))
+
+    def union(self):
+        parts = [self.element()]
+        while self.accept(r"\cup"):
+            parts.append(self.element())
+        return ("union", _any_order(parts)) if len(parts) > 1 else parts[0]
+
+    def element(self):
+        """A set, matrix, tuple, interval, words or a quantity."""
+        if self.next[:1] == '"':
+            words = [self.take()]
+            while self.next[:1] == '"' and self.next not in SEPARATING_WORDS:
+                words.append(self.take())
+            return ("words", *(w[1:2].lower() + w[2:] for w in words))
+        if self.next == r"\{" or self.next == "{" and self.is_list():
+            closing = BRACKETS[self.take()]
+            found = self.solutions(closing)
+            self.take(closing)
+            return frozenset(Counter(found).items())
+        if self.next.startswith(r"\begin"):
+            rows, closing = [], BRACKETS.get(self.take())
+            while not self.accept(closing):
+                rows.append(self.members("&"))
+                if self.next != closing:
+                    self.take("\\\\")
+            return ("matrix", *rows)
+        if self.next in ("(", "[") and self.is_list():
+            opening, members = self.take(), self.members(",", ";")
+            return ("tuple", opening, self.take(")", "]"), *members)
+        return self.quantity()
+
+    def is_list(self) -> bool:
+        """Whether the bracket that comes holds a comma, outside of further brackets."""
+        depth = 0
+        for token in self.tokens[self.at :]:
+            depth += (token in BRACKETS) - (token in CLOSING)
+            if depth <= 1 and token in (",", ";") or not depth:
+                return depth == 1
+        return False
+
+    def members(self, *separators: str) -> tuple:
+        found = [self.relation()]
+        while self.accept(*separators):
+            found.append(self.relation())
+        return tuple(found)
+
+    # ---- quantities ----
+
+    def quantity(self) -> Value:
+        """A formula, and a unit after it, which is noted but not part of the reading."""
+        value = self.sum()
+        known, times = set(), 1
+        while self.next[:1] == '"' and self.next not in SEPARATING_WORDS:
+            for word in re.findall("[a-z]+|[0-9]", self.take()[1:].lower()):
+                name = word.removesuffix("s")
+                if name in PARTS:
+                    raise Unreadable
+                times *= COUNTS.get(name, 1)
+                known |= set() if name in COUNTS else {UNIT_OF.get(name) or UNIT_OF.get(word)}
+            if self.accept("^"):
+                known.add(str(self.argument().key[0]))
+            if self.next in ("/", r"\cdot") and self.tokens[self.at + 1][:1] == '"':
+                self.take()
+        if known and None not in known:
+            self.units.add(frozenset(known))
+        value = algebra.multiply([value, algebra.number(str(times))]) if times != 1 else value
+        self.formulas.append(value)
+        return value
+
+    def sum(self) -> Value:
         terms = []
-        while not terms or self.next in ("+", "-"):
-            terms.append(negated(self.product()) if self.accept("+", "-") == "-" else self.product())
-        return ("+", *terms) if len(terms) > 1 else terms[0]
+        while not terms or self.next in SUM_SIGNS:
+            sign = self.accept(*SUM_SIGNS)
+            if sign in (r"\pm", r"\mp"):
+                self.forked = True
+                sign = "+" if (sign == r"\pm") == self.plus else "-"
+            term = self.product()
+            terms.append(algebra.negated(term) if sign == "-" else term)
+        return algebra.add(terms)
 
-    def product(self) -> tuple:
+    def product(self) -> Value:
         factors, sign = [], "*"
         while sign:
-            factors.append(inverse(self.power()) if sign in ("/", r"\div") else self.power())
+            factor = self.power()
+            factors.append(algebra.inverse(factor) if sign in ("/", r"\div") else factor)
             if NUMBER.match(self.next) and NUMBER.match(self.tokens[self.at - 1]):
                 raise Unreadable  # 1 0 0 is neither 100 nor 0
-            sign = self.accept("*", r"\cdot", r"\times", "/", r"\div") or self.starts_factor() and "*"
-        # 0 times something is an unfinished answer, or I(0), a function's value
-        if len(factors) > 1 and ("number", 0) in factors:
-            raise Unreadable
-        return ("*", *factors) if len(factors) > 1 else factors[0]
+            unit_follows = self.tokens[self.at + 1 : self.at + 2] and self.tokens[self.at + 1][:1] == '"'
+            if unit_follows:
+                break
+            sign = self.accept(*PRODUCT_SIGNS) or self.starts_factor() and "*"
+        return algebra.multiply(factors)
 
     def starts_factor(self) -> bool:
         """Whether a factor can begin here without a sign for the product in front."""
         if self.next == "|":
             return not self.bars
         named = NUMBER.match(self.next) or NAME.match(self.next)
-        return self.next in BRACKETS or bool(named) and self.next not in CLOSING
+        return self.next in BRACKETS or bool(named) and self.next not in CLOSING | NO_SYMBOLS
 
-    def power(self) -> tuple:
-        tree = self.base()
+    def power(self) -> Value:
+        value = self.base()
         while self.next[:1] in ("^", "!", "'", "%", "_"):
             sign = self.take()
             if sign == "^":
-                tree = ("^", tree, self.argument())
+                value = algebra.power(value, self.argument())
             elif sign == "%":
-                tree = ("*", tree, ("number", Fraction(1, 100)))
+                value = algebra.multiply([value, algebra.number("0.01")])
             else:
-                tree = (sign, tree)
-        return tree
+                value = algebra.function(sign, value)
+        return value
 
-    def argument(self) -> tuple:
+    def argument(self) -> Value:
         """What a command or ^ applies to."""
-        return negated(self.argument()) if self.accept("-") else self.base()
+        return algebra.negated(self.argument()) if self.accept("-") else self.base()
 
-    def group(self) -> tuple:
+    def group(self) -> Value:
         closing = BRACKETS[self.take()]
-        tree = self.sum()
+        value = self.sum()
         self.take(closing)
-        return tree
+        return value
 
-    def base(self) -> tuple:
-        if self.depth > MAX_DEPTH:
-            raise Unreadable
-        self.depth += 1
-        tree = self.number_symbol_or_group()
-        self.depth -= 1
-        return tree
-
-    def number_symbol_or_group(self) -> tuple:
+    def base(self) -> Value:
         if self.next in ("(", "[", "{"):
             return self.group()
         if self.next in (r"\lfloor", r"\lceil"):
-            return (self.next, self.group())
+            return algebra.function(self.next, self.group())
         token = self.take()
         if token == "|":
             self.bars += 1
-            tree = (token, self.sum())
+            value = algebra.function(token, self.sum())
             self.bars -= 1
             self.take("|")
-            return tree
+            return value
         if token == r"\frac":
-            return ("*", self.argument(), inverse(self.argument()))
+            above = self.argument()
+            return algebra.multiply([above, algebra.inverse(self.argument())])
         if token == r"\binom":
-            return (token, self.argument(), self.argument())
+            return algebra.function(token, self.argument(), self.argument())
         if token == r"\sqrt":
-            degree = self.group() if self.next == "[" else ("number", Fraction(2))
-            return ("^", self.argument(), inverse(degree))
+            degree = self.group() if self.next == "[" else algebra.number("2")
+            return algebra.power(self.argument(), algebra.inverse(degree))
         if token.removeprefix("\\") in FUNCTIONS:
             return self.function(token.removeprefix("\\"))
         below = self.take() if self.next[:1] == "_" else ""
         if NUMBER.match(token) and not below:
-            return ("number", _decimal(token))
+            return algebra.number(token)
         if token in NO_SYMBOLS or not (below or NAME.match(token)):
             raise Unreadable
-        return ("symbol", token + below)
+        return algebra.symbol(token + below)
 
-    def function(self, name: str) -> tuple:
+    def function(self, name: str) -> Value:
         """sin x, sin^2 x, log_2 x: of what is in brackets, or the product up to the next sign or function."""
         below = self.take()[1:] if self.next[:1] == "_" else ""
         exponent = self.argument() if self.accept("^") else None
@@ -503,16 +553,10 @@ class Formula:
             if self.next.removeprefix("\\") in FUNCTIONS:
                 break
             factors.append(self.power())
-        base = ("number", Fraction(below)) if below.isdecimal() else ("symbol", below)
-        tree = (name, ("*", *factors), *([base] if below else []))
-        return ("^", tree, exponent) if exponent else tree
+        base = [algebra.number(below) if below.isdecimal() else algebra.symbol(below)] if below else []
+        value = algebra.function(name, algebra.multiply(factors), *base)
+        return algebra.power(value, exponent) if exponent else value
 
 
-def _decimal(text: str) -> Fraction:
-    r"""12, 1.50, .5, 1e-3 or 0.1\overline{6}, exactly."""
-    digits, _, repeated = text.partition(r"\overline")
-    number = Fraction(digits.removesuffix("."))
-    if repeated:
-        places = len(digits.partition(".")[2])
-        number += Fraction(int(repeated[1:-1]), (10 ** (len(repeated) - 2) - 1) * 10**places)
-    return number
+def _any_order(readings: list):
+    return readings[0] if len(readings) == 1 else frozenset(Counter(readings).items())

@@ -40,6 +40,10 @@ class Problem:
         """All hint sentences and the closing answer, which a hint never shows."""
         return "".join(self.row["hint"]) + self.row["answer"]
 
+    @property
+    def has_solution(self) -> bool:
+        return bool(self.row["answer"])
+
 
 @dataclass
 class Data:
@@ -59,19 +63,24 @@ def load_problems(cfg: Any, method: Any, tokenizer: Tokenizer, config: Any) -> D
     options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
     rows = load_rows(task, "train", cfg.data_path, cfg.train_rows, **options)
     test_rows = load_rows(task, "test", cfg.data_path, cfg.test_rows, **options)
+    rows, test_rows = (in_style(r, cfg.prompt_style, tokenizer) for r in (rows, test_rows))
     if note := split_note(cfg.data_path):
         print(note)
     check_task(task, rows)
     enough = cfg.problems <= len(rows)
     require(cfg, "problems", enough, f"there are only {len(rows)} training problems")
     data, path = Data(task, [], test_rows), cfg.data_path or cfg.task
+    without = [i for i, row in enumerate(rows) if method.needs and not row[method.needs]]
+    if len(without) == len(rows):
+        advice = f"{cfg.algo} needs it; --algo=rft needs no solutions"
+        raise UserError(f"{path} train row 0: field '{method.needs}' is missing or empty: {advice}")
+    if without:
+        left = "everything is sampled" if method.reinforced else "they are left out"
+        print(f"note: {len(without)} of {len(rows)} training problems have no {method.needs}: {left}")
     # Prompts and solutions as ids.
     longest_solution = 0
     for i, row in enumerate(rows):
         where = f"{path} train row {i}"
-        if method.needs and not row[method.needs]:
-            advice = f"{cfg.algo} needs it; --algo=rft needs no solutions"
-            raise UserError(f"{where}: field '{method.needs}' is missing or empty: {advice}")
         prompt = checked_prompt(row, where, tokenizer, config.vocab_size, cfg.max_prompt)
         problem = Problem(i, row, prompt, cut_points(len(row["hint"]), cfg.segments))
         solution = tokenizer.encode(problem.solution())
@@ -87,6 +96,14 @@ def load_problems(cfg: Any, method: Any, tokenizer: Tokenizer, config: Any) -> D
         data.longest = max(data.longest, len(prompt))
     check_lengths(data, longest_solution, method, config.max_position_embeddings, cfg)
     return data
+
+
+def in_style(rows: list[dict], prompt_style: str, tokenizer: Tokenizer) -> list[dict]:
+    """The rows; with prompt_style chat, each prompt is a user's turn in the model's chat template."""
+    if prompt_style == "plain":
+        return rows
+    turns = ([{"role": "user", "content": row["prompt"]}] for row in rows)
+    return [row | {"prompt": tokenizer.render(turn)} for row, turn in zip(rows, turns, strict=True)]
 
 
 def checked_prompt(

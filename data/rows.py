@@ -8,13 +8,15 @@ A row is a dict with
     truth   what the task's score() needs, a dict in every task here
 
 A task is a Python file with load(split, path=None) -> rows and score(response, truth) -> (reward, verdict).
-Its rows need only prompt and truth: reinforcement learning and evaluation need no reference solution."""
+Its rows need only prompt and truth: reinforcement learning and evaluation need no reference solution.
+"""
 
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -24,6 +26,7 @@ from typing import Any
 
 from infra.config import UserError
 
+# The prompt of the UFT paper (TinyZero's), plain text without a chat template.
 PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
     "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
@@ -31,9 +34,12 @@ PROMPT = (
     "<answer> </answer> tags, for example <answer> {example} </answer>.\n"
     "Assistant: Let me solve this step by step.\n<think> "
 )
-"""The prompt of the UFT paper (TinyZero's), plain text without a chat template."""
 ENDINGS = (".parquet", ".jsonl", ".json")
-FUNCTIONS = ("load(split, path=None) -> rows", "score(response, truth) -> (reward, verdict)")  # of a task
+KINDS = ("prefs", "sft", "gen")  # of a hub folder's splits (train_prefs-* ...); the first found is read
+FUNCTIONS = {  # of a task
+    "load": "load(split, path=None) -> rows",
+    "score": "score(response, truth) -> (reward, verdict)",
+}
 TEST_EVERY = 10  # one row in ten of a single file is a test row
 FIELDS = "prompt question problem hint answer final_answer solution truth reward_model data_source level"
 FIELDS = set(FIELDS.split())
@@ -50,7 +56,16 @@ SOURCES = {  # the papers' sources -> the task that judges them and their name i
 }
 
 
-# ---- tasks ---------------------------------------------------------------------------------------
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put `where` in front of a UserError."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+
+
+# ---- tasks ----
 
 
 def load_task(name: str) -> ModuleType:
@@ -59,7 +74,7 @@ def load_task(name: str) -> ModuleType:
     """
     is_path = name.endswith(".py")
     file = Path(name).expanduser() if is_path else Path(__file__).parent / f"{name}.py"
-    missing = [f"there is no such {'file' if is_path else 'task in data/'}"]
+    reason = f"there is no such {'file' if is_path else 'task in data/'}"
     if file.is_file() and (is_path or name.isidentifier()):
         try:
             task = _module_of(file.resolve()) if is_path else import_module(f"data.{name}")
@@ -67,11 +82,11 @@ def load_task(name: str) -> ModuleType:
             raise
         except Exception as e:
             raise UserError(f"task = {name!r}: cannot be imported ({type(e).__name__}: {e})") from e
-        missing = [f for f in FUNCTIONS if not callable(getattr(task, f.partition("(")[0], None))]
+        missing = [f for f in FUNCTIONS if not callable(getattr(task, f, None))]
         if not missing:
             return task
-        missing = [f"{file} has no `def {missing[0]}`, of its own or imported"]
-    raise UserError(f"task = {name!r}: {missing[0]}; tasks are {', '.join(_task_names())}")
+        reason = f"{file} has no `def {FUNCTIONS[missing[0]]}`, of its own or imported"
+    raise UserError(f"task = {name!r}: {reason}; tasks are {', '.join(_task_names())}")
 
 
 @cache
@@ -85,10 +100,11 @@ def _module_of(file: Path) -> ModuleType:
 
 def _task_names() -> list[str]:
     names = []
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        text = file.read_text(encoding="utf-8", errors="replace") if file.stem.isidentifier() else ""
-        defined = (rf"^(def {f}\(|from .*import .*\b{f}\b)" for f in ("load", "score"))
-        names += [file.stem] if all(re.search(pattern, text, re.M) for pattern in defined) else []
+    for file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        defined = (rf"^(def {f}\(|from .*import .*\b{f}\b)" for f in FUNCTIONS)
+        if file.stem.isidentifier() and all(re.search(pattern, text, re.M) for pattern in defined):
+            names.append(file.stem)
     return names
 
 
@@ -109,68 +125,61 @@ def load_rows(
     one_file: str = "all",
     **made: Any,
 ) -> list[dict]:
-    """Rows of a task, checked and complete: the first n, or with n = 0 as many as the task has by default.
+    """Rows of a task, checked and complete: the first n, or with n = 0 as many as it has by default.
 
-    made: further arguments of the task's load(), such as style, sizes or seed. Those that are None, empty or
-    0 count as not given. The others are handed only to a load() that takes them: style, which always has a
-    value, is dropped otherwise, and the rest are a UserError.
+    one_file: where `path` names one file, "all" takes every row of it for any split, and "split" only
+    those of `split` by the rule of split_rows().
 
-    one_file: where `path` names one file rather than a folder with a file for each split, "all" takes every
-    row of it for any split, and "split" only the rows of `split` by the rule of split_rows()."""
-    name = task.__name__.rpartition(".")[2]
-    path = path or None
-    arguments = _accepted(task, name, {"path": path, **made})
+    made: further arguments of the task's load(), such as style, sizes or seed. None, 0 and "" count as not
+    given. style, which always has a value, is dropped if load() does not take it; others are a UserError.
+    """
+    name, path = task.__name__.rpartition(".")[2], path or None
+    parameters, arguments = inspect.signature(task.load).parameters, {}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    for key, value in {"path": path, **made}.items():
+        if not value:
+            continue
+        if key in parameters or takes_any:
+            arguments[key] = tuple(value) if isinstance(value, list) else value
+        elif key != "style":
+            knob = "data_path" if key == "path" else key
+            raise UserError(f"{knob} = {value!r}: task {name} takes no {knob}; leave it out")
     separate = one_file == "split" and is_one_file(path)
-    if n and not separate and "n" in _parameters(task):
+    if n and not separate and "n" in parameters:
         arguments["n"] = n
     rows = list(task.load(split, **arguments))
     if separate:
         rows = split_rows(rows, split)
+    source = path or f"task {name}"
     if not rows:
-        raise UserError(f"{path or f'task {name}'}: the {split} set is empty")
-    rows = [_complete(row, f"{path or f'task {name}'} {split} row {i}") for i, row in enumerate(rows)]
-    return first(rows, n or None, path or f"task {name}", split)
+        raise UserError(f"{source}: the {split} set is empty")
+    for i, row in enumerate(rows):
+        with naming(f"{source} {split} row {i}"):
+            rows[i] = _complete(row)
+    return first(rows, n or None, source, split)
 
 
 def show(name: str, path: str | None = None) -> None:
     """Print two rows of a task and the scores of their reference answers: python data/NAME.py [PATH]."""
     task = load_task(name)
     for row in load_rows(task, "test", path, n=0 if path else 2)[:2]:
-        print("\n".join(f"{field:8}{row[field]!r}" for field in ("prompt", "hint", "answer", "truth")))
+        for field in ("prompt", "hint", "answer", "truth"):
+            print(f"{field:8}{row[field]!r}")
         print(f"score   {task.score(''.join(row['hint']) + row['answer'], row['truth'])}\n")
 
 
-def _parameters(task: ModuleType) -> set[str]:
-    """Names of the arguments load() takes; "**" if it takes any."""
-    parameters = inspect.signature(task.load).parameters.values()
-    return {"**" if p.kind == p.VAR_KEYWORD else p.name for p in parameters}
-
-
-def _accepted(task: ModuleType, name: str, given: dict[str, Any]) -> dict[str, Any]:
-    takes, accepted = _parameters(task), {}
-    for key, value in given.items():
-        if value is None or value == 0 or isinstance(value, Sequence) and not value:
-            continue
-        if key in takes or "**" in takes:
-            accepted[key] = tuple(value) if isinstance(value, list) else value
-        elif key != "style":
-            knob = "data_path" if key == "path" else key
-            raise UserError(f"{knob} = {value!r}: task {name} takes no {knob}; leave it out")
-    return accepted
-
-
-def _complete(row: Any, where: str, truth: str = "truth") -> dict:
-    """The row with hint and answer filled in. UserError for a field of another type."""
+def _complete(row: Any, truth: str = "truth") -> dict:
+    """The row with hint and answer filled in. UserError for a field of another type; truth: its name."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: must be a dict with prompt and truth, not {type(row).__name__}")
+        raise UserError(f"must be a dict with prompt and truth, not {type(row).__name__}")
     row = {**row, "hint": row.get("hint") or [], "answer": row.get("answer") or ""}
     for field, kind in (("prompt", str), ("hint", list), ("answer", str)):
         if not isinstance(row.get(field), kind):
-            raise UserError(f"{where}: field '{field}' is missing or not a {kind.__name__}")
+            raise UserError(f"field '{field}' is missing or not a {kind.__name__}")
     if not all(isinstance(sentence, str) for sentence in row["hint"]):
-        raise UserError(f"{where}: field 'hint' must be a list of str")
+        raise UserError("field 'hint' must be a list of str")
     if row.get("truth") is None:
-        raise UserError(f"{where}: field '{truth}' is missing")
+        raise UserError(f"field '{truth}' is missing")
     return row
 
 
@@ -183,36 +192,32 @@ def first(rows: list[dict], n: int | None, path: str | Path, split: str) -> list
     return rows[:n]
 
 
-# ---- training and test rows of one file ----------------------------------------------------------
+# ---- training and test rows of one file ----
 
 
 def is_one_file(path: str | Path | None) -> bool:
     return bool(path) and Path(path).is_file()
 
 
-def split_rows(rows: list, split: str, every: int = TEST_EVERY) -> list:
-    """The training or test rows of a single file: row i is a test row if i % every == every - 1, else a
-    training row.
-
-    Of fewer than `every` rows the last is the only test row. Any split but train and test is all rows.
+def split_rows(rows: list, split: str) -> list:
+    """The training or test rows of a single file: every TEST_EVERYth row is a test row, or the last one if
+    there are fewer. Any split but train and test is all rows.
     """
-    is_test = [i % every == every - 1 or len(rows) < every and i == len(rows) - 1 for i in range(len(rows))]
     if split not in ("train", "test"):
         return rows
-    return [row for row, test in zip(rows, is_test, strict=True) if test == (split == "test")]
+    test = range(TEST_EVERY - 1, len(rows), TEST_EVERY) or (len(rows) - 1,)
+    return [row for i, row in enumerate(rows) if (i in test) == (split == "test")]
 
 
 def split_note(path: str | Path | None) -> str:
-    """The sentence that tells the user how one file became two splits; "" if `path` is no single file."""
+    """How one file became two splits, for the user; "" if `path` is no single file."""
     if not is_one_file(path):
         return ""
-    return (
-        f"{path} is one file: every {TEST_EVERY}th row is a test row and the others are training rows; "
-        "a folder with train.* and test.* keeps your own split"
-    )
+    rule = f"every {TEST_EVERY}th row is a test row and the others are training rows"
+    return f"{path} is one file: {rule}; a folder with train.* and test.* keeps your own split"
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def read_records(
@@ -220,15 +225,16 @@ def read_records(
 ) -> list[tuple[str, dict]]:
     """(where, record) for every row of a .parquet, .jsonl or .json file, or of a folder's files of a split.
 
-    In a folder these are `split`.* or, at any depth, files named after the split (test-00000-of-00001.*) or
-    lying in a folder of that name; no hidden ones, as notebooks, downloads, macOS leave. `where` names the
-    file and row for error messages. A .json file holds a list of objects, one object, or one object a line.
-    Parquet needs pyarrow (the `data` extra); of its columns only those in `fields`, in any case, are read.
-    UserError for anything that cannot be read."""
+    In a folder these are `split`.* or, at any depth, shards as on the hub (`split`-00000-of-00001.*,
+    `split`_KIND-*), other files named after the split or lying in a folder of that name; no hidden ones.
+    A .json file holds a list of objects, one object, or one object a line. Parquet needs pyarrow (the `data`
+    extra); of its columns only those in `fields`, in any case, are read.
+
+    `where` names the file and row. UserError for anything that cannot be read."""
     found = []
     for file in _files(Path(path), split):
         if file.suffix not in ENDINGS:
-            raise UserError(f"{file}: unknown kind of file; must be .parquet, .jsonl or .json")
+            raise UserError(f"{file}: unknown kind of file; must be {', '.join(ENDINGS)}")
         records = _read_parquet(file, fields) if file.suffix == ".parquet" else _read_json(file)
         for n, record in enumerate(records):
             if not isinstance(record, dict):
@@ -248,9 +254,16 @@ def _files(path: Path, split: str) -> list[Path]:
     parts = {p: p.relative_to(path).parts for p in sorted(path.rglob("*")) if p.suffix in ENDINGS}
     files = [p for p, names in parts.items() if not any(name.startswith((".", "~")) for name in names)]
     whole = [path / f"{split}{ending}" for ending in ENDINGS]
-    files = [p for p in whole if p in files][:1] or [
-        p for p in files if re.match(rf"{re.escape(split)}[-_.]", p.name) or split in parts[p][:-1]
-    ]
+    if found := [p for p in whole if p in files]:
+        return found[:1]
+    named = [p for p in files if re.match(rf"{re.escape(split)}[-_.]", p.name)]
+    for kind in (split, *(f"{split}_{kind}" for kind in KINDS)):
+        if shards := [p for p in named if p.name.startswith(f"{kind}-")]:
+            others = {p.name.partition("-")[0] for p in named} - {kind}
+            if others:
+                print(f"{path}: reading {kind}, not {', '.join(sorted(others))}")
+            return shards
+    files = [p for p in files if p in named or split in parts[p][:-1]]
     if not files:
         raise UserError(f"{path}: no {split}.parquet or {split}.jsonl")
     return files
@@ -267,9 +280,8 @@ def _read_parquet(path: Path, fields: Container[str] | None) -> list[dict]:
         wanted = [name for name in names if fields is None or name.lower() in fields]
         table = pyarrow.parquet.read_table(path, columns=wanted or None)
     except (pyarrow.ArrowException, OSError, ValueError) as e:
-        raise UserError(
-            f"{path}: not a readable parquet file ({(str(e) or type(e).__name__).splitlines()[0]})"
-        ) from None
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable parquet file ({reason})") from None
     columns = {}
     for name in table.column_names:
         try:
@@ -281,30 +293,31 @@ def _read_parquet(path: Path, fields: Container[str] | None) -> list[dict]:
 
 def _read_json(path: Path) -> list:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: without the byte order mark some editors write
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without the byte order mark of some editors
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     # split("\n"), since splitlines() also breaks at characters that may occur inside a JSON string
-    lines = text.split("\n")
-    if path.suffix == ".json" and not _is_json_lines(lines):
-        records = _parse_json(text, path, 1) if text.strip() else []
+    lines = {n: line for n, line in enumerate(text.split("\n"), 1) if line.strip()}
+    if path.suffix == ".json" and not _is_json_lines([*lines.values()]):
+        records = _parse_json(text, path, 1) if lines else []
         records = records if isinstance(records, list) else [records]
     else:
-        records = [_parse_json(line, path, n) for n, line in enumerate(lines, 1) if line.strip()]
+        records = [_parse_json(line, path, n) for n, line in lines.items()]
+
     # Half a surrogate pair ("\ud83d") is no character: it could be neither encoded nor written.
     if re.search(r"\\u[dD][89a-fA-F]", text):
-        repaired = [_without_surrogates(record) for record in records]
-        if repaired != records:
+        text = json.dumps(records, ensure_ascii=False)
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if whole != text:
             print(f"note: {path}: half surrogate pairs were replaced by U+FFFD", file=sys.stderr)
-        records = repaired
+            records = json.loads(whole)
     return records
 
 
 def _is_json_lines(lines: list[str]) -> bool:
-    """Whether the first line with text is an object of its own and another line follows."""
-    lines = [line for line in lines if line.strip()]
+    """Whether the first line is an object of its own and another line follows."""
     try:
         return len(lines) > 1 and isinstance(json.loads(lines[0]), dict)
     except (ValueError, RecursionError):
@@ -316,26 +329,13 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise UserError(
-            f"{path} line {line + e.lineno - 1}: not JSON ({e.msg} at column {e.colno})"
-        ) from None
-    except ValueError:
-        raise UserError(f"{path} line {line}: an integer has too many digits") from None
-    except RecursionError:
-        raise UserError(f"{path} line {line}: brackets are nested too deeply") from None
+        where = f"{path} line {line + e.lineno - 1}"
+        raise UserError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} line {line}: not readable JSON ({e})") from None
 
 
-def _without_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return re.sub("[\ud800-\udfff]", "\ufffd", value)
-    if isinstance(value, list):
-        return [_without_surrogates(v) for v in value]
-    if isinstance(value, dict):
-        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
-    return value
-
-
-# ---- rows of files -------------------------------------------------------------------------------
+# ---- rows of files ----
 
 
 def read_rows(
@@ -366,44 +366,46 @@ def rows_of(
     own = [(where, record) for where, record in records if record.get("data_source") not in others]
     if not own:
         raise UserError(f"{records[0][0].rpartition(' row ')[0]}: no row has data_source '{source}'")
-    return [
-        solved_row(*read_raw(where, record))
-        if read_raw and not {"reward_model", "truth"} & record.keys()
-        else _row_of(where, record, needs, check)
-        for where, record in own
-    ]
+    rows = []
+    for where, record in own:
+        if read_raw and not {"reward_model", "truth"} & record.keys():
+            rows.append(solved_row(*read_raw(where, record)))
+            continue
+        with naming(where):
+            rows.append(_row_of(record, needs, check))
+    return rows
 
 
-def _row_of(where: str, record: dict, needs: dict, check: Callable[[dict], str | None]) -> dict:
+def _row_of(record: dict, needs: dict, check: Callable) -> dict:
     """The row of a record in the published layout or our own."""
     published = "reward_model" in record or "question" in record
     name = "reward_model.ground_truth" if published else "truth"
     prompt, truth = record.get("prompt"), record.get("truth")
     if published:
-        prompt = record.get("question") or _prompt_of(where, prompt)
+        prompt = record.get("question") or _prompt_of(prompt)
         truth = (record.get("reward_model") or {}).get("ground_truth")
-    row = _complete(
-        {k: record.get(k) for k in ("hint", "answer")} | {"prompt": prompt, "truth": truth}, where, name
-    )
-    if isinstance(truth, str | int | float) and list(needs) == ["target"]:
+    given = {"hint": record.get("hint"), "answer": record.get("answer")}
+    row = _complete(given | {"prompt": prompt, "truth": truth}, name)
+    if isinstance(truth, str | int | float) and [*needs] == ["target"]:
         row["truth"] = truth = {"question": prompt, "target": truth}
     if not isinstance(truth, dict):
-        raise UserError(f"{where}: field '{name}' is missing or not a dict with {', '.join(needs)}")
+        raise UserError(f"field '{name}' is missing or not a dict with {', '.join(needs)}")
     for field, kind in needs.items():
         if not isinstance(truth.get(field), kind) or isinstance(truth[field], bool):
-            raise UserError(f"{where}: the ground truth lacks a usable '{field}'")
+            raise UserError(f"the ground truth lacks a usable '{field}'")
     if reason := check(truth):
-        raise UserError(f"{where}: {reason}")
-    # the published answer repeats the hint, ours is the closing block alone
+        raise UserError(reason)
+    # The published answer repeats the hint, ours is the closing block alone.
     if published:
-        whole, hint = row["answer"], "".join(row["hint"])
-        if not whole.startswith(hint):
-            raise UserError(f"{where}: field 'answer' must begin with the sentences of 'hint'")
-        row["answer"] = whole[len(hint) :]
-    return row | {"hint": [s for s in row["hint"] if s]}
+        hint = "".join(row["hint"])
+        if not row["answer"].startswith(hint):
+            raise UserError("field 'answer' must begin with the sentences of 'hint'")
+        row["answer"] = row["answer"].removeprefix(hint)
+    row["hint"] = [sentence for sentence in row["hint"] if sentence]
+    return row
 
 
-def _prompt_of(where: str, messages: Any) -> Any:
+def _prompt_of(messages: Any) -> Any:
     """The text of a prompt: that of its user message, after that of the system message if there is one."""
     if not isinstance(messages, list) or not messages:
         return messages
@@ -411,17 +413,17 @@ def _prompt_of(where: str, messages: Any) -> Any:
     texts = [m.get("content") if isinstance(m, dict) else None for m in messages]
     if roles not in (["user"], ["system", "user"]) or not all(isinstance(text, str) for text in texts):
         wanted = "a user message, or a system and a user message, with text as content"
-        raise UserError(f"{where}: field 'prompt' must be {wanted}, not {len(messages)} messages of {roles}")
+        raise UserError(f"field 'prompt' must be {wanted}, not {len(messages)} messages of {roles}")
     return "\n\n".join(texts)
 
 
 def solved_row(question: str, solution: str, target: str) -> dict:
     """The row of a problem with a worked solution, as the published data have it."""
+    # The published cuts, blank lines included.
+    sentences = re.split(r"(?<=\.\s)|(?<=\n)", solution)
     return {
         "prompt": PROMPT.format(instruction=question, example="12"),
-        "hint": [
-            s for s in re.split(r"(?<=\.\s)|(?<=\n)", solution) if s
-        ],  # the published cuts, blank lines included
+        "hint": [sentence for sentence in sentences if sentence],
         "answer": f" </think>\n<answer> {target} </answer>",
         "truth": {"question": question, "target": target},
     }
@@ -433,7 +435,7 @@ def text_field(where: str, record: dict, name: str) -> str:
     return record[name]
 
 
-# ---- responses -----------------------------------------------------------------------------------
+# ---- responses ----
 
 
 def answer_block(response: str) -> tuple[str, str] | None:

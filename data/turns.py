@@ -1,95 +1,138 @@
-"""Where the assistant's turns lie in a rendered conversation, and the token ids of the text divided there.
+"""Where the assistant's turns lie in a rendered conversation.
 
-A chat template is a program that comes with a checkpoint, so only rendering shows where turn i of a
-conversation lies:
-
-    it begins   where render(messages before i, add_generation_prompt=True) ends: the prompt of the model
-    it ends     after the first added token behind its last word in render(messages up to i)
-
-Both must be beginnings of the rendering of the whole conversation.
+A chat template is a program of the checkpoint, so only rendering shows where turn i lies. It begins
+where render(messages before i, add_generation_prompt=True) ends, and ends after the first added
+token behind its last word in render(messages up to i). The whole text must begin with both.
 """
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
-from itertools import pairwise
+from functools import partial
 from os.path import commonprefix
-
-import regex
 
 from data.tokenizer import Tokenizer
 from infra.config import UserError
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold an assistant's thought
+REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of a thought
 CLOSE = "</think>"  # ends a thought inside a content
-DATE = "26 Jul 2024"  # "today" for Llama 3.2's template, its own default: data must not change with the day
+DATE = "26 Jul 2024"  # "today", which must not change the data; Llama 3.2's default
 MARK = 0xF0000  # the first of the private characters, which no text contains
 REWRITTEN = "turns without loss (rewritten by the template)"
 UNPROMPTED = "turns without loss (no prompt before them)"
 BARE = "turns trained without the thought that the template begins"
 
 
-def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tuple[str, list, list[str]]:
-    """The text of the conversation row[name]; (begin, end, closed) of each trained turn in it, closed by a
-    token or not; and a note for each turn that is treated specially.
+def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tuple[str, list, list]:
+    """The text of the conversation row[name]; begin, end and whether a token closes it for each trained
+    turn; and notes to count. UserError: the template does not write all of the row.
 
-    A turn is trained if it stands in the whole conversation as it does with nothing behind it. Else it is
-    context without loss: Qwen3's template drops the thoughts of earlier turns. UserError: the template cannot
-    render the row, or leaves something out.
+    A turn is trained if it is written as it is with nothing behind it. Qwen3's template drops the
+    thoughts of earlier turns.
     """
     messages, tools, turns, notes = row[name], row.get("tools"), [], []
+    render = partial(tokenizer.render, template=template, date_string=DATE, tools=tools)
+    try:
+        whole = _whole(messages, tools, render)
+    except UserError:
+        if not _called(messages):
+            raise
+        # DeepSeek's template joins a call's arguments to other text.
+        messages = deepcopy(messages)
+        for function in _called(messages):
+            arguments = function.get("arguments", {})
+            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+        whole = _whole(messages, tools, render)
 
-    def render(messages: list[dict], ask: bool = False, tools: list | None = tools) -> str:
-        return tokenizer.render(messages, ask, template, date_string=DATE, tools=tools)
-
-    whole = render(messages)
-    _refuse_unwritten(messages, tools, render, whole)
-
-    # The last turn comes first, since it may be written in full where the template abridges it.
-    for i in reversed(range(row["first"], len(messages))):
-        message, is_last = messages[i], i == len(messages) - 1
-        if message["role"] != "assistant" or not (message.get("weight", 1) and message.get("train", True)):
+    # The last turn comes first: it may be written in full where the template abridges it.
+    last = len(messages) - 1
+    for i in reversed(range(row["first"], last + 1)):
+        message = messages[i]
+        has_loss = message.get("weight", 1) and message.get("train", True)
+        if message["role"] != "assistant" or not has_loss:
             continue
         if i == 0:
             notes.append(UNPROMPTED)
             continue
-        prompt, text = render(messages[:i], True), whole if is_last else render(messages[: i + 1])
+        prompt = render(messages[:i], True)
+        text = whole if i == last else render(messages[: i + 1], False)
         text, start = _follow(prompt, text, messages[: i + 1], render)
-        if start is None and is_last:
-            raise UserError(
-                f"chat template '{template}' does not write an answer where it asks for one; "
-                f"expected {prompt!r:.200} before it, found {whole!r:.200}"
-            )
-        end, closed = (0, False) if start is None else _end_of_turn(text, start, i, message, tokenizer)
-        if start is None or not (is_last or whole.startswith(text[:end])):
+        if start is None and i == last:
+            seen = f"expected {prompt!r:.200} before it, found {whole!r:.200}"
+            raise UserError(f"the chat template does not answer where it asks for it; {seen}")
+        end = None if start is None else _end_of_turn(text, start, i, message, tokenizer)
+        if i == last:
+            whole = text
+        if end is None or not whole.startswith(text[: end[0]]):
             notes.append(REWRITTEN)
             continue
-        whole = text if is_last else whole
-        notes += [BARE] if start < len(prompt) else []
-        turns.insert(0, (start, end, closed))
+        if start < len(prompt):
+            notes.append(BARE)
+        turns.insert(0, (start, *end))
     return whole, turns, notes
 
 
-def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> tuple[str, int | None]:
-    """The text of a conversation as it is trained on, and where its last turn begins in it (None: unknown).
+def _whole(messages: list[dict], tools: list | None, render: Callable) -> str:
+    """The text of a conversation. UserError if a private character in the place of a text, call or
+    tool does not show.
+    """
+    whole, places = render(messages, False), []
+    messages, tools = deepcopy(messages), deepcopy(tools)
 
-    prompt: the conversation before that turn with the assistant asked to answer. The turn follows it, with
-    three exceptions:
+    def mark(holder: dict, key: str, where: str) -> str:
+        character = chr(MARK + len(places))
+        places.append((character, holder.get(key), where))
+        holder[key] = character
+        return character
 
-    - The prompt has something that the answered conversation lacks: Mistral's system text stands in the last
-      user turn. The turn is moved behind the prompt.
-    - The template drops the turn's thought, or the prompt begins it (R1's ends with "<think>\\n"). The turn
-      is written in full behind the prompt, as the model will have to continue it.
-    - The prompt begins a thought and the turn has none. The turn follows the assistant's header alone.
+    for tool in tools or []:
+        mark(tool.get("function", tool), "name", "field 'tools'")
+    for i, message in enumerate(messages):
+        if (message["content"] or "").strip():
+            mark(message, "content", f"message {i}, the text of the {message['role']}")
+        for function in _called([message]):
+            mark(function, "name", f"message {i}, field 'tool_calls'")
+            if arguments := function.get("arguments"):
+                character = mark(function, "arguments", f"message {i}, arguments of a call")
+                is_text = isinstance(arguments, str)
+                function["arguments"] = f'{{"{character}": ""}}' if is_text else {character: ""}
+    try:
+        written = render(messages, False, tools=tools)
+        written += render(messages[:-1], True, tools=tools)  # where Mistral's has the system text
+    except UserError:  # it reads what it writes
+        return whole
+    for character, text, where in places:
+        if character not in written:
+            seen = f"expected {text!r:.200}, found {whole!r:.200}"
+            raise UserError(f"the chat template ignores {where}; {seen}")
+    return whole
+
+
+def _called(messages: list[dict]) -> list[dict]:
+    """The functions that messages call, each with name and arguments."""
+    return [call.get("function", call) for m in messages for call in m.get("tool_calls") or []]
+
+
+def _follow(prompt: str, text: str, messages: list, render: Callable) -> tuple[str, int | None]:
+    """The text of a conversation as it is trained on, and where its last turn begins (None: unknown).
+
+    It follows the prompt for it. But:
+
+    - The prompt may have what the answered conversation lacks: Mistral writes the system text into the
+      last user turn. The turn is moved behind the prompt.
+    - The template may drop a thought, or the prompt begin it, as R1's does. The turn is written in full
+      behind the prompt, as the model will have to continue it.
+    - If the turn lacks the thought that the prompt begins, it follows the assistant's header alone.
     """
     start = len(prompt)
     if not text.startswith(prompt):
-        # The header is what the template writes before an answer that is a single unmistakable character.
-        probe = render([*messages[:-1], {"role": "assistant", "content": chr(MARK)}])
+        # The header of an answer of one unmistakable character.
+        probe = render([*messages[:-1], {"role": "assistant", "content": chr(MARK)}], False)
         header, found, _ = probe.partition(chr(MARK))
-        # The prompt must end as the header does, but for a space that may begin the answer.
+        # The prompt must end as the header does, but for a space before the answer.
         shared = len(commonprefix([prompt, header]))
-        rest = header[shared:] if prompt.endswith(header[shared:]) else header[shared:].rstrip()
+        rest = header[shared:]
+        rest = rest if prompt.endswith(rest) else rest.rstrip()
         if not found or not text.startswith(header) or not prompt.endswith(rest):
             return text, None
         start = shared + len(rest)
@@ -97,8 +140,10 @@ def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> t
             text, start = prompt + text[start:], len(prompt)
 
     # The thought: begun by the prompt, in a field of its own or in the content.
-    begun, written, content = prompt[start:].strip(), text[start:], messages[-1]["content"] or ""
-    thought = next((messages[-1][name] for name in REASONING if messages[-1].get(name)), "")
+    message = messages[-1]
+    begun, written = prompt[start:].strip(), text[start:]
+    content = message["content"] or ""
+    thought = next((message[name] for name in REASONING if message.get(name)), "")
     if thought and begun:
         content = f"{thought}\n{CLOSE}\n\n{content}"
     answer = content.rpartition(CLOSE)[2].strip()
@@ -111,76 +156,22 @@ def _follow(prompt: str, text: str, messages: list[dict], render: Callable) -> t
 
 
 def _end_of_turn(text: str, start: int, i: int, message: dict, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """Where message i, a turn that begins at `start`, ends, and whether a token of its own ends it. Else its
-    text does. UserError: the template writes another text than the message has.
-    """
-    # Behind its last word. A template may strip the content, or write it without its thought.
+    """Where message i, which begins at `start`, ends, and whether a token of its own ends it."""
+    # Behind its last word. A template may strip the content, or drop its thought.
     content, at = (message["content"] or "").strip(), start
-    answer = content if text.find(content, start) >= 0 else content.rpartition(CLOSE)[2].strip()
-    for name, part in [*((name, message.get(name) or "") for name in REASONING), ("content", answer)]:
-        found = text.find(part.strip(), at)
+    answer = content if text.find(content, at) >= 0 else content.rpartition(CLOSE)[2].strip()
+    parts = {name: message[name].strip() for name in REASONING if message.get(name)}
+    for name, part in (parts | {"content": answer}).items():
+        found = text.find(part, at)
         if found < 0 or message["content"] is None and text.startswith("None", start):
-            raise UserError(
-                f"message {i}: the chat template ignores or changes field '{name}'; "
-                f"expected {part!r:.200}, found {text[start:]!r:.200}"
-            )
-        at = found + len(part.strip()) if part else at
-    # Some tokenizers do not flag the token that ends a turn as special. Calls may have tokens of their own.
-    closes = list(_added_tokens(tokenizer).finditer(text, at))
+            seen = f"expected {part!r:.200}, found {text[start:]!r:.200}"
+            raise UserError(f"the chat template ignores or changes '{name}' of message {i}; {seen}")
+        at = found + len(part) if part else at
+    # The token need not be special. Calls may have tokens of their own.
+    closes = list(tokenizer.added_pattern.finditer(text, at))
     if message.get("tool_calls"):
         stops = {tokenizer.decode([stop]) for stop in tokenizer.stop_ids}
         closes = [close for close in closes if close[0] in stops] or closes[-1:]
-    return (closes[0].end(), True) if closes else (len(text.rstrip()), False)
-
-
-def _refuse_unwritten(messages: list[dict], tools: list | None, render: Callable, whole: str) -> None:
-    """UserError for a text, call or tool that the template leaves out: private characters take the places of
-    all of them, and each must show.
-    """
-    messages, tools, places = deepcopy(messages), deepcopy(tools), []
-
-    def mark(where: str, holder: dict, key: str) -> None:
-        places.append((chr(MARK + len(places)), where, holder.get(key)))
-        holder[key] = places[-1][0]
-
-    for tool in tools or []:
-        mark("field 'tools'", tool.get("function", tool), "name")
-    for i, message in enumerate(messages):
-        if (message["content"] or "").strip():
-            mark(f"message {i}, the text of the {message['role']}", message, "content")
-        for call in message.get("tool_calls") or []:
-            mark(f"message {i}, field 'tool_calls'", call.get("function", call), "name")
-    try:  # Mistral's system text is in the prompt alone
-        written = render(messages, tools=tools) + render(messages[:-1], True, tools)
-    except UserError:  # it reads what it writes
-        return
-    for character, where, text in places:
-        if character not in written:
-            found = f"expected {text!r:.200}, found {whole!r:.200}"
-            raise UserError(f"the chat template ignores {where}; {found}")
-
-
-@cache
-def _added_tokens(tokenizer: Tokenizer) -> regex.Pattern:
-    """The tokens that are found in a text as a whole, and those that end an answer. None is white space."""
-    tokens = {token["content"] for token in tokenizer.description.get("added_tokens") or []}
-    tokens |= {tokenizer.decode([stop]) for stop in tokenizer.stop_ids}
-    longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
-    return regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")
-
-
-def encode_parts(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of the parts of a text: together those of the whole text, if no cut falls inside one of its tokens.
-
-    SentencePiece begins each encoding with a space, so a part is encoded with what stands before it, from the
-    last added token on: behind one, a text is encoded as if it stood alone. Where that merges over the cut,
-    the part is encoded alone, as the prompt is when the model has to answer it.
-    """
-    parts, before = [], ""
-    for begin, end in pairwise([0, *cuts, len(text)]):
-        part = text[begin:end]
-        head, both = tokenizer.encode(before) if before else [], tokenizer.encode(before + part)
-        parts.append(both[len(head) :] if both[: len(head)] == head else tokenizer.encode(part))
-        starts = [token.start() for token in _added_tokens(tokenizer).finditer(part)]
-        before = part[starts[-1] :] if starts else part or before
-    return parts
+    if closes:
+        return closes[0].end(), True
+    return len(text.rstrip()), False

@@ -1,12 +1,12 @@
 """Compare methods: make the runs of a sweep, then a table with 95 % intervals and a figure.
 
-    python experiments/compare.py                             Countdown: 8 methods x 5 seeds, 2 runs at a time
+    python experiments/compare.py                   Countdown: 8 methods x 5 seeds, 2 runs at a time
     python experiments/compare.py --methods=uft,rft --grid="lr=2e-4,1e-3 hint_coef=.001,.1" --seeds=3
-    python experiments/compare.py --methods=uft,sft,sft-long --sft_long=1800 --args=config/logic-tiny.toml
+    python experiments/compare.py --methods=uft,sft-long --sft_long=1800 --args=config/logic-tiny.toml
     python experiments/compare.py --seeds=3 --args="--steps=200 --hint_steps=120"
-    python experiments/compare.py --paper=ift --out_dir=out/compare-ift    SFT, IFT, its parts, other lambdas
-    python experiments/compare.py --suite=field --out_dir=out/field        docs/field.md
-    python experiments/compare.py --table out/compare         the table and figure of the runs in a folder
+    python experiments/compare.py --paper=ift --out_dir=out/ift     SFT, IFT, its parts, other lambdas
+    python experiments/compare.py --suite=field --out_dir=out/field                docs/field.md
+    python experiments/compare.py --table out/compare               of the runs in a folder
 
 A run is `python train_uft.py --algo=METHOD --seed=...` or `python train_ift.py --loss=METHOD --seed=...` in a
 folder of its own. A method is any value of that knob, so also a file of variants/ or a path, and `sft-long`:
@@ -18,8 +18,6 @@ Seconds are those of the fastest seed, the one that other programs disturbed lea
 means over the seeds whose test accuracy reached the goal, up to the first validation that did.
 """
 
-import json
-import math
 import os
 import re
 import shlex
@@ -34,7 +32,8 @@ from statistics import fmean
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.field import STAGES
+from experiments.field import FOLDERS, STAGES
+from experiments.plot import Curves, LoggedRun, Panel, curve, draw, note_without_matplotlib, read_run
 from infra.checkpoint import resume_folder
 from infra.config import Count, FilePath, UserError, parse_config, require, run_script
 from infra.stats import mean_interval
@@ -54,6 +53,9 @@ MEASURED = (  # columns of the table where a run has them: title, key in metrics
     ("from another first step", "val/other_start", 100, 1),
     ("test nll", "val/loss", 1, 3),
 )
+ACCURACY = Panel("test accuracy, %, at equal steps", "val/accuracy", 100)
+TOKENS = Panel("at equal sampled tokens", "", x="million sampled tokens")
+SECONDS = Panel("at equal seconds, of the fastest seed", "", x="seconds of training")
 
 
 @dataclass
@@ -66,7 +68,6 @@ class Config:
     suite: Literal["", "field"] = ""  # field: the runs of docs/field.md, instead of methods and grid
     grid: str = ""  # knobs with values to try, each with each: "lr=2e-4,1e-3 hint_coef=.001,.1"
     seeds: Count = 5  # number of seeds: 0, 1, ...
-    sft_short: Count = 313  # supervised steps of sft-rft: 5 epochs, as in the paper
     sft_long: Count = 5000  # steps of sft-long, which cost as much as uft
     args: str = ""  # further arguments of the trainer
     # How
@@ -84,9 +85,9 @@ def method_flags(method: str, cfg: Config) -> list[str]:
     """The trainer's arguments for a method."""
     if cfg.paper == "ift":
         return IFT.get(method, f"--loss={method}").split()
-    if method == "sft-long":
-        return ["--algo=sft", f"--sft_steps={cfg.sft_long}"]
-    return [f"--algo={method}", *([f"--sft_steps={cfg.sft_short}"] if method == "sft-rft" else [])]
+    steps = {"sft-rft": 313, "sft-long": cfg.sft_long}  # 313: 5 epochs, as in the paper
+    supervised = [f"--sft_steps={steps[method]}"] if method in steps else []
+    return [f"--algo={'sft' if method == 'sft-long' else method}", *supervised]
 
 
 def settings(cfg: Config) -> dict[str, list[str]]:
@@ -108,130 +109,123 @@ def settings(cfg: Config) -> dict[str, list[str]]:
 
 def train(name: str, flags: list[str], seed: int, cfg: Config) -> str | None:
     """Make one run, or finish it; nothing if it is done. Returns the error in one line, or None."""
-    # "done" holds the arguments that a finished run was made with.
     out = Path(cfg.out_dir) / f"{name}-{seed}"
     done, arguments = out / "done", shlex.join(flags)
-    if done.exists():
+    if done.exists():  # it holds the arguments that the run was made with
         made_with = done.read_text(encoding="utf-8")
-        if made_with in ("", arguments):
-            return None
-        return f"{out} was made with {made_with}, not with {arguments}: give another --out_dir"
-    resume = ["--resume=true"] if resume_folder(out) else []
+        other = f"{out} was made with {made_with}, not with {arguments}: give another --out_dir"
+        return None if made_with in ("", arguments) else other
+    resume = "true" if resume_folder(out) else "false"
     command = [sys.executable, str(ROOT / f"train_{cfg.paper}.py"), *flags, f"--seed={seed}"]
-    command += [f"--out_dir={out}", "--threads=1", *resume]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [f"--out_dir={out}", "--threads=1", f"--resume={resume}"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "console.txt", "a", encoding="utf-8") as console:
-        process = subprocess.run(command, stdout=console, stderr=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.run(command, stdout=console, stderr=subprocess.PIPE, text=True, env=one_thread)
     if process.returncode:
-        errors = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-        return f"{name} seed {seed}: {errors[-1]}"
+        *_, error = ["", *process.stderr.strip().splitlines()]
+        return f"{name} seed {seed}: {error or f'exit code {process.returncode}'}"
     done.write_text(arguments, encoding="utf-8")
     return None
 
 
 # ---- the report --------------------------------------------------------------------------------------------
 
-Records = list[dict]  # the lines of a run's metrics.jsonl
+Methods = dict[str, list[LoggedRun]]  # name -> the finished runs of its seeds
 
 
-def read_runs(folder: Path) -> dict[str, list[Records]]:
-    """Name -> the finished runs of its seeds, in the folders "NAME-SEED" (or another name)."""
-    found: dict[str, list[Records]] = {}
+def read_runs(folder: Path) -> Methods:
+    """The finished runs in the folders "NAME-SEED" (or another name), by NAME."""
+    found: Methods = {}
     for path in sorted(folder.glob("*/metrics.jsonl"), key=lambda p: (len(p.parent.name), p)):
         run = path.parent
         if (run / "console.txt").exists() and not (run / "done").exists():
             print(f"note: {run} is not finished, so it is left out")
-            continue
-        try:
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as e:
-            raise UserError(f"{path}: not written by a run ({e})") from None
-        if any("val/accuracy" in r for r in records):
-            found.setdefault(re.sub(r"-\d+$", "", run.name), []).append(records)
+        elif tests(logged := read_run(run)):
+            found.setdefault(re.sub(r"-\d+$", "", run.name), []).append(logged)
     if not found:
         raise UserError(f"{folder}: holds no finished run with a test accuracy")
     return found
 
 
-def validations(run: Records) -> Records:
-    return [r for r in run if "val/accuracy" in r]
+def tests(run: LoggedRun) -> list[dict]:
+    """Its validations, from the first to the last."""
+    return [r for r in run.records if "val/accuracy" in r]
 
 
-def cost_of_goal(run: Records, goal: float) -> tuple[float, float, float] | None:
+def sampled_tokens(run: LoggedRun, step: int) -> int:
+    """Tokens sampled up to a step; 0 for a method that samples none."""
+    return max((r.get("sampled_tokens", 0) for r in run.records if r["step"] <= step), default=0)
+
+
+def cost_of_goal(run: LoggedRun, goal: float) -> tuple[float, float, float] | None:
     """Steps, seconds and sampled tokens up to the first validation that reached the goal, if one did."""
-    reached = [r for r in validations(run) if 100 * r["val/accuracy"] >= goal]
-    if not reached:
-        return None
-    step = reached[0]["step"]
-    sampled = [r["sampled_tokens"] for r in run if r["step"] <= step and "sampled_tokens" in r]
-    return step, reached[0]["train_s"], max(sampled, default=math.nan)
+    for r in tests(run):
+        if 100 * r["val/accuracy"] >= goal:
+            return r["step"], r["train_s"], sampled_tokens(run, r["step"])
+    return None
 
 
-def report(methods: dict[str, list[Records]], folder: Path, goal: float) -> None:
-    """Print the table, write it to folder/table.md, and draw the curves."""
-    # Heading.
-    ends = {name: [validations(run)[-1] for run in runs] for name, runs in methods.items()}
-    columns = [c for c in MEASURED if all(c[1] in end for of_seeds in ends.values() for end in of_seeds)]
+def cells(runs: list[LoggedRun], columns: list, goal: float) -> list[str]:
+    """The figures of one method."""
+    ends, found = [tests(run)[-1] for run in runs], []
+    for _, key, factor, digits in columns:
+        mean, _, high = mean_interval([factor * end[key] for end in ends])
+        half = f" ± {high - mean:.{digits}f}" if len(runs) > 1 else ""
+        found.append(f"{mean:.{digits}f}{half}")
+    found.append(" ".join(f"{100 * end['val/accuracy']:.1f}" for end in ends))
+    found += [f"{ends[0]['step']:,}", f"{min(end['train_s'] for end in ends):.0f}"]
+    costs = [cost for run in runs if (cost := cost_of_goal(run, goal))]
+    some = f" ({len(costs)} of {len(runs)} seeds)" if len(costs) < len(runs) else ""
+    means = [f"{fmean(values):,.0f}{some}" for values in zip(*costs, strict=True)]
+    return found + (means or ["-"] * 3)
+
+
+def report(methods: Methods, folder: Path, goal: float) -> None:
+    """Print the table, write it to folder/table.md, and draw folder/curves.png."""
+    ends = [tests(run)[-1] for runs in methods.values() for run in runs]
+    columns = [column for column in MEASURED if all(column[1] in end for end in ends)]
     seeds = " or ".join(map(str, sorted({len(runs) for runs in methods.values()})))
     titles = [f"{seeds} seeds, ± 95 % of their mean", *(title for title, *_ in columns)]
     titles += ["each seed", "steps", "seconds, least"]
     titles += [f"{unit} to {goal:g} %" for unit in ("steps", "seconds", "sampled tokens")]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    # A line for each method.
-    for name, runs in methods.items():
-        cells = [name]
-        for _, key, factor, digits in columns:
-            values = [factor * end[key] for end in ends[name]]
-            mean, _, high = mean_interval(values)
-            cells.append(f"{mean:.{digits}f}" + (f" ± {high - mean:.{digits}f}" if len(values) > 1 else ""))
-        cells.append(" ".join(f"{100 * end['val/accuracy']:.1f}" for end in ends[name]))
-        cells += [f"{ends[name][0]['step']:,}", f"{min(end['train_s'] for end in ends[name]):.0f}"]
-        costs = [cost for run in runs if (cost := cost_of_goal(run, goal))]
-        some = f" ({len(costs)} of {len(runs)} seeds)" if len(costs) < len(runs) else ""
-        for values in zip(*costs, strict=True) if costs else [(math.nan,)] * 3:
-            cells.append("-" if math.isnan(fmean(values)) else f"{fmean(values):,.0f}{some}")
-        lines.append("| " + " | ".join(cells) + " |")
-    table = "\n".join(lines)
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
-    draw(methods, folder / "curves.png")
+    rows = [titles, ["---"] * len(titles)]
+    rows += [[name, *cells(runs, columns, goal)] for name, runs in methods.items()]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    print(table, end="")
+    with note_without_matplotlib():
+        draw(panels(methods), folder / "curves.png")
+        print(f"figure in {folder / 'curves.png'}")
 
 
-def draw(methods: dict[str, list[Records]], path: Path) -> None:
-    """Accuracy over steps and over seconds. Without matplotlib one line says so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figure: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
-        return
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for i, (name, runs) in enumerate(methods.items()):
-        columns = list(zip(*map(validations, runs), strict=False))
-        steps = [column[0]["step"] for column in columns]
-        estimates = [mean_interval([100 * r["val/accuracy"] for r in column]) for column in columns]
-        means, lows, highs = zip(*estimates, strict=True)
-        step_s = min(run[-1]["train_s"] / run[-1]["step"] for run in map(validations, runs))
-        for axes, unit in ((left, 1.0), (right, step_s)):  # the fastest seed's seconds a step
-            if axes is left and name == "sft-long":
-                continue  # it is there for equal cost
-            x, style = [unit * step for step in steps], "-" if i < 10 else "--"
-            axes.plot(x, means, style, color=f"C{i}", label=name)
-            if len(runs) >= 3:
-                axes.fill_between(x, lows, highs, color=f"C{i}", alpha=0.15, linewidth=0)
-    left.set(xlabel="step", ylabel="test accuracy, %", title="equal steps", ylim=(0, None))
-    right.set(xlabel="seconds of training", title="equal cost")
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    print(f"figure in {path}")
+def panels(methods: Methods) -> Curves:
+    """Test accuracy at equal steps, sampled tokens and seconds of training; the best method first."""
+
+    def tokens(runs: list[LoggedRun], step: int) -> float:
+        return fmean(sampled_tokens(run, step) for run in runs) / 1e6
+
+    def seconds(runs: list[LoggedRun], step: int) -> float:
+        ends = [tests(run)[-1] for run in runs]
+        return step * min(end["train_s"] / max(1, end["step"]) for end in ends)
+
+    lines = {name: curve(runs, ACCURACY) for name, runs in methods.items()}
+    if len(lines) > 8:  # bands would hide the lines
+        lines = {name: [p._replace(interval=None) for p in line] for name, line in lines.items()}
+    lines = dict(sorted(lines.items(), key=lambda item: -item[1][-1].mean))
+    found = {ACCURACY: {name: line for name, line in lines.items() if name != "sft-long"}}
+    for panel, cost in ((TOKENS, tokens), (SECONDS, seconds)):
+        found[panel] = {}
+        for name, line in lines.items():
+            moved = [p._replace(x=cost(methods[name], p.x)) for p in line]
+            if moved[-1].x > 0:
+                found[panel][name] = moved
+    return found
 
 
 def main(argv: Sequence[str]) -> None:
-    argv = re.sub("(^|\n)--table\n", r"\1--table=", "\n".join(argv)).split("\n") if argv else []
+    if len(argv) == 2 and argv[0] == "--table":
+        argv = ["--table=" + argv[1]]
     cfg = parse_config(Config, argv, __doc__)
     cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
     if cfg.table:
@@ -240,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
         return make_runs({name: (flags, cfg.seeds) for name, flags in settings(cfg).items()}, cfg)
     out = Path(cfg.out_dir)
     for stage, runs in STAGES.items():
-        make_runs(runs(out), replace(cfg, out_dir=str(out / stage)))
+        make_runs(runs(out), replace(cfg, out_dir=str(out / FOLDERS.get(stage, stage))))
 
 
 def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:

@@ -1,11 +1,12 @@
 """The runs of docs/field.md, made by `python experiments/compare.py --suite=field`.
 
-A stage is a dict, name -> (arguments of train_uft.py, seeds). The second stage depends on the validation
-accuracies of the first.
+A stage is a function of the folder of all stages; it returns a dict, name -> (arguments of train_uft.py,
+seeds). A stage may depend on the runs of those before it.
 """
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 from data import countdown
 from infra.config import UserError
@@ -32,28 +33,39 @@ SEARCH = {  # method -> its constant and two values, the paper's first
     "rft": ("lr", "2e-4", "1e-4"),
 }
 TESTED, VALIDATED = 500, 500
+CONTROLS = "sft", "rft", "sft-rft", "uft"
+BEST = 6  # methods beside the controls in the second and third start
 
 
-def write_problems(folder: Path) -> None:
-    """train.jsonl and test.jsonl, where test.jsonl holds the validation problems: neither train nor test."""
-    if (folder / "test.jsonl").exists():
-        return
-    tested = {row["prompt"] for row in countdown.load("test", n=TESTED, style="short")}
-    others = countdown.load("test", n=2 * VALIDATED, seed=1, style="short")
-    splits = {
-        "train": countdown.load("train", style="short"),
-        "test": [row for row in others if row["prompt"] not in tested][:VALIDATED],
-    }
+def write_problems(folder: Path, splits: dict[str, list[dict]]) -> str:
+    """Write SPLIT.jsonl for each split, unless that is done; returns the argument that reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        path = folder / f"{split}.jsonl"
+        if not path.exists():
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return f"--data_path={folder}"
+
+
+def problems(split: str, **made) -> list[dict]:
+    return countdown.load(split, style="short", **made)
+
+
+def last_accuracy(run: Path) -> float:
+    """Of a run's last validation."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: this run of an earlier stage must be made first")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [r["val/accuracy"] for r in records if "val/accuracy" in r][-1]
 
 
 def search(out: Path) -> dict[str, tuple[list[str], int]]:
-    """Two values of each method's constant, one seed, on the validation problems."""
-    write_problems(out / "validation")
-    data = f"--data_path={out / 'validation'}"
+    """Two values of each method's constant, one seed, on problems of neither split."""
+    tested = {row["prompt"] for row in problems("test", n=TESTED)}
+    others = [r for r in problems("test", n=2 * VALIDATED, seed=1) if r["prompt"] not in tested]
+    splits = {"train": problems("train"), "test": others[:VALIDATED]}
+    data = write_problems(out / "validation", splits)
     return {
         f"{method},{knob}={value}": ([f"--algo={method}", f"--{knob}={value}", data], 1)
         for method, (knob, *values) in SEARCH.items()
@@ -61,20 +73,71 @@ def search(out: Path) -> dict[str, tuple[list[str], int]]:
     }
 
 
-def chosen(out: Path) -> dict[str, tuple[list[str], int]]:
-    """Three seeds of each method at the value with the higher validation accuracy, on the test problems."""
-    runs = {}
-    for method, (knob, *values) in SEARCH.items():
-        found = {}
-        for value in values:
-            path = out / "search" / f"{method},{knob}={value}-0" / "metrics.jsonl"
-            if not path.exists():
-                raise UserError(f"{path}: the search must be made first")
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            found[value] = [r["val/accuracy"] for r in records if "val/accuracy" in r][-1]
-        best = max(values, key=found.__getitem__)  # the first of equals
-        runs[method] = ([f"--algo={method}", f"--{knob}={best}"], 3)
+def choice(out: Path, method: str) -> list[str]:
+    """The arguments of a method at the value with the higher validation accuracy, the first of equals."""
+    knob, *values = SEARCH[method]
+    best = max(values, key=lambda v: last_accuracy(out / "search" / f"{method},{knob}={v}-0"))
+    return [f"--algo={method}", f"--{knob}={best}"]
+
+
+def base(out: Path) -> dict[str, tuple[list[str], int]]:
+    """(a) Every method at its choice, from the base, three seeds, on the test problems."""
+    return {method: (choice(out, method), 3) for method in SEARCH}
+
+
+def best_methods(out: Path) -> list[str]:
+    """The controls, and the best of the others from the base by the mean over seeds."""
+    def mean(method: str) -> float:
+        return fmean(last_accuracy(out / "base" / f"{method}-{seed}") for seed in range(3))
+
+    others = sorted((m for m in SEARCH if m not in CONTROLS), key=mean, reverse=True)
+    return [*CONTROLS, *others[:BEST]]
+
+
+def more_seeds(out: Path) -> dict[str, tuple[list[str], int]]:
+    """(a) Two seeds more for the best and the controls."""
+    return {method: (choice(out, method), 5) for method in best_methods(out)}
+
+
+def start(out: Path) -> dict[str, tuple[list[str], int]]:
+    """The start of (b): 125 supervised steps."""
+    return {"sft-125": (["--algo=sft", "--sft_steps=125"], 1)}
+
+
+def after_sft(out: Path) -> dict[str, tuple[list[str], int]]:
+    """(b) The best and the controls from that start."""
+    model = f"--model={out / 'start' / 'sft-125-0' / 'model'}"
+    return {method: ([*choice(out, method), model], 3) for method in best_methods(out)}
+
+
+def tenth(out: Path) -> dict[str, tuple[list[str], int]]:
+    """(c) The best and the controls from the base, with solutions for every tenth problem."""
+    rows = problems("train")
+    for i, row in enumerate(rows):
+        if i % 10:
+            row |= {"hint": [], "answer": ""}
+    data = write_problems(out / "solutions", {"train": rows, "test": problems("test", n=TESTED)})
+    return {method: ([*choice(out, method), data], 3) for method in best_methods(out)}
+
+
+def hint_loss(out: Path) -> dict[str, tuple[list[str], int]]:
+    """(d) Rule of the prefix x coefficient of the hints' likelihood."""
+    runs, method = {}, Path(__file__).with_name("hint_loss.py")
+    for rule in ("cosine", "adaback", "stage"):
+        for coef, fall in (("0", 0), ("0.001", 0), ("0.01", 0), ("0.1", 0), ("0.1", 300)):
+            knobs = [f"--hint_rule={rule}", f"--hint_coef={coef}", f"--hint_fall={fall}"]
+            name = f"{rule},{coef}" + (",falling" if fall else "")
+            runs[name] = ([f"--algo={method}", *knobs], 2)
     return runs
 
 
-STAGES = {"search": search, "base": chosen}
+STAGES = {
+    "search": search,
+    "base": base,
+    "more_seeds": more_seeds,
+    "start": start,
+    "after_sft": after_sft,
+    "tenth": tenth,
+    "hint_loss": hint_loss,
+}
+FOLDERS = {"more_seeds": "base"}  # of stages that add runs to another's folder

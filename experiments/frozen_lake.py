@@ -3,39 +3,34 @@
     python experiments/frozen_lake.py                     gymnasium's map and 17 random ones, 20 seeds: 20 s
     python experiments/frozen_lake.py --seeds=100 --dpo_betas=0.1,1,10 --out_dir=out/lake
 
-The losses are train_ift.py's own functions. A 4x4 lake, not slippery: start S, goal G, holes H. The moves are
-left, down, right and up; a move off the edge does nothing. The policy is Embedding(16, 16) -> 32 -> ReLU -> 4
-over states. Each run has one optimal trajectory and one that falls into a hole, and a start policy trained on
-both for a few steps. From there SFT and IFT learn the optimal trajectory; DPO and ORPO learn to prefer it to
-the other one.
+A 4x4 lake, not slippery: start S, goal G, holes H. A move off the edge does nothing. The policy is
+Embedding(16, 16) -> 32 -> ReLU -> 4 over states. Each run has one optimal trajectory and one that falls
+into a hole, and a start policy trained on both for a few steps. From there SFT and IFT learn the optimal
+trajectory; DPO and ORPO learn to prefer it to the other one. The losses are train_ift.py's own functions.
+Reported over the states from which the goal can be reached: the mean squared error of pi(a|s) against the
+optimal policy, which is uniform over ties, and the exact probability of reaching the goal in gymnasium's
+100 moves.
 
-Two things are reported, both over the states from which the goal can be reached: the mean squared error of
-pi(a|s) against the optimal policy, which is uniform over ties; and the probability of reaching the goal in
-gymnasium's 100 moves, computed exactly, from the start and averaged.
-
-How Algorithm 1 maps onto states. A token is an action, and the prefix that predicts it is a state. The paper
-mixes the embedding of token t with that of the model's own greedy token at that position. Here the input that
+How Algorithm 1 maps onto states. A token is an action, and the prefix that predicts it is a state. The
+paper mixes the embedding of token t with that of the model's own greedy token there. Here the input that
 predicts action t is state t, the result of action t - 1. It is mixed with the state to which the policy's
-greedy action in the trajectory's state t - 1 leads. State 0 has no predecessor and stays as it is, and the
-label remains the trajectory's action t. Where the greedy action is right, the mixture is the state itself;
-where it is wrong, the neighbour beside the path learns the action meant for the state on it.
+greedy action in the trajectory's state t - 1 leads; state 0 stays as it is, and the label remains the
+trajectory's action t. Where the greedy action is wrong, the neighbour beside the path learns the action
+meant for the state on it.
 
-"expert labels" is a ceiling, the ideal that the residual approximates: cross-entropy to the optimal policy on
-the states the current policy visits, each weighted by its expected visits. That is DAgger without sampling.
+"expert labels" is a ceiling, the ideal that the residual approximates: cross-entropy to the optimal policy
+on the states the current policy visits, each weighted by its expected visits. That is DAgger without
+sampling.
 
-Where the paper leaves a choice open: trajectories are drawn anew for each seed (`draw_paths`), because a
-method's gain depends on them; RMSprop at 3e-3 with warm-up and cosine decay, all the data in each of 200
-steps; ORPO's beta is the 0.25 of the paper's language models, DPO's 0.1 there, of which several are run here.
-
-The picture shows the first seed on gymnasium's map. The length of an arrow is the probability of the move,
-the colour of a cell that of a visit, and the bands are the two trajectories.
+Where the paper leaves a choice open: trajectories are drawn anew for each seed, because a method's gain
+depends on them; RMSprop at 3e-3 with warm-up and cosine decay, all the data in each of 200 steps; ORPO's
+beta is the 0.25 of the paper's language models, DPO's 0.1 there, of which several are run here.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +39,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments.plot import note_without_matplotlib
 from infra.config import Count, FilePath, Fraction, Natural, Positive, parse_config, require, run_script
+from infra.exports import text_table
 from infra.training import lr_factor
 from train_ift import dpo_loss, ift_loss, mix_embeddings, orpo_loss
 
@@ -61,7 +58,7 @@ class Config:
     maps: int = 17  # random maps besides gymnasium's
     seeds: int = 20  # runs of each method on each map
     seed: Natural = 0  # random seed
-    out_dir: FilePath = "out/frozen_lake"  # folder for table.json and picture.png
+    out_dir: FilePath = "out/frozen_lake"  # folder for picture.png
     # Methods
     lam: Fraction = 0.2  # lambda of the temporal residual
     gamma: Fraction = 0.95  # discount of relation propagation
@@ -99,7 +96,6 @@ def optimal_policy(moves: np.ndarray) -> np.ndarray:
 
 def draw_paths(lake: str, rng: np.random.Generator) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """A random optimal trajectory, and a random walk without loops into a hole, as (state, action) pairs."""
-    # The optimal one.
     moves, good, s = transitions(lake), [], 0
     best = optimal_policy(moves)
     while s != GOAL:
@@ -142,7 +138,6 @@ class Paths(NamedTuple):
 
 
 def pad(paths: Sequence[list[tuple[int, int]]]) -> Paths:
-    """Trajectories of (state, action) pairs as tensors."""
     T = max(map(len, paths))
     rows = torch.tensor([p + [(0, 0)] * (T - len(p)) for p in paths])
     return Paths(rows[..., 0], rows[..., 1], torch.arange(T) < torch.tensor([[len(p)] for p in paths]))
@@ -168,13 +163,11 @@ def draw_runs(keys: Sequence[tuple[str, Sequence[int]]]) -> Runs:
         for inputs, outputs in ((16, 32), (32, 4)):
             row += [rng.uniform(-1, 1, (n, outputs)) / math.sqrt(inputs) for n in (inputs, 1)]
         weights.append(row)
-    tables = [transitions(lake) for lake, _ in keys]
-    return Runs(
-        torch.from_numpy(np.stack(tables)),
-        torch.from_numpy(np.stack([optimal_policy(t) for t in tables])).float(),
-        *(pad(side) for side in zip(*paths, strict=True)),
-        [torch.from_numpy(np.stack(w)).float() for w in zip(*weights, strict=True)],
-    )
+    tables = np.stack([transitions(lake) for lake, _ in keys])
+    best = np.stack([optimal_policy(t) for t in tables])
+    good, bad = (pad(side) for side in zip(*paths, strict=True))
+    stacked = [torch.from_numpy(np.stack(w)).float() for w in zip(*weights, strict=True)]
+    return Runs(torch.from_numpy(tables), torch.from_numpy(best).float(), good, bad, stacked)
 
 
 # ---- the policy and its losses, R runs at once -----------------------------------------------------------
@@ -279,14 +272,6 @@ def methods(cfg: Config) -> dict[str, tuple[str, Sequence[float]]]:
     }
 
 
-def policies(cfg: Config, runs: Runs) -> dict[str, Tensor]:
-    """pi (R, 16, 4) of the start policy and of every method trained from it."""
-    runs = runs._replace(weights=train("both", (), runs, cfg.start_steps, cfg.lr))
-    found = {"start policy": runs.weights}
-    found |= {name: train(*method, runs, cfg.steps, cfg.lr) for name, method in methods(cfg).items()}
-    return {name: log_policy(weights, weights[0]).exp().double() for name, weights in found.items()}
-
-
 def metrics(pi: Tensor, runs: Runs) -> dict[str, Tensor]:
     """mse, from_start and from_all, each (R,)."""
     live = runs.best.sum(2)  # 1 where there is a way to the goal, else 0
@@ -296,98 +281,77 @@ def metrics(pi: Tensor, runs: Runs) -> dict[str, Tensor]:
     return {"mse": mean[0], "from_start": success[:, 0], "from_all": mean[1]}
 
 
-def measure(cfg: Config) -> dict:
-    """The content of table.json: means and standard errors, the paper's order, and the picture's data.
+def mean_and_error(x: Tensor, sign: str = "") -> str:
+    return f"{x.mean():{sign}.4f} +- {x.std() / math.sqrt(len(x)):.4f}"
 
-    gymnasium: over the seeds on its map. random: of the difference to SFT, over the random maps, where each
-    map counts with the mean of its seeds. picture: policies and visits of the first run.
-    """
-    # Train every method on every map.
+
+def learn(cfg: Config) -> tuple[Runs, dict[str, Tensor]]:
+    """The runs, map by map, and pi (R, 16, 4) of the start policy and of every method trained from it."""
     lakes = [GYMNASIUM] + [draw_map(np.random.default_rng((cfg.seed, 1, m))) for m in range(cfg.maps)]
     runs = draw_runs([(lake, (cfg.seed, 2, m, i)) for m, lake in enumerate(lakes) for i in range(cfg.seeds)])
-    found = policies(cfg, runs)
+    runs = runs._replace(weights=train("both", (), runs, cfg.start_steps, cfg.lr))
+    found = {"start policy": runs.weights}
+    found |= {name: train(*method, runs, cfg.steps, cfg.lr) for name, method in methods(cfg).items()}
+    return runs, {name: log_policy(weights, weights[0]).exp().double() for name, weights in found.items()}
+
+
+def show(cfg: Config, runs: Runs, policies: dict[str, Tensor]) -> str:
+    """The table and its verdict on the paper's order.
+
+    Over the random maps a figure is the difference to SFT, and a map counts with the mean of its seeds.
+    """
     values = {}  # method -> metric -> (maps, seeds)
-    for name, pi in found.items():
+    for name, pi in policies.items():
         values[name] = {k: v.view(-1, cfg.seeds) for k, v in metrics(pi, runs).items()}
-
-    def summary(x: Tensor) -> dict[str, float]:
-        return {"mean": x.mean().item(), "stderr": (x.std() / math.sqrt(len(x))).item()}
-
-    # Each method's figures.
-    table = {"config": asdict(cfg), "maps": lakes, "gymnasium": {}, "random": {}, "order": [], "picture": {}}
-    table["paths"] = [path.states[0][path.mask[0]].tolist() for path in (runs.good, runs.bad)]
+    titles = ("MSE", "from the start", "from all states")
+    rows = [["method", *titles, *titles]]
     for name, value in values.items():
-        table["gymnasium"][name] = {k: summary(v[0]) for k, v in value.items()}
-        table["random"][name] = {k: summary((v - values["SFT"][k])[1:].mean(1)) for k, v in value.items()}
-        first = {k: v[0, 0].item() for k, v in value.items()}
-        visits = reach(found[name][:1], runs.moves[:1])[0, 0]
-        table["picture"][name] = first | {"policy": found[name][0].tolist(), "visits": visits.tolist()}
-    # The paper's order of MSE: DPO < IFT < ORPO < SFT, once for each of DPO's betas.
+        cells = [mean_and_error(v[0]) for v in value.values()]
+        cells += [mean_and_error((v - values["SFT"][k])[1:].mean(1), "+") for k, v in value.items()]
+        rows.append([name, *cells])
+    lines = [
+        "error, and how often the goal is reached: mean +- standard error of",
+        f"{cfg.seeds} seeds on gymnasium's map; difference to SFT on {cfg.maps} random maps",
+        text_table(rows),
+    ]
     for beta in cfg.dpo_betas:
         order = (f"DPO {beta:g}", "IFT", "ORPO", "SFT")
         mse = torch.stack([values[name]["mse"].mean(1) for name in order])  # (4, maps)
-        holds = (mse.diff(dim=0) > 0).all(0)
-        found = {"order": order, "gymnasium": bool(holds[0]), "random": int(holds[1:].sum())}
-        table["order"].append(found)
-    return table
-
-
-def show(table: dict) -> str:
-    """The table and its verdict on the paper's order, as text."""
-    seeds, maps = table["config"]["seeds"], table["config"]["maps"]
-    columns = {"mse": "MSE", "from_start": "from the start", "from_all": "from all states"}
-    # Heading: gymnasium's map on the left, the random maps on the right.
-    left = f"gymnasium's map: error and success, mean +- standard error of {seeds} seeds"
-    lines = [f"{left:<77} | {maps} random maps: difference to SFT, +- over maps"]
-    heading = "".join(f"{c:>21}" for c in columns.values())
-    lines += [f"{'method':<14}{heading} | {heading}"]
-    # A line a method.
-    for name in table["gymnasium"]:
-        halves = []
-        for part, sign in (("gymnasium", ""), ("random", "+")):
-            figures = [table[part][name][k] for k in columns]
-            cells = (f"{x['mean']:{sign}.4f} +- {x['stderr']:.4f}" for x in figures)
-            halves.append("".join(f"{c:>21}" for c in cells))
-        lines.append(f"{name:<14}" + " | ".join(halves))
-    for found in table["order"]:
-        verdict = "keep it" if found["gymnasium"] else "do NOT keep it"
-        where = f"the means {verdict} on gymnasium's map; in {found['random']} of {maps} random maps"
-        lines.append(f"the paper's order of MSE, {' < '.join(found['order'])}: {where}")
+        first, *others = (mse.diff(dim=0) > 0).all(0).tolist()
+        verdict = f"{'holds' if first else 'does NOT hold'} on gymnasium's map"
+        lines.append(f"{' < '.join(order)}, the paper's order: {verdict}, in {sum(others)} random ones")
     return "\n".join(lines)
 
 
-def plot(table: dict, path: Path) -> None:
-    """A lake a method: its policy, its visits and the trajectories. Without matplotlib one line says so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
-        return
-    names = list(table["picture"])
-    columns = math.ceil(len(names) / 2)
+def plot(runs: Runs, policies: dict[str, Tensor], path: Path) -> None:
+    """The first run, a lake a method.
+
+    The length of an arrow is the probability of the move, the colour of a cell that of a visit, and the bands
+    are the two trajectories.
+    """
+    from matplotlib.figure import Figure
+
+    columns = math.ceil(len(policies) / 2)
     figure = Figure(figsize=(2.3 * columns, 5.3), layout="constrained")
     axes = figure.subplots(2, columns)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, name in zip(axes.flat, names, strict=False):
-        # Visits and trajectories.
-        picture = table["picture"][name]
-        visits = np.reshape(picture["visits"], (SIDE, SIDE))
+    for axis, (name, pi) in zip(axes.flat, policies.items(), strict=False):
+        visits = reach(pi[:1], runs.moves[:1])[0, 0].view(SIDE, SIDE).numpy()
         image = axis.imshow(visits, cmap="Blues", vmin=0, vmax=1, alpha=0.7)
-        for states, colour, style in zip(table["paths"], ("C2", "C3"), ("-", ":"), strict=True):
-            row, column = np.divmod(states, SIDE)
-            axis.plot(column, row, style, color=colour, linewidth=5, alpha=0.5)
-        # Holes and goal as letters, the policy elsewhere as arrows.
+        for side, style in ((runs.good, "C2-"), (runs.bad, "C3:")):
+            row, column = np.divmod(side.states[0][side.mask[0]].numpy(), SIDE)
+            axis.plot(column, row, style, linewidth=5, alpha=0.5)
         for s, cell in enumerate(GYMNASIUM):
             row, column = divmod(s, SIDE)
             if cell in "HG":
-                colour = "C3" if cell == "H" else "C2"
-                axis.text(column, row, cell, ha="center", va="center", weight="bold", color=colour)
+                axis.text(column, row, cell, ha="center", va="center", color="C3" if cell == "H" else "C2")
                 continue
-            for (down, right), p in zip(MOVES, picture["policy"][s], strict=True):
+            for (down, right), p in zip(MOVES, pi[0, s].tolist(), strict=True):
                 size = {"width": 0.05 * p, "head_width": 0.25 * p}
                 axis.arrow(column, row, 0.33 * p * right, 0.33 * p * down, color="k", **size)
-        axis.set_title(f"{name}\nMSE {picture['mse']:.3f}, reaches G {picture['from_start']:.0%}", fontsize=9)
+        found = {k: v[0] for k, v in metrics(pi, runs).items()}
+        axis.set_title(f"{name}\nMSE {found['mse']:.3f}, reaches G {found['from_start']:.0%}", fontsize=9)
     figure.colorbar(image, ax=axes, label="probability of a visit", shrink=0.6)
     figure.savefig(path, dpi=80)
     print(f"picture in {path}")
@@ -397,13 +361,12 @@ def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
     for key in ("maps", "seeds"):
         require(cfg, key, getattr(cfg, key) >= 2, "must be >= 2, for a standard error")
-    table = measure(cfg)
-    print(show(table))
+    runs, policies = learn(cfg)
+    print(show(cfg, runs, policies))
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    print(f"table in {out / 'table.json'}")
-    plot(table, out / "picture.png")
+    with note_without_matplotlib():
+        plot(runs, policies, out / "picture.png")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@
     python experiments/plot.py out/compare                 all runs in a folder
     python experiments/plot.py out/uft --out=uft.svg       to another file, .png or .svg
 
-Runs whose config.toml differs only in the seed (and in knobs that a resumed run may change, such as out_dir
-or device) are one method: its curves are means over seeds with 95 % t-intervals. A single run has the
-interval of its test accuracy, val/low .. val/high. A training metric is averaged over windows of steps, at
-most 60 of them, and the success by hint length over all steps. Panels without data are left out. Without
-matplotlib, the extra `plot`, the same figures are printed as text.
+Runs are one method if their folders' names differ only in the number at the end, and config.toml only in the
+seed (and in knobs that a resumed run may change, such as out_dir or device). Its curves are means over seeds
+with 95 % t-intervals. A single run has the interval of its test accuracy, val/low .. val/high. A training
+metric is averaged over windows of steps, at most 60 of them, and the success by hint length over all steps.
+Panels without data are left out. Without matplotlib, the extra `plot`, last values are printed.
 """
 
 import json
@@ -17,14 +17,16 @@ import math
 import os
 import sys
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from experiments.report import curves as means_over_windows
 from infra.checkpoint import MAY_DIFFER
 from infra.config import FilePath, UserError, parse_config, require, run_script
 from infra.parallel import rank
@@ -68,11 +70,18 @@ class LoggedRun(NamedTuple):
     config: dict
     records: list[dict]
 
+    @property
+    def last_step(self) -> int:
+        return max((r["step"] for r in self.records), default=0)
+
 
 class Point(NamedTuple):
-    x: int
+    x: float
     mean: float
     interval: tuple[float, float] | None  # 95 %
+
+
+Curves = dict[Panel, dict[str, list[Point]]]  # of each panel, by the method's name
 
 
 def read_run(folder: Path) -> LoggedRun:
@@ -89,67 +98,59 @@ def read_run(folder: Path) -> LoggedRun:
         raise UserError(f"{path}: not written by a run ({e})") from None
 
 
-def curve(runs: Sequence[LoggedRun], panel: Panel) -> list[Point]:
-    """The points of one method, whose `runs` differ only in the seed: means over seeds and t-intervals.
+# ---- figures -----------------------------------------------------------------------------------------------
 
-    A single run has an interval of its accuracy only, val/low .. val/high. Training metrics are means over
-    windows of steps; the success by hint length is a mean over all steps.
-    """
-    last = max((r["step"] for run in runs for r in run.records), default=0)
+
+def curve(runs: Sequence[LoggedRun], panel: Panel) -> list[Point]:
+    """The points of one method, whose `runs` differ only in the seed."""
+    last = max(run.last_step for run in runs)
     seeds = [values_by_x(run.records, panel.key, last) for run in runs]
     wilson = {}
     if len(runs) == 1 and panel.key == "val/accuracy":
         wilson = {r["step"]: (r["val/low"], r["val/high"]) for r in runs[0].records if "val/low" in r}
     points = []
     for x in sorted(set().union(*seeds)):
-        mean, low, high = mean_interval([seed[x] for seed in seeds if x in seed])
-        low, high = wilson.get(x, (low, high))
+        mean, *interval = mean_interval([seed[x] for seed in seeds if x in seed])
+        low, high = wilson.get(x, interval)
         if panel.factor == 100 and math.isfinite(low):  # a share
             low, high = max(low, 0.0), min(high, 1.0)
-        interval = (panel.factor * low, panel.factor * high) if math.isfinite(low) else None
-        points.append(Point(x, panel.factor * mean, interval))
+        ends = (panel.factor * low, panel.factor * high) if math.isfinite(low) else None
+        points.append(Point(x, panel.factor * mean, ends))
     return points
 
 
 def values_by_x(records: Sequence[dict], key: str, last: int) -> dict[int, float]:
     """A metric by the last step of each window (of 1 step for a validation); BY_HINT by hint length."""
-    window = 1 if key.startswith("val/") else max(1, math.ceil(last / WINDOWS))
-    found = defaultdict(list)
-    for record in records:
-        if key == BY_HINT:
-            for name in record:
-                if name.startswith(BY_HINT):
-                    found[int(name.removeprefix(BY_HINT))].append(record[name])
-        elif key in record and (record[key] or not key.startswith("actor/")):  # 0 there: not measured
-            found[min(last, math.ceil(record["step"] / window) * window)].append(record[key])
-    return {x: sum(values) / len(values) for x, values in found.items()}
+    own = [{k: v for k, v in r.items() if k == "step" or k.startswith(key)} for r in records]
+    if key != BY_HINT:
+        return dict(means_over_windows(own, max(1, math.ceil(last / WINDOWS))).get(key, []))
+    over_all = means_over_windows(own, max(1, last))
+    return {int(k.removeprefix(key)): points[0][1] for k, points in over_all.items() if k != "step"}
 
 
-def all_curves(methods: Mapping[str, Sequence[LoggedRun]]) -> dict[Panel, dict[str, list[Point]]]:
-    """The curves of each panel by the method's name, without panels that have no data."""
-    panels = {p: {name: curve(runs, p) for name, runs in methods.items()} for p in PANELS}
-    panels = {p: {name: points for name, points in curves.items() if points} for p, curves in panels.items()}
-    return {p: curves for p, curves in panels.items() if curves}
+def all_curves(methods: Mapping[str, Sequence[LoggedRun]]) -> Curves:
+    return {panel: {name: curve(runs, panel) for name, runs in methods.items()} for panel in PANELS}
 
 
-def draw(methods: Mapping[str, Sequence[LoggedRun]], path: Path) -> None:
-    """Write a picture with a panel for each metric and a colour for each method.
+def draw(curves: Curves, path: Path) -> None:
+    """Write a picture with a panel for each metric that has data and a line for each method.
 
     ImportError without matplotlib, UserError if there is nothing to draw.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    panels = all_curves(methods)
+    panels = {panel: lines for panel, lines in curves.items() if any(lines.values())}
+    names = dict.fromkeys(name for lines in curves.values() for name in lines)
     if not panels:
-        raise UserError(f"{', '.join(methods)}: no metrics to draw yet")
+        raise UserError(f"{', '.join(names)}: no metrics to draw yet")
+    strokes = ["-"] * 10 + ["--"] * 10 + [":"] * len(names)
+    styles = {name: {"color": f"C{i}", "linestyle": strokes[i]} for i, name in enumerate(names)}
     rows = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / rows)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.5), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    styles = {m: {"color": f"C{i}", "linestyle": "-" if i < 10 else "--"} for i, m in enumerate(methods)}
-    # A panel: lines, and bands for the intervals.
-    for axis, (panel, curves) in zip(axes, panels.items(), strict=False):
-        for name, points in curves.items():
+    for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
+        for name, points in lines.items():
             style = styles[name] | {"marker": "o" if len(points) <= 20 else "", "markersize": 3}
             axis.plot([p.x for p in points], [p.mean for p in points], **style)
             banded = [(p.x, *p.interval) for p in points if p.interval]
@@ -163,16 +164,25 @@ def draw(methods: Mapping[str, Sequence[LoggedRun]], path: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.remove()
     handles = [axes[0].plot([], [], label=name, **style)[0] for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(methods)), fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(2 * columns, len(names)), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+@contextmanager
+def note_without_matplotlib():
+    """Inside, a missing matplotlib ends the block with one line that says how to install it."""
+    try:
+        yield
+    except ImportError:
+        print("no picture: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
 
 
 def draw_run(out: Path) -> None:
     """Write out_dir/curve.png of a run that has ended, on rank 0; nothing without matplotlib."""
     try:
         if rank() == 0:
-            draw({out.name: [read_run(out)]}, out / "curve.png")
+            draw(all_curves({out.name: [read_run(out)]}), out / "curve.png")
     except ModuleNotFoundError:
         pass
     except Exception as e:  # whatever it is, the run has ended well
@@ -184,81 +194,53 @@ def draw_run(out: Path) -> None:
 
 def find_runs(folders: Sequence[str]) -> list[Path]:
     """The folders of the runs: those given, or the runs directly inside them. UserError if one has none."""
-    found = []
+    found = {}
     for folder in map(Path, folders):
         inside = sorted(p.parent for p in folder.glob("*/metrics.jsonl"))
         runs = [folder] if (folder / "metrics.jsonl").exists() else inside
         if not runs:
             raise UserError(f"{folder}: has no metrics.jsonl; name the out_dir of a run, or a folder of runs")
-        found += runs
-    return list({folder.resolve(): folder for folder in found}.values())
+        found |= {run.resolve(): run for run in runs}
+    return list(found.values())
 
 
 def group_seeds(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
-    """The runs of each method, by its name.
-
-    Where a seed occurs twice, config.toml does not tell what differs, so every run stays alone.
-    """
-    groups = defaultdict(list)
+    """The runs of each method, by the path of its first one and the number of its seeds."""
+    groups, seen = defaultdict(list), Counter()
     for run in runs:
         config = {k: v for k, v in run.config.items() if k != "seed" and k not in MAY_DIFFER}
-        several = isinstance(run.config.get("loss"), list) and len(run.config["loss"]) > 1
-        loss = run.folder.resolve().name if several else ""  # train_ift.py: a folder for each of its losses
-        groups[json.dumps([loss, config], sort_keys=True, default=str)].append(run)
-    alone = [g for g in groups.values() if len({run.config.get("seed") for run in g}) < len(g)]
-    methods = [g for g in groups.values() if g not in alone] + [[run] for g in alone for run in g]
-    # Names: the path from where all runs lie; for several seeds, the beginning of their folders' names.
+        name = run.folder.resolve().name.rstrip("-_.0123456789")
+        method = json.dumps([name, config], sort_keys=True, default=str)
+        seed = run.config.get("seed")
+        groups[method, seen[method, seed]].append(run)  # a seed's second run is of another method
+        seen[method, seed] += 1
     root = os.path.commonpath([run.folder.resolve().parent for run in runs])
     named = {}
-    for method in methods:
-        paths = [os.path.relpath(run.folder.resolve(), root) for run in method]
-        shared = os.path.commonprefix([Path(path).name for path in paths]).rstrip("-_.0123456789")
-        name = f"{shared or paths[0]} ({len(method)} seeds)" if len(method) > 1 else paths[0]
-        named[name if name not in named else f"{name}, {paths[0]}"] = method
+    for method in groups.values():
+        path = os.path.relpath(method[0].folder.resolve(), root)
+        named[f"{path} ({len(method)} seeds)" if len(method) > 1 else path] = method
     return named
-
-
-def note_lengths(methods: Mapping[str, Sequence[LoggedRun]]) -> None:
-    """Say which seeds end earlier than others of their method: later means are over fewer seeds."""
-    for name, runs in methods.items():
-        last = [max((r["step"] for r in run.records), default=0) for run in runs]
-        for run, step in zip(runs, last, strict=True):
-            if step < max(last):
-                print(f"{run.folder} ends at step {step}; other seeds of {name} at {max(last)}")
-
-
-def table(methods: Mapping[str, Sequence[LoggedRun]], columns: int = 6) -> str:
-    """The figures of all panels as text: for each curve at most `columns` points, from first to last."""
-
-    def cell(point: Point) -> str:
-        ends = f" [{point.interval[0]:.4g}, {point.interval[1]:.4g}]" if point.interval else ""
-        return f"{point.x}: {point.mean:.4g}{ends}"
-
-    lines, width = [], max(map(len, methods))
-    for panel, curves in all_curves(methods).items():
-        lines.append(f"{panel.title}, by {panel.x}")
-        for name, points in curves.items():
-            n = min(columns, len(points))
-            chosen = [points[round(i * (len(points) - 1) / max(1, n - 1))] for i in range(n)]
-            lines.append(f"  {name:{width}}  " + "   ".join(map(cell, chosen)))
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, [a for a in argv if a.startswith("-")], __doc__)
     folders = [a for a in argv if not a.startswith("-")]
+    require(cfg, "out", cfg.out.endswith((".png", ".svg")), "must be a .png or .svg file")
     if not folders:
         raise UserError("name the out_dir of one or several runs: python experiments/plot.py out/uft")
-    out = Path(cfg.out)
-    require(cfg, "out", out.suffix in (".png", ".svg"), "must be a .png or .svg file")
     methods = group_seeds([read_run(folder) for folder in find_runs(folders)])
-    note_lengths(methods)
-    try:
-        draw(methods, out)
-        print(f"curves in {out}")
-    except ImportError:
-        print(table(methods))
-        print("no picture: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
+    for name, runs in methods.items():
+        ends = sorted({run.last_step for run in runs})
+        if len(ends) > 1:
+            print(f"{name}: some end at step {ends[0]}, others at {ends[-1]}; later means are over fewer")
+    curves = all_curves(methods)
+    with note_without_matplotlib():
+        draw(curves, Path(cfg.out))
+        return print(f"curves in {cfg.out}")
+    for panel, lines in curves.items():
+        for name, points in lines.items():
+            if points:
+                print(f"{panel.title}, {name}: {points[-1].mean:.4g} at {panel.x} {points[-1].x}")
 
 
 if __name__ == "__main__":

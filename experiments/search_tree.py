@@ -2,48 +2,41 @@
 
 RFT explores exponentially many leaves of a search tree, UFT polynomially many.
 
-    python experiments/search_tree.py                               B = 2, 3, 4, H = 2..12, 20 seeds: 8 s
+    python experiments/search_tree.py                   B = 2, 3, 4, H = 2..12, 20 seeds: 8 s
     python experiments/search_tree.py --branching=2 --seeds=100 --betas=0,0.01 --out_dir=out/tree
 
-A tree of height H has B actions in each state. One leaf has reward 1.0, all others 0.1 (the reward for the
-format). The policy is a softmax over theta(s, a), uniform at the start; that start is also the reference. How
-many leaves are explored until pass@1, the probability of the right leaf, reaches 50 %? Theorem 4.2: any RFT
-needs at least B^H / 4. Theorem 4.3: UFT needs O(B H^5 (log B)^2 / gap^2). One step of Algorithm 2:
+A tree of height H has B actions in each state. One leaf has reward 1.0, all others 0.1 (for the format). The
+policy is a softmax over theta(s, a), uniform at the start; that start is also the reference. How many leaves
+are explored until pass@1, the probability of the right leaf, reaches 50 %? Theorem 4.2: any RFT needs at
+least B^H / 4. Theorem 4.3: UFT needs O(B H^5 (log B)^2 / gap^2). One step of Algorithm 2:
 
 1. Draw l from 0..H. Start at s*_l, l steps down the solution, and roll out to a leaf.
 2. At each state s on that way estimate Q(s, a) of every action a by one rollout; A = Q - E_pi[Q].
-3. Ascend sum_a pi(a|s) A(s, a) - beta KL(pi || pi_ref) at these states and beta log pi(a*|s*) at the l hint
-   states.
+3. Ascend sum_a pi(a|s) A(s, a) - beta KL(pi || pi_ref) at these states and beta log pi(a*|s*) at the l
+   hint states.
 
 "rft" is the same with l = 0 and beta = 0, "hints only" with beta = 0. The toy learns with the trainer's own
-uft_loss: every pair (s, a) is a token that counts pi(a|s). A step explores B leaves for each of the H - l
-states visited, and 1 for the way down. The step that reaches 50 % is counted.
+uft_loss: every pair (s, a) is a token that counts pi(a|s), and the exact KL enters through the advantages.
+A step explores B leaves for each of the H - l states visited, and 1 for the way down. The step that reaches
+50 % is counted.
 
 What is simulated, and why nothing is lost:
-- Only the H states on the solution's path. Below any other state all leaves give 0.1, so every A is 0 there,
-  a policy equal to pi_ref feels no KL, and hints never reach them. Those states stay uniform for ever; only
-  their leaves count. The right action is 0 everywhere, since nothing depends on the actions' names.
-- Of a rollout from (s*_h, a*), only whether it ends at the right leaf: its probability is prod_{j>h}
-  pi(a*|s*_j).
+- Only the H states on the solution's path. Below any other state all leaves give 0.1, so every A is 0 there
+  and the policy stays uniform; only its leaves count. The right action is 0 everywhere.
+- Of a rollout from (s*_h, a*), only whether it ends at the right leaf: prod_{j>h} pi(a*|s*_j).
 - rft jumps from hit to hit, for without a hit all A are 0. The number of steps to the next one with a hit is
   geometric, and the states that hit in it are drawn given that one does. No part of this is approximate.
 
-Departures from the paper: a constant step size instead of 1 / sqrt(T) with T fixed beforehand, and a run ends
-at the first iterate that is good enough instead of returning the best of T.
-
-The KL term is exact: its gradient pi (log(pi / pi_ref) - KL) enters through the advantages. --kl=k3 uses the
-trainer's estimator, whose gradient is pi - pi_ref, and 0 for an action at its clamp (pi < pi_ref / 14). It
-does not fade as pi(a*|s*) nears 1, while the advantages do: with beta = 0.1 tall trees are lost (B = 3, H =
-11: 2,000 leaves become about 40,000).
+Departures from the paper: a constant step size instead of 1 / sqrt(T) with T fixed beforehand, and a run
+ends at the first iterate that is good enough.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -51,6 +44,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_uft
+from experiments.plot import note_without_matplotlib
 from infra import config
 from infra.config import Count, FilePath, Natural, NonNegative, Positive, UserError, require
 from train_uft import METHODS, Batch, uft_loss
@@ -67,13 +61,12 @@ class Config:
     heights: tuple[Count, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)  # H, steps to a leaf
     # Learning
     betas: tuple[NonNegative, ...] = (0.001, 0.1, 0.0)  # weights of UFT's KL and hint terms; 0: hints only
-    kl: Literal["exact", "k3"] = "exact"  # exact, or k3, the trainer's estimator
     step_size: Positive = 1.0  # step size of plain gradient ascent
     max_steps: Count = 10000  # most updates of a method before it is given up
     # Runs
     seeds: int = 20  # runs of each method on each tree
     seed: Natural = 0  # random seed
-    out_dir: FilePath = "out/search_tree"  # folder for table.json and plot.png
+    out_dir: FilePath = "out/search_tree"  # folder for picture.png
 
 
 # ---- one step of Algorithm 2 -----------------------------------------------------------------------------
@@ -115,27 +108,25 @@ def draw_hit(p: Tensor, inside: Tensor, generator: torch.Generator) -> tuple[Ten
     return visited, hit.scatter(1, start, True), steps
 
 
-def ascend(theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: float, cfg: Config) -> Tensor:
+def ascend(
+    theta: Tensor, visited: Tensor, hit: Tensor, hint: Tensor, beta: float, step_size: float = 1.0
+) -> Tensor:
     """theta (R, H, B) after a step of gradient ascent on eq. 3.3; visited, hit and hint are (R, H) bool."""
     theta = theta.detach().requires_grad_()
     logp = theta.log_softmax(-1)
     pi = logp.detach().exp()
     right = torch.zeros_like(pi)
     right[..., 0] = 1
-    q = WRONG + GAP * hit[..., None] * right
-    reference = torch.full_like(pi, -math.log(theta.shape[-1]))
-    if cfg.kl == "exact":
-        q = q - beta * (logp.detach() - reference)
+    q = WRONG + GAP * hit[..., None] * right - beta * (logp.detach() + math.log(theta.shape[-1]))
     advantages = q - (pi * q).sum(-1, keepdim=True)
     # Every pair (s, a) is two tokens of the trainer's loss: a sampled one and a given one.
-    logp, advantages, reference = (x.flatten().repeat(2) for x in (logp, advantages, reference))
+    logp, advantages = (x.flatten().repeat(2) for x in (logp, advantages))
     weight = torch.cat([(visited[..., None] * pi).flatten(), (beta * hint[..., None] * right).flatten()])
     given = torch.arange(len(weight)) >= pi.numel()
-    ref_logp = reference if cfg.kl == "k3" else None
-    batch = Batch(None, given, None, logp.detach(), advantages, weight, ref_logp)
-    settings = train_uft.Config(kl_coef=beta, entropy_coef=0.0)
+    batch = Batch(None, given, None, logp.detach(), advantages, weight, None)
+    settings = train_uft.Config(entropy_coef=0.0)
     loss = (weight * uft_loss(METHODS["uft"], logp, torch.zeros_like(weight), batch, settings)).sum()
-    return (theta - cfg.step_size * torch.autograd.grad(loss, theta)[0]).detach()
+    return (theta - step_size * torch.autograd.grad(loss, theta)[0]).detach()
 
 
 # ---- the experiment --------------------------------------------------------------------------------------
@@ -168,104 +159,91 @@ def leaves_to_half(branching: int, heights: Tensor, beta: float | None, cfg: Con
             hint = torch.arange(inside.shape[1]) < length[:, None]
         # Count its leaves and learn from it.
         leaves[run_of] += steps * (branching * (heights - length) + 1)
-        theta = ascend(theta, visited, hit, hint, beta or 0.0, cfg)
+        theta = ascend(theta, visited, hit, hint, beta or 0.0, cfg.step_size)
     name = "rft" if beta is None else f"beta = {beta}"
     reached = f"pass@1 is below 50 % after max_steps = {cfg.max_steps} updates"
     raise UserError(f"{name}, B = {branching}: {reached}")
 
 
-def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Slope and R2 of the least-squares line."""
-    return float(np.polyfit(x, y, 1)[0]), float(np.corrcoef(x, y)[0, 1] ** 2)
+Leaves = dict[str, Tensor]  # method -> (heights, seeds)
 
 
-def measure(cfg: Config) -> dict:
-    """The content of table.json: rows, one for each tree, and fits, one for each B."""
-    heights, rows, fits = sorted(set(cfg.heights)), [], []
+def explore(branching: int, heights: Sequence[int], cfg: Config) -> Leaves:
+    """Leaves explored by every method in trees of one B, all heights and seeds at once."""
+    runs = torch.tensor(heights).repeat_interleave(cfg.seeds)
     methods = {"rft": None} | {f"uft {b:g}" if b else "hints only": b for b in cfg.betas}
-    for branching in cfg.branching:
-        # All heights and seeds of a B at once.
-        runs = torch.tensor(heights).repeat_interleave(cfg.seeds)
-        leaves = {m: leaves_to_half(branching, runs, b, cfg).view(-1, cfg.seeds) for m, b in methods.items()}
-        means = {m: t.mean(1).tolist() for m, t in leaves.items()}
-        errors = {m: (t.std(1) / math.sqrt(cfg.seeds)).tolist() for m, t in leaves.items()}
-        bounds = [branching**h / 4 for h in heights]
-        for i, height in enumerate(heights):
-            row = {"branching": branching, "height": height, "bound": bounds[i]}
-            rows.append(row | {m: {"mean": means[m][i], "stderr": errors[m][i]} for m in methods})
-        # Growth: rft's by a factor a level, the others' as a power of H.
-        rate, r2 = fit(heights, np.log(means["rft"]))
-        least = min(mean / bound for mean, bound in zip(means["rft"], bounds, strict=True))
-        rft = {"factor": math.exp(rate), "r2": r2, "least_over_bound": least}
-        found = {"branching": branching, "rft": rft}
-        for m in list(methods)[1:]:
-            power, r2 = fit(np.log(heights), np.log(means[m]))
-            found[m] = {"power": power, "r2": r2}
-        fits.append(found)
-    return {"config": asdict(cfg), "rows": rows, "fits": fits}
+    return {m: leaves_to_half(branching, runs, b, cfg).view(-1, cfg.seeds) for m, b in methods.items()}
 
 
-def show(table: dict) -> str:
-    """The table and its verdict on the theorems, as text."""
-    methods = [m for m in table["rows"][0] if m not in ("branching", "height", "bound")]
-    lines = ["leaves explored until pass@1 is 50 %: mean +- standard error"]
-    lines += [f"{'B':>2} {'H':>3} {'B^H/4':>11}" + "".join(f"{m:>26}" for m in methods)]
-    for r in table["rows"]:
-        cells = (f"{r[m]['mean']:,.0f} +- {r[m]['stderr']:,.0f}" for m in methods)
-        tree = f"{r['branching']:>2} {r['height']:>3} {r['bound']:>11,.0f}"
-        lines += [tree + "".join(f"{c:>26}" for c in cells)]
-    for f in table["fits"]:
-        b, rft = f["branching"], f["rft"]
-        near = "within" if abs(rft["factor"] / b - 1) <= 0.05 else "NOT within"
-        above = "above" if rft["least_over_bound"] > 1 else "NOT above"
-        lines += [
-            f"B = {b}: rft grows by {rft['factor']:.2f} a level (R2 {rft['r2']:.4f}), {near} 5 % of B",
-            f"  rft's mean is {above} B^H/4 in every tree (at least {rft['least_over_bound']:.1f} times)",
-            *(f"  {m} grows as H^{f[m]['power']:.2f} (R2 {f[m]['r2']:.4f}; bound 5)" for m in methods[1:]),
-        ]
+def standard_error(leaves: Tensor) -> Tensor:
+    return leaves.std(1) / math.sqrt(leaves.shape[1])
+
+
+def fit(x: Sequence[float], y: Tensor) -> tuple[float, float]:
+    """Slope and R2 of the least-squares line through (x, log y)."""
+    return float(np.polyfit(x, y.log(), 1)[0]), float(np.corrcoef(x, y.log())[0, 1] ** 2)
+
+
+def show(branching: int, heights: Sequence[int], leaves: Leaves) -> str:
+    """The trees of one B, and their verdict on the theorems."""
+    lines = [f"{'B':>2} {'H':>3} {'B^H/4':>11}" + "".join(f"{m:>26}" for m in leaves)]
+    for i, height in enumerate(heights):
+        figures = [(x[i].mean(), standard_error(x)[i]) for x in leaves.values()]
+        cells = "".join(f"{f'{mean:,.0f} +- {error:,.0f}':>26}" for mean, error in figures)
+        lines.append(f"{branching:>2} {height:>3} {branching**height / 4:>11,.0f}{cells}")
+    # Growth: rft's by a factor a level, the others' as a power of H.
+    means = {m: x.mean(1) for m, x in leaves.items()}
+    rate, r2 = fit(heights, means["rft"])
+    near = "within" if abs(math.exp(rate) / branching - 1) <= 0.05 else "NOT within"
+    least = min(mean / (branching**h / 4) for mean, h in zip(means.pop("rft"), heights, strict=True))
+    above = "above" if least > 1 else "NOT above"
+    lines += [
+        f"B = {branching}: rft grows by {math.exp(rate):.2f} a level (R2 {r2:.4f}), {near} 5 % of B",
+        f"  rft's mean is {above} B^H/4 in every tree (at least {least:.1f} times)",
+    ]
+    for m, mean in means.items():
+        power, r2 = fit(np.log(heights), mean)
+        lines.append(f"  {m} grows as H^{power:.2f} (R2 {r2:.4f}; bound 5)")
     return "\n".join(lines)
 
 
-def plot(table: dict, path: Path) -> None:
-    """Leaves over the height, a panel for each B. Without matplotlib one line says so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'")
-        return
-    n = len(table["fits"])
-    figure = Figure(figsize=(4 * n, 3.6), layout="tight")
-    axes = figure.subplots(1, n, sharey=True, squeeze=False)[0]
-    for axis, f in zip(axes, table["fits"], strict=True):
-        rows = [r for r in table["rows"] if r["branching"] == f["branching"]]
-        x = [r["height"] for r in rows]
-        axis.plot(x, [r["bound"] for r in rows], "k--", linewidth=1, label="RFT's lower bound $B^H/4$")
-        methods = [m for m in f if m != "branching"]
-        for method, marker in zip(methods, "osv^Dx*<>" * len(f), strict=False):
-            means, errors = ([r[method][k] for r in rows] for k in ("mean", "stderr"))
-            name = method.replace("rft", "RFT").replace("uft ", r"UFT $\beta$ = ")
-            axis.errorbar(x, means, errors, marker=marker, mfc="none", linewidth=1, label=name)
-        axis.set(yscale="log", xlabel="height H", title=f"B = {f['branching']}")
+def plot(trees: dict[int, Leaves], heights: Sequence[int], path: Path) -> None:
+    """Leaves over the height, a panel for each B."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(trees), 3.6), layout="tight")
+    axes = figure.subplots(1, len(trees), sharey=True, squeeze=False)[0]
+    for axis, (branching, leaves) in zip(axes, trees.items(), strict=True):
+        bounds = [branching**h / 4 for h in heights]
+        axis.plot(heights, bounds, "k--", linewidth=1, label="RFT's lower bound $B^H/4$")
+        for (name, x), marker in zip(leaves.items(), cycle("osv^Dx*"), strict=False):
+            error = standard_error(x).numpy()
+            axis.errorbar(heights, x.mean(1).numpy(), error, marker=marker, mfc="none", label=name)
+        axis.set(yscale="log", xlabel="height H", title=f"B = {branching}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("leaves explored until pass@1 = 50 %")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
-    print(f"plot in {path}")
+    print(f"picture in {path}")
 
 
 def main(argv: Sequence[str]) -> None:
     cfg = config.parse_config(Config, argv, __doc__)
+    heights = sorted(set(cfg.heights))
     require(cfg, "branching", min(cfg.branching, default=0) >= 2, "each must be >= 2")
-    require(cfg, "heights", len(set(cfg.heights)) >= 2, "must be two or more, for a slope")
+    require(cfg, "heights", len(heights) >= 2, "must be two or more, for a slope")
     require(cfg, "seeds", cfg.seeds >= 2, "must be >= 2, for a standard error")
-    table = measure(cfg)
-    print(show(table))
+    print("leaves explored until pass@1 is 50 %: mean +- standard error")
+    trees = {}
+    for branching in cfg.branching:
+        trees[branching] = explore(branching, heights, cfg)
+        print(show(branching, heights, trees[branching]))
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    print(f"table in {out / 'table.json'}")
-    plot(table, out / "plot.png")
+    with note_without_matplotlib():
+        plot(trees, heights, out / "picture.png")
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are too small to share
     config.run_script(main)

@@ -4,17 +4,16 @@
     python experiments/tiny_base.py --task=countdown --out_dir=out/base
     python experiments/tiny_base.py --task=path/to/task.py               your own task, in out/base/task
 
-A base must write the format and know the small steps of its task, yet solve almost nothing, like a pretrained
-language model before fine-tuning. So it is pretrained on texts of the task's form that are mostly wrong or
-aimless, and never on a problem of the test set. A task gives them by base_text(rng) -> (prompt, response), or
-one string. Without it, a text is the prompt of one training row with the solution of another; a share `right`
-of the texts has its own solution. The check at the end says what the base can do, and what to change.
+A base must write the format and know the small steps of its task, yet solve almost nothing, like a language
+model before fine-tuning. So it is pretrained on texts of the task's form that are mostly wrong or aimless,
+and never on a problem of the test set. A task gives them by base_text(rng) -> (prompt, response), or one
+string. Without it, a text is the prompt of one training row with the solution of another; a share `right` of
+the texts has its own solution. The check at the end says what the base can do, and what to change.
 
 The two embedded bases never see a reference solution. Countdown's learns to add and subtract, then what the
-target is for, then to doubt both. Logic's has an idea but cannot argue. Most of its texts state the right
-roles in random order; a few are random sound walks, refutations included. A second stage unsettles it with
-texts whose lines are mostly random. Its 20,000 problems of 3 people are drawn from all that are not test
-problems, so many training problems are among them.
+target is for, then to doubt both. Logic's has an idea but cannot argue: most of its texts state the right
+roles in random order, a few are random sound walks, refutations included. A second stage unsettles it with
+texts whose lines are mostly random. Of its 20,000 problems none is a test problem, but many train UFT later.
 """
 
 import random
@@ -36,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 from data import countdown, logic
 from data.bpe import BYTE_TO_CHAR, merge, token_bytes
+from data.pieces import TINY_PATTERN
 from data.rows import load_rows, load_task
-from data.tokenizer import TAGS, TINY_PATTERN, Tokenizer
+from data.tokenizer import TAGS, Tokenizer
 from infra.answers import accuracy
 from infra.config import Count, FilePath, Fraction, Natural, Positive, UserError, parse_config, run_script
 from infra.training import ROOT, lr_factor
@@ -51,7 +51,7 @@ class Config:
     # What
     task: FilePath = "all"  # countdown, logic, all: both; another task of data/, or the path of your own
     data_path: FilePath = ""  # where the task's rows are; empty: the task makes them
-    out_dir: FilePath = ""  # folder for a folder a task; empty: data/tiny, or out/base for other tasks
+    out_dir: FilePath = ""  # where folder TASK goes; empty: data/tiny, or out/base for other tasks
     seed: Natural = 0  # random seed of weights and texts
     batch: Count = 64  # texts a step
     # Other tasks than countdown and logic
@@ -136,31 +136,31 @@ def logic_stages(rng: random.Random) -> Iterator[Stage]:
 STAGES = {"countdown": countdown_stages, "logic": logic_stages}
 
 
-def own_stages(task: ModuleType, cfg: Config, rng: random.Random) -> Iterator[Stage]:
-    """One stage, of a task's base_text or of the solutions of its training rows."""
-    name = task.__name__.rpartition(".")[2]
+def own_stage(task: ModuleType, cfg: Config, rng: random.Random) -> Stage:
+    """Texts of a task's base_text, or of the solutions of its training rows."""
+    where = f"task {task.__name__.rpartition('.')[2]}"
 
     def own_text() -> Text:
         text = task.base_text(rng)
         text = ("", text) if isinstance(text, str) else text
         if not (isinstance(text, tuple) and [*map(type, text)] == [str, str]):
-            rule = "must return (prompt, response) or a string"
-            raise UserError(f"task {name}: base_text() {rule}, not {text!r}")
+            raise UserError(f"{where}: base_text() must return (prompt, response) or a string, not {text!r}")
         return text
 
     def mixed_text() -> Text:
-        i = rng.randrange(len(rows))
-        j = i if rng.random() < cfg.right else rng.randrange(len(rows))
-        return rows[i]["prompt"], "".join(rows[j]["hint"]) + rows[j]["answer"]
+        prompt, solution = rng.choice(solved)
+        return prompt, solution if rng.random() < cfg.right else rng.choice(solved)[1]
 
-    if not hasattr(task, "base_text"):
-        rows = load_rows(task, "train", cfg.data_path, style="short")
-        if not all(row["answer"] for row in rows):
-            raise UserError(f"task {name}: needs base_text(rng), since its rows have no solutions")
-    yield cfg.steps, cfg.lr, own_text if hasattr(task, "base_text") else mixed_text
+    if hasattr(task, "base_text"):
+        return cfg.steps, cfg.lr, own_text
+    rows = load_rows(task, "train", cfg.data_path, style="short")
+    if not all(row["answer"] for row in rows):
+        raise UserError(f"{where}: needs base_text(rng), since its rows have no solutions")
+    solved = [(row["prompt"], "".join(row["hint"]) + row["answer"]) for row in rows]
+    return cfg.steps, cfg.lr, mixed_text
 
 
-# ---- the tokenizer ---------------------------------------------------------------------------------------
+# ---- tokenizer and training ------------------------------------------------------------------------------
 
 
 def learn_tokenizer(texts: Iterable[str], merges: int, pattern: str = TINY_PATTERN) -> Tokenizer:
@@ -175,7 +175,6 @@ def learn_tokenizer(texts: Iterable[str], merges: int, pattern: str = TINY_PATTE
     for text in texts:
         found = [word for part in tags.split(text) for word in regex.findall(pattern, part)]
         words.update(tuple(BYTE_TO_CHAR[b] for b in word.encode()) for word in found)
-
     # Merge the most frequent pair, again and again.
     learned: list[tuple[str, str]] = []
     while len(learned) < merges:
@@ -187,24 +186,19 @@ def learn_tokenizer(texts: Iterable[str], merges: int, pattern: str = TINY_PATTE
             break
         learned.append(min(pairs, key=lambda pair: (-pairs[pair], *map(token_bytes, pair))))
         words = Counter({tuple(merge([*word], {learned[-1]: 0})): n for word, n in words.items()})
-
     # Describe it as tokenizer.json does.
     vocab = [BYTE_TO_CHAR[b] for b in range(256)] + [left + right for left, right in learned]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     unused = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     description = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        "version": "1.0", **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
         "added_tokens": [
             {"id": len(vocab) + i, "content": token, **flags, "special": token == END}
             for i, token in enumerate((END, *TAGS))
         ],
-        "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
         "decoder": byte_level,
         "model": {
             "type": "BPE", **dict.fromkeys(unused), "fuse_unk": False, "byte_fallback": False,
@@ -213,9 +207,6 @@ def learn_tokenizer(texts: Iterable[str], merges: int, pattern: str = TINY_PATTE
     }  # fmt: skip
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     return Tokenizer(description, config)
-
-
-# ---- training --------------------------------------------------------------------------------------------
 
 
 def token_nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -233,23 +224,20 @@ def token_nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[Text]) -
 def make(name: str, cfg: Config) -> None:
     """Learn a tokenizer, pretrain a model on the task's texts, write both to out_dir/task and check them."""
     # 1. The tokenizer, from texts of all stages.
-    task, embedded = load_task(name), name in STAGES
-    stages = STAGES.get(name, lambda rng: own_stages(task, cfg, rng))
+    task = load_task(name)
+    stages = STAGES.get(name, lambda rng: [own_stage(task, cfg, rng)])
     sample = [maker() for _, _, maker in stages(random.Random(0)) for _ in range(2000)]
     numbers = [f"{i} " for i in range(100)]
     tokenizer = learn_tokenizer(["".join(t) for t in sample] + numbers, merges=200)
-
     # 2. The model, with a window of 512, or more where texts are long.
     longest = max(len(tokenizer.encode(prompt + response)) for prompt, response in sample)
-    window = max(512, 2 * longest)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=window,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=max(512, 2 * longest),
         tie_word_embeddings=True, initializer_range=0.05, extra={"eos_token_id": tokenizer.eos_id},
     )  # fmt: skip
     model = Transformer(config).init_weights(cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-
     # 3. The stages.
     for stage, (steps, lr, maker) in enumerate(stages(random.Random(cfg.seed)), 1):
         for step in range(steps):
@@ -264,7 +252,7 @@ def make(name: str, cfg: Config) -> None:
                 print(f"stage {stage} step {step + 1}/{steps} | nll {loss.item():.3f} a token", flush=True)
 
     # 4. A Hugging Face directory, and the check.
-    out = Path(cfg.out_dir or ROOT / ("data/tiny" if embedded else "out/base")) / Path(name).stem
+    out = Path(cfg.out_dir or ROOT / ("data/tiny" if name in STAGES else "out/base")) / Path(name).stem
     model.save_pretrained(out)
     tokenizer.save(out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {out}")
@@ -277,11 +265,10 @@ def make(name: str, cfg: Config) -> None:
 def check_base(model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], new: int) -> str:
     """What the base does with test prompts, at most `new` tokens each, and what to change."""
     answers = evaluate.answer(model, tokenizer, task, rows, n=4, max_new_tokens=new, temperature=1.0)
+    greedy = accuracy(evaluate.answer(model, tokenizer, task, rows, max_new_tokens=new)).mean
     flat = [a for group in answers for a in group]
     ended, formed = fmean(not a["cut"] for a in flat), fmean(a["reward"] > 0 for a in flat)
-    right = accuracy(answers).mean
-    solved = fmean(any(a["reward"] == 1 for a in group) for group in answers)
-    greedy = accuracy(evaluate.answer(model, tokenizer, task, rows, max_new_tokens=new)).mean
+    right, solved = accuracy(answers).mean, fmean(any(a["reward"] == 1 for a in g) for g in answers)
     # How much likelier an answer is after its own prompt than after the next one's.
     prompts, said = [row["prompt"] for row in rows], [group[0]["response"] for group in answers]
     own, other = (
@@ -298,11 +285,11 @@ def check_base(model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows:
     lines = [
         f"{len(rows)} test prompts, 4 sampled answers each:",
         f"  {ended:.0%} end, {formed:.0%} have the answer's format (a reward above 0)",
-        f"  they say {other - own:.1f} nats about their prompts (0: prompts are ignored)",
+        f"  they are {other - own:.1f} nats likelier after their own prompt (0: nothing is copied from it)",
         f"  {right:.1%} are right, {solved:.1%} of the problems have a right one; greedy {greedy:.1%}",
     ]
-    wrong = [text for text, holds in advice.items() if holds]
-    return "\n".join([*lines, *(f"  change: {text}" for text in wrong or ["nothing"])])
+    wrong = [text for text, holds in advice.items() if holds] or ["nothing"]
+    return "\n".join([*lines, *(f"  change: {text}" for text in wrong)])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """torch.compile for a model's blocks in training and for other functions. The plain twin is the function."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -53,7 +54,7 @@ def compile_cached_passes(model: Transformer) -> None:
 
 
 def run_in(block: Block, **functions: Callable) -> None:
-    """Have a block run in functions(block, x, cos, sin, mask, cache): `cached` with a KVCache, else `whole`."""
+    """Have a block run as function(block, x, cos, sin, mask, cache): `cached` with a KVCache, or `whole`."""
     block.functions = getattr(block, "functions", {}) | functions
 
     def forward(self, x, cos, sin, mask, cache=None):
@@ -61,6 +62,22 @@ def run_in(block: Block, **functions: Callable) -> None:
         return self.functions.get(kind, Block.forward)(self, x, cos, sin, mask, cache)
 
     block.forward = MethodType(forward, block)  # deepcopy binds it to the copied block
+
+
+def uncompile(model: Transformer) -> None:
+    """Have the blocks run plainly again."""
+    for block in model.model.layers:
+        block.functions = {}
+
+
+@contextmanager
+def uncompiled(model: Transformer) -> Iterator[None]:
+    """Within it, the blocks run plainly."""
+    kept = [getattr(block, "functions", {}) for block in model.model.layers]
+    uncompile(model)
+    yield
+    for block, functions in zip(model.model.layers, kept, strict=True):
+        block.functions = functions
 
 
 def or_uncompiled(function: Callable) -> Callable:
@@ -81,8 +98,8 @@ def or_uncompiled(function: Callable) -> Callable:
                 if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                     raise
                 reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-                print(f"warning: torch.compile of {function.__qualname__} failed, continuing without ({reason})",
-                      file=sys.stderr)  # fmt: skip
+                what = f"torch.compile of {function.__qualname__}"
+                print(f"warning: {what} failed, continuing without ({reason})", file=sys.stderr)
                 state["run"] = function
         return function(*args)
 

@@ -10,28 +10,33 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast.compiled import or_uncompiled
 from model import autocast_input
 
-# Logits alive at a time. On a CPU: few enough for the cache, enough rows for a full-speed product. Elsewhere:
-# enough that launching a chunk's kernels costs little beside running them.
-CPU_CHUNK = 1 << 23
-CUDA_CHUNK = 1 << 26
+# Logits alive at a time. On a CPU: few enough for the cache, enough rows for a full-speed product. On a GPU:
+# so many that adding to the head's gradient costs little beside them, but 1/128 of its memory at most.
+CPU_CHUNK, CUDA_CHUNK = 1 << 23, 1 << 27
 PIECE = 1024  # CPU: rows of the head multiplied at a time
 LARGE_TABLE = 1 << 24  # CPU: elements of an embedding table whose gradient needs room in the heap
 
 
 def chunk_size(device: torch.device) -> int:
     """How many logits to compute at a time."""
-    return CPU_CHUNK if device.type == "cpu" else CUDA_CHUNK
+    if device.type == "cpu":
+        return CPU_CHUNK
+    return min(CUDA_CHUNK, torch.cuda.get_device_properties(device).total_memory // 512)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(16, chunk_size(hidden.device) // weight.shape[0])
+    rows = chunk_size(hidden.device) // len(weight)
+    # On a GPU whole tiles of the product.
+    rows = max(16, rows) if hidden.device.type == "cpu" else max(128, rows // 128 * 128)
     return [slice(i, i + rows) for i in range(0, len(hidden), rows)]
 
 
@@ -48,16 +53,79 @@ def _at(temperature: float | Tensor, rows: slice) -> float | Tensor:
 
 
 def compute_logits(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """Logits (N, V) in the dtype of the states (N, C), into `out` if given.
+    """Logits (N, V) of states (N, C) in the head's dtype, or float32 where a GPU can; into `out` if given.
 
     On a CPU a large head is multiplied in pieces that stay in the cache, a quarter faster for few rows.
     """
+    states = states.to(weight.dtype)
     if states.device.type == "cpu" and len(weight) > 4 * PIECE:
         out = states.new_empty(len(states), len(weight)) if out is None else out
         for i in range(0, len(weight), PIECE):
             torch.mm(states, weight[i : i + PIECE].T, out=out[:, i : i + PIECE])
         return out
+    if _sums_come_out(states.device.type, states.dtype):
+        return torch.mm(states, weight.T, out_dtype=torch.float32)
     return F.linear(states, weight) if out is None else torch.mm(states, weight.T, out=out)
+
+
+@cache
+def _sums_come_out(kind: str, dtype: torch.dtype) -> bool:
+    """Whether a device returns the float32 sums of a bfloat16 product as they are, without rounding them."""
+    if kind != "cuda" or dtype == torch.float32:
+        return False
+    a = torch.zeros(16, 16, dtype=dtype, device=kind)
+    try:
+        return torch.mm(a, a, out_dtype=torch.float32).dtype == torch.float32
+    except RuntimeError:
+        return False
+
+
+# ---- a chunk as two programs to compile: a pass over its logits, and one that makes their gradient ---------
+
+
+def _statistics(
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the targets, entropies, and logs of the sums of exponentials, (n,) each."""
+    z = logits.float() / temperature
+    log_sum = z.logsumexp(-1)
+    logp = z.gather(1, targets[:, None])[:, 0] - log_sum
+    if not want_entropy:
+        return logp, torch.zeros_like(logp), log_sum
+    lp = z - log_sum[:, None]
+    return logp, -(lp.exp() * lp).sum(-1), log_sum
+
+
+def _gradient(
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, known: tuple, grads: tuple,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """_grad_logits() of the logits before the temperature. known: entropies and log sums; grads: of both."""
+    (entropy, log_sum), (g_logp, g_entropy) = known, grads
+    lp, factor = logits.float() / temperature - log_sum[:, None], g_logp[:, None]
+    if g_entropy is not None:
+        factor = factor + g_entropy[:, None] * (lp + entropy[:, None])
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    dz = torch.where(is_target, g_logp[:, None], 0.0) - lp.exp() * factor
+    return (dz / temperature).to(dtype)
+
+
+_compiled: tuple[Callable, Callable] | None = None  # both, if blocks are compiled too
+
+
+def compile_chunks(on: bool) -> None:
+    """Have token_loss() and token_logprobs() of this process run the compiled functions, or not."""
+    global _compiled
+    _compiled = (_compile(_statistics), _compile(_gradient)) if on else None
+
+
+def _compile(function: Callable) -> Callable:
+    compiled = or_uncompiled(function)
+    # One row would take a program of its own, in the middle of a run.
+    return lambda logits, *rest: (compiled if len(logits) > 1 else function)(logits, *rest)
+
+
+# ---- the same, operation by operation ----------------------------------------------------------------------
 
 
 @dataclass
@@ -146,9 +214,15 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
         logps, entropies, head = [], [], weight.to(hidden.dtype)
         for s in _chunks(hidden, weight):
-            lp = _log_softmax(hidden[s], head, _at(temperature, s))
-            logps.append(lp.gather(1, targets[s, None])[:, 0])
-            entropies.append(_entropy(lp.exp(), lp) if want_entropy else lp.new_zeros(len(lp)))
+            if _compiled:
+                logits = compute_logits(hidden[s], head)
+                logp, entropy, _ = _compiled[0](logits, targets[s], _at(temperature, s), want_entropy)
+            else:
+                lp = _log_softmax(hidden[s], head, _at(temperature, s))
+                logp = lp.gather(1, targets[s, None])[:, 0]
+                entropy = _entropy(lp.exp(), lp) if want_entropy else torch.zeros_like(logp)
+            logps.append(logp)
+            entropies.append(entropy)
         logp = torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
         entropy = torch.cat(entropies) if entropies else torch.zeros_like(logp)
         ctx.save_for_backward(hidden, weight, targets, entropy)
@@ -161,10 +235,16 @@ class _TokenLogprobs(torch.autograd.Function):
         g_hidden, head = torch.zeros_like(hidden), weight.to(hidden.dtype)
         g_weight = _gradient_of(weight)
         for s in _chunks(hidden, weight):
-            lp = _log_softmax(hidden[s], head, _at(ctx.temperature, s))
-            g = g_entropy[s] if ctx.want_entropy else None
-            dz = _grad_logits(lp.exp(), lp, targets[s], g_logp[s], entropy[s], g)
-            dz = dz.div_(_at(ctx.temperature, s)).to(hidden.dtype)
+            t, g = _at(ctx.temperature, s), g_entropy[s] if ctx.want_entropy else None
+            if _compiled:
+                statistics, gradient = _compiled
+                logits = compute_logits(hidden[s], head)
+                known = entropy[s], statistics(logits, targets[s], t, False)[2]
+                dz = gradient(logits, targets[s], t, known, (g_logp[s], g), hidden.dtype)
+            else:
+                lp = _log_softmax(hidden[s], head, t)
+                dz = _grad_logits(lp.exp(), lp, targets[s], g_logp[s], entropy[s], g)
+                dz = dz.div_(t).to(hidden.dtype)
             torch.mm(dz, head, out=g_hidden[s])
             _add_product(g_weight, dz.T, hidden[s])
         return g_hidden, g_weight, None, None, None
@@ -188,28 +268,34 @@ class _TokenLoss(torch.autograd.Function):
         total, logps, entropies = hidden.new_zeros((), dtype=torch.float32), [], []
         chunks = _chunks(hidden, weight) if chunks is None else chunks
         rows = max((s.stop - s.start for s in chunks), default=0)
-        buffers = _buffers(hidden, weight, rows, want_entropy)
+        buffers = None if _compiled else _buffers(hidden, weight, rows, want_entropy)
         for s in chunks:
             # Log-probs and entropies of this chunk's tokens.
-            lp = _log_softmax(hidden[s], head, _at(temperature, s), buffers)
-            logp = lp.gather(1, targets[s, None])[:, 0].requires_grad_()
-            p = lp.exp() if buffers is None else torch.exp(lp, out=buffers.logits[: len(lp)])
-            entropy = (_entropy(p, lp, buffers) if want_entropy else torch.zeros_like(logp)).requires_grad_()
+            t = _at(temperature, s)
+            if _compiled:
+                logits = compute_logits(hidden[s], head)
+                logp, entropy, log_sum = _compiled[0](logits, targets[s], t, want_entropy)
+            else:
+                lp = _log_softmax(hidden[s], head, t, buffers)
+                logp = lp.gather(1, targets[s, None])[:, 0]
+                p = lp.exp() if buffers is None else torch.exp(lp, out=buffers.logits[: len(lp)])
+                entropy = _entropy(p, lp, buffers) if want_entropy else torch.zeros_like(logp)
+            logp, entropy = logp.requires_grad_(), entropy.requires_grad_()
             # The loss, and its gradient with respect to both.
             with torch.enable_grad():
                 loss = loss_fn(logp, entropy, *(c if c is None else c[s] for c in columns))
             g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
             g_logp = torch.zeros_like(logp) if g_logp is None else g_logp
+            g_entropy = g_entropy if want_entropy else None
             # From there to the logits, the states and the head.
-            dz = _grad_logits(
-                p, lp, targets[s], g_logp, entropy.detach(), g_entropy if want_entropy else None
-            )
-            scaled = isinstance(temperature, Tensor) or temperature != 1
-            dz = dz.div_(_at(temperature, s)) if scaled else dz
-            if buffers is None or buffers.narrow is None:
-                dz = dz.to(hidden.dtype)
+            if _compiled:
+                known = entropy.detach(), log_sum
+                dz = _compiled[1](logits, targets[s], t, known, (g_logp, g_entropy), hidden.dtype)
             else:
-                dz = buffers.narrow[: len(dz)].copy_(dz)
+                dz = _grad_logits(p, lp, targets[s], g_logp, entropy.detach(), g_entropy)
+                dz = dz.div_(t) if isinstance(t, Tensor) or t != 1 else dz
+                narrow = None if buffers is None else buffers.narrow
+                dz = dz.to(hidden.dtype) if narrow is None else narrow[: len(dz)].copy_(dz)
             torch.mm(dz, head, out=g_hidden[s])
             _add_product(g_weight, dz.T, hidden[s])
             total += loss.detach()

@@ -1,6 +1,8 @@
 """The price of fast rollouts: a sampler in another precision samples from slightly another policy."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,26 @@ def rollout_weights(
     if kind == "sequence":
         difference = difference.sum().expand_as(difference)
     return difference.clamp(max=20).exp().clamp(max=cap)
+
+
+def settle(run: Any, groups: Sequence, recompute: Callable, cfg: Any) -> dict[str, float]:
+    """Make old log-probs the trainer's if the sampler's precision is another.
+
+    recompute(model, groups, cfg) sets them. rollout_correction weighs advantages by pi_trainer / pi_sampler,
+    since to scale an advantage by a positive factor scales its policy loss by the same. Returns metrics.
+    """
+    both_float32 = {cfg.rollout_dtype, cfg.dtype} == {"float32"}
+    if not groups or both_float32 and cfg.rollout_correction == "none":
+        return {}
+    started = time.perf_counter()
+    trajectories = [t for group in groups for t in group]
+    rollout_logp = [t.old_logp[t.n_given :] for t in trajectories]
+    recompute(run.model, groups, cfg)
+    logp = [t.old_logp[t.n_given :] for t in trajectories]
+    weights, metrics = measure(logp, rollout_logp, cfg.rollout_correction, cfg.rollout_cap)
+    for t, weight in zip(trajectories, weights, strict=True):
+        t.advantage = t.advantage * np.concatenate((np.ones(t.n_given), weight))
+    return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
 
 
 def measure(

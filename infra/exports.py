@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 from uuid import uuid4
 
 from data.math_answer import closing_brace
@@ -30,24 +30,24 @@ WRITTEN_BY = "written by evaluate.py"  # in the first line of every table
 
 
 def check_output(knob: str, path: str, mine: Callable[[str], bool]) -> None:
-    """UserError unless `path` can be written. A file with text is only replaced if mine(its first line)."""
+    """UserError unless `path` can be written, and its first line, if there is one, is mine()."""
     file = Path(path)
-    if file.is_dir():
-        raise UserError(f"{knob} = {path!r}: is a folder; name a file")
-    new = not file.exists()
+    if file.exists() and not file.is_file():
+        raise UserError(f"{knob} = {path!r}: is a folder or device")
     try:
+        new = not file.exists()
         with open(file, "a+", encoding="utf-8", errors="replace") as f:
             f.seek(0)
             start = f.readline(4096)
         if new:  # an error that follows leaves no empty file behind
-            file.unlink(missing_ok=True)
+            file.unlink()
     except OSError as e:
         raise UserError(f"{knob} = {path!r}: cannot be written ({e.strerror})") from None
     if start and not mine(start):
-        raise UserError(f"{knob} = {path!r}: exists and holds something else; give another file or delete it")
+        raise UserError(f"{knob} = {path!r}: holds something else; give another file")
 
 
-def _replace(path: str, text: str) -> None:
+def _replace(path: str | Path, text: str) -> None:
     new = Path(f"{path}.new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)
@@ -68,9 +68,7 @@ def write_export(path: str, text: str) -> None:
 
 
 def is_answers(first_line: str) -> bool:
-    """Whether a file that begins so is one of answers, or the beginning of its first line."""
-    start = '{"evaluation": '
-    return start.startswith(first_line) or first_line.startswith(start)
+    return first_line.startswith('{"evaluation": ')
 
 
 def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
@@ -83,7 +81,7 @@ def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     if not lines or not is_answers(lines[0]):
-        raise UserError(f"{path}: not a file of answers; evaluate.py --save=FILE writes one")
+        raise UserError(f"{path}: not a file of answers, which evaluate.py --save writes")
     records = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -96,7 +94,7 @@ def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
             _ = record["prompt"], record["truth"], record["answers"][0]
             _ = [(a["reward"], a["verdict"], a["cut"]) for a in record["answers"]]
         except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{path} line {number}: not a line that evaluate.py --save writes") from None
+            raise UserError(f"{path} line {number}: not a line that --save writes") from None
     return settings, records
 
 
@@ -109,30 +107,28 @@ def resume_answers(path: str, settings: dict, compared: Sequence[str]) -> tuple[
     saved: dict[Key, dict] = {}
     settings = json.loads(json.dumps(settings))
     for file in _answer_files(path):
-        if "\n" not in file.read_text(encoding="utf-8", errors="replace"):
-            continue  # not even its first line is whole
         other, records = read_answers(file)
         for key in compared:
             if other.get(key) != settings[key]:
                 was = f"was made with {key} = {other.get(key)!r}, not {settings[key]!r}"
-                advice = "repeat that command to continue it, or give another file"
-                raise UserError(f"save = {path!r}: {was}; {advice}")
+                raise UserError(f"save = {path!r}: {was}; give another file")
         saved |= records
     # 2. One process brings them together.
     barrier()
     merge_answers(path, settings, saved)
     # 3. Each appends to a file of its own.
-    own = Path(path if world() == 1 else f"{path}.part-{rank()}")
+    own = Path(path)
     if world() > 1:
-        own.write_text(_line({"evaluation": settings}), encoding="utf-8")
+        own = Path(f"{path}.part-{rank()}")
+        _replace(own, _line({"evaluation": settings}))
     return saved, open(own, "a", encoding="utf-8")
 
 
 def _answer_files(path: str) -> list[Path]:
-    file = Path(path)
-    part = re.compile(re.escape(file.name) + r"\.part-\d+")
-    parts = sorted(p for p in file.parent.glob("*") if part.fullmatch(p.name))
-    return [p for p in [file, *parts] if p.exists() and p.stat().st_size]
+    """The file and those of several processes, without one whose first line is not whole."""
+    folder, name = os.path.split(path)
+    files = [p for p in Path(folder).iterdir() if re.fullmatch(rf"{re.escape(name)}(\.part-\d+)?", p.name)]
+    return [p for p in sorted(files) if b"\n" in p.read_bytes()]
 
 
 def append(file: TextIO | None, record: dict) -> None:
@@ -143,9 +139,9 @@ def append(file: TextIO | None, record: dict) -> None:
 
 
 def merge_answers(path: str, settings: dict, records: dict[Key, dict]) -> None:
-    """Replace the file and the parts of all processes by one with these records. Rank 0 writes, all wait."""
+    """Replace the file and the parts of all processes by one of these records. A collective."""
     if rank() == 0:
-        _replace(path, "".join([_line({"evaluation": settings}), *map(_line, records.values())]))
+        _replace(path, "".join(map(_line, [{"evaluation": settings}, *records.values()])))
         for part in _answer_files(path)[1:]:
             part.unlink()
     barrier()
@@ -157,10 +153,11 @@ def merge_answers(path: str, settings: dict, records: dict[Key, dict]) -> None:
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left and the others to the right; rows[0] are the names."""
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(
-        "  ".join([name.ljust(first), *(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))])
-        for name, *cells in rows
-    )
+    lines = []
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([name.ljust(first), *cells]))
+    return "\n".join(lines)
 
 
 def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, results: list[dict]) -> None:
@@ -184,14 +181,15 @@ def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, result
 # evaluation's.
 
 Ask = Callable[..., list[list[str]]]
+Records = list[tuple[str, dict]]  # (where it stands, the record)
 
 
-def read_prompts(path: str, split: str, fields: Sequence[str]) -> list[tuple[str, dict]]:
-    """(where, record) of a file of prompts, each with one of the fields."""
+def read_prompts(path: str, split: str, wanted: Sequence[str]) -> Records:
+    """The records of a file of prompts, each with one of the wanted fields."""
     records = read_records(path, split)
     for where, record in records:
-        if not any(isinstance(record.get(field), str | list) for field in fields):
-            raise UserError(f"{where}: must have the field {' or '.join(fields)}")
+        if not any(isinstance(record.get(field), str | list) for field in wanted):
+            raise UserError(f"{where}: must have the field {' or '.join(wanted)}")
     return records
 
 
@@ -203,21 +201,21 @@ def name_of(folder: Path) -> str:
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("step-") else folder.name
 
 
-def _user(text: str, system: str) -> list[dict]:
-    turns = [{"role": "system", "content": system}] if system else []
-    return [*turns, {"role": "user", "content": text}]
+def _turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
 
 
-def alpaca_eval(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
+def _question(text: str, system: str) -> list[dict]:
+    return [*([_turn("system", system)] if system else []), _turn("user", text)]
+
+
+def alpaca_eval(records: Records, ask: Ask, name: str, system: str) -> str:
     """Records of instruction (and dataset), as alpaca_eval.json has them."""
-    replies = ask([_user(r["instruction"], system) for _, r in records])
-    outputs = [
-        {
-            "dataset": record.get("dataset", ""), "instruction": record["instruction"],
-            "output": reply[0].strip(), "generator": name,
-        }
-        for (_, record), reply in zip(records, replies, strict=True)
-    ]  # fmt: skip
+    replies = ask([_question(r["instruction"], system) for _, r in records])
+    outputs = []
+    for (_, record), (reply,) in zip(records, replies, strict=True):
+        known = {"dataset": record.get("dataset", ""), "instruction": record["instruction"]}
+        outputs.append(known | {"output": reply.strip(), "generator": name})
     return json.dumps(outputs, ensure_ascii=False, indent=2) + "\n"
 
 
@@ -227,82 +225,71 @@ TEMPERATURES = {  # FastChat's, by category; 0.7 for any other
 }  # fmt: skip
 
 
-def mt_bench(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
+def mt_bench(records: Records, ask: Ask, name: str, system: str) -> str:
     """Records of question_id, category and turns, as FastChat's question.jsonl has them.
 
     Each turn sees the ones before.
     """
     for where, record in records:
-        whole = isinstance(record.get("question_id"), int) and isinstance(record.get("category"), str)
-        if not whole or not all(isinstance(turn, str) for turn in record["turns"]):
-            raise UserError(f"{where}: must have question_id (a whole number), category and turns (texts)")
+        known = isinstance(record.get("question_id"), int) and isinstance(record.get("category"), str)
+        if not known or not all(isinstance(turn, str) for turn in record["turns"]):
+            raise UserError(f"{where}: must have question_id (a number), category, turns (texts)")
     questions = [record for _, record in records]
     temperatures = [TEMPERATURES.get(q["category"], 0.7) for q in questions]
-    # The first turn is asked once for all choices: choices[i][k] is a conversation about question i.
-    first = ask([_user(q["turns"][0], system) for q in questions], temperatures, 0)
+    # The first turn is asked once for all choices. From then on the conversations of a question differ.
+    talks = [_question(q["turns"][0], system) for q in questions]
     choices = [
-        [[*_user(q["turns"][0], system), _assistant(reply)] for reply in replies]
-        for q, replies in zip(questions, first, strict=True)
+        [[*talk, _turn("assistant", reply.strip())] for reply in replies]
+        for talk, replies in zip(talks, ask(talks, temperatures, 0), strict=True)
     ]
-    # The conversations differ from now on, so each is asked by itself.
-    for turn in range(1, max(len(q["turns"]) for q in questions)):
-        waiting = [i for i, q in enumerate(questions) if turn < len(q["turns"])]
-        asked = [(i, talk) for i in waiting for talk in choices[i]]
-        for i, talk in asked:
-            talk += _user(questions[i]["turns"][turn], "")
-        replies = ask([list(talk) for _, talk in asked], [temperatures[i] for i, _ in asked], 1)
-        for (_, talk), reply in zip(asked, replies, strict=True):
-            talk.append(_assistant(reply[0]))
+    for k in range(1, max(len(q["turns"]) for q in questions)):
+        asked = [i for i, q in enumerate(questions) if k < len(q["turns"]) for _ in choices[i]]
+        talks = [talk for i in dict.fromkeys(asked) for talk in choices[i]]
+        for i, talk in zip(asked, talks, strict=True):
+            talk.append(_turn("user", questions[i]["turns"][k]))
+        replies = ask([list(talk) for talk in talks], [temperatures[i] for i in asked], 1)
+        for talk, (reply,) in zip(talks, replies, strict=True):
+            talk.append(_turn("assistant", reply.strip()))
     lines = []
     for question, talks in zip(questions, choices, strict=True):
         answers = [[m["content"] for m in talk if m["role"] == "assistant"] for talk in talks]
         lines.append(_line({
             "question_id": question["question_id"], "answer_id": uuid4().hex, "model_id": name,
-            "choices": [{"index": k, "turns": turns} for k, turns in enumerate(answers)],
+            "choices": [{"index": i, "turns": turns} for i, turns in enumerate(answers)],
             "tstamp": time.time(),
         }))  # fmt: skip
     return "".join(lines)
 
 
-def _assistant(reply: str) -> dict:
-    return {"role": "assistant", "content": reply.strip()}
-
-
-def qwen_math(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
-    """Records of a question (question, problem or prompt), its answer (gt, answer or target) and perhaps a
-    solution.
+def qwen_math(records: Records, ask: Ask, name: str, system: str) -> str:
+    """Records of a question (question, problem or prompt) and its answer (gt, answer, target or solution).
 
     The reader wants gt beside gt_cot, a solution that ends in it; without one that is gt in a box.
     """
+    questions = [next(r[f] for f in EXPORTS["qwen_math"][0] if f in r) for _, r in records]
     truths = [_ground_truth(where, record) for where, record in records]
-    numbers = [record["idx"] for _, record in records if "idx" in record]
-    if numbers and not len(set(map(str, numbers))) == len(numbers) == len(records):
-        raise UserError(f"{records[0][0]}: idx must be unique; the reader keeps one record of each")
-    questions = [next(r[f] for f in ("question", "problem", "prompt") if f in r) for _, r in records]
-    replies = ask([q if isinstance(q, list) else _user(q, system) for q in questions])
+    replies = ask([q if isinstance(q, list) else _question(q, system) for q in questions])
     lines = []
-    for i, (_, record) in enumerate(records):
-        gt_cot, gt = truths[i]
-        line = {"idx": record.get("idx", i), "question": questions[i], "gt_cot": gt_cot, "gt": gt}
-        lines.append(_line(line | {"pred": [final_answer(t) for t in replies[i]], "code": replies[i]}))
+    for i, answers in enumerate(replies):
+        known = {"idx": i, "question": questions[i]} | truths[i]
+        lines.append(_line(known | {"pred": list(map(final_answer, answers)), "code": answers}))
     return "".join(lines)
 
 
-def _ground_truth(where: str, record: dict) -> tuple[str, str]:
-    """(solution, answer) of a record, also of one of MATH (solution) or GSM8K (answer with ####)."""
+def _ground_truth(where: str, record: dict) -> dict:
+    """Solution and answer of a record, also of MATH's (solution) or GSM8K's (answer with ####)."""
     given = next((str(record[f]) for f in ("gt", "answer", "target") if record.get(f) is not None), "")
     solution = record.get("gt_cot") or record.get("solution")
     if "####" in given:
-        return given, given.rpartition("####")[2].strip().replace(",", "")
+        return {"gt_cot": given, "gt": given.rpartition("####")[2].strip().replace(",", "")}
     gt = given or final_answer(str(solution or ""))
     if not gt:
-        advice = "must have the field gt, answer or target, or a solution with a boxed answer"
-        raise UserError(f"{where}: {advice}")
-    return solution or f"\\boxed{{{gt}}}", gt
+        raise UserError(f"{where}: must have the field gt, answer, target or solution")
+    return {"gt_cot": solution or f"\\boxed{{{gt}}}", "gt": gt}
 
 
 def final_answer(text: str) -> str:
-    """The answer of a response: the last \\boxed{}, else the last <answer> block, else the last number."""
+    """The last \\boxed{} of a response, else its last <answer> block, else its last number."""
     start = text.rfind(r"\boxed{")
     if start >= 0 and (end := closing_brace(text, start + len(r"\boxed"))) >= 0:
         return text[start + len(r"\boxed{") : end].strip()
@@ -312,8 +299,8 @@ def final_answer(text: str) -> str:
     return numbers[-1].replace(",", "") if numbers else ""
 
 
-def tldr(records: list[tuple[str, dict]], ask: Ask, name: str, system: str) -> str:
-    """Records of a prompt: a bare string such as TL;DR's "SUBREDDIT: ... TL;DR:", or a list of messages."""
+def tldr(records: Records, ask: Ask, name: str, system: str) -> str:
+    """Records of a prompt: a string such as TL;DR's "SUBREDDIT: ... TL;DR:", or messages."""
     prompts = [record["prompt"] for _, record in records]
     pairs = zip(prompts, ask(prompts), strict=True)
     return "".join(_line({"prompt": p, "completion": reply[0], "model": name}) for p, reply in pairs)
@@ -328,15 +315,14 @@ EXPORTS = {  # kind -> the fields of which a record must have one, and the funct
 
 
 def uft_eval(records: Sequence[dict], data_sources: dict[str, str]) -> str:
-    """The eval.json of the published code: data_source -> type -> [[prompt and response, ground truth], ...].
+    """The eval.json of the published code: data_source -> type -> [[text, ground truth], ...].
 
-    Its types are the published checkers' messages; here they are the verdicts of evaluate.py's table.
-    data_sources: of each task.
+    Its types are its checkers' messages, here they are the verdicts. data_sources: of each task.
     """
     found: dict[str, dict[str, list]] = {}
     for record in records:
         types = found.setdefault(data_sources.get(record["task"], record["task"]), {})
         for a in record["answers"]:
-            entry: Any = [record["prompt"] + a["response"], record["truth"]]
-            types.setdefault(a["verdict"], []).append(entry)
+            pair = [record["prompt"] + a["response"], record["truth"]]
+            types.setdefault(a["verdict"], []).append(pair)
     return json.dumps(found, ensure_ascii=False, default=str) + "\n"

@@ -24,7 +24,7 @@ class Log:
     """
 
     def __init__(self, out_dir: Path, steps_done: int):
-        self.out_dir, self.wandb_run = out_dir, None
+        self.out_dir, self.wandb_run, self.full = out_dir, None, False
         if rank():
             return
         for name in ("metrics.jsonl", "samples.jsonl"):

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from infra.config import UserError, rank
-from lora import adapted_layers, base_parameters, merged_weight
+from lora import base_parameters, merged_weight
 
 # ---- processes: torchrun starts them, each calls start_process() ----
 
@@ -181,10 +181,10 @@ def full(p: torch.Tensor) -> torch.Tensor:
 def whole_copy(model, dtype: torch.dtype):
     """The model to sample from: the model itself, or a copy that refresh() fills.
 
-    It is a copy if the model is sharded, has adapters or has another dtype. A copy has no memory yet.
+    It is a copy if the model is sharded or has another dtype. A copy has no memory yet, and no adapters.
     """
     p = model.head_weight
-    if not isinstance(p, DTensor) and p.dtype == dtype and not adapted_layers(model):
+    if not isinstance(p, DTensor) and p.dtype == dtype:
         return model
     with torch.device("meta"):
         copy = type(model)(model.config).to(dtype)

@@ -11,8 +11,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.tokenizer import Tokenizer
+from infra.log import Log
 
 MOST_BYTES = 20_000_000  # of samples.jsonl; nothing is added beyond
+
+
+def write(log: Log, step: int, record: dict) -> None:
+    """Add a record to samples.jsonl, unless that has MOST_BYTES already."""
+    path = log.out_dir / "samples.jsonl"
+    if not path.exists() or path.stat().st_size < MOST_BYTES:
+        log.write("samples", step, record)
+    elif not log.full:
+        log.full = True
+        print(f"note: {path} has {MOST_BYTES / 1e6:.0f} MB; rollouts are no longer written to it")
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
@@ -20,12 +31,12 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return [tokenizer.decode([i]) for i in ids]
 
 
-def choose(groups: list, dead: Sequence[bool], step: int) -> list:
+def choose(groups: list, dead: Sequence[bool], turn: int) -> list:
     """Two groups: one with signal, and by turns the worst and the best of the others."""
     first = next((g for g, d in zip(groups, dead, strict=True) if not d), groups[0])
     others = [g for g in groups if g is not first]
     means = [sum(t.reward for t in g) / len(g) for g in others]
-    extreme = (max if step % 2 else min)(range(len(others)), key=means.__getitem__, default=None)
+    extreme = (max if turn % 2 else min)(range(len(others)), key=means.__getitem__, default=None)
     return [first] if extreme is None else [first, others[extreme]]
 
 
@@ -71,13 +82,15 @@ def row_records(tokenizer: Tokenizer, tensors: Sequence) -> list[dict]:
 
 
 def rollout_metrics(groups: list, problems: Sequence) -> dict[str, float]:
-    """Means over the trajectories of which something was sampled."""
-    sampled = [t for group in groups for t in group if len(t.tokens) > t.n_given]
+    """Means over the trajectories of which something was sampled; none if nothing was."""
+    sampled = [t for group in groups for t in group if not t.given_whole]
+    if not sampled:
+        return {}
     solved, shares = {}, []
     for t in sampled:
         solved.setdefault(t.shown, []).append(t.reward == 1)
         shares.append(t.shown / max(1, problems[t.pick.problem].segments))
-    n = max(1, len(sampled))
+    n = len(sampled)
     return {
         "critic/rewards/mean": sum(t.reward for t in sampled) / n,
         "solved": sum(map(sum, solved.values())) / n,

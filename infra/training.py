@@ -22,8 +22,12 @@ import torch
 from data.judge import reset_signals_in_children
 from data.rows import load_task
 from data.tokenizer import Tokenizer
-from fast.compiled import compile_blocks
-from fast.head import trim_heap, trim_heap_at_peaks
+from experiments.plot import draw_run
+from experiments.report import write_report
+from fast.compiled import compile_blocks, uncompile
+from fast.head import compile_chunks, trim_heap, trim_heap_at_peaks
+from fast.self_check import find_faults
+from infra.card import model_card
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
@@ -78,6 +82,7 @@ class RunConfig:
     hub: str = ""  # OWNER/NAME of the model on the Hugging Face hub, shown if it has to be downloaded
     task: FilePath = "countdown"  # a file of data/, or the path of your own
     style: str = "short"  # prompt style of the task: paper, or short for tiny models
+    prompt_style: Literal["plain", "chat"] = "plain"  # chat: prompts in the model's chat template
     checker: Literal["ours", "published"] = "ours"  # judge of the answers: ours, or the papers' code
     data_path: FilePath = ""  # folder or file of rows; empty: the task makes them
     train_rows: Natural = 0  # use the first N rows; 0: all, or the task's default number
@@ -101,6 +106,7 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda; mps and xpu take the plain path
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; auto: bfloat16 on CUDA and for LoRA
     tf32: bool = True  # CUDA: float32 products in TF32
+    self_check: bool = True  # CUDA: compare fast with plain before the first step
     threads: Natural = 0  # CPU threads; 0: torch's choice
     # Validation and reports
     max_new_tokens: Count = 64  # longest completion
@@ -132,6 +138,8 @@ class Run:
     state: dict | None = None  # saved in out_dir/resume: steps done, seconds trained, a method's memory
     metrics: dict | None = None  # of the step in progress
     log: Log | None = None
+    method: str = ""  # the name of what is trained
+    engine: bool = True  # sample with fast/engine.py; False: self_check() has found it wrong
 
 
 def check_shared(cfg: Any) -> None:
@@ -189,7 +197,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     rollout_dtype "": the run does not sample, and needs no weights for it.
     """
     base = starting_model(cfg)
-    out = check_out_dir(out_dir, base, resume)
+    out = check_out_dir(out_dir, resume)
     lock(out)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
@@ -224,9 +232,11 @@ def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.fast:
         trim_heap_at_peaks(model)
-    if cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda"):
-        if problem := compile_blocks(model):
-            print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
+    compiled = cfg.fast and (cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda")
+    if compiled and (problem := compile_blocks(model)):
+        print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
+        compiled = False
+    compile_chunks(compiled)
 
 
 def fill_rollout_model(run: Run) -> None:
@@ -258,21 +268,52 @@ def frozen_model(dir: Path, run: Run, cfg: Any) -> Transformer | StartingModel:
     return model.requires_grad_(False)
 
 
+def self_check(run: Run, cfg: Any, rows: Sequence[Sequence[int]], prefix: bool = False) -> None:
+    """On CUDA, compare the run's fast paths with the plain ones, and turn off what disagrees or fails.
+
+    rows: token ids of some of the run's rows. prefix: the run makes both passes of IFT.
+    """
+    if not (cfg.fast and cfg.self_check and run.device.type == "cuda"):
+        return
+    fill_rollout_model(run)
+    agree = []
+    for name, fault in find_faults(run, cfg, rows, prefix):
+        if not fault:
+            agree.append(name)
+            continue
+        if name == "compiled blocks":
+            instead, cfg.compile = "--compile=false", "false"
+            uncompile(run.model)
+            compile_chunks(False)
+        elif name == "packed rows":
+            instead, cfg.pack = "--pack=false", False
+        elif name == "decode graph":
+            instead, run.engine = "the plain sampler", False
+        else:  # head, prefix
+            instead, cfg.fast = "--fast=false", False
+        if rank() == 0:
+            print(f"warning: {name}: {fault}; the run goes on with {instead}", file=sys.stderr)
+        if not cfg.fast:
+            break
+    release_rollout_model(run)
+    print(f"checked on {torch.cuda.get_device_name(run.device)}: {', '.join(agree) or 'nothing'} agree")
+
+
 def scoring_limits(cfg: Any) -> dict:
     """Arguments of data.judge.judge."""
     return {"timeout": cfg.score_timeout, "workers": cfg.score_workers, "on_error": cfg.score_errors}
 
 
 def engine_options(run: Run, cfg: Any, longest_prompt: int = 0) -> dict:
-    """Arguments of generate() that only the fast sampler uses."""
-    if not cfg.fast:
-        return {}
+    """Arguments of generate(): whether to sample fast, and what only the engine uses."""
+    if not (cfg.fast and run.engine):
+        return {"fast": False}
     # Gradients and moments are allocated in the first update: leave room for them.
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     shares = 1 if cfg.lora_rank else world()  # every process has all adapters
     reserve = 0 if run.optimizer.state else 12 * trained // shares
     compiled = False if cfg.compile == "false" else None
-    return {"compile": compiled, "reserve": reserve, "longest_prompt": longest_prompt}
+    return {"fast": True, "compile": compiled, "reserve": reserve, "longest_prompt": longest_prompt}
 
 
 def show_answers(run: Run, rows: list[dict], answers: list[list[dict]], n: int, last: bool) -> None:
@@ -395,8 +436,12 @@ def explain_failure(run: Run, cfg: Any, step: int) -> Iterator[None]:
 
 
 def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step's optimiser steps, averaged."""
-    return {k: sum(u[k] for u in updates) / len(updates) for k in (updates or [{}])[0]}
+    """The metrics of a step's optimiser steps, each averaged over those that have it."""
+    values: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(v) / len(v) for name, v in values.items()}
 
 
 def log_step(
@@ -417,7 +462,7 @@ def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "
     if done % cfg.save_every == 0 or done == total or stop:
         dtype = saved_dtype(run.model, cfg)
         parts = {
-            "model": partial(write_model, run.model, run.tokenizer, stop_ids, template, dtype),
+            "model": partial(write_model_and_card, run, cfg, stop_ids, template, dtype),
             "resume": partial(write_resume, run.model, run.optimizer, run.state, cfg),
         }
         if adapted_layers(run.model):
@@ -429,6 +474,25 @@ def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "
         run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
         sys.exit(128 + stop)
+
+
+def write_model_and_card(run: Run, cfg: Any, stop_ids, template: str, dtype, folder: Path) -> None:
+    write_model(run.model, run.tokenizer, stop_ids, template, dtype, folder)
+    if rank() == 0:
+        card = model_card(cfg, run.method, run.base, run.state)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def finish(run: Run, cfg: Any) -> None:
+    """Close the log, draw curve.png, write report.html, and say what can be done next."""
+    run.log.close()
+    draw_run(run.out)
+    write_report(run.out)
+    model, data = run.out / "model", f" --data_path={cfg.data_path}" if cfg.data_path else ""
+    task = f"--task={cfg.task} --style={cfg.style}{data}, or " if cfg.task else ""
+    print(f"{run.state['train_s']:.0f} s of training; model in {model}, report in {run.out / 'report.html'}")
+    print(f"next: python evaluate.py --model={model} {task}--chat")
+    print("      or the same command with --resume=true and more steps")
 
 
 def saved_dtype(model: Transformer, cfg: Any) -> torch.dtype:

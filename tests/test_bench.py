@@ -1,50 +1,43 @@
-"""experiments/bench.py: every workload on a tiny shape, and the memory table against what a run keeps."""
+"""bench.py and gpu.py: every workload on a tiny shape, and the memory table against what a run keeps."""
 
 import json
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from experiments import bench
+from experiments import bench, gpu
+from fast.engine import Engine
 from infra.config import UserError
+from infra.training import ROOT
 from model import ModelConfig, Transformer
 
-TINY = [
-    "--rows=3",
-    "--prompt=4",
-    "--length=8",
-    "--new=5",
-    "--problems=1",
-    "--repeats=2",
-    "--device=cpu",
-    "--threads=1",
-]
+TINY = "--shape=tiny --rows=3 --prompt=4 --length=8 --new=5 --problems=1 --repeats=2 --device=cpu".split()
 
 
-@pytest.fixture
-def small_shape(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "30m", ("qwen2", 32, 48, 1, 4, 2, 8, 160, True))
+@pytest.fixture(autouse=True)
+def threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def test_bench_measures_every_workload(small_shape, capsys):
-    bench.main(TINY)
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  rollouts take")]
-    assert [line.split()[0] for line in lines[:-1]] == ["generate", "geometric", "grpo", "sft", "ift"]
-    report = json.loads(lines[-1])
+def test_bench_measures_every_workload(capsys):
+    bench.main([*TINY, "--untimed=1", "--what=generate,geometric,requests,grpo,sft,ift"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["generate", "geometric", "requests", "grpo", "sft", "ift"]
+    report = json.loads(last)
     assert report["torch"] == torch.__version__ and report["rows"] == 3
+    second = {"grpo": ["rollouts"], "ift": ["ift"]}
     for r in report["results"]:
-        assert (
-            list(r["median"]) == ["nanoFT", "ift"][: 1 + (r["workload"] == "ift")]
-            and r["ratio"]["nanoFT"] == 1.0
-        )
-        assert len(r["all"]["nanoFT"]) == 2 and min(r["all"]["nanoFT"]) > 0
+        assert list(r["median"]) == ["nanoFT", *second.get(r["workload"], [])] and r["ratio"]["nanoFT"] == 1.0
+        assert len(r["all"]["nanoFT"]) == 2 and min(r["all"]["nanoFT"]) > 0 and r["setup_s"] >= 0
+    assert report["results"][3]["ratio"]["rollouts"] < 1
 
 
-def test_bench_beside_transformers(small_shape, capsys):
+def test_bench_beside_transformers(capsys):
     pytest.importorskip("transformers")
     bench.main([*TINY, "--what=generate,geometric,sft", "--peers=true", "--only=transformers", "--repeats=1"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -53,7 +46,7 @@ def test_bench_beside_transformers(small_shape, capsys):
         assert set(r["median"]) == expected and r["ratio"]["transformers"] > 0
 
 
-def test_bench_generation_really_makes_all_the_tokens(small_shape, monkeypatch, capsys):
+def test_bench_generation_really_makes_all_the_tokens(monkeypatch):
     made, generate = [], bench.generate
 
     def counting(*args, **kw):
@@ -61,20 +54,23 @@ def test_bench_generation_really_makes_all_the_tokens(small_shape, monkeypatch, 
         return made[-1]
 
     monkeypatch.setattr(bench, "generate", counting)
-    bench.main([*TINY, "--what=generate,grpo", "--repeats=1"])
+    bench.main([*TINY, "--what=generate,grpo,requests", "--repeats=1", "--rows=9", "--new=40"])
     lengths = [[len(c.tokens) for g in outputs for c in g] for outputs in made]
-    assert lengths == [[5] * 3, [64] * 4]
+    asked = [n for _, n in bench.request_lengths(bench.Config(rows=9, prompt=4, new=40))]
+    assert lengths == [[40] * 9, [64] * 4, asked] and len(set(asked)) > 5
+    public = bench.request_lengths(bench.Config())
+    assert len(public) == 256 and {100, 1024} >= {min(min(public)[0], 100), max(map(max, public))}
 
 
 @pytest.mark.parametrize(
-    "args", ["--what=generate,chess", "--shape=7b", "--repeats=0", "--dtype=int8", "--device=cuda:9"]
+    "args", ["what=generate,chess", "shape=7b", "repeats=0", "dtype=int8", "device=cuda:9", "fast=false"]
 )
-def test_bench_refuses_by_name(args, small_shape):
-    with pytest.raises(UserError, match=args[2:].split("=")[0]):
-        bench.main([*TINY, args])
+def test_bench_refuses_by_name(args):
+    with pytest.raises(UserError, match=args.split("=")[0]):
+        bench.main([*TINY, "--what=requests", f"--{args}"])
 
 
-def test_bench_peers_that_are_not_installed(small_shape, monkeypatch):
+def test_bench_peers_that_are_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"needs transformers: pip install -e '\.\[bench\]'"):
         bench.main([*TINY, "--what=generate", "--peers=true"])
@@ -115,9 +111,8 @@ def test_memory_table_counts_what_a_run_keeps(again):
 def test_the_memory_table_adds_up(capsys):
     bench.main(["--what=fit"])
     rows = [r.split(" | ") for r in capsys.readouterr().out.splitlines()[2:]]
-    assert len(rows) == 2 * 8 and all(
-        sum(map(float, r[2:10])) == pytest.approx(float(r[10]), abs=0.3) for r in rows
-    )
+    assert len(rows) == 2 * 8
+    assert all(sum(map(float, r[2:10])) == pytest.approx(float(r[10]), abs=0.3) for r in rows)
     alone, eight = bench.needs("qwen2.5-3b", 1), bench.needs("qwen2.5-3b", 8)
     adapters, three = bench.needs("qwen2.5-3b", 1, 32), bench.needs("qwen2.5-3b", 8, 32)
     # 32 (in + out) of the seven layers of 36 blocks, 4 bytes each.
@@ -125,3 +120,61 @@ def test_the_memory_table_adds_up(capsys):
     assert adapters["gradients"] == three["gradients"] == pytest.approx(4 * a / 1e9)
     assert adapters["optimiser"] == pytest.approx(8 * a / 1e9) and adapters["reference"] == 0
     assert eight["weights"] == alone["weights"] / 8 and eight["rollout weights"] == alone["rollout weights"]
+
+
+# ---- gpu.py ------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_runs_on_a_cpu_and_the_last_line_is_the_record():
+    stages = "--stages=card,gradients,sft,decode,uft,shapes,requests"
+    command = [sys.executable, "experiments/gpu.py", "--device=cpu", "--tiny=true", stages]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    *lines, last = result.stdout.splitlines()
+    found = json.loads(last)
+    assert list(found) == stages.partition("=")[2].split(",")
+    assert not any("error" in x for x in found.values())
+    assert found["card"]["cudnn_attention"] is False and "MATH" in found["card"]["sdpa_order"]
+    assert found["gradients"]["in training"]["finite"] and found["sft"]["estimate_mb"] > 0
+    shares = found["decode"]["shares"]
+    assert min(shares.values()) > 0 and 0.1 < sum(shares.values()) <= 1
+    assert found["uft"]["rollouts_s"] < found["uft"]["step_s"]
+    lengths = [int(n) for n in found["shapes"]["seconds"]]
+    assert len(lengths) == 16 and any(n % 128 == 64 for n in lengths) and any(n % 8 for n in lengths)
+    assert any(line.startswith("uft: {") for line in lines)
+
+
+def test_a_stage_that_fails_costs_no_other_and_time_is_kept(capsys, monkeypatch):
+    ended = []
+    monkeypatch.setattr(gpu.os, "_exit", ended.append)
+    monkeypatch.setitem(gpu.STAGES, "uft", lambda *_: 1 / 0)
+    gpu.main("--device=cpu --tiny=true --stages=uft,card".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["uft"] == {"error": "ZeroDivisionError: division by zero"} and found["card"]["torch"]
+    command = [sys.executable, "experiments/gpu.py", "--device=cpu", "--tiny=true", "--minutes=0.0001"]
+    late = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert late.returncode == 0 and len(json.loads(late.stdout.splitlines()[-1])) < len(gpu.STAGES)
+    with pytest.raises(UserError, match="stages"):
+        gpu.main(["--stages=chess"])
+
+
+def test_captures_are_counted_and_the_card_is_asked_how_busy_it_is(monkeypatch, tmp_path):
+    """With stand-ins for CUDA and nvidia-smi."""
+    for name, value in {"memory_reserved": lambda: 0, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Engine, "capture", lambda engine, n, length: (n, length))
+
+    def measured(cfg, what, rows, new):
+        assert Engine.capture(None, rows, new) == (rows, new)
+        return {}
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    monkeypatch.setattr(gpu, "decode_shares", lambda *_: {})
+    found = gpu.decode(gpu.Config(device="cpu"), gpu.TINY, torch.device("cpu"))
+    assert [found[rows]["captures"]["number"] for rows in (4, 8)] == [1, 1]
+    script = tmp_path / "nvidia-smi"
+    script.write_text('#!/bin/sh\necho "$@" >&2; echo 50; echo 100\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="abc"))
+    watch = gpu.nvidia_smi("utilization.gpu", "--loop-ms=100")
+    assert watch.communicate()[0].split() == ["50", "100"] and "--id=GPU-abc" in watch.args

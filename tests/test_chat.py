@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from collections import namedtuple
 from datetime import datetime
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import chat, countdown, turns
+from data.examples import rows_of_task, turn_ends
 from data.templates import TEMPLATES
 from data.tokenizer import Tokenizer
 from experiments.tiny_base import END, learn_tokenizer
@@ -83,13 +85,16 @@ def encode(messages, t, max_length=10**6, template="auto", first=0):
 
 
 def encode_row(row, t, max_length=10**6, template="auto", name="messages"):
-    return listed(chat.encode({"first": 0} | row, name, t, max_length, template)[0])
+    return listed(*chat.encode({"first": 0} | row, name, t, max_length, template))
 
 
-def listed(e):
+Listed = namedtuple("Listed", "ids mask cut ends rewritten")
+
+
+def listed(e, notes=()):
     """An example with lists for arrays, so that it can be compared."""
     assert e.ids.dtype == np.int32 and e.mask.dtype == bool and e.ids.shape == e.mask.shape
-    return e._replace(ids=e.ids.tolist(), mask=[int(m) for m in e.mask])
+    return Listed(e.ids.tolist(), e.mask.astype(int).tolist(), e.cut, e.ends, notes.count(turns.REWRITTEN))
 
 
 def trained(e, t):
@@ -403,7 +408,7 @@ SPECIALS = [s for s in SPECIAL if s != "<s>"]
 def test_parts_are_those_of_the_whole_text(pieces, data):
     t, text = tokenizer(), "".join(pieces)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=4)))
-    parts = turns.encode_parts(text, cuts, t)
+    parts = t.encode_parts(text, cuts)
     alone = [t.encode(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert len(parts) == len(cuts) + 1 and t.decode(sum(parts, [])) == text
     if sum(alone, []) == t.encode(text):
@@ -440,7 +445,7 @@ def test_answers_without_the_thought_that_the_prompt_begins():
     assert trained(e, t) == ["5</s>", "6</s>"] and counts[turns.BARE] == 2
     rows[0]["messages"] = talk("2+3?", "<think>\nx</think>5", "2+4?", "<think>\ny</think>6")
     (e,), counts = chat.encode_rows(rows, t, 1000)
-    assert trained(e, t) == ["y</think>6</s>"] and counts[turns.REWRITTEN] == e.rewritten == 1
+    assert trained(e, t) == ["y</think>6</s>"] and counts[turns.REWRITTEN] == 1
     assert t.decode(e.ids.tolist()) == "<s>2+3?<|head|>5</s>2+4?<|head|><think>\ny</think>6</s>"
 
 
@@ -499,9 +504,9 @@ def shown(*names):
         (TOOLS.replace("m in messages", "m in messages if m.role != 'tool'"), {"messages": CALLED},
          "ignores message 2, the text of the tool; expected '12', found"),
         (TOOLS.replace("(m.content or '')", "m.content | string"), {"messages": CALLED[:2]},
-         "ignores or changes field 'content'; expected '', found 'None<|head|>cat"),
+         "ignores or changes 'content' of message 1; expected '', found 'None<|head|>cat"),
         (LLAMA, {"messages": [*talk("a"), {"role": "assistant", "content": "5", "thinking": "sat on"}]},
-         "message 1: the chat template ignores or changes field 'thinking'; expected 'sat on', found '5<"),
+         "the chat template ignores or changes 'thinking' of message 1; expected 'sat on', found '5<"),
         (DROPS_SYSTEM, {"messages": talk("a", "b", system="be nice")},
          "ignores message 0, the text of the system; expected 'be nice', found '<|im_start|>user"),
         (DROPS_SYSTEM, {"messages": talk("the cat", "b", system="cat")}, "message 0, the text of the system"),
@@ -512,9 +517,9 @@ def shown(*names):
          "ignores message 0, the text of the user; expected 'the'"),
         (PARTS, {"messages": talk("a", "b")}, "ignores message 0, the text of the user; expected 'a', found"),
         (CHATML.replace("message['content']", "message['content'].replace(' ', '')"),
-         {"messages": talk("a", "b c")}, "changes field 'content'; expected 'b c', found 'bc<|im_end|>"),
+         {"messages": talk("a", "b c")}, "changes 'content' of message 1; expected 'b c', found 'bc<|im_end|>"),
         (CHATML.replace("assistant\n'", "bot\n'"), {"messages": talk("a", "b")},
-         "does not write an answer where it asks for one; expected .*bot.* before it, found .*assistant"),
+         "does not answer where it asks for it; expected .*bot.* before it, found .*assistant"),
         (MISTRAL, {"messages": talk("a", "b", system="s")}, "'default': Only user and assistant roles are"),
     ],
 )  # fmt: skip
@@ -532,6 +537,27 @@ def test_a_system_text_that_only_the_prompt_has_is_trained_on_as_the_model_is_as
     assert t.decode(e.ids) == "<s>[INST] the cat[/INST] sat</s>[INST] be nice\n\non[/INST] the mat</s>"
     assert trained(e, t) == [" the mat</s>"] and e.rewritten == 1, "the first answer saw no system text"
     assert e.ids[: e.mask.index(1)] == t.chat(talk("the cat", "sat", "on", system="be nice"))
+
+
+JOINS = ["+ c.function.arguments +", "~ c.function.arguments ~", "+ c.function.arguments | string +"]
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("arguments", [{"the": {"é": [1, None]}}, {}, '{"the": {"é": [1, null]}}'])
+def test_a_template_that_joins_arguments_to_a_text_gets_them_as_json(join, arguments, tmp_path):
+    t = tokenizer(TOOLS.replace("+ c.function.arguments | tojson +", join))
+    calls = [{"function": {"name": "cat", "arguments": arguments}}]
+    tool = {"role": "tool", "content": str(arguments)}
+    messages = [*talk("a"), {"role": "assistant", "tool_calls": calls}, tool, *talk("", "5")[1:]]
+    (row,) = chat.load("train", write(tmp_path / "x.jsonl", {"messages": messages}))
+    json_text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+    assert trained(encode_row(row, t), t) == [f"<|head|>cat{json_text}<|/head|></s>", "5</s>"]
+
+
+def test_arguments_that_the_template_ignores_are_refused():
+    t = tokenizer(TOOLS.replace("+ c.function.arguments | tojson", ""))
+    with pytest.raises(UserError, match="ignores message 1, arguments of a call; expected .*mat"):
+        encode([m | {"content": m.get("content")} for m in CALLED], t)
 
 
 PADDED = {"id": "1", "function": {"name": "cat", "arguments": {"the": "mat", "on": None}}}
@@ -611,16 +637,16 @@ def test_ends_of_trained_turns_are_reported():
     assert t.eos_id not in end
     rows = [{"where": "r", "messages": talk("a", "b", "c", "d"), "first": 0}]
     examples, _ = chat.encode_rows(rows, t, 1000)
-    assert chat.turn_ends(examples) == chat.turn_ends(list(examples)) == set(end)
+    assert turn_ends(examples) == turn_ends(list(examples)) == set(end)
     cut = examples[0].mask.tolist().index(True) + 1
-    assert chat.turn_ends(chat.encode_rows(rows, t, cut)[0]) == set(), "the turn is cut"
-    assert chat.turn_ends(chat.encode_rows(rows, t, cut + 1)[0]) == set(end)
+    assert turn_ends(chat.encode_rows(rows, t, cut)[0]) == set(), "the turn is cut"
+    assert turn_ends(chat.encode_rows(rows, t, cut + 1)[0]) == set(end)
     # A turn that its text ends is no reason to stop at its last word.
     t = tokenizer(UNCLOSED)
-    assert chat.turn_ends(chat.encode_rows(rows, t, 1000)[0]) == {t.eos_id}
+    assert turn_ends(chat.encode_rows(rows, t, 1000)[0]) == {t.eos_id}
     texts = [{"where": "r", "prompt": "1", "chosen": "2", "rejected": "3"}]
     pairs, _ = chat.encode_rows(texts, t, 9, pairs=True)
-    assert chat.turn_ends(pairs) == chat.turn_ends(list(pairs)) == {t.eos_id}
+    assert turn_ends(pairs) == turn_ends(list(pairs)) == {t.eos_id}
 
 
 def test_an_end_that_is_not_flagged_as_special_is_one():
@@ -703,7 +729,7 @@ def test_one_file_can_be_split(tmp_path):
     assert len(chat.load("train", tmp_path, one_file="split")) == 1, "a folder has its own splits"
 
 
-NO_ANSWER = "there is no answer; a row needs the fields 'messages', .* but has"
+NO_ANSWER = "there is no answer; needs 'messages', .* but has"
 ASSISTANT = {"role": "assistant", "content": "b"}
 
 
@@ -717,11 +743,11 @@ ASSISTANT = {"role": "assistant", "content": "b"}
         ({"messages": [*talk("a"), ASSISTANT | {"train": "no"}]}, "'train' of the assistant is 'no'; must be"),
         ({"messages": [talk("a")[0] | {"weight": 1}, ASSISTANT]}, "'weight' of the user is 1; .*0 for others"),
         ({"messages": [*talk("a"), ASSISTANT | {"reasoning": ["c"]}]},
-         "message 1: field 'reasoning' must be a text, not list"),
+         r"message 1: field 'reasoning' must be a text, not \['c'\]"),
         ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": [{"name": "cat", "arguments": "{the"}]}]},
-         "message 1, its calls, arguments must be a dict, or the JSON of one, not '{the'"),
+         "message 1: arguments of calls must be a dict, or the JSON of one, not '{the'"),
         ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": [{"name": "cat", "arguments": '"{}"'}]}]},
-         "arguments must be a dict, or the JSON of one, not '{}'"),
+         "arguments of calls must be a dict, or the JSON of one, not '{}'"),
         ({"messages": [*talk("a"), ASSISTANT | {"tool_calls": "cat"}]}, "calls must be a list, or the"),
         ({"messages": CHOSEN, "tools": "cat"}, "field 'tools' must be a list, or the JSON of one, not 'cat'"),
         ({"messages": CHOSEN, "tools": {"name": "cat"}}, "field 'tools' must be a list, or the JSON of one"),
@@ -730,7 +756,7 @@ ASSISTANT = {"role": "assistant", "content": "b"}
         ({"prompt": "a", "completion": "b", "system_prompt": "be nice"}, "field 'system_prompt' is not"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "be nice"}, "field 'system' is not"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [SCHEMA]}, "field 'tools' needs messages"),
-        ({"prompt": "a", "completion": "b", "label": "spam"}, "field 'label' is 'spam'; must be true for"),
+        ({"prompt": "a", "completion": "b", "label": "spam"}, "field 'label' is 'spam'; must be true or false"),
         ({"prompt": "a"}, NO_ANSWER + " prompt "),
         ({"text": "a"}, NO_ANSWER + " text "),
         ({"prompt": "a", "chosen": "b"}, NO_ANSWER + " prompt, chosen "),
@@ -740,17 +766,17 @@ ASSISTANT = {"role": "assistant", "content": "b"}
         ({"messages": talk("a", "", "b", "c")}, "message 1: the answer is empty"),
         ({"messages": []}, "field 'messages' must be a list of messages"),
         ({"messages": "a"}, "field 'messages' must be a list of messages"),
-        ({"messages": ["a"]}, "message 0: must be an object with role and content, not str"),
-        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "'content' must be a text, not list"),
+        ({"messages": ["a"]}, "message 0: must be an object with role and content, not 'a'"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "'content' must be a text, not .*'text': 'a'"),
         ({"messages": [{"from": "human", "value": "a"}]},
-         "message 0: field 'role' is None; must be .*; the message has the fields from, value "),
+         "message 0: field 'role' is None; must be .*; the fields are from, value "),
         ({"messages": [{"role": "bot", "content": "a"}]}, "'role' is 'bot'; must be one of system, user"),
         ({"prompt": "a", "completion": talk("b")}, "field 'completion' does not end with an answer"),
         ({"prompt": talk("a"), "completion": "b"}, "field 'completion' must be a list of messages, or a"),
         ({"prompt": talk("a"), "completion": talk("b")}, "field 'completion' does not end with an answer"),
         ({"prompt": CHOSEN, "completion": CHOSEN}, "field 'completion' does not end with an answer"),
         ({"chosen": "b", "rejected": "c"}, "field 'chosen' must be a list of messages, or a text"),
-        ({"chosen": CHOSEN, "rejected": talk("2+4?", "6")}, "do not begin with the same message"),
+        ({"chosen": CHOSEN, "rejected": talk("2+4?", "6")}, "'chosen' and 'rejected' do not begin alike"),
         ({"chosen": CHOSEN, "rejected": talk("2+3?")}, "field 'rejected' does not end with an answer"),
     ],
 )  # fmt: skip
@@ -767,12 +793,9 @@ GOOD = {"messages": CHOSEN}
 def test_up_to_one_bad_row_in_twenty_is_skipped_counted_and_printed(tmp_path, capsys):
     other = {"prompt": "a", "completion": "b"}  # of another form than the rows before it
     path = write(tmp_path / "x.jsonl", *[GOOD] * 38, other, {"messages": talk("a")})
-    assert len(chat.load("train", path)) == 38
+    assert len(chat.load("train", path)) == 39
     printed = capsys.readouterr().out
-    assert printed.startswith(f"skipped 2 of 40 rows: {path} row 38: has 'completion' as texts, but the rows")
-    assert f"; {path} row 39: field 'messages' does not end with an answer" in printed
-    with pytest.raises(UserError, match="x.jsonl row 2: has 'completion' as texts, .*; a file has one form"):
-        chat.load("train", write(tmp_path / "x.jsonl", *[GOOD] * 2, other))
+    assert printed.startswith(f"skipped 1 of 40 rows: {path} row 39: field 'messages' does not end with an")
 
     # What only the template refuses.
     t, good = tokenizer(MISTRAL), {"where": "r", "messages": talk("a", "b"), "first": 0}
@@ -823,7 +846,7 @@ def test_an_answer_that_repeats_its_prompt(prompt, answer, rest):
     pair = {"where": "r", "prompt": prompt, "chosen": answer, "rejected": answer + "6"}
     ((chosen, rejected),), counts = chat.encode_rows([pair], t, 100, pairs=True)
     assert listed(chosen) == listed(e) and t.decode(rejected.ids) == prompt + wanted + "6</s>"
-    with pytest.raises(UserError, match="r: field 'completion' is empty, so there is no answer"):
+    with pytest.raises(UserError, match="r: field 'completion' is empty"):
         chat.encode_rows([texts("2+3=", "2+3=")], t, 100)
 
 
@@ -842,7 +865,7 @@ def test_answers_labelled_as_bad_are_left_out(tmp_path):
 
 def test_reasoning_tasks_become_prompt_and_completion():
     rows = countdown.load("train", n=3, style="short")
-    examples, counts = chat.encode_rows(chat.rows_of_task(rows), LEARNED, 1000)
+    examples, counts = chat.encode_rows(rows_of_task(rows), LEARNED, 1000)
     assert counts == {"rows": 3, "kept": 3, "truncated": 0}
     for row, e in zip(rows, examples, strict=True):
         assert trained(e, LEARNED) == ["".join(row["hint"]) + row["answer"] + END]
@@ -881,7 +904,7 @@ def test_pairs_that_are_equal_up_to_max_length_are_skipped():
     t, rows = tokenizer(), [{"where": "r", "prompt": "1", "chosen": "2+2", "rejected": "2+3"}]
     assert chat.encode_rows(rows, t, 4, pairs=True)[1]["kept"] == 1
     assert chat.encode_rows(rows, t, 3, pairs=True)[1]["skipped: chosen equals rejected"] == 1
-    with pytest.raises(UserError, match="r: this loss needs pairs, but the row has no 'chosen'"):
+    with pytest.raises(UserError, match="r: this loss needs pairs, 'chosen' and 'rejected'"):
         chat.encode_rows([texts("1", "2")], t, 9, pairs=True)
 
 
@@ -890,13 +913,6 @@ def test_a_tokenizer_without_eos_and_a_missing_template_are_refused():
         chat.encode_rows([texts("a", "b")], tokenizer(CHATML, eos_token=None), 9)
     with pytest.raises(UserError, match="^template = 'chatlm': no such chat template"):
         chat.encode_rows([texts("a", "b")], tokenizer(CHATML), 9, "chatlm")
-
-
-def test_rows_beyond_the_window_are_counted():
-    t, rows = tokenizer(), [texts("?" * n, "2") for n in (1, 5, 9)]  # n + 2 tokens
-    key = "longer than the model's window of 6 tokens"
-    assert chat.encode_rows(rows, t, 100, window=6)[1][key] == 2
-    assert key not in chat.encode_rows(rows, t, 6, window=6)[1] | chat.encode_rows(rows, t, 100)[1]
 
 
 def test_processes_give_the_same_in_the_same_order(monkeypatch, capsys):
@@ -910,13 +926,12 @@ def test_processes_give_the_same_in_the_same_order(monkeypatch, capsys):
     alone = chat.encode_rows(rows, t, 12)
     assert not capsys.readouterr().out.count("tokenizing")
     monkeypatch.setattr(chat, "MANY", 1000)
-    monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
     shared = chat.encode_rows(rows, t, 12)
     assert pools == [2], "four cores for two processes of a torchrun"
     assert [listed(e) for e in alone[0]] == [listed(e) for e in shared[0]] and alone[1] == shared[1]
-    assert chat.turn_ends(shared[0]) == chat.turn_ends(alone[0]) and len(shared[0]) == 1199
+    assert turn_ends(shared[0]) == turn_ends(alone[0]) and len(shared[0]) == 1199
     printed = capsys.readouterr().out
-    shown = "".join(f"\rtokenizing {done} rows" for done in ("500/1,200", "1,000/1,200", "1,200/1,200"))
+    shown = "tokenizing 1,200 rows on 2 cores"
     assert printed.startswith(f"{shown}\nskipped 1 of 1,200 rows: r700: the chat template ignores message 1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert len(chat.encode_rows(rows, t, 12)[0]) == 1199 and pools == [2], "a core each: no further process"

@@ -1,32 +1,32 @@
 """experiments/compare.py: runs of a sweep, resumed and refused; the table's figures by hand; the figure."""
 
 import json
-import os
-import subprocess
 import sys
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 
+import train_uft
 from experiments import compare
 from infra.config import UserError
-from infra.training import ROOT
 
 FEW = "--train_rows=12 --test_rows=4 --problems=4 --mini_batch=4 --rollouts=2 --steps=2"
 FEW += " --eval_every=1 --sft_steps=2"
+UNITS = ("steps", "seconds", "sampled tokens")
 
 
-def write_run(folder, accuracies, tokens=None, seconds=2.0, done=True):
+def write_run(folder, accuracies, tokens=None, seconds=2.0, done=True, **more):
     """A run with a validation at the steps 0, 10, 20, ... and a metric of each tenth step."""
     folder.mkdir(parents=True)
     records = []
     for i, accuracy in enumerate(accuracies):
         if i and tokens:
             records.append({"step": 10 * i, "sampled_tokens": tokens * i, "loss": 0.5})
-        records.append({"step": 10 * i, "val/accuracy": accuracy, "train_s": seconds * i})
+        records.append({"step": 10 * i, "val/accuracy": accuracy, "train_s": seconds * i} | more)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (folder / "console.txt").touch()
-    if done:
-        (folder / "done").touch()
+    for name in ("config.toml", "console.txt", *["done"] * done):
+        (folder / name).touch()
 
 
 def rows_of(text):
@@ -37,9 +37,8 @@ def rows_of(text):
 
 def test_the_table_by_hand(tmp_path, capsys):
     for seed, last in enumerate((0.5, 0.6, 0.7)):
-        write_run(
-            tmp_path / f"uft-{seed}", [0, 0.1 + 0.2 * seed, last], tokens=1000 * (seed + 1), seconds=2 + seed
-        )
+        run = [0, 0.1 + 0.2 * seed, last]
+        write_run(tmp_path / f"uft-{seed}", run, tokens=1000 * (seed + 1), seconds=2 + seed)
     write_run(tmp_path / "rft,lr=1e-3-0", [0, 0.04, 0.02])
     write_run(tmp_path / "rft,lr=1e-3-1", [0, 0.9], done=False)
     compare.main(["--table", str(tmp_path)])
@@ -51,45 +50,50 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert uft["test accuracy"] == f"60.0 ± {100 * half:.1f}" and rft["test accuracy"] == "2.0"
     assert uft["each seed"] == "50.0 60.0 70.0" and (uft["steps"], uft["seconds, least"]) == ("20", "4")
     # Reached at the steps 20, 20, 10, after 4, 6, 4 seconds and 2,000, 4,000, 3,000 tokens.
-    goals = [uft[f"{unit} to 50 %"] for unit in ("steps", "seconds", "sampled tokens")]
-    assert goals == ["17", "5", "3,000"]
-    assert [rft[f"{unit} to 50 %"] for unit in ("steps", "seconds", "sampled tokens")] == ["-"] * 3
+    assert [uft[f"{unit} to 50 %"] for unit in UNITS] == ["17", "5", "3,000"]
+    assert [rft[f"{unit} to 50 %"] for unit in UNITS] == ["-"] * 3
     assert (tmp_path / "table.md").read_text() in out
     compare.main([f"--table={tmp_path}", "--goal=65"])
     assert rows_of(capsys.readouterr().out)["uft"]["steps to 65 %"] == "20 (1 of 3 seeds)"
 
 
+def test_the_figure_by_hand(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"uft-{seed}", [0, 0.5, 0.6], tokens=1_000_000 * (1 + seed), seconds=2 + seed)
+    write_run(tmp_path / "sft-0", [0.1, 0.2])
+    write_run(tmp_path / "sft-long-0", [0.1, 0.2, 0.3], seconds=1.0)
+    steps, tokens, seconds = compare.panels(compare.read_runs(tmp_path)).values()
+    points = lambda lines: {name: [(p.x, round(p.mean)) for p in line] for name, line in lines.items()}  # noqa: E731
+    assert points(steps) == {"uft": [(0, 0), (10, 50), (20, 60)], "sft": [(0, 10), (10, 20)]}
+    assert points(tokens) == {"uft": [(0, 0), (1.5, 50), (3, 60)]}  # sft samples none
+    assert list(seconds) == ["uft", "sft-long", "sft"]  # the best first
+    assert points(seconds)["uft"][-1] == (4, 60) and points(seconds)["sft-long"][-1] == (2, 30)
+    for i in range(7):
+        write_run(tmp_path / f"other{i}-0", [0, 0.1])
+    lines = next(iter(compare.panels(compare.read_runs(tmp_path)).values()))
+    assert not any(p.interval for line in lines.values() for p in line)  # bands would hide the lines
+
+
 def test_other_measures_are_columns_where_all_runs_have_them(tmp_path, capsys):
     for name in ("sft-0", "ift-0"):
-        write_run(tmp_path / name, [0.25])
-        line = {"step": 0, "val/accuracy": 0.25, "val/loss": 0.4321, "val/other_start": 0.5, "train_s": 1}
-        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line | {"step": 5}) + "\n")
+        write_run(tmp_path / name, [0.25, 0.25], **{"val/loss": 0.4321, "val/other_start": 0.5})
     compare.main([f"--table={tmp_path}"])
     sft = rows_of(capsys.readouterr().out)["sft"]
     assert (sft["test nll"], sft["from another first step"]) == ("0.432", "50.0")
 
 
 def test_a_grid_is_each_with_each():
-    cfg = compare.Config(
-        methods=("uft", "my/luffy.py", "sft-long"), grid="lr=2e-4,1e-3 hint_coef=.1", args="--steps=9"
-    )
+    methods = ("uft", "my/luffy.py", "sft-long")
+    cfg = compare.Config(methods=methods, grid="lr=2e-4,1e-3 hint_coef=.1", args="--steps=9")
     found = compare.settings(cfg)
-    assert list(found)[:3] == [
-        "uft,lr=2e-4,hint_coef=.1",
-        "uft,lr=1e-3,hint_coef=.1",
-        "luffy,lr=2e-4,hint_coef=.1",
-    ]
-    assert found["luffy,lr=1e-3,hint_coef=.1"] == [
-        "--algo=my/luffy.py",
-        "--steps=9",
-        "--lr=1e-3",
-        "--hint_coef=.1",
-    ]
+    names = ["uft,lr=2e-4,hint_coef=.1", "uft,lr=1e-3,hint_coef=.1", "luffy,lr=2e-4,hint_coef=.1"]
+    assert list(found)[:3] == names
+    luffy = ["--algo=my/luffy.py", "--steps=9", "--lr=1e-3", "--hint_coef=.1"]
+    assert found["luffy,lr=1e-3,hint_coef=.1"] == luffy
     assert found["sft-long,lr=2e-4,hint_coef=.1"][:2] == ["--algo=sft", "--sft_steps=5000"]
-    assert compare.settings(compare.Config(paper="ift", methods=("residual", "dpo"))) == {
-        "residual": ["--loss=ift", "--propagate=false"],
-        "dpo": ["--loss=dpo"],
-    }
+    assert compare.settings(compare.Config(methods=("sft-rft",)))["sft-rft"][1] == "--sft_steps=313"
+    found = compare.settings(compare.Config(paper="ift", methods=("residual", "dpo")))
+    assert found == {"residual": ["--loss=ift", "--propagate=false"], "dpo": ["--loss=dpo"]}
 
 
 @pytest.mark.parametrize(
@@ -107,32 +111,57 @@ def test_refusals(args, message):
         compare.main(args)
 
 
-def test_a_sweep_is_made_once_resumed_and_reported(tmp_path, capsys):
+real = compare.subprocess.run
+
+
+def in_this_process(command, stdout, **options):
+    """subprocess.run of a trainer, without the seconds of importing torch unless the run fails."""
+    if "--sft_lr=nothing" in command:
+        return real(command, stdout=stdout, **options)
+    with redirect_stdout(stdout):
+        train_uft.main(command[2:])
+    return SimpleNamespace(returncode=0)
+
+
+def test_a_sweep_is_made_once_resumed_and_reported(tmp_path, capsys, monkeypatch):
     """Two methods at two points, one of them wrong; the same command makes only what is missing."""
-    command = [
-        sys.executable,
-        "experiments/compare.py",
-        "--methods=sft",
-        "--grid=sft_lr=1e-3,nothing",
-        "--seeds=1",
-    ]
-    command += [f"--args={FEW}", f"--out_dir={tmp_path}"]
-    run = lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))  # noqa: E731
-    first = run()
-    assert first.returncode == 2 and "sft,sft_lr=nothing seed 0: error: sft_lr = 'nothing'" in first.stdout
-    assert "1 of 2 runs failed" in first.stderr and "Traceback" not in first.stderr
-    assert rows_of(first.stdout)["sft,sft_lr=1e-3"]["steps"] == "2"
+    monkeypatch.setattr(compare.subprocess, "run", in_this_process)
+    common = ["--methods=sft", "--seeds=1", "--jobs=1", f"--args={FEW}", f"--out_dir={tmp_path}"]
+    with pytest.raises(UserError, match="1 of 2 runs failed"):
+        compare.main([*common, "--grid=sft_lr=1e-3,nothing"])
+    out = capsys.readouterr().out
+    assert "sft,sft_lr=nothing seed 0: error: sft_lr = 'nothing'" in out and "Traceback" not in out
+    assert rows_of(out)["sft,sft_lr=1e-3"]["steps"] == "2"
     written = tmp_path / "sft,sft_lr=1e-3-0" / "metrics.jsonl"
-    made = written.stat().st_mtime_ns
-    command[3] = "--grid=sft_lr=1e-3"
-    assert run().returncode == 0 and written.stat().st_mtime_ns == made
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-    before = written.read_bytes()
+    made, before = written.stat().st_mtime_ns, written.read_bytes()
+    compare.main([*common, "--grid=sft_lr=1e-3"])
+    assert written.stat().st_mtime_ns == made and (tmp_path / "curves.png").stat().st_size > 1000
     (written.parent / "done").unlink()  # as if it had been interrupted after its last checkpoint
-    assert run().returncode == 0 and written.read_bytes() == before and (written.parent / "done").exists()
-    command[5] = f"--args={FEW} --seed=7"
-    again = run()
-    assert "was made with --algo=sft" in again.stdout and "give another --out_dir" in again.stdout
+    compare.main([*common, "--grid=sft_lr=1e-3"])
+    assert written.read_bytes() == before and (written.parent / "done").exists()
+    with pytest.raises(UserError, match="1 of 1 runs failed"):
+        compare.main([*common, f"--args={FEW} --seed=7", "--grid=sft_lr=1e-3"])
+    again = capsys.readouterr().out
+    assert "was made with --algo=sft" in again and "give another --out_dir" in again
+
+
+def test_the_field_is_searched_and_then_run_at_the_better_value(tmp_path, monkeypatch):
+    """With a stand-in for the trainer: the search is judged by validation, the base runs have three seeds."""
+
+    def stand_in(name, flags, seed, cfg):
+        better = name in ("uft,hint_coef=0.1", "rft,lr=2e-4")
+        run = compare.Path(cfg.out_dir) / f"{name}-{seed}"
+        if not run.exists():
+            write_run(run, [0, 0.5 if better else 0.4], tokens=10)
+        made.append((compare.Path(cfg.out_dir).name, name, flags, seed))
+
+    made = []
+    monkeypatch.setattr(compare, "train", stand_in)
+    compare.main(["--suite=field", f"--out_dir={tmp_path}"])
+    chosen = {name: flags for stage, name, flags, seed in made if stage == "base" and seed == 2}
+    assert chosen["uft"] == ["--algo=uft", "--hint_coef=0.1"] and chosen["rft"] == ["--algo=rft", "--lr=2e-4"]
+    assert {name for stage, name, _, seed in made if seed == 4} == {name for s, name, *_ in made if s == "tenth"}
+    assert len(chosen) == 19 and (tmp_path / "base/curves.png").stat().st_size > 1000
 
 
 def test_without_matplotlib_one_line_names_the_extra(tmp_path, capsys, monkeypatch):

@@ -6,6 +6,8 @@ import copy
 import pytest
 import torch
 
+import model as plain_head
+from fast import head as fast_head
 from fast.compiled import compile_blocks, or_uncompiled
 from lora import adapted_layers, add_adapters
 from model import Block, ModelConfig, Transformer
@@ -119,6 +121,34 @@ def test_nothing_is_compiled_in_the_middle_of_a_run(monkeypatch):
         plain = generate(model, prompts, n, **knobs, fast=False)
         assert [[c.tokens for c in g] for g in outputs] == [[c.tokens for c in g] for g in plain]
     assert counters["stats"]["unique_graphs"] == programs == 3  # prefill, decode, draw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_head_is_the_plain_one(dtype, monkeypatch):
+    """Two programs for any number of rows; one row is computed without them."""
+    monkeypatch.setattr(fast_head, "CPU_CHUNK", 64 * 90)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fast_head.compile_chunks(True)
+    try:
+        for n in (70, 200, 65, 1):
+            g, results = torch.Generator().manual_seed(n), []
+            inputs = [torch.randn(k, 12, generator=g) for k in (n, 90)]
+            targets, t = torch.randint(90, (n,), generator=g), torch.linspace(0.5, 2.0, n)
+            for head in (plain_head, fast_head):
+                hidden, weight = (x.clone().requires_grad_() for x in inputs)
+                with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                    loss, *values = head.token_loss(
+                        hidden, weight, targets, lambda p, h: (p.exp() + p - h).sum() / 300, (), t, True
+                    )
+                loss.backward()
+                results.append([loss.detach(), *values, hidden.grad, weight.grad])
+            for a, b in zip(*results, strict=True):
+                assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * a.norm()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    finally:
+        fast_head.compile_chunks(False)
 
 
 @pytest.mark.slow

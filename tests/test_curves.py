@@ -25,10 +25,8 @@ IFT = "--epochs=0.5 --batch=4 --train_rows=16 --test_rows=6 --eval_every=1 --dev
 
 def write_run(folder, records, **config):
     folder.mkdir(parents=True)
-    lines = [
-        f"{k} = {json.dumps(v)}" for k, v in ({"seed": 0, "lr": 0.1, "out_dir": str(folder)} | config).items()
-    ]
-    (folder / "config.toml").write_text("\n".join(lines) + "\n")
+    knobs = {"seed": 0, "lr": 0.1, "out_dir": str(folder)} | config
+    (folder / "config.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in knobs.items()))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
 
@@ -45,18 +43,16 @@ def without_matplotlib(monkeypatch):
 
 
 def test_a_single_run_has_the_interval_that_it_logged():
-    run = logged(
-        {"step": 0, "val/accuracy": 0.25, "val/low": 0.125, "val/high": 0.5}, {"step": 1, "loss": 3.0}
-    )
+    tested = {"step": 0, "val/accuracy": 0.25, "val/low": 0.125, "val/high": 0.5}
+    run = logged(tested, {"step": 1, "loss": 3.0})
     assert curve([run], PANEL["val/accuracy"]) == [(0, 25.0, (12.5, 50.0))]
     assert curve([run], PANEL["loss"]) == [(1, 3.0, None)]
 
 
 def test_seeds_have_a_mean_and_a_t_interval():
-    runs = [
-        logged({"step": 4, "val/loss": v, "val/accuracy": v / 10, "val/low": 0, "val/high": 1})
-        for v in (1, 2, 6)
-    ]
+    runs = []
+    for v in (1, 2, 6):
+        runs.append(logged({"step": 4, "val/loss": v, "val/accuracy": v / 10, "val/low": 0, "val/high": 1}))
     half = 4.302653 * 7**0.5 / 3**0.5  # t(2) sd / sqrt(n)
     ((x, mean, interval),) = curve(runs, PANEL["val/loss"])
     assert (x, mean) == (4, 3.0) and interval == pytest.approx((3 - half, 3 + half), rel=1e-5)
@@ -76,23 +72,27 @@ def test_training_metrics_are_means_over_windows_and_validations_are_not():
 
 
 def test_success_by_hint_length_is_a_mean_over_steps():
-    run = logged(
-        {"step": 1, BY_HINT + "0": 0.0, BY_HINT + "10": 1.0}, {"step": 2, BY_HINT + "0": 0.5, "solved": 1.0}
-    )
+    first = {"step": 1, BY_HINT + "0": 0.0, BY_HINT + "10": 1.0}
+    run = logged(first, {"step": 2, BY_HINT + "0": 0.5, "solved": 1.0})
     assert curve([run], PANEL[BY_HINT]) == [(0, 25.0, None), (10, 100.0, None)]
 
 
-def test_panels_without_data_are_left_out():
-    run = logged({"step": 1, "hint/share": 0.0, "actor/kl_loss": 0.0, "actor/entropy": 0.5, "grad_norm": 1.0})
-    assert [p.key for p in all_curves({"a": [run]})] == ["hint/share", "actor/entropy"]  # no reference: no KL
+def test_panels_without_data_are_not_drawn(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: drawn.append(self.axes))
+    metrics = {"hint/share": 0.0, "actor/kl_loss": 0.0, "actor/entropy": 0.5, "grad_norm": 1.0}
+    plot.draw(all_curves({"a": [logged({"step": 1} | metrics)]}), tmp_path / "x.png")
+    titles = [axis.get_title() for axis in drawn[0]]
+    assert titles == ["share of the solution shown, %", "entropy, nats"]  # no reference: no KL
 
 
 def test_rollout_metrics_have_the_success_by_hint_length():
     rewards, shown = [[1.0, 0.1], [1.0, 1.0], [0.0, 0.1], [1.0, 1.0]], [0, 3, 0, 5]
-    groups = [
-        [answer([1], [], [2], reward=r, shown=k) for r in group]
-        for group, k in zip(rewards, shown, strict=True)
-    ]
+    groups = []
+    for group, k in zip(rewards, shown, strict=True):
+        groups.append([answer([1], [], [2], reward=r, shown=k) for r in group])
     groups.append([answer([1], [2, 3], [], shown=5)])  # a demonstration, of which nothing was sampled
     metrics = rollout_metrics(groups, [SimpleNamespace(segments=5)])
     by_hint = {k: v for k, v in metrics.items() if k.startswith(BY_HINT)}
@@ -104,33 +104,27 @@ def test_rollout_metrics_have_the_success_by_hint_length():
 
 
 def methods(*folders):
-    return {
-        name: [r.folder.name for r in runs]
-        for name, runs in plot.group_seeds(list(map(read_run, folders))).items()
+    groups = plot.group_seeds(list(map(read_run, folders))).items()
+    return {name: [str(r.folder.relative_to(r.folder.parents[1])) for r in runs] for name, runs in groups}
+
+
+def test_runs_that_differ_in_the_seed_and_the_number_only_are_one_method(tmp_path):
+    a = [write_run(tmp_path / f"a/uft-{s}", [], seed=s, device=f"cuda:{s}") for s in (0, 1, 10)]
+    c = [write_run(tmp_path / f"a/uft-lr-{s}", [], seed=s, lr=0.2) for s in (0, 1)]
+    b = [write_run(tmp_path / "b/uft-0", [], seed=0), write_run(tmp_path / "b/uft-2", [], seed=2, lr=0.3)]
+    assert methods(*a, *c, *b) == {
+        "a/uft-0 (3 seeds)": ["a/uft-0", "a/uft-1", "a/uft-10"],
+        "a/uft-lr-0 (2 seeds)": ["a/uft-lr-0", "a/uft-lr-1"],
+        "b/uft-0": ["b/uft-0"],  # a seed's second run: something in the code may differ
+        "b/uft-2": ["b/uft-2"],  # another lr
     }
-
-
-def test_runs_that_differ_in_the_seed_only_are_one_method(tmp_path):
-    a = [write_run(tmp_path / f"uft-{s}", [], seed=s, device=f"cuda:{s}") for s in (0, 1, 10)]
-    b = write_run(tmp_path / "other", [], seed=1, lr=0.2)
-    assert methods(*a, b) == {"uft (3 seeds)": ["uft-0", "uft-1", "uft-10"], "other": ["other"]}
-    assert methods(b) == {"other": ["other"]}
-
-
-def test_runs_with_the_same_seed_stay_apart(tmp_path):
-    folders = [
-        write_run(tmp_path / f"{name}-{s}", [], seed=s) for name in ("plain", "variant") for s in (0, 1)
-    ]
-    assert methods(*folders) == {f.name: [f.name] for f in folders}
+    assert methods(b[0]) == {"uft-0": ["b/uft-0"]}
 
 
 def test_the_losses_of_one_ift_run_stay_apart(tmp_path):
-    folders = [
-        write_run(tmp_path / f"s{s}" / loss, [], seed=s, loss=["sft", "ift"])
-        for s in (0, 1)
-        for loss in ("sft", "ift")
-    ]
-    assert methods(*folders) == {"sft (2 seeds)": ["sft", "sft"], "ift (2 seeds)": ["ift", "ift"]}
+    every = [(s, loss) for s in (0, 1) for loss in ("sft", "ift")]
+    folders = [write_run(tmp_path / f"s{s}" / loss, [], seed=s, loss=["sft", "ift"]) for s, loss in every]
+    assert methods(*folders) == {f"s0/{x} (2 seeds)": [f"s0/{x}", f"s1/{x}"] for x in ("sft", "ift")}
 
 
 def test_pictures_of_all_runs_in_a_folder(tmp_path, capsys):
@@ -140,22 +134,19 @@ def test_pictures_of_all_runs_in_a_folder(tmp_path, capsys):
     for name in ("new/curves.png", "curves.svg"):
         plot.main([str(tmp_path / "runs"), f"--out={tmp_path / name}"])
         printed = capsys.readouterr().out
-        assert (
-            "uft-1 ends at step 2; other seeds of uft (2 seeds) at 3" in printed
-            and str(tmp_path / name) in printed
-        )
+        assert "uft-0 (2 seeds): some end at step 2, others at 3" in printed
+        assert str(tmp_path / name) in printed
     assert (tmp_path / "new/curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in (tmp_path / "curves.svg").read_text()
 
 
-def test_without_matplotlib_the_figures_are_text(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_last_figures_are_text(tmp_path, capsys, monkeypatch):
     without_matplotlib(monkeypatch)
     records = [{"step": 2 * i, "val/accuracy": i / 100, "val/low": 0, "val/high": 0.5} for i in range(11)]
     plot.main([str(write_run(tmp_path / "a", records)), f"--out={tmp_path / 'x.png'}"])
     assert capsys.readouterr().out.splitlines() == [
-        "test accuracy, %, by step",
-        "  a  " + "   ".join(f"{2 * i}: {i} [0, 50]" for i in (0, 2, 4, 6, 8, 10)),
         "no picture: it needs matplotlib, the extra `plot`: pip install -e '.[plot]'",
+        "test accuracy, %, a: 10 at step 20",
     ]
     assert not (tmp_path / "x.png").exists()
 
@@ -174,7 +165,7 @@ def test_mistakes_are_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match=message):
             plot.main(args)
     with open(run / "metrics.jsonl", "a") as f:
-        f.write('{"step": 2, "lo')  # half a line: the run is still writing
+        f.write('\n\n{"step": 2, "lo')  # half a line: the run is still writing
     assert len(read_run(run).records) == 1
     (run / "metrics.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: not written by a run"):
@@ -223,14 +214,9 @@ def test_a_resumed_run_continues_on_wandb_and_ends_with_its_curve(tmp_path, monk
     with monkeypatch.context() as m, pytest.raises(KeyError):
         m.setattr(training, "save_and_stop", fail_after_two)
         train_uft.main(argv)
-    assert (
-        fake.inits[0]["project"] == "tales" and fake.inits[0]["name"] == "a" and fake.inits[0]["id"] is None
-    )
-    assert (
-        fake.inits[0]["config"]["steps"] == 3
-        and not fake.finished
-        and not (tmp_path / "a/curve.png").exists()
-    )
+    first = fake.inits[0]
+    assert (first["project"], first["name"], first["id"]) == ("tales", "a", None)
+    assert first["config"]["steps"] == 3 and not fake.finished and not (tmp_path / "a/curve.png").exists()
     train_uft.main([*argv, "--resume=true"])
     assert fake.inits[1]["id"] == "id1" and fake.inits[1]["resume"] == "allow" and fake.finished == ["id1"]
     assert fake.logged == {"id1": metrics_of(tmp_path / "a")} and len(fake.logged["id1"]) == 6
@@ -250,9 +236,6 @@ def test_each_loss_is_a_run_on_wandb_and_without_matplotlib_nothing_is_drawn(tmp
 
 def test_a_broken_matplotlib_or_log_does_not_fail_a_run_that_has_ended(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
-    with open(run / "metrics.jsonl", "a") as f:
-        f.write("\n\n")
-    assert len(read_run(run).records) == 1
     with open(run / "metrics.jsonl", "a") as f:
         f.write("nonsense\n")
     plot.draw_run(run)

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from test_fuzz import ODD, no_hang
 
 from data import chat
-from data.tokenizer import GPT2_PATTERN, GPT4_PATTERN, TINY_PATTERN, Tokenizer
+from data.pieces import GPT2_PATTERN, GPT4_PATTERN, TINY_PATTERN
+from data.tokenizer import Tokenizer
 from experiments.tiny_base import learn_tokenizer
 from infra.config import UserError, fail
 from infra.huggingface import config_from_dict, load_model

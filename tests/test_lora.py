@@ -18,11 +18,13 @@ import train_uft
 from data.chat import Example
 from data.tokenizer import Tokenizer
 from fast import head as fast_head
-from infra import training
+from infra import parallel, training
 from infra.config import UserError
 from infra.parallel import refresh, whole_copy
 from model import ModelConfig, Transformer
+from sampler import generate
 
+CPU = torch.device("cpu")
 IDS = torch.randint(0, 100, (3, 20), generator=torch.Generator().manual_seed(0))
 RUN = ["--train_rows=40", "--test_rows=8", "--save_every=2", "--show=0", "--threads=1", "--device=cpu"]
 RUN += ["--lora_rank=4"]
@@ -76,17 +78,56 @@ def test_an_adapter_of_full_rank_reaches_the_loss_of_training_the_weight():
     assert trained(1) > 1.05 * best
 
 
+def rounded(model):
+    """With its frozen weights in bfloat16."""
+    for p in lora.base_parameters(model).values():
+        p.data = p.data.bfloat16()
+    return model
+
+
+def trainers_logprobs(model, prompts, outputs):
+    """Of sampled tokens (N,), as train_uft.logprobs() has them."""
+    logps = []
+    for prompt, group in zip(prompts, outputs, strict=True):
+        for c in group:
+            ids = torch.tensor([prompt + c.tokens])
+            with parallel.autocast(CPU, str(model.head_weight.dtype).removeprefix("torch.")), torch.no_grad():
+                states = model.hidden(ids)[0, len(prompt) - 1 : -1]
+                logps.append(fast_head.token_logprobs(states, model.head_weight, ids[0, len(prompt) :])[0])
+    return torch.cat(logps)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_one_process_samples_from_the_adapters_themselves(dtype, near, fast):
+    """Also in bfloat16, where merging would round small adapters away."""
+    model = small_model() if dtype == torch.float32 else rounded(small_model())
+    assert whole_copy(model, dtype) is model
+    prompts = IDS[:, :5].tolist()
+    outputs = generate(model, prompts, 3, 15, fast=fast)
+    theirs = torch.tensor([p for group in outputs for c in group for p in c.logprobs])
+    ours = trainers_logprobs(model, prompts, outputs)
+    assert (theirs - ours).abs().mean() < near
+    with torch.no_grad():
+        for layer in lora.adapted_layers(model).values():
+            layer.lora_B *= 1e-3 if dtype == torch.bfloat16 else 0
+    if dtype == torch.bfloat16:  # merged, nearly all of it is gone
+        name, weight = "model.layers.0.mlp.up_proj.weight", model.model.layers[0].mlp.up_proj.weight
+        assert (lora.merged_weight(model, name, weight).bfloat16() == weight).float().mean() > 0.9
+    changed = generate(model, prompts, 3, 15, fast=fast)
+    assert [c.logprobs for g in changed for c in g] != [c.logprobs for g in outputs for c in g]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_logits_equal_unmerged_ones(dtype):
     model = small_model()
-    merged = whole_copy(model, torch.float32)
+    with torch.device("meta"):
+        merged = Transformer(model.config)
     refresh(merged, model)
     assert (model(IDS) - Transformer.from_pretrained(TINY, torch.float32)(IDS)).abs().max() > 0.5
     torch.testing.assert_close(merged(IDS), model(IDS), rtol=0, atol=1e-5)
     if dtype == torch.bfloat16:  # frozen weights in bfloat16: merging adds in float32
-        for p in lora.base_parameters(model).values():
-            p.data = p.data.bfloat16()
-        refresh(merged, model)
+        refresh(merged, rounded(model))
         name = "model.layers.0.mlp.up_proj"
         layer = model.get_submodule(name)
         expected = layer.weight.float() + 2.0 * layer.lora_B @ layer.lora_A
@@ -270,7 +311,9 @@ def test_the_samplers_weights_take_no_memory_between_rollouts(tmp_path, monkeypa
         return update(run, *args)
 
     monkeypatch.setattr(train_uft, "update", watching)
-    train_uft.main([*UFT, f"--out_dir={tmp_path}"])
+    flags = [*UFT, "--dtype=bfloat16", "--rollout_dtype=float32"]
+    monkeypatch.setattr("infra.parallel.has_bfloat16", lambda device: True)
+    train_uft.main([*flags, f"--out_dir={tmp_path}"])
     assert seen and all(seen)
 
 

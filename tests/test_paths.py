@@ -256,8 +256,8 @@ WHAT_THEY_HAVE = {  # kinds of trajectories in a run; of others, either kind may
 )
 def test_uft_is_the_same_fast_and_plain(knobs, tmp_path, checked):
     algo = knobs.split()[0].removeprefix("--algo=")
-    more = {"relift": "--relift_buffer=2", "published": "--token_budget=200"}.get(algo, "--steps=3")
-    assert_same_runs([*UFT, more, *knobs.split()], tmp_path)
+    more = {"relift": "--relift_buffer=2", "published": "--token_budget=200", "trapo": "--rollouts=4"}.get(algo, "")
+    assert_same_runs([*UFT, *f"{more} {knobs}".split()], tmp_path)
     done = steps(tmp_path / "plain")
     assert len(done) == {"sft": 2, "sft-rft": 5}.get(algo, 3)
     assert checked["trajectories"] >= 16

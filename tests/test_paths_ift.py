@@ -15,7 +15,7 @@ import model as model_module
 import train_ift
 import train_uft
 from data.chat import Example
-from fast import prefix
+from fast import engine, prefix
 from model import Transformer
 
 each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
@@ -209,6 +209,25 @@ def test_a_run_is_the_same_fast_and_plain(knobs, tmp_path):
     for name, base in load_file(COUNTDOWN / "model.safetensors").items():
         moved = (b[name] - base).abs().mean()
         assert moved > 0 and (a[name] - b[name]).abs().mean() < 0.02 * moved, name
+
+
+def test_no_engine_is_kept_after_a_validation(tmp_path, monkeypatch):
+    """On CUDA it has up to half of the card. With a stand-in that keeps one on a CPU."""
+    seen, real, update = [], engine.engine_for, train_ift.update
+
+    def keeping(model, *args):
+        model.__dict__["_engine"] = (None, made := real(model, *args))
+        seen.append("made")
+        return made
+
+    def watching(run, *args):
+        seen.append("kept" if "_engine" in vars(run.rollout_model) else "dropped")
+        return update(run, *args)
+
+    monkeypatch.setattr(engine, "engine_for", keeping)
+    monkeypatch.setattr(train_ift, "update", watching)
+    train_ift.main([*IFT, "--loss=ift", "--steps=2", "--eval_every=1", f"--out_dir={tmp_path}"])
+    assert seen == ["made", "made", "dropped", "made", "made", "dropped", "made", "made"]
 
 
 # ---- a formula is written once -----------------------------------------------------------------------------

@@ -4,8 +4,10 @@ of them wrote is continued by any other; and in bfloat16, with few and odd rows,
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ UFT = (
 )
 IFT = "train_ift.py --epochs=0.75 --batch=6 --token_budget=250 --train_rows=40 --test_rows=11"
 LORA = "--lora_rank=4 --dtype=float32"
+TORCHRUN = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=1800"
 slow = pytest.mark.slow
 
 
@@ -182,6 +185,39 @@ def test_an_error_of_any_process_is_one_line(tmp_path):
     assert result.returncode != 0 and len(lines) == 2
     assert all("max_prompt = 3: must be >= " in line for line in lines)
     assert sum(line.startswith("error (process 1): ") for line in lines) == 1
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_launcher_saves_and_stops_all_processes(number, tmp_path):
+    """With torchrun's flags of docs/gpus.md; without them SIGUSR1 ends the launcher alone."""
+    steps = "train_uft.py --steps=500 --problems=6 --mini_batch=3 --train_rows=40 --test_rows=2"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0", *TORCHRUN.split()]  # fmt: skip
+    flags = "--print_every=1 --save_every=1000 --eval_every=1000 --device=cpu --threads=1 --show=0".split()
+    command = [sys.executable, *launcher, *steps.split(), *flags, f"--out_dir={tmp_path / 'out'}"]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    wait_for(lambda: "step 2/500" in (tmp_path / "log").read_text())
+    run.send_signal(number)
+    assert run.wait(60) != 0
+    done = json.loads((tmp_path / "out/resume/state.json").read_text())["step"]
+    assert f"stopped by a signal after step {done}; --resume=true continues" in (tmp_path / "log").read_text()
+    assert 2 <= done < 500
+    everything = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path / "out") not in everything  # no process is left
+
+
+def test_the_flags_of_torchrun_are_those_documented():
+    assert TORCHRUN in (ROOT / "docs/gpus.md").read_text()
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
 
 
 COUNT = """

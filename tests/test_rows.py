@@ -154,7 +154,7 @@ def test_what_is_no_text_at_all(tmp_path):
         read_records(tmp_path / "rows.json", "train")
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(
-        UserError, match=r"rows\.csv: unknown kind of file; must be \.parquet, \.jsonl or \.json"
+        UserError, match=r"rows\.csv: unknown kind of file; must be \.parquet, \.jsonl, \.json"
     ):
         read_records(tmp_path / "rows.csv", "train")
     with pytest.raises(UserError, match="no such file or folder"):
@@ -214,8 +214,8 @@ def test_json_lines_in_a_file_named_json(tmp_path):
 @pytest.mark.parametrize(
     ("value", "wanted"),
     [
-        ("9" * 5000, "line 2: an integer has too many digits"),
-        ("[" * 100_000, "line 2: .*(nested too deeply|not JSON)"),
+        ("9" * 5000, "line 2: not readable JSON .*4300 digits"),
+        ("[" * 100_000, "line 2: not readable JSON .*recursion"),
     ],
 )
 def test_values_python_cannot_read_are_refused_in_one_line(value, wanted, tmp_path):

@@ -31,6 +31,15 @@ def score(response, truth):
 SOLUTION = '"hint": [w], "answer": "!",'
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The model is too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def write_task(tmp_path, more="", solution=SOLUTION):
     path = tmp_path / "say.py"
     path.write_text(TASK.replace("SOLUTION", solution) + more)
@@ -75,7 +84,7 @@ def test_a_base_of_ones_own_task(tmp_path, capsys):
     tiny_base.main([*args, "--steps=3"])
     out = capsys.readouterr().out
     assert "the format is not kept" in out and "prompts are ignored" in out and "never succeeds" in out
-    tiny_base.main([*args, "--steps=120", "--right=1"])
+    tiny_base.main([*args, "--steps=90", "--right=1"])
     out = capsys.readouterr().out
     assert "too often" in out and not any(x in out for x in ("not kept", "change: prompts", "never"))
     vocab_size = Tokenizer.from_pretrained(tmp_path / "say").vocab_size
@@ -83,13 +92,15 @@ def test_a_base_of_ones_own_task(tmp_path, capsys):
     assert (config.vocab_size, config.max_position_embeddings) == (vocab_size, 512)
 
 
-def test_a_task_makes_its_own_texts(tmp_path, capsys):
-    made = 'def base_text(rng):\n    w = rng.choice("abc") * 3\n    return f"say {w}\\n", w + "!"\n'
+PAIR = 'def base_text(rng):\n    w = rng.choice("abc") * 3\n    return f"say {w}\\n", w + "!"\n'
+WHOLE = 'def base_text(rng):\n    return "say %s\\n%s!" % ((rng.choice("abc") * 3,) * 2)\n'
+
+
+@pytest.mark.parametrize("made", [PAIR, WHOLE], ids=["pair", "whole"])
+def test_a_task_makes_its_own_texts(tmp_path, capsys, made):
     tiny_base.main([*write_task(tmp_path, made, solution=""), "--steps=120"])
-    assert "the format is not kept" not in capsys.readouterr().out
-    whole = 'def base_text(rng):\n    return "say %s\\n%s!" % ((rng.choice("abc") * 3,) * 2)\n'
-    tiny_base.main([*write_task(tmp_path, whole, solution=""), "--steps=120"])
-    assert "change: prompts are ignored" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "change: prompts are ignored" not in out and (made == WHOLE or "is not kept" not in out)
 
 
 @pytest.mark.parametrize(

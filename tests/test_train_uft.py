@@ -488,9 +488,8 @@ def test_the_correction_weighs_the_loss_of_each_sampled_token_and_the_mismatch_i
     model = tiny()
     groups = weighed(some_groups(model))
     before, after = copies(groups), copies(groups)
-    measured = train_uft.settle_old_logprobs(
-        SimpleNamespace(model=model), after, Config(rollout_correction="token")
-    )
+    run, cfg = SimpleNamespace(model=model), Config(rollout_correction="token")
+    measured = mismatch.settle(run, after, train_uft.recompute_old_logprobs, cfg)
     pairs = list(zip(train_uft.flat(before), train_uft.flat(after), strict=True))
     d = np.concatenate([(t.old_logp - old.old_logp)[t.n_given :] for old, t in pairs])
     weights = np.exp(d).clip(max=3)
@@ -611,6 +610,29 @@ def test_every_method_trains_on_what_its_row_says(algo, tmp_path, trained):
     assert all(math.isfinite(m["actor/loss"]) and m["lr"] > 0 for m in lines)
     assert any(m.get("hint/share", 0) > 0 for m in lines) == (algo in ("uft", "r3", "stage", "rft-cosine"))
     Transformer.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("algo", ["sft", "uft", "luffy", "hpt", "chord", "trapo", "prefix_rft", "on_failure"])
+def test_a_problem_without_a_solution_is_sampled_whatever_the_method_gives(algo, tmp_path, trained, capsys):
+    rows = data.countdown.load("train", n=9, style="short")
+    for row in rows[1:7]:
+        row |= {"hint": [], "answer": ""}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    phases = ["--steps=2", "--sft_steps=2", "--p_low=1", "--p_high=1", f"--data_path={tmp_path / 'rows.jsonl'}"]
+    phases += ["--train_rows=8", "--test_rows=1", "--rollouts=4"]
+    go(tmp_path / "out", f"--algo={algo}", "--problems=2" if algo == "sft" else "--problems=8", *phases)
+    field = "hint" if train_uft.find(algo)[0].needs == "hint" else "answer"
+    left = "they are left out" if algo == "sft" else "everything is sampled"
+    assert f"note: 6 of 8 training problems have no {field}: {left}" in capsys.readouterr().out
+    given = {t.pick.problem for groups in trained for t in train_uft.flat(groups) if t.n_given}
+    assert given == {0, 7}
+
+
+def test_a_step_logs_no_means_over_nothing(tmp_path):
+    go(tmp_path, "--algo=sft-rft", "--sft_steps=1", "--steps=1")
+    supervised, sampled = steps(tmp_path)
+    assert "actor/hint_nll" in supervised and "actor/hint_nll" not in sampled
+    assert "actor/pg_loss" in sampled and not {"actor/pg_loss", "actor/kl_loss"} & supervised.keys()
 
 
 def test_a_supervised_solution_ends_with_its_answer_and_the_stop_token(tmp_path, trained):
@@ -856,6 +878,7 @@ def refused(capsys, monkeypatch, *args):
         ("--mini_batch=3", "mini_batch"),
         ("--temperature=0", "temperature"),
         ("--p_low=0.9 --p_high=0.5", "p_low"),
+        ("--algo=luffy --loss_norm=constant", "loss_norm = 'constant': must be tokens: luffy has its own weights"),
         ("--hint_steps=0", "hint_steps"),
         ("--task=chess", "countdown"),
         ("--device=tpu", "device"),

@@ -359,6 +359,7 @@ def test_adaback(world):
     assert after(0, 3, 1.0, 0.0) == ([0.0, 0.75], [0.0625, 0.875])
     assert module.interval(5, memory) == [0.0625, 0.875]  # a new problem begins at the averages
     assert after(5, 2, 0.0, 0.0) == ([0.5, 0.875], [0.28125, 0.875])
+    assert after(5, 0, 0.0, 0.0)[0] == [0.5, 0.875]  # a share of 0 that was forced moves nothing
     assert world.run.metrics["adaback/hi"] == 0.875
     rng = np.random.default_rng(0)
     cfg = config(adaback_zero=0.0)
@@ -377,23 +378,25 @@ def test_relift(world):
     groups = groups_of([0.0, 0.9], [1.0, 0.0], [0.0, 0.0])
     assert method.after_rollout(groups, world.run, world.data, 0, cfg) is groups and buffer == [0, 2]
     more = method.after_rollout(groups, world.run, world.data, 1, cfg)
-    assert more[:3] == groups and buffer == []
-    assert [[t.prompt for t in group] for group in more[3:]] == [[[0]], [[2]], [[0]], [[2]]]
+    assert more[:3] == groups and buffer == [2]  # what is left over is trained on next time
+    assert [[t.prompt for t in group] for group in more[3:]] == [[[0]], [[2]], [[0]]]
     assert all(t.tokens == [*map(ord, "abcde"), 0] and t.coef == 0.7 for (t,) in more[3:])
     # 1 / sampled tokens for the rollouts, the coefficient / given tokens for the demonstrations.
     weights = [t.weight.tolist() for t in train_uft.flat(weighed(more, method, 0.0))]
-    assert weights[:6] == [[1 / 6]] * 6 and weights[6] == pytest.approx([0.7 / 24] * 6)
+    assert weights[:6] == [[1 / 6]] * 6 and weights[6] == pytest.approx([0.7 / 18] * 6)
 
 
 def test_trapo(world):
     """The third and the fourth rollout see more of the solution where those before them went badly."""
-    method, _, config = variant("trapo")
+    method, module, config = variant("trapo")
+    sizes = {8: [4, 2, 1, 1], 4: [2, 1, 1], 2: [1, 1], 1: [1], 6: [3, 2, 1], 16: [8, 4, 2, 2]}
+    assert {n: module.micro_groups(n) for n in sizes} == sizes
     cfg = config(rollouts=4, problems=4, trapo_coef=0.5)
     assert method.hint_length(0, world.data.problems[0], cfg, None, {}) == [0, 0]
     world.rewards = [[0.0, 1.0, 1.0, 1.0], 1.0]
     groups = groups_of([0.0, 0.5], [0.5, 0.5], [1.0, 1.0], [0.0, 0.9])
     result = method.after_rollout(groups, world.run, world.data, 0, cfg)
-    assert [shown for _, shown in world.calls] == [[[2], [0], [0], [2]], [[5], [5], [0], [5]]]
+    assert [shown for _, shown in world.calls] == [[[2], [2], [0], [2]], [[5], [5], [0], [5]]]
     assert [[pick.draw for pick in picks] for picks, _ in world.calls] == [[4] * 4, [8] * 4]
     assert rewards_of(result)[:2] == [[0, 0.5, 0, 1], [0.5, 0.5, 1, 1]]
     assert all(t.coef == 0.5 for t in train_uft.flat(result))
@@ -492,9 +495,7 @@ def test_a_variant_has_the_same_step_on_all_paths_and_in_several_micro_batches(n
     """tokenwise = False too: a trajectory is never divided among micro-batches or chunks, of 16 tokens here."""
     monkeypatch.setattr(fast_head, "CPU_CHUNK", 1)
     method, _, config = variant(name)
-    # residual mixes the tokens that are trained on, which are all given ones where a group was given the same.
-    kinds = ["a hint", "no hint", "only a demonstration", "one"] * 2 if name == "residual" else KINDS
-    model, groups = tiny("qwen2"), some_groups(tiny("qwen2"), kinds)
+    model, groups = tiny("qwen2"), some_groups(tiny("qwen2"), KINDS)
     knobs = {"temperature": 0.9, "kl_coef": 0.1, "entropy_coef": 0.01, "config": config, "reference": tiny("qwen2")}
     whole, wanted = step(model, groups, method, 0.5, fast=False, **knobs)
     for budget in (32768, 60):

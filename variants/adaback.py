@@ -2,7 +2,8 @@
 
 The share shown is drawn from U[lo, hi]. If the group's mean reward is below adaback_tau, lo becomes that
 share; otherwise hi does, and lo 0. A new problem starts from the moving averages over all problems. Now and
-then the share is 0.
+then the share is 0, which lowers hi if it succeeds and otherwise moves nothing. Departure: a hint ends
+between segments, so the share is that of whole segments.
 """
 
 from dataclasses import dataclass
@@ -24,10 +25,9 @@ def interval(problem, memory):
 
 
 def hint_length(step, problem, cfg, rng, memory):
-    share = (
-        0.0 if rng.random() < cfg.adaback_zero else rng.uniform(*interval(problem.index, memory))
-    )
-    return round(share * problem.segments)
+    if rng.random() < cfg.adaback_zero:
+        return 0
+    return round(rng.uniform(*interval(problem.index, memory)) * problem.segments)
 
 
 def narrow(groups, run, data, step, cfg):
@@ -37,7 +37,7 @@ def narrow(groups, run, data, step, cfg):
         share = group[0].shown / max(1, problem.segments)
         failed = sum(t.reward for t in group) / len(group) < cfg.adaback_tau
         lo, hi = interval(problem.index, memory)
-        lo, hi = (share, max(hi, share)) if failed else (0.0, share)
+        lo, hi = (max(lo, share), max(hi, share)) if failed else (0.0, share)
         memory["problems"][problem.index]["interval"] = [lo, hi]
         average, d = memory.get("average", [0.0, 1.0]), cfg.adaback_decay
         memory["average"] = [d * a + (1 - d) * b for a, b in zip(average, (lo, hi), strict=True)]

@@ -17,13 +17,18 @@ class Config(train_uft.Config):
 
 
 def add_demonstrations(groups, run, data, step, cfg):
-    return [[*g, train_uft.demonstration(g[0].pick, data, run.tokenizer)] for g in groups]
+    for group in groups:
+        pick = group[0].pick
+        if data.problems[pick.problem].has_solution:
+            group.append(train_uft.demonstration(pick, data, run.tokenizer))
+    return groups
 
 
 def advantages(groups, cfg):
-    train_uft.grpo_advantages([g[:-1] for g in groups], cfg)
-    for g in groups:
-        g[-1].advantage, g[-1].coef = 0.0, cfg.chord_mu
+    train_uft.grpo_advantages([[t for t in g if not t.given_whole] for g in groups], cfg)
+    for t in train_uft.flat(groups):
+        if t.given_whole:
+            t.advantage, t.coef = 0.0, cfg.chord_mu
 
 
 def token_weights(trajectories, coef, cfg):

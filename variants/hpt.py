@@ -1,6 +1,6 @@
 """HPT (arXiv 2509.04419, TsinghuaC3I/Unify-Post-Training): SFT where a group failed, GRPO where it did not.
 
-A group in which at most hpt_gate of the rollouts are right is replaced by its demonstration. Advantages have
+A group in which at most hpt_gate of the rollouts are right is replaced by its demonstration, if there is one. Advantages have
 no std, rollouts no clip. Departure: its RL is a sum divided by 8,192 and its SFT a mean over tokens; here
 both are means over the tokens of the step.
 """
@@ -24,12 +24,15 @@ class Config(train_uft.Config):
 
 
 def switch(groups, run, data, step, cfg):
-    failed = [sum(t.reward == 1 for t in g) / len(g) <= cfg.hpt_gate for g in groups]
-    run.metrics["hpt/supervised"] = sum(failed) / len(groups)
-    for i in (i for i, f in enumerate(failed) if f):
-        demonstration = train_uft.demonstration(groups[i][0].pick, data, run.tokenizer)
-        demonstration.coef = cfg.hpt_coef
-        groups[i] = [demonstration]
+    supervised = 0
+    for i, group in enumerate(groups):
+        pick, right = group[0].pick, sum(t.reward == 1 for t in group) / len(group)
+        if right <= cfg.hpt_gate and data.problems[pick.problem].has_solution:
+            demonstration = train_uft.demonstration(pick, data, run.tokenizer)
+            demonstration.coef = cfg.hpt_coef
+            groups[i] = [demonstration]
+            supervised += 1
+    run.metrics["hpt/supervised"] = supervised / len(groups)
     return groups
 
 

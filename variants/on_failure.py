@@ -13,9 +13,8 @@ def retry(groups, run, data, step, cfg):
         if step >= cfg.hint_steps or not failed:
             break
         picks = [train_uft.redraw(groups[i][0].pick, attempt, cfg) for i in failed]
-        shown = [
-            [max(1, round(share * data.problems[p.problem].segments))] * cfg.rollouts for p in picks
-        ]
+        segments = [data.problems[p.problem].segments for p in picks]
+        shown = [[min(m, max(1, round(share * m)))] * cfg.rollouts for m in segments]
         again = train_uft.rollout(run, data, picks, shown, cfg)
         for i, group in zip(failed, again, strict=True):
             groups[i] = group

@@ -1,8 +1,8 @@
 """ReLIFT (arXiv 2506.07527 and its code): GRPO, and now and then SFT on the problems that it cannot solve.
 
-Problems whose rollouts are all wrong are collected; when there are relift_buffer of them their demonstrations
-are trained on. Departures: the demonstrations join the optimiser steps of the next rollouts instead of one of
-their own; the buffer has 32 problems, not 128, since batches are smaller here.
+Problems whose rollouts are all wrong are collected. When there are relift_buffer of them, their demonstrations
+are trained on after the rollouts, in optimiser steps of their own. Departure: the buffer has 32 problems, two
+mini-batches, where the code has one of 128, since batches are smaller here.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,16 @@ class Config(train_uft.Config):
 
 def collect_failures(groups, run, data, step, cfg):
     buffer = run.state["memory"].setdefault("failed", [])
-    buffer += [g[0].pick.problem for g in groups if all(t.reward < 1 for t in g)]
+    failed = [g[0].pick.problem for g in groups if all(t.reward < 1 for t in g)]
+    buffer += [i for i in failed if data.problems[i].has_solution]
     if len(buffer) < cfg.relift_buffer:
         return groups
-    demonstrations = []
-    for i in buffer:
-        demonstrations.append(train_uft.demonstration(train_uft.Pick(i), data, run.tokenizer))
-        demonstrations[-1].coef = cfg.relift_coef
-    buffer.clear()
-    return groups + [[t] for t in demonstrations]
+    ready, buffer[:] = buffer[: cfg.relift_buffer], buffer[cfg.relift_buffer :]
+    for i in ready:
+        demonstration = train_uft.demonstration(train_uft.Pick(i), data, run.tokenizer)
+        demonstration.coef = cfg.relift_coef
+        groups = [*groups, [demonstration]]
+    return groups
 
 
 METHOD = train_uft.METHODS["rft"]._replace(after_rollout=collect_failures, needs="answer")

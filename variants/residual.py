@@ -1,7 +1,7 @@
 """UFT with IFT's temporal residual on hints (ours): hint tokens are predicted after mixed embeddings.
 
 The embeddings of the given tokens are mixed with the model's own predictions of them, as in train_ift.py;
-sampled tokens are predicted from unmixed ones. No effect was seen on Countdown (docs/results.md).
+sampled tokens are predicted from unmixed ones. No effect was seen on Countdown (docs/appendix.md).
 """
 
 from dataclasses import dataclass

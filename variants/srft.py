@@ -4,7 +4,7 @@ H is the mean entropy of a sequence, without gradient.
     demonstration          0.5 e^-H (-log p) - A p          A: its reward less the group's mean, over the std
     right rollout          0.1 e^H (-log p)
     wrong rollout          log p
-Departure: means are over the tokens of the step. The authors' own code has e^+H and a negative coefficient.
+Departure: sums are divided by the tokens of the step. The authors' own code has e^+H and a negative coefficient.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def advantages(groups, cfg):
     """A rollout's is 1 or -1: right or wrong."""
     train_uft.grpo_advantages(groups, cfg)
     for t in train_uft.flat(groups):
-        if t.n_given < len(t.tokens):
+        if not t.given_whole:
             t.advantage = 1.0 if t.reward == 1 else -1.0
 
 
@@ -45,8 +45,9 @@ def given_loss(logp, entropy, batch, cfg):
 
 
 def policy_loss(logp, entropy, batch, cfg):
-    right = -cfg.srft_right * sequence_entropy(entropy, batch).exp() * logp
-    return torch.where(batch.advantage > 0, right, logp), torch.zeros_like(batch.given)
+    right = cfg.srft_right * sequence_entropy(entropy, batch).exp()
+    loss = -batch.advantage * torch.where(batch.advantage > 0, right, 1.0) * logp
+    return loss, torch.zeros_like(batch.given)
 
 
 METHOD = train_uft.METHODS["rft"]._replace(

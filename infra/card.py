@@ -1,0 +1,65 @@
+"""The model card of a trained model, model/README.md: base, method, data, result, command."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from infra.checkpoint import MAY_DIFFER
+
+# Knobs that say nothing about the result, or name a folder of this machine.
+LEFT_OUT = {*MAY_DIFFER, "model", "dtype", "rollout_dtype", "algo", "loss"}
+
+
+def model_card(cfg: Any, method: str, base: Path, state: dict) -> str:
+    """The text of the card. state: of the run, with `last`, the record of its last validation."""
+    knob, trainer, paper = "loss", "train_ift.py", "2405.11870"
+    if hasattr(cfg, "algo"):
+        knob, trainer, paper = "algo", "train_uft.py", "2505.16984"
+    name = getattr(cfg, "hub", "") or base.resolve().name
+    metadata = {"base_model": getattr(cfg, "hub", ""), "license": license_of(base)}
+    data = Path(cfg.task or cfg.data_path).stem
+    command = " ".join([f"python {trainer} --{knob}={Path(method).stem}", *changed_knobs(cfg)])
+    return "\n".join([
+        "---",
+        *(f"{key}: {value}" for key, value in metadata.items() if value),
+        "---",
+        f"# {name}, trained with {Path(method).stem} on {data}",
+        "",
+        f"Trained with nanoFT, which implements arXiv {paper}, for {state['step']:,} steps.",
+        result(state.get("last", {})),
+        "",
+        f"    {command}",
+        "",
+    ])  # fmt: skip
+
+
+def result(last: dict) -> str:
+    """The last validation in words."""
+    if "val/accuracy" in last:
+        interval = f"{last['val/low']:.1%} to {last['val/high']:.1%}"
+        return f"Test accuracy: {last['val/accuracy']:.1%} (95 % interval of the problems: {interval})."
+    if "val/loss" in last:
+        return f"Test nll: {last['val/loss']:.4f} nats per token."
+    return "Not tested yet."
+
+
+def changed_knobs(cfg: Any) -> list[str]:
+    """--KNOB=VALUE where it differs from the default; of a path the name alone."""
+    changed = []
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.name in LEFT_OUT or value == f.default:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = text.lower() if isinstance(value, bool) else text
+        changed.append(f"--{f.name}={Path(text).name if '/' in text else text}")
+    return changed
+
+
+def license_of(base: Path) -> str:
+    """The licence that the base's own card names, or an empty string."""
+    card = base / "README.md"
+    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.S) if card.exists() else None
+    found = re.search(r"^license: *(.+)$", head[1], re.M) if head else None
+    return found[1].strip() if found else ""
