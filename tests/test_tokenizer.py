@@ -279,7 +279,7 @@ def test_broken_files_are_named(tmp_path):
     for content, wanted in (
         ("{", "not JSON"),
         ("{}", "'model'"),
-        ("[]", "not a tokenizer"),
+        ("[]", "must be a JSON object"),
         ('{"model": {}}', "'vocab'"),
     ):
         (tmp_path / "tokenizer.json").write_text(content)
@@ -342,8 +342,8 @@ def test_named_tokens_without_a_place_are_refused(tmp_path):
             {"added_tokens_decoder": {"300": {"content": "<|a|>"}}},
             "has id 300, but its place gives it id 256",
         ),
-        ({"added_tokens_decoder": {"x": {}}}, "lists of tokens in tokenizer_config.json are malformed"),
-        ({"additional_special_tokens": [3]}, "lists of tokens in tokenizer_config.json are malformed"),
+        ({"added_tokens_decoder": {"x": {}}}, "tokenizer_config.json has malformed lists of tokens"),
+        ({"additional_special_tokens": [3]}, "tokenizer_config.json has malformed lists of tokens"),
         ({"eos_token": "<no>"}, "eos_token '<no>' of tokenizer_config.json is not"),
     ):
         with pytest.raises(UserError, match=wanted):
