@@ -150,6 +150,7 @@ WHOLE, ROPE = "must be a whole number from 1", "must be a number above 1"
         ({"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window = True is not supported"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
         ({"vocab_size": None}, f"vocab_size = None: {WHOLE}"),
         ({"hidden_size": "32"}, f"hidden_size = '32': {WHOLE}"),
         ({"hidden_size": 32.0}, f"hidden_size = 32.0: {WHOLE}"),
@@ -413,6 +414,7 @@ QUANTISED = [
     {f"{Q}.weight.absmax": torch.ones(16)},
     {f"{Q}.qweight": torch.zeros(4, 32, dtype=torch.int32), f"{Q}.g_idx": torch.zeros(32, dtype=torch.int32)},
     {f"{Q}.scales": SCALE},
+    {f"{Q}.SCB": SCALE},
     {f"{Q}.biases": SCALE},
     {f"{Q}.weight_packed": torch.zeros(32, 4, dtype=torch.int32)},
 ]
@@ -496,6 +498,8 @@ def test_pointers_that_nobody_reads_are_no_matter(tmp_path):
     [
         ("config.json adapter_config.json training_args.bin optimizer.pt", "is a LoRA adapter; give"),
         ("config.json adapter_config.json model.safetensors", "is a LoRA adapter; give the merged model"),
+        ("config.json adapter_model.safetensors", "holds a LoRA adapter; give the merged model"),
+        ("models--o--m/snapshots/ab12/config.json", "holds the hub's cache; give one model, such as "),
         ("snapshots/ab12/config.json refs/main", "holds the hub's cache of a model; give its "),
         ("model/config.json config.toml", "holds models in folders; give one of them, such as "),
         ("checkpoint-500/config.json", "holds models in folders; give one of them, such as "),
