@@ -238,7 +238,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:
-    """Make runs, name -> (arguments, seeds), `jobs` at a time, and report them."""
+    """Make runs, name -> (arguments, seeds), `jobs` at a time, and report all runs of the folder."""
     most = max(seeds for _, seeds in wanted.values())
     runs = [(name, flags, s) for s in range(most) for name, (flags, seeds) in wanted.items() if s < seeds]
     failures = 0
@@ -249,7 +249,7 @@ def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:
     # Report what is there, failures or not.
     if failures < len(runs):
         finished = read_runs(Path(cfg.out_dir))
-        methods = {name: finished[name] for name in wanted if name in finished}
+        methods = {name: finished[name] for name in (*wanted, *finished) if name in finished}
         report(methods, Path(cfg.out_dir), cfg.goal)
     if failures:
         raise UserError(f"{failures} of {len(runs)} runs failed, see above; the same command repeats them")

@@ -266,7 +266,7 @@ class Browser:
 
     def __init__(self, url, profile):
         command = f'exec "$0" {FLAGS} --user-data-dir="$1" about:blank 3<&0 4>&1 0</dev/null >/dev/null 2>&1'
-        self.litter = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # with a short path for a socket
+        self.litter = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # a short path: it has a socket
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         environment = os.environ | {"TMPDIR": self.litter.name}
         started = ["sh", "-c", command, CHROMIUM, str(profile)]
