@@ -210,7 +210,7 @@ def panels(methods: Methods) -> Curves:
         return step * min(end["train_s"] / max(1, end["step"]) for end in ends)
 
     lines = {name: curve(runs, ACCURACY) for name, runs in methods.items()}
-    if len(lines) > 8:  # bands would hide the lines
+    if len(lines) > 8 or min(map(len, methods.values())) < 3:  # bands would hide the lines
         lines = {name: [p._replace(interval=None) for p in line] for name, line in lines.items()}
     lines = dict(sorted(lines.items(), key=lambda item: -item[1][-1].mean))
     found = {ACCURACY: {name: line for name, line in lines.items() if name != "sft-long"}}
@@ -224,8 +224,9 @@ def panels(methods: Methods) -> Curves:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) == 2 and argv[0] == "--table":
-        argv = ["--table=" + argv[1]]
+    if "--table" in argv[:-1]:
+        at = argv.index("--table")
+        argv = [*argv[:at], f"--table={argv[at + 1]}", *argv[at + 2 :]]
     cfg = parse_config(Config, argv, __doc__)
     cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
     if cfg.table:

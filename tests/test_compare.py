@@ -53,7 +53,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert [uft[f"{unit} to 50 %"] for unit in UNITS] == ["17", "5", "3,000"]
     assert [rft[f"{unit} to 50 %"] for unit in UNITS] == ["-"] * 3
     assert (tmp_path / "table.md").read_text() in out
-    compare.main([f"--table={tmp_path}", "--goal=65"])
+    compare.main(["--goal=65", "--table", str(tmp_path)])
     assert rows_of(capsys.readouterr().out)["uft"]["steps to 65 %"] == "20 (1 of 3 seeds)"
 
 
@@ -68,10 +68,10 @@ def test_the_figure_by_hand(tmp_path):
     assert points(tokens) == {"uft": [(0, 0), (1.5, 50), (3, 60)]}  # sft samples none
     assert list(seconds) == ["uft", "sft-long", "sft"]  # the best first
     assert points(seconds)["uft"][-1] == (4, 60) and points(seconds)["sft-long"][-1] == (2, 30)
-    for i in range(7):
-        write_run(tmp_path / f"other{i}-0", [0, 0.1])
-    lines = next(iter(compare.panels(compare.read_runs(tmp_path)).values()))
-    assert not any(p.interval for line in lines.values() for p in line)  # bands would hide the lines
+    for many in (False, True):  # bands would hide the lines, or be wider than the figure
+        runs = {f"m{i}": [compare.read_run(tmp_path / "sft-0")] * 3 for i in range(9 if many else 2)}
+        lines = next(iter(compare.panels(runs).values()))
+        assert many != any(p.interval for line in lines.values() for p in line)
 
 
 def test_other_measures_are_columns_where_all_runs_have_them(tmp_path, capsys):
