@@ -276,7 +276,7 @@ def test_the_adapter_of_an_earlier_run_is_not_left_beside_another_model(tmp_path
 
 def test_an_adapter_is_not_taken_for_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="is a LoRA adapter; give the merged model, out_dir/model of the run"):
+    with pytest.raises(UserError, match="is a LoRA adapter; give the merged model, out_dir/model"):
         Tokenizer.from_pretrained(tmp_path)
 
 
