@@ -137,7 +137,7 @@ def test_every_stage_runs_on_a_cpu_and_the_last_line_is_the_record():
     assert found["card"]["cudnn_attention"] is False and "MATH" in found["card"]["sdpa_order"]
     assert found["gradients"]["in training"]["finite"] and found["sft"]["estimate_mb"] > 0
     shares = found["decode"]["shares"]
-    assert min(shares.values()) > 0 and 0.1 < sum(shares.values()) <= 1
+    assert min(shares.values()) > 0 and sum(shares.values()) <= 1
     assert found["uft"]["rollouts_s"] < found["uft"]["step_s"]
     lengths = [int(n) for n in found["shapes"]["seconds"]]
     assert len(lengths) == 16 and any(n % 128 == 64 for n in lengths) and any(n % 8 for n in lengths)
