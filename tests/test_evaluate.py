@@ -179,7 +179,7 @@ def test_chat_by_a_template_fills_the_window(capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
     evaluate.main([f"--model={BASE}", "--chat", "--system=add", "--max_new_tokens=10"])
     out = capsys.readouterr().out
-    assert "fills the model's 512 positions" in out and len(out.splitlines()) >= 2
+    assert "model's 512 positions are full" in out and len(out.splitlines()) >= 2
 
 
 def test_bfloat16_evaluates(capsys):
