@@ -53,24 +53,24 @@ from variants.pairs import dpo_loss, ipo_loss, orpo_loss, simpo_loss, tdpo_loss 
 
 @dataclass
 class Config(RunConfig):
-    """The knobs of this trainer; infra.training.RunConfig has those of both trainers."""
+    """The knobs of this trainer. RunConfig has those of both trainers."""
 
     # What
-    loss: tuple[FilePath, ...] = ("sft", "ift")  # rows of LOSSES or files of variants/, run in turn
-    template: str = "auto"  # chat template: auto (the checkpoint's or plain), plain, chatml, zephyr
+    loss: tuple[FilePath, ...] = ("sft", "ift")  # of LOSSES or variants/, in turn
+    template: str = "auto"  # chat template; auto: the checkpoint's; plain, chatml, zephyr
     out_dir: FilePath = "out/ift"  # where everything goes
     # Schedule
-    epochs: Positive = 16.0  # passes over the training rows
+    epochs: Positive = 16.0  # passes over the rows
     steps: Natural = 0  # optimiser steps; 0: as many as the epochs have
     batch: Count = 32  # rows per optimiser step
     max_length: Count = 1024  # longest row in tokens; longer ones are cut at the end
     # Temporal residual (ift)
-    lam: Fraction = 0.2  # lambda, the share of the model's own prediction in the embeddings
+    lam: Fraction = 0.2  # lambda: share of the model's own prediction
     lam_low: Fraction = 0.0  # lambda at the start of a linear schedule
     lam_schedule: Literal["static", "linear"] = "static"  # linear: over the warm-up
     lam_disturb: NonNegative = 0.0  # std of noise on lambda, as a share of it
     own: Literal["argmax", "sampled", "soft"] = "argmax"  # soft: expected embedding
-    train_embedding: bool = True  # gradient into the input embeddings; not as published
+    train_embedding: bool = True  # gradient into input embeddings; not as published
     # Relation propagation (ift)
     propagate: bool = True  # weigh tokens by others' losses; false: weights of 1
     gamma: Fraction = 0.95  # discount of the other tokens' losses; 0: by its own loss alone
@@ -101,7 +101,7 @@ def check(cfg: Config, methods: dict[str, "Method"]) -> None:
     """Refuse combinations that cannot work, naming the knob."""
     config.require(cfg, "loss", bool(methods), f"must name one of {', '.join(LOSSES)}")
     once = len({Path(name).stem for name in cfg.loss}) == len(cfg.loss)  # names of folders
-    config.require(cfg, "loss", once, "must name each method once, and files by different names")
+    config.require(cfg, "loss", once, "must name each method once, and each file name")
     training.check_shared(cfg)
     matters = cfg.quantity != "logps" or cfg.norm in ("softmax", "log")
     config.require(cfg, "quantity", matters, f"is the same as loss with norm = {cfg.norm}")
@@ -182,10 +182,9 @@ def ift_states(model: Transformer, rows: Rows, residual: Residual) -> Tensor:
     fast/prefix.py runs the tokens before the answers once for both passes.
     """
     embeddings = residual.embed(model, rows.ids)
-    row, column = rows.mask.nonzero(as_tuple=True)  # the state before each target predicts it
+    row, column = rows.mask.nonzero(as_tuple=True)  # predicted by the state before
     if residual.lam > 0:
-        # First pass, without gradient: what would the model have written in place of each
-        # target?
+        # First pass, without gradient: what would the model have written for each target?
         with torch.no_grad():
             states = model.hidden(inputs_embeds=embeddings)[row, column - 1]
         own = residual.predict(model, states, rows)
@@ -240,7 +239,8 @@ def propagation_weights(
         return mask
     # The discounted sums.
     count, target = mask.sum(1, keepdim=True), mask > 0
-    x = {"loss": nll * mask / count.clamp(min=1), "logps": nll * mask, "mask": mask}[quantity]
+    logps = nll * mask
+    x = {"loss": logps / count.clamp(min=1), "logps": logps, "mask": mask}[quantity]
     s = discounted_sum(x, gamma, side) * mask
     if side == "right":
         s = inverted(s, target, norm)
@@ -374,7 +374,7 @@ def examples_loss(
 
 
 def target_nll(model: Transformer, rows: Rows, cfg: Config, states=None) -> Tensor:
-    """Negative log-likelihood (B, T) of the targets, 0 elsewhere. states: or target_states."""
+    """nll (B, T) of the targets, 0 elsewhere. states: by default target_states."""
     head = fast_head if cfg.fast else plain_head
     states = target_states(model, rows) if states is None else states
     logp = head.token_logprobs(states, model.head_weight, rows.ids[rows.mask])[0]
@@ -385,26 +385,24 @@ def target_nll(model: Transformer, rows: Rows, cfg: Config, states=None) -> Tens
 def pairs_loss(
     model: Transformer, reference: Transformer | None, rows: Rows, method: Method, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each pair (B,), and the nll (2B, T). Rows: B chosen, then B rejected answers."""
+    """Loss of each pair (B,), and the nll (2B, T). Rows: B chosen, then B rejected."""
     head = fast_head if cfg.fast else plain_head
     states = target_states(model, rows)
     nll = target_nll(model, rows, cfg, states)
     sums = -nll.sum(1)
     if method.mean_logprobs:
         sums = sums / rows.mask.sum(1)
-    pair = pairs.PairLogprobs(*sums.chunk(2))
+    columns = [*sums.chunk(2)]  # of the policy, the reference, and their divergence
     if method.reference:
         with torch.no_grad():
             ref_states = target_states(reference, rows)
             ref_sums = -target_nll(reference, rows, cfg, ref_states).sum(1)
-        ref_chosen, ref_rejected = ref_sums.chunk(2)
-        pair = pair._replace(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+        columns += ref_sums.chunk(2)
     if method.kl:
         kl = head.token_kl(states, model.head_weight, ref_states, reference.head_weight)
         zeros = torch.zeros(len(rows.ids), device=kl.device)
-        sums = zeros.index_add(0, rows.mask.nonzero(as_tuple=True)[0], kl)
-        kl_chosen, kl_rejected = sums.chunk(2)
-        pair = pair._replace(kl_chosen=kl_chosen, kl_rejected=kl_rejected)
+        columns += zeros.index_add(0, rows.mask.nonzero(as_tuple=True)[0], kl).chunk(2)
+    pair = pairs.PairLogprobs(*columns)
     return method.pair_loss(pair, cfg.beta or method.beta, cfg), nll
 
 
@@ -454,7 +452,7 @@ def update(
 
 @torch.no_grad()
 def log_rows(run: Run, batch: list, method: Method, residual: Residual | None, cfg: Config) -> None:
-    """Write rows to samples.jsonl: each target with the model's prediction, nll and weight."""
+    """Write rows to samples.jsonl: each target with prediction, nll and weight."""
     examples = [e[0] if method.pair_loss else e for e in batch]
     rows = to_rows(examples, range(len(examples)), run.device)
     head = fast_head if cfg.fast else plain_head
@@ -468,34 +466,32 @@ def log_rows(run: Run, batch: list, method: Method, residual: Residual | None, c
     with parallel.autocast(run.device, cfg.dtype):
         own, nll = run.model.run(compute)
     own = torch.zeros_like(rows.ids).index_put(rows.mask.nonzero(as_tuple=True), own)
-    weights = rows.mask.float()
-    if method.example_loss:
+    weights = torch.ones_like(nll)
+    if method.example_loss is ift_example_loss:
         weights = propagation_weights(nll, rows.mask, **propagation_knobs(cfg))
     elif method.token_loss:
-        weights = method.token_loss(nll, cfg) / nll.clamp(min=1e-9)
+        weights = torch.where(nll > 0, method.token_loss(nll, cfg) / nll, 1.0)
     for record in samples.row_records(run.tokenizer, (rows.ids, rows.mask, own, nll, weights)):
         samples.write(run.log, run.state["step"] + 1, record)
 
 
-def validate(run: Run, data: Data, name: str, steps: int, show: int, cfg: Config) -> dict:
-    """Test nll; on a task accuracy, also from another first step. Prints, logs, returns."""
-    step, answers = run.state["step"], []
-    record = {"val/loss": validation_nll(run.model, data.test, cfg)}
-    line = f"{name} step {step}/{steps} | test nll {record['val/loss']:.4f}"
+def validate(run: Run, data: Data, cfg: Config) -> None:
+    """Test nll; on a task accuracy, also from another first step."""
+    answers, record = [], {"val/loss": validation_nll(run.model, data.test, cfg)}
+    done = f"{run.method} step {run.state['step']}/{run.total}"
+    line = f"{done} | test nll {record['val/loss']:.4f}"
     if data.task:
         answers, measured, text = evaluate.validation(run, data.task, data.test_rows, cfg)
         record, line = record | measured, f"{line} | {text}"
         if hasattr(data.task, "other_start"):
-            begun = enumerate(data.test_rows)
-            begun = [r | {"start": data.task.other_start(r, random.Random(i))} for i, r in begun]
-            begun = [r for r in begun if r["start"]]
-            record["val/other_start"] = evaluate.validation(run, data.task, begun, cfg)[1]["val/accuracy"]
+            numbered, start = enumerate(data.test_rows), data.task.other_start
+            begun = [row | {"start": start(row, random.Random(i))} for i, row in numbered]
+            begun = [row for row in begun if row["start"]]
+            other = evaluate.validation(run, data.task, begun, cfg)[1]
+            record["val/other_start"] = other["val/accuracy"]
             line += f" | from another first step {record['val/other_start']:.1%}"
-        drop_engine(run.rollout_model)  # on a GPU its keys and values take the memory of training
-    print(line)
-    training.show_answers(run, data.test_rows, answers, show, step == steps)
-    run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
-    return record
+        drop_engine(run.rollout_model)  # whose memory training needs on a GPU
+    training.end_validation(run, cfg, data.test_rows, answers, record, line)
 
 
 @torch.no_grad()
@@ -550,12 +546,12 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
     reads_base = bool(cfg.lora_rank or method.reference)
     training.start_or_resume(run, cfg, resume, {}, splits, reads_base)
     steps = cfg.steps or max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
-    warmup = round(cfg.warmup_ratio * steps)
+    run.total, warmup = steps, round(cfg.warmup_ratio * steps)
     print(f"{name}: {steps} steps of {cfg.batch}, {training.model_size(run)}")
     rows = [(e[0] if method.pair_loss else e).ids for e in data.examples]
     training.self_check(run, cfg, rows, prefix=method.residual)
     if run.state["step"] == 0:
-        run.state["last"] = validate(run, data, name, steps, 0, cfg)
+        validate(run, data, cfg)
 
     for step in range(run.state["step"], steps):
         step_start = time.perf_counter()
@@ -566,9 +562,9 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
         training.set_options(run.optimizer, lr=lr)
         residual = make_residual(step, warmup, cfg) if method.residual else None
         # 2. Compute the loss and take an optimiser step.
-        if step % cfg.sample_every == 0:
-            log_rows(run, batch[:2], method, residual, cfg)
         with training.explain_failure(run, cfg, step):
+            if step % cfg.sample_every == 0:
+                log_rows(run, batch[:2], method, residual, cfg)
             run.metrics = update(run, batch, method, residual, cfg)
         # 3. Log, validate, save.
         seconds, tokens = time.perf_counter() - step_start, run.metrics.pop("tokens")
@@ -579,9 +575,8 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
         if (step + 1) % cfg.print_every == 0:
             print(training.console_line(f"{name} step {step + 1}/{steps}", run.metrics, COLUMNS))
         if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:
-            show = cfg.show if step + 1 == steps else 0
-            run.state["last"] = validate(run, data, name, steps, show, cfg)
-        training.save_and_stop(run, cfg, steps, data.stop_ids, data.template)
+            validate(run, data, cfg)
+        training.save_and_stop(run, cfg, data.stop_ids, data.template)
     training.finish(run, cfg)
     return run.state["last"] | {"seconds": run.state["train_s"]}
 
@@ -608,9 +603,8 @@ def main(argv: Sequence[str]) -> None:
     device = training.start(cfg)
     several = len(cfg.loss) > 1  # each has a folder, FILE for path/to/FILE.py
     folders = {n: Path(cfg.out_dir) / (Path(n).stem if several else "") for n in cfg.loss}
-    begun = any(resume_folder(folder) for folder in folders.values())
-    missing = f"{cfg.out_dir} has no checkpoint to resume from"
-    config.require(cfg, "resume", begun or cfg.resume != "true", missing)
+    ready = cfg.resume != "true" or any(map(resume_folder, folders.values()))
+    config.require(cfg, "resume", ready, f"{cfg.out_dir} has no checkpoint to resume from")
     results = {n: train(n, method, folders[n], cfg, device) for n, method in methods.items()}
     keys = list(dict.fromkeys(k for r in results.values() for k in r))
     print("\n" + "  ".join(f"{k:>15}" for k in ("method", *keys)))

@@ -74,7 +74,7 @@ class Config(RunConfig):
     """The knobs of this trainer. RunConfig has those of both trainers."""
 
     # What
-    algo: FilePath = "uft"  # a row of METHODS, or a file of variants/ or a path
+    algo: FilePath = "uft"  # of METHODS, or a file of variants/ or a path
     out_dir: FilePath = "out/uft"  # where everything goes
     # Schedule
     steps: Count = 1000  # of reinforcement, one batch of rollouts each
@@ -83,9 +83,9 @@ class Config(RunConfig):
     rollouts: Count = 4  # completions per problem
     mini_batch: Count = 16  # problems per optimiser step of RL
     # Hints
-    hint_steps: Count = 600  # T_hint: no hints from here on (not r3)
+    hint_steps: Count = 600  # T_hint: no hints from here on
     segments: Count = 5  # L: most segments of a hint
-    p_low: Fraction = 0.05  # cosine: expected share shown at the end
+    p_low: Fraction = 0.05  # expected share shown at the end
     p_high: Fraction = 0.95  # and at the start
     hint_coef: NonNegative = 0.001  # beta; up to 1 if solutions are forgotten
     # Loss
@@ -94,7 +94,7 @@ class Config(RunConfig):
     kl_coef: NonNegative = 0.0  # of the KL to the model that RL starts from
     entropy_coef: NonNegative = 0.001  # of the entropy bonus
     adv_norm: Literal["std", "none"] = "std"  # divisor of advantages; none: Dr. GRPO
-    loss_norm: Literal["tokens", "constant"] = "tokens"  # denominator; constant: Dr. GRPO
+    loss_norm: Literal["tokens", "constant"] = "tokens"  # constant: Dr. GRPO
     rollout_correction: Literal["none", "token", "sequence"] = "none"  # pi_trainer / pi_sampler
     rollout_cap: Positive = 3.0  # its largest weight
     drop_dead: bool = False  # leave out groups without advantages
@@ -110,9 +110,9 @@ class Config(RunConfig):
     grad_clip: Positive = 1.0  # largest gradient norm
     # Rollouts
     max_prompt: Count = 256  # tokens of the longest prompt, hint left out
-    temperature: Positive = 1.0  # of rollouts, and of the log-probs of their tokens
+    temperature: Positive = 1.0  # of rollouts and their log-probs
     rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the sampler's weights
-    pack: bool = True  # fast: one row a group where that is cheaper
+    pack: bool = True  # fast: a row per group if cheaper
 
 
 def check(cfg: Config, method: "Method") -> None:
@@ -347,7 +347,7 @@ def is_dead(group: Group) -> bool:
 
 
 def without_completions(group: Group, coef: float) -> Group:
-    """What is left of a dead group: its given tokens, if they are trained on."""
+    """What is left of a dead group: its given tokens, if they are trained."""
     kept = [t for t in group if t.n_given and (coef if t.coef is None else t.coef)]
     cut = []
     for t in kept:
@@ -732,14 +732,12 @@ def recompute_old_logprobs(
 # ---- validation ----
 
 
-def validate(run: Run, data: Data, total: int, show: int, cfg: Config) -> None:
+def validate(run: Run, data: Data, cfg: Config) -> None:
     """Accuracy on the test rows, without hints, by default greedy."""
-    step, rows = run.state["step"], data.test_rows
-    answers, record, line = evaluate.validation(run, data.task, rows, cfg, data.longest)
-    run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
-    run.state["last"] = record
-    print(f"step {step}/{total} | test {line} on {len(answers)} problems")
-    training.show_answers(run, rows, answers, show, step == total)
+    rows, done = data.test_rows, f"step {run.state['step']}/{run.total}"
+    answers, record, text = evaluate.validation(run, data.task, rows, cfg, data.longest)
+    line = f"{done} | test {text} on {len(answers)} problems"
+    training.end_validation(run, cfg, rows, answers, record, line)
 
 
 COLUMNS = {  # of a console line: name -> (metric, format)
@@ -777,7 +775,7 @@ def main(argv: Sequence[str]) -> None:
     total = sft_steps + (cfg.steps if method.reinforced else 0)
     resume = training.resuming(cfg)
     run = training.set_up(cfg, cfg.out_dir, training.start(cfg), cfg.rollout_dtype, resume)
-    run.method = cfg.algo
+    run.method, run.total = cfg.algo, total
     data = load_problems(cfg, method, run.tokenizer, run.model.config)
     parameters = run.model.parameters()
     run.optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=True)
@@ -789,7 +787,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{cfg.algo} on {cfg.task}: {counts}, {training.model_size(run)}")
     training.self_check(run, cfg, [p.prompt for p in data.problems])
     if run.state["step"] == 0:
-        validate(run, data, total, cfg.show, cfg)
+        validate(run, data, cfg)
 
     solved = [p.index for p in data.problems if p.has_solution]
     for step in range(run.state["step"], total):
@@ -854,8 +852,8 @@ def main(argv: Sequence[str]) -> None:
         if step + 1 == sft_steps and method.reinforced:
             save_model(run.out, run.model, run.tokenizer, "sft")
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
-            validate(run, data, total, cfg.show if step + 1 == total else 0, cfg)
-        training.save_and_stop(run, cfg, total)
+            validate(run, data, cfg)
+        training.save_and_stop(run, cfg)
     training.finish(run, cfg)
 
 

@@ -32,6 +32,10 @@ class Unreadable(Exception):
     """Text that is no formula this file knows, or has no value that can be found quickly."""
 
 
+def _rounded(value: Decimal) -> Decimal:
+    return ROUNDED.normalize(ROUNDED.add(value, 0))  # + 0, since there is a -0
+
+
 class Value:
     """The values `at` two points, compared by `key`.
 
@@ -49,6 +53,25 @@ class Value:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    def __neg__(self) -> "Value":
+        return Value((-self.at[0], -self.at[1]), self.collected, self.factors, self.parts)
+
+    def __mul__(self, other: "Value") -> "Value":
+        at = (self.at[0] * other.at[0], self.at[1] * other.at[1])
+        factors, parts = self.factors + other.factors, self.parts + other.parts
+        return Value(at, self.collected and other.collected, factors, parts)
+
+    def __truediv__(self, other: "Value") -> "Value":
+        at = (1 / other.at[0], 1 / other.at[1])
+        return self * Value(at, other.collected, other.factors)
+
+    def __pow__(self, n: "Value") -> "Value":
+        """Even roots are the positive ones; odd roots of negative numbers are negative."""
+        at = tuple(_power(self.at[p], n.at[p], p) for p in (0, 1))
+        times = n.key[0] if n.constant and abs(n.key[0]) <= 1000 else HALF
+        factors = abs(int(times)) * self.factors if times == int(times) else None
+        return Value(at, self.collected and n.collected, factors)
 
     def without_numbers(self) -> tuple:
         """The key of the product of the parts that are no rational numbers: equal for like terms."""
@@ -68,51 +91,18 @@ def number(text: str) -> Value:
     return Value((value, value))
 
 
-def symbol(name: str) -> Value:
-    known = CONSTANTS.get(name)
-    return Value((known, known) if known else (_random(name, 0), _random(name, 1)))
-
-
 def add(terms: list[Value]) -> Value:
     if len(terms) == 1:
         return terms[0]
-    at = tuple(_sum([t.at[point] for t in terms]) for point in (0, 1))
+    at = []
+    for point in (0, 1):
+        numbers = [t.at[point] for t in terms]
+        total, least = sum(numbers), max(map(abs, numbers)) * TINY
+        if any(0 < abs(n) < least for n in numbers):
+            raise Unreadable
+        at.append(total if abs(total) > least else Decimal(0))
     kinds = {t.without_numbers() for t in terms}
-    return Value(at, len(kinds) == len(terms) and all(t.collected for t in terms))
-
-
-def _sum(terms: list[Decimal]) -> Decimal:
-    total, least = sum(terms), max(map(abs, terms)) * TINY
-    if any(0 < abs(term) < least for term in terms):
-        raise Unreadable
-    return total if abs(total) > least else Decimal(0)
-
-
-def multiply(factors: list[Value]) -> Value:
-    """The product. 0 times something is Unreadable: it is unfinished, or a function's value such as I(0)."""
-    if len(factors) == 1:
-        return factors[0]
-    at = tuple(prod(f.at[point] for f in factors) for point in (0, 1))
-    if not all(at):
-        raise Unreadable
-    collected = all(f.collected for f in factors)
-    return Value(at, collected, sum(f.factors for f in factors), tuple(factors))
-
-
-def negated(a: Value) -> Value:
-    return Value((-a.at[0], -a.at[1]), a.collected, a.factors, a.parts)
-
-
-def inverse(a: Value) -> Value:
-    return Value((1 / a.at[0], 1 / a.at[1]), a.collected, a.factors)
-
-
-def power(base: Value, exponent: Value) -> Value:
-    """Even roots are the positive ones; odd roots of negative numbers are negative."""
-    at = tuple(_power(base.at[p], exponent.at[p], p) for p in (0, 1))
-    n = exponent.key[0] if exponent.constant else HALF
-    factors = abs(int(n)) * base.factors if abs(n) <= 1000 and n == int(n) else None
-    return Value(at, base.collected and exponent.collected, factors)
+    return Value(tuple(at), len(kinds) == len(terms) and all(t.collected for t in terms))
 
 
 def _power(base: Decimal, exponent: Decimal, point: int) -> Decimal:
@@ -131,8 +121,9 @@ def _power(base: Decimal, exponent: Decimal, point: int) -> Decimal:
 
 
 def function(name: str, *arguments: Value) -> Value:
+    """A symbol, if it has no arguments."""
     if name == "exp":
-        return power(symbol("e"), *arguments)
+        return function("e") ** arguments[0]
     constant = all(a.constant for a in arguments)
     at = (_function(name, [a.at[p] for a in arguments], constant, p) for p in (0, 1))
     return Value(tuple(at), all(a.collected for a in arguments))
@@ -143,6 +134,8 @@ def _function(name: str, arguments: list[Decimal], constant: bool, point: int) -
         base = {"ln": CONSTANTS["e"], "lg": Decimal(10), "log": _random("base of log", point)}[name]
         value, base = [*arguments, base][:2]
         return value.ln() / base.ln()
+    if not arguments:
+        return CONSTANTS.get(name) or _random(name, point)
     a, *_ = exact = [_rounded(argument) for argument in arguments]
     if name == "|":
         if constant:
@@ -160,7 +153,7 @@ def _function(name: str, arguments: list[Decimal], constant: bool, point: int) -
 
 def zeros(left: Value, right: Value) -> Decimal | None:
     """What says where left = right: the same for 2x = 4y and y - x/2 = 0. None if no symbol matters."""
-    difference = add([left, negated(right)])
+    difference = add([left, -right])
     first, second = difference.at
     return None if difference.constant or not second else _rounded(first / second)
 
@@ -169,10 +162,6 @@ def zeros(left: Value, right: Value) -> Decimal | None:
 def _random(name: str, point: int) -> Decimal:
     """A number between 1 and 4."""
     return Decimal(Random(f"{point} {name}").randrange(10**9, 4 * 10**9)).scaleb(-9)
-
-
-def _rounded(value: Decimal) -> Decimal:
-    return ROUNDED.normalize(ROUNDED.add(value, 0))  # + 0, since there is a -0
 
 
 def _rational(value: Decimal, most: int) -> Fraction | None:

@@ -16,69 +16,45 @@ repeat the question. Where it asks to factor or expand, the answer needs as many
 import re
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from decimal import localcontext
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
 
 from data import algebra
 from data.algebra import PRECISE, Unreadable, Value
 
 MAX_READ, MAX_DEPTH, MAX_POWERS = 300, 20, 30  # characters, nested brackets, exponents; more is read as text
-COUNTS = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-PARTS = set(
-    "k half halve third fourth fifth sixth eighth tenth hundredth thousandth".split()
-)
-UNITS = (  # each with its spellings, without a plural s
-    "mm millimeter,cm centimeter,m meter metre,km kilometer,"
-    "in inch inche,ft foot feet,yd yard,mi mile,mg,g gm gram,"
-    "kg kilogram,lb pound,oz ounce,ton,s sec second,min minute,"
-    "h hr hour,day,week,month,year,cent,dollar,ml milliliter,"
-    "l liter,hz,khz,mhz,ev,kev,mev,nm,mph,degree deg,radian rad,"
-    "2 square sq,3 cubic"
-)
+COUNTS = {"dozen": 12, "hundred": 100, "thousand": 10**3}
+COUNTS |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
+PARTS = "k half halve third fourth fifth sixth eighth tenth hundredth thousandth"
+COUNTS |= dict.fromkeys(PARTS.split(), 0)  # these are refused
+UNITS = """mm millimeter, cm centimeter, m meter metre, km kilometer,
+    in inch inche, ft foot feet, yd yard, mi mile, mg, g gm gram,
+    kg kilogram, lb pound, oz ounce, ton, s sec second, min minute,
+    h hr hour, day, week, month, year, cent, dollar, ml milliliter,
+    l liter, hz, khz, mhz, ev, kev, mev, nm, mph, degree deg,
+    radian rad, 2 square sq, 3 cubic"""  # with other spellings, without a plural s
 UNIT_OF = {word: unit.split()[0] for unit in UNITS.split(",") for word in unit.split()}
+for table in (COUNTS, UNIT_OF):
+    table |= {word + "s": meaning for word, meaning in table.items()}
 UNIT_LETTERS = set("mgshlLNJWVAKCFT")  # in \\text or \\mathrm after a number
-FUNCTIONS = set(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh "
-    "log ln lg exp max min gcd lcm det dim arg Re Im "
-    "dot ddot hat bar vec tilde overline".split()
-)
-NO_SYMBOLS = {
-    "\\" + name
-    for name in "text to ldots dots cdots mid approx cap cup pm mp".split()
-}
-RELATIONS = {  # each with its spellings
-    spelling: line.split()[0]
-    for line in (
-        r"= \in",
-        r"< \lt",
-        r"> \gt",
-        r"!= \ne \neq",
-        r"<= \le \leq \leqslant",
-        r">= \ge \geq \geqslant",
-    )
-    for spelling in line.split()
-}
-SIGNS = set(RELATIONS.values())
-SUM_SIGNS, PRODUCT_SIGNS = ("+", "-", r"\pm", r"\mp"), ("*", r"\cdot", r"\times", "/", r"\div")
-SEPARATING_WORDS = {'"and', '"or', '", and', '", or', '"and,', '"or,'}
-BRACKETS = {
-    "(": ")",
-    "[": "]",
-    "{": "}",
-    r"\{": r"\}",
-    r"\lfloor": r"\rfloor",
-    r"\lceil": r"\rceil",
-    r"\begin{pmatrix}": r"\end{pmatrix}",
-}
+FUNCTIONS = """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh
+    log ln lg exp max min gcd lcm det dim arg Re Im
+    dot ddot hat bar vec tilde overline""".split()
+NO_SYMBOLS = set(r"\text \to \ldots \dots \cdots \mid \approx \cap \pm \mp".split())
+SIGNS = ("=", "!=", "<", ">", "<=", ">=")
+SPELLINGS = {r"\in": "=", r"\ne": "!=", r"\neq": "!=", r"\lt": "<", r"\gt": ">"}
+SPELLINGS |= dict.fromkeys((r"\le", r"\leq", r"\leqslant"), "<=")
+SPELLINGS |= dict.fromkeys((r"\ge", r"\geq", r"\geqslant"), ">=")
+SPELLINGS |= {"sqrt": r"\sqrt", "pi": r"\pi", "infinity": r"\infty", "inf": r"\infty"}
+SPELLINGS |= {name: "\\" + name for name in FUNCTIONS}
+SUM_SIGNS = ("+", "-", r"\pm", r"\mp")
+PRODUCT_SIGNS = ("*", r"\cdot", r"\times", "/", r"\div")
+SEPARATORS = (",", ";", r"\cup", '"and', '"or', '", and', '", or', '"and,', '"or,')
+BRACKETS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
+BRACKETS |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+BRACKETS[r"\begin{pmatrix}"] = r"\end{pmatrix}"
 CLOSING = set(BRACKETS.values())
 CHARACTERS = {  # one, and how LaTeX writes it
     word[0]: word[1:] + " "
@@ -93,17 +69,20 @@ LOOK = [  # text that only changes the look: (pattern, replacement), in this ord
         (r"\\(?:left|right|[bB]igg?[lrm]?|(?:no)?limits)END", ""),
         (r"\\(?:display|text|script)styleEND", ""),
         (r"\\[dtc]?(frac|binom)END", r"\\\1"),
+        (r"(\\(?:frac|binom))\s*([0-9])", r"\1{\2}"),
+        (r"(\\(?:frac|binom)\{[0-9]+\})\s*([0-9])", r"\1{\2}"),
         (r"\\(?:text[a-z]*|mbox|operatorname)(?=\s*\{)", r"\\text"),
         (r"\\(?:math(?:rm|bf|it|sf)|bf|rm)(?=\s*\{)", r"\\text"),
         (r"(?<=[0-9])\s*(?:\\text\{\s*percent\s*\}|percent\b)|\\%", "%"),
         (r"\\(?:varnothing|empty)END|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(begin|end)\s*\{array\}(?:\s*\{[lcr|\s]*\})?", r"\\\1{matrix}"),
-        (r"[(\[]\s*(\\begin\{)(?=matrix)", r"\1p"),
-        (r"(\\end\{)(matrix\})\s*[)\]]", r"\1p\2"),
-        (r"\\(begin|end)\s*\{[bp]matrix\}", r"\\\1{pmatrix}"),
+        (r"[(\[]\s*(?=\\begin)", ""),
+        (r"(?:\\\\\s*)?(\\end\s*\{[a-z]+\})\s*[)\]]?", r"\1"),
+        (r"\\(begin|end)\s*\{[bp]?matrix\}", r"\\\1{pmatrix}"),
+        (r"\\(begin|end)\s*\{array\}(?:\s*\{[lcr|\s]*\})?", r"\\\1{pmatrix}"),
         (r"\^\s*\{?\s*\\circEND\s*\}?|\\degreeEND", ""),
         (r"\\primeEND", "'"),
         (r"\^\s*\{?\s*('(?:\s*')*)\s*\}?", r"\1"),
+        (r"(?<=[A-Za-z}'])\([^()=+*/-]*\)(?=\s*=)", ""),  # f(x) = 5
         # thousands: 1{,}000 1,\!000 1\!,000 1\,000
         (r"(?<=[0-9])\s*(?:,\s*\\!|\\!\s*,|\{,\}|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))", ""),
         (r"(?<!\\)\\!", ""),
@@ -126,8 +105,8 @@ TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
-MIXED = re.compile(  # 2\frac{1}{2}, 2\frac12 and 2 1/2
-    r"(?<![\w.^}])([0-9]+)(?:\s*\\frac\s*(?:\{([0-9]+)\}|([0-9]))\s*(?:\{([0-9]+)\}|([0-9]))"
+MIXED = re.compile(  # 2\frac{1}{2} and 2 1/2
+    r"(?<![\w.^}])([0-9]+)(?:\s*\\frac\{([0-9]+)\}\{([0-9]+)\}"
     r"|\s+([0-9]+)\s*/\s*([0-9]+))(?![\^_0-9.])"
 )
 NUMBER, NAME = re.compile(r"\.?[0-9]"), re.compile(r"[A-Za-z]|\\[A-Za-z]")
@@ -148,12 +127,12 @@ def equal(answer: str, target: str, question: str = "") -> bool:
 
 
 def _same(answer: str, target: str, form: bool) -> bool:
-    a, t = _read(answer), _read(target)
-    if not a.readings & t.readings or a.units and t.units and a.units != t.units:
+    (a, a_formulas, a_units), (t, t_formulas, t_units) = _read(answer), _read(target)
+    if not a & t or a_units and t_units and a_units != t_units:
         return False
-    if form and sum(f.factors for f in a.formulas) != sum(f.factors for f in t.formulas):
+    if form and sum(f.factors for f in a_formulas) != sum(f.factors for f in t_formulas):
         return False
-    return all(f.collected for f in a.formulas) or not all(f.collected for f in t.formulas)
+    return all(f.collected for f in a_formulas) or not all(f.collected for f in t_formulas)
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -161,7 +140,8 @@ def _same(answer: str, target: str, form: bool) -> bool:
 
 def _clean(text: str) -> str:
     """The text without anything that only changes its look, and with one spelling of each command."""
-    text = text if text.isascii() else "".join(map(_ascii, text))
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", "".join(map(_ascii, text)))
     if r"\begin" not in text:
         text = text.replace("\\\\", "\\")  # backslashes doubled by JSON; in a matrix \\ ends a row
     for pattern, replacement in LOOK:
@@ -180,8 +160,6 @@ def _ascii(c: str) -> str:
         return CHARACTERS[c]
     if c.isdecimal():
         return str(unicodedata.decimal(c))
-    if "\uff01" <= c <= "\uff5e":  # the wide forms of ASCII
-        return chr(ord(c) - 0xFEE0)
     if unicodedata.category(c) in ("Sc", "Cf") and not c.isascii():  # currencies, invisible characters
         return ""
     greek = re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", unicodedata.name(c, ""))
@@ -227,24 +205,15 @@ def _as_text(text: str) -> str:
     return bare[0].lower() + bare[1:] if is_word else text  # Even is even
 
 
-class Answer(NamedTuple):
-    readings: set
-    formulas: list[Value]
-    units: set
-
-
 @lru_cache(2048)
-def _read(text: str) -> Answer:
-    """What an answer can mean, with its commas as thousands and as a list."""
-    found, text = Answer(set(), [], set()), MIXED.sub(_improper, text)
+def _read(text: str) -> tuple[set, list[Value], set]:
+    """(what an answer can mean, its formulas, its units); its commas are tried as thousands too."""
+    found, text = (set(), [], set()), MIXED.sub(_improper, text)
     with localcontext(PRECISE):
         for spelling in dict.fromkeys((text, THOUSANDS.sub(_without_commas, text))):
-            try:
+            with suppress(Unreadable, ArithmeticError):
                 reader = Reader(_tokens(spelling))
-                readings = reader.answer()
-                found = Answer(found.readings | readings, reader.formulas, reader.units)
-            except (Unreadable, ArithmeticError):
-                pass
+                found = (found[0] | reader.answer(), reader.formulas, reader.units)
     return found
 
 
@@ -257,8 +226,8 @@ def _improper(match: re.Match) -> str:
 
 
 def _without_commas(match: re.Match) -> str:
-    before, after = match.string[: match.start()].rstrip()[-1:], match.string[match.end() :].lstrip()[:1]
-    is_pair = before and before in "([{" and after and after in ")]}\\"  # (1,200) and {1,200}
+    before, after = match.string[: match.start()].rstrip(), match.string[match.end() :].lstrip()
+    is_pair = before.endswith(("(", "[", "{")) and after.startswith((")", "]", "}", "\\"))
     return match[0] if is_pair else match[0].replace(",", "")
 
 
@@ -266,26 +235,22 @@ def _tokens(text: str) -> list[str]:
     """Numbers, commands, single letters and signs; words as "word, subscripts as _name."""
     found = [""]
     for m in TOKEN.finditer(text):
-        piece, before = re.sub(r"\s", "", m[0]), found[-1]
-        if m.lastgroup == "text":
+        kind, piece, before = m.lastgroup, re.sub(r"\s", "", m[0]), found[-1]
+        if kind == "text":
             content = re.sub(r"\\text\s*\{|\}", "", m[0]).strip()
             letter = re.fullmatch(r"\(?([A-Za-z])\)?", content)
             is_unit = content in UNIT_LETTERS and re.match(r'\.?[0-9]|["}/]', before)
             found.append(letter[1] if letter and not is_unit else '"' + content)
-        elif m.lastgroup == "below":
+        elif kind == "below":
             found.append("_" + piece.strip("_{}"))
-        elif m.lastgroup == "word":
-            is_unit = NUMBER.match(before) and piece.lower().removesuffix("s") in UNIT_OF
-            if piece in FUNCTIONS or piece in ("sqrt", "pi", "infinity", "inf"):
-                found.append(r"\infty" if piece[:3] == "inf" else "\\" + piece)
-            elif len(piece) >= 4 or piece in ("or", "and") or is_unit and len(piece) > 1:
-                found.append('"' + piece)
-            else:
-                found += piece
-        elif before in (r"\frac", r"\binom") and re.fullmatch("[0-9]{2}", piece):
-            found += piece  # \frac12 has two arguments
+        elif piece in SPELLINGS:
+            found.append(SPELLINGS[piece])
+        elif kind == "word":
+            is_unit = before[-1:] in "0123456789.}" and piece.lower() in UNIT_OF
+            is_word = len(piece) >= 4 or piece in ("or", "and") or is_unit and len(piece) > 1
+            found += ['"' + piece] if is_word else piece
         else:
-            found.append(RELATIONS.get(piece, piece))
+            found.append(piece)
     return found[1:]
 
 
@@ -323,26 +288,21 @@ class Reader:
     def answer(self) -> set:
         """All that the text can mean: an equation such as y = 2x is its right side as well."""
         found = self.solutions("")
-        alone = len(found) == 1 and self.equation is not None
-        return {_any_order(found)} | ({self.equation} if alone else set())
+        return {_any_order(found), self.equation if len(found) == 1 else None} - {None}
 
-    def solutions(self, closing: str) -> list:
-        """Readings separated by commas, "and" or "or", up to the closing bracket."""
-        found = []
-        self.separators()
-        while self.next != closing:
-            found += self.item()
-            if not self.separators() and self.next != closing:
+    def solutions(self, *closing: str) -> list:
+        """Readings with commas, unions and words such as "or" between them, up to a closing bracket."""
+        found, separated = [], True
+        while self.next not in closing:
+            if self.next in SEPARATORS:
+                self.at, separated = self.at + 1, True
+            elif separated:
+                found, separated = found + self.item(), False
+            else:
                 raise Unreadable
         if not found:
             raise Unreadable
         return found
-
-    def separators(self) -> bool:
-        began = self.at
-        while self.next in (",", ";") or self.next in SEPARATING_WORDS:
-            self.at += 1
-        return self.at > began
 
     def item(self) -> list:
         r"""The readings of a relation: two if it has \pm, as many as a set has."""
@@ -356,55 +316,37 @@ class Reader:
         return [*Counter(dict(sets[0])).elements()] if sets else found
 
     def relation(self):
-        """A union, the value of a name, an equation, or a chain of inequalities."""
-        start, signs, named = self.at, [], self.is_name()
-        before = len(self.formulas)
-        if named and self.tokens[start + 1] != "=":
-            self.at = self.tokens.index("=", start)  # f(x) is no product
-            sides = [None]
-        else:
-            sides = [self.union()]
+        """An element, the value of a name, an equation, or a chain of inequalities."""
+        start, before, signs = self.at, len(self.formulas), []
+        sides = [self.element()]
+        left = self.tokens[start : self.at]  # x, x_1, f', or words
+        named = bool(NAME.match(left[0].removeprefix('"'))) and all(t[0] in "_'" for t in left[1:])
         while self.next in SIGNS:
             signs.append(self.take())
             del self.formulas[before:]
-            sides.append(self.union())
+            sides.append(self.element())
         if not signs:
             return sides[0]
         if set(signs) != {"="}:
             if all(sign[0] == ">" for sign in signs):
                 sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
             return ("relation", *signs, *sides)
-        if len(sides) == 2 and all(isinstance(side, Value) for side in sides):
-            where = algebra.zeros(*sides)
-            self.equation = ("equation", where) if where is not None else None
-        value = sides[-1]
+        value, both = sides[-1], len(sides) == 2 and all(isinstance(x, Value) for x in sides)
+        where = algebra.zeros(*sides) if both else None
+        self.equation = ("equation", where) if where is not None else None
         # x = 5 is the value 5, and so is 10/2 = 5
-        if len(set(sides[named:])) == 1 and (named or isinstance(value, Value) and value.constant):
+        known = named or isinstance(value, Value) and value.constant
+        if known and len(set(sides[named:])) == 1:
             return value
-        if len(sides) != 2 or self.equation is None:
+        if not self.equation:
             raise Unreadable
         return self.equation
-
-    def is_name(self) -> bool:
-        r"""Whether what comes is a name and "=": x, x_1, \alpha, m_{max}, f(x), P(A,B) or words."""
-        if "=" not in self.tokens[self.at :] or self.next in (r"\frac", r"\sqrt", "="):
-            return False
-        rest = self.tokens[self.at + 1 : self.tokens.index("=", self.at)]
-        if not (self.next[0] == '"' or NAME.match(self.next)):
-            return False
-        return bool(re.fullmatch(r"'*(?:_\w+|_\\\w+)?'*(?:\([^()=+*/-]*\))?", "".join(rest)))
-
-    def union(self):
-        parts = [self.element()]
-        while self.accept(r"\cup"):
-            parts.append(self.element())
-        return ("union", _any_order(parts)) if len(parts) > 1 else parts[0]
 
     def element(self):
         """A set, matrix, tuple, interval, words or a quantity."""
         if self.next[:1] == '"':
             words = [self.take()]
-            while self.next[:1] == '"' and self.next not in SEPARATING_WORDS:
+            while self.next[:1] == '"' and self.next not in SEPARATORS:
                 words.append(self.take())
             return ("words", *(w[1:2].lower() + w[2:] for w in words))
         if self.next == r"\{" or self.next == "{" and self.is_list():
@@ -412,16 +354,14 @@ class Reader:
             found = self.solutions(closing)
             self.take(closing)
             return frozenset(Counter(found).items())
-        if self.next.startswith(r"\begin"):
-            rows, closing = [], BRACKETS.get(self.take())
+        if self.next == r"\begin{pmatrix}":
+            cells, closing = [], BRACKETS[self.take()]
             while not self.accept(closing):
-                rows.append(self.members("&"))
-                if self.next != closing:
-                    self.take("\\\\")
-            return ("matrix", *rows)
+                cells.append(self.accept("&", "\\\\") or self.relation())
+            return ("matrix", *cells)
         if self.next in ("(", "[") and self.is_list():
-            opening, members = self.take(), self.members(",", ";")
-            return ("tuple", opening, self.take(")", "]"), *members)
+            opening, found = self.take(), self.solutions(")", "]")
+            return ("tuple", opening, self.take(), *found)
         return self.quantity()
 
     def is_list(self) -> bool:
@@ -433,32 +373,24 @@ class Reader:
                 return depth == 1
         return False
 
-    def members(self, *separators: str) -> tuple:
-        found = [self.relation()]
-        while self.accept(*separators):
-            found.append(self.relation())
-        return tuple(found)
-
-    # ---- quantities ----
-
     def quantity(self) -> Value:
         """A formula, and a unit after it, which is noted but not part of the reading."""
-        value = self.sum()
-        known, times = set(), 1
-        while self.next[:1] == '"' and self.next not in SEPARATING_WORDS:
-            for word in re.findall("[a-z]+|[0-9]", self.take()[1:].lower()):
-                name = word.removesuffix("s")
-                if name in PARTS:
-                    raise Unreadable
-                times *= COUNTS.get(name, 1)
-                known |= set() if name in COUNTS else {UNIT_OF.get(name) or UNIT_OF.get(word)}
+        value, known, times = self.sum(), [], 1
+        while self.next[:1] == '"' and self.next not in SEPARATORS:
+            for word in re.findall("[a-z]+|[0-9]", self.take().lower()):
+                if word in COUNTS:
+                    times *= COUNTS[word]
+                else:
+                    known.append(UNIT_OF.get(word))
             if self.accept("^"):
-                known.add(str(self.argument().key[0]))
+                known.append(str(self.argument().key[0]))
             if self.next in ("/", r"\cdot") and self.tokens[self.at + 1][:1] == '"':
                 self.take()
+        if not times:
+            raise Unreadable
         if known and None not in known:
             self.units.add(frozenset(known))
-        value = algebra.multiply([value, algebra.number(str(times))]) if times != 1 else value
+        value = value * algebra.number(str(times)) if times != 1 else value
         self.formulas.append(value)
         return value
 
@@ -469,45 +401,43 @@ class Reader:
             if sign in (r"\pm", r"\mp"):
                 self.forked = True
                 sign = "+" if (sign == r"\pm") == self.plus else "-"
-            term = self.product()
-            terms.append(algebra.negated(term) if sign == "-" else term)
+            terms.append(-self.product() if sign == "-" else self.product())
         return algebra.add(terms)
 
     def product(self) -> Value:
-        factors, sign = [], "*"
-        while sign:
+        value = self.power()
+        while sign := self.accept(*PRODUCT_SIGNS) or self.starts_factor() and "*":
             factor = self.power()
-            factors.append(algebra.inverse(factor) if sign in ("/", r"\div") else factor)
-            if NUMBER.match(self.next) and NUMBER.match(self.tokens[self.at - 1]):
-                raise Unreadable  # 1 0 0 is neither 100 nor 0
-            unit_follows = self.tokens[self.at + 1 : self.at + 2] and self.tokens[self.at + 1][:1] == '"'
-            if unit_follows:
-                break
-            sign = self.accept(*PRODUCT_SIGNS) or self.starts_factor() and "*"
-        return algebra.multiply(factors)
+            if not all(value.key + factor.key):
+                raise Unreadable  # unfinished, or I(0), a function's value
+            value = value / factor if sign in ("/", r"\div") else value * factor
+        return value
 
     def starts_factor(self) -> bool:
         """Whether a factor can begin here without a sign for the product in front."""
         if self.next == "|":
             return not self.bars
+        if NUMBER.match(self.next) and NUMBER.match(self.tokens[self.at - 1]):
+            raise Unreadable  # 1 0 0 is neither 100 nor 0
         named = NUMBER.match(self.next) or NAME.match(self.next)
-        return self.next in BRACKETS or bool(named) and self.next not in CLOSING | NO_SYMBOLS
+        ends = self.next in CLOSING or self.next in NO_SYMBOLS or self.next in SEPARATORS
+        return self.next in BRACKETS or bool(named) and not ends
 
     def power(self) -> Value:
         value = self.base()
         while self.next[:1] in ("^", "!", "'", "%", "_"):
             sign = self.take()
             if sign == "^":
-                value = algebra.power(value, self.argument())
+                value = value ** self.argument()
             elif sign == "%":
-                value = algebra.multiply([value, algebra.number("0.01")])
+                value = value * algebra.number("0.01")
             else:
                 value = algebra.function(sign, value)
         return value
 
     def argument(self) -> Value:
         """What a command or ^ applies to."""
-        return algebra.negated(self.argument()) if self.accept("-") else self.base()
+        return -self.argument() if self.accept("-") else self.base()
 
     def group(self) -> Value:
         closing = BRACKETS[self.take()]
@@ -528,13 +458,12 @@ class Reader:
             self.take("|")
             return value
         if token == r"\frac":
-            above = self.argument()
-            return algebra.multiply([above, algebra.inverse(self.argument())])
+            return self.argument() / self.argument()
         if token == r"\binom":
             return algebra.function(token, self.argument(), self.argument())
         if token == r"\sqrt":
             degree = self.group() if self.next == "[" else algebra.number("2")
-            return algebra.power(self.argument(), algebra.inverse(degree))
+            return self.argument() ** (algebra.number("1") / degree)
         if token.removeprefix("\\") in FUNCTIONS:
             return self.function(token.removeprefix("\\"))
         below = self.take() if self.next[:1] == "_" else ""
@@ -542,20 +471,20 @@ class Reader:
             return algebra.number(token)
         if token in NO_SYMBOLS or not (below or NAME.match(token)):
             raise Unreadable
-        return algebra.symbol(token + below)
+        return algebra.function(token + below)
 
     def function(self, name: str) -> Value:
         """sin x, sin^2 x, log_2 x: of what is in brackets, or the product up to the next sign or function."""
         below = self.take()[1:] if self.next[:1] == "_" else ""
         exponent = self.argument() if self.accept("^") else None
-        factors = [self.group() if self.next in ("(", "{") else self.power()]
+        value = self.group() if self.next in ("(", "{") else self.power()
         while self.tokens[self.at - 1] not in CLOSING and NAME.match(self.next) and self.starts_factor():
             if self.next.removeprefix("\\") in FUNCTIONS:
                 break
-            factors.append(self.power())
-        base = [algebra.number(below) if below.isdecimal() else algebra.symbol(below)] if below else []
-        value = algebra.function(name, algebra.multiply(factors), *base)
-        return algebra.power(value, exponent) if exponent else value
+            value = value * self.power()
+        base = [algebra.number(below) if below.isdecimal() else algebra.function(below)] if below else []
+        value = algebra.function(name, value, *base)
+        return value**exponent if exponent else value
 
 
 def _any_order(readings: list):

@@ -30,7 +30,7 @@ BEHAVIORS = {  # of a Split: (text, match, text, ..., match, text) -> pieces
     "MergedWithNext": lambda parts: [parts[0], *map(add, parts[1::2], parts[2::2])],
 }
 
-# The tokenizers package reads patterns with Oniguruma. These parts mean the same to Python's regex module.
+# The tokenizers package reads patterns with Oniguruma. These parts mean the same to `regex`.
 ESCAPE = r"\\[pP]\{\^?\w+\}|\\u[0-9A-Fa-f]{4}|\\x[0-7][0-9A-Fa-f]|\\[sSdDnrtfA]|\\[^\p{L}\p{N}]"
 GROUP = r"\(\?(?:[:=!>]|<[=!])"
 # Upper or lower case, without letters that can be one ligature
@@ -56,8 +56,7 @@ def unsupported(part: str) -> UserError:
 
 def pre_tokenizer(part: dict | None, pieces: bool) -> tuple[list[Cut], str | None]:
     """The cuts to make one after the other, and the pattern of a last cut that loses no text, or None.
-
-    pieces: the vocabulary is SentencePiece's. Else it is byte-level, and ByteLevel is the last part.
+    pieces: the vocabulary is SentencePiece's; else it is byte-level.
     """
     parts = flatten(part, "pretokenizers")
     if pieces:
@@ -102,7 +101,7 @@ def _split(part: dict) -> Cut:
 
 
 def _cut(pattern: str, behavior: str) -> Cut:
-    """Cuts at the matches of a pattern. Nothing is lost: the text between two matches is a piece as well."""
+    """Cuts at the matches of a pattern. The text between two matches is a piece as well."""
     compiled = regex.compile(f"({pattern})", regex.V1 | regex.MULTILINE)
 
     def cut(text: str, at_start: bool) -> list[str]:
@@ -115,7 +114,7 @@ def _cut(pattern: str, behavior: str) -> Cut:
 
 
 def _metaspace(part: dict) -> Cut:
-    """Writes spaces as the replacement, puts one in front and, with `split`, cuts before each of them."""
+    """Writes spaces as the replacement, puts one in front and cuts before each of them."""
     space, scheme = part["replacement"], part.get("prepend_scheme", "always")
     split, prefix = part.get("split") is not False, part.get("add_prefix_space")
     known = len(space) == 1 and scheme in ("always", "first", "never")

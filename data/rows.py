@@ -1,4 +1,4 @@
-"""What the tasks share: the paper's prompt, rows of files, the answer block, and finding a task by its name.
+"""What the tasks share: the paper's prompt, rows of files, the answer block, and finding a task.
 
 A row is a dict with
 
@@ -35,7 +35,7 @@ PROMPT = (
     "Assistant: Let me solve this step by step.\n<think> "
 )
 ENDINGS = (".parquet", ".jsonl", ".json")
-KINDS = ("prefs", "sft", "gen")  # of a hub folder's splits (train_prefs-* ...); the first found is read
+KINDS = ("prefs", "sft", "gen")  # of a hub folder's splits; the first found is read
 FUNCTIONS = {  # of a task
     "load": "load(split, path=None) -> rows",
     "score": "score(response, truth) -> (reward, verdict)",
@@ -43,7 +43,7 @@ FUNCTIONS = {  # of a task
 TEST_EVERY = 10  # one row in ten of a single file is a test row
 FIELDS = "prompt question problem hint answer final_answer solution truth reward_model data_source level"
 FIELDS = set(FIELDS.split())
-SOURCES = {  # the papers' sources -> the task that judges them and their name in the column data_source
+SOURCES = {  # the papers' sources -> the task that judges them, their name as data_source
     "math500": ("hendrycks_math", "math500"),
     "aime": ("hendrycks_math", "aime"),
     "amc": ("hendrycks_math", "amc"),
@@ -69,8 +69,8 @@ def naming(where: str) -> Iterator[None]:
 
 
 def load_task(name: str) -> ModuleType:
-    """The module data/`name`.py, or that of the file `name` if this ends in .py. UserError unless it has
-    load() and score(), defined there or imported.
+    """The module data/`name`.py, or that of the file `name` if this ends in .py. UserError unless it
+    has load() and score().
     """
     is_path = name.endswith(".py")
     file = Path(name).expanduser() if is_path else Path(__file__).parent / f"{name}.py"
@@ -128,10 +128,8 @@ def load_rows(
     """Rows of a task, checked and complete: the first n, or with n = 0 as many as it has by default.
 
     one_file: where `path` names one file, "all" takes every row of it for any split, and "split" only
-    those of `split` by the rule of split_rows().
-
-    made: further arguments of the task's load(), such as style, sizes or seed. None, 0 and "" count as not
-    given. style, which always has a value, is dropped if load() does not take it; others are a UserError.
+    those of `split` by the rule of split_rows(). made: further arguments of the task's load(), such as
+    sizes or seed, if they are not empty. UserError: load() takes one not, style aside.
     """
     name, path = task.__name__.rpartition(".")[2], path or None
     parameters, arguments = inspect.signature(task.load).parameters, {}
@@ -169,7 +167,7 @@ def show(name: str, path: str | None = None) -> None:
 
 
 def _complete(row: Any, truth: str = "truth") -> dict:
-    """The row with hint and answer filled in. UserError for a field of another type; truth: its name."""
+    """The row with hint and answer filled in. truth: the name of that field for errors."""
     if not isinstance(row, dict):
         raise UserError(f"must be a dict with prompt and truth, not {type(row).__name__}")
     row = {**row, "hint": row.get("hint") or [], "answer": row.get("answer") or ""}
@@ -224,14 +222,13 @@ def split_note(path: str | Path | None) -> str:
 def read_records(
     path: str | Path, split: str, fields: Container[str] | None = None
 ) -> list[tuple[str, dict]]:
-    """(where, record) for every row of a .parquet, .jsonl or .json file, or of a folder's files of a split.
+    """(where, record) for every row of a file, or of a folder's files of a split. where: file and row.
 
     In a folder these are `split`.* or, at any depth, shards as on the hub (`split`-00000-of-00001.*,
-    `split`_KIND-*), other files named after the split or lying in a folder of that name; no hidden ones.
-    A .json file holds a list of objects, one object, or one object a line. Parquet needs pyarrow (the `data`
-    extra); of its columns only those in `fields`, in any case, are read.
-
-    `where` names the file and row. UserError for anything that cannot be read."""
+    `split`_KIND-*), else files named after the split or in a folder of that name; no hidden ones. A .json
+    file holds a list of objects, one object, or one object a line. Of the columns of parquet, which needs
+    pyarrow, only those in `fields`, in any case, are read.
+    """
     found = []
     for file in _files(Path(path), split):
         if file.suffix not in ENDINGS:
@@ -252,11 +249,12 @@ def _files(path: Path, split: str) -> list[Path]:
         raise UserError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    parts = {p: p.relative_to(path).parts for p in sorted(path.rglob("*")) if p.suffix in ENDINGS}
-    files = [p for p, names in parts.items() if not any(name.startswith((".", "~")) for name in names)]
+    found = [p for p in sorted(path.rglob("*")) if p.suffix in ENDINGS]
+    parts = {p: p.relative_to(path).parts for p in found}
+    files = [p for p in found if not any(name.startswith((".", "~")) for name in parts[p])]
     whole = [path / f"{split}{ending}" for ending in ENDINGS]
-    if found := [p for p in whole if p in files]:
-        return found[:1]
+    if whole := [p for p in whole if p in files]:
+        return whole[:1]
     named = [p for p in files if re.match(rf"{re.escape(split)}[-_.]", p.name)]
     for kind in (split, *(f"{split}_{kind}" for kind in KINDS)):
         if shards := [p for p in named if p.name.startswith(f"{kind}-")]:
@@ -288,18 +286,18 @@ def _read_parquet(path: Path, fields: Container[str] | None) -> list[dict]:
         try:
             columns[name] = table[name].to_pylist()
         except (pyarrow.ArrowException, ValueError, OverflowError, ImportError):
-            pass  # a type that Python does not have, such as nanoseconds, is in no field of ours
+            pass  # a type that Python does not have is in no field of ours
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _read_json(path: Path) -> list:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: without the byte order mark of some editors
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without a byte order mark
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    # split("\n"), since splitlines() also breaks at characters that may occur inside a JSON string
+    # splitlines() would also break at characters that may occur inside a JSON string.
     lines = {n: line for n, line in enumerate(text.split("\n"), 1) if line.strip()}
     if path.suffix == ".json" and not _is_json_lines([*lines.values()]):
         records = _parse_json(text, path, 1) if lines else []
@@ -307,7 +305,7 @@ def _read_json(path: Path) -> list:
     else:
         records = [_parse_json(line, path, n) for n, line in lines.items()]
 
-    # Half a surrogate pair ("\ud83d") is no character: it could be neither encoded nor written.
+    # Half a surrogate pair ("\ud83d") is no character. It could not be written.
     if re.search(r"\\u[dD][89a-fA-F]", text):
         text = json.dumps(records, ensure_ascii=False)
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -353,20 +351,22 @@ def rows_of(
     source: str = "",
     read_raw: Callable[[str, dict], tuple[str, str, str]] | None = None,
 ) -> list[dict]:
-    """The rows of records from read_records() in any of these layouts, where hint and answer may be missing:
+    """The rows of records in any of these layouts, where hint and answer may be missing:
 
-    - that of the published UFT data, of verl and of DAPO: question, or else prompt as a message; hint, answer
+    - the published UFT data's, verl's and DAPO's: question, or else prompt as messages; hint, answer
       (which repeats the hint) and reward_model.ground_truth
     - our own: prompt, hint, answer, truth
     - any other that read_raw(where, record) turns into (question, solution, target)
 
     needs: the fields the truth must have, and their types; a truth that is no dict is its target.
-    check(truth) says why a truth cannot be used, or None; it may replace its values by equal ones of another
-    type. source: leave out the rows that belong to another one of SOURCES."""
+    check(truth) says why a truth cannot be used, or None; it may convert values. source: leave out the
+    rows that belong to another one of SOURCES.
+    """
     others = {name for _, name in SOURCES.values()} - {source} if source else ()
     own = [(where, record) for where, record in records if record.get("data_source") not in others]
     if not own:
-        raise UserError(f"{records[0][0].rpartition(' row ')[0]}: no row has data_source '{source}'")
+        file = records[0][0].rpartition(" row ")[0]
+        raise UserError(f"{file}: no row has data_source '{source}'")
     rows = []
     for where, record in own:
         if read_raw and not {"reward_model", "truth"} & record.keys():
@@ -407,14 +407,16 @@ def _row_of(record: dict, needs: dict, check: Callable) -> dict:
 
 
 def _prompt_of(messages: Any) -> Any:
-    """The text of a prompt: that of its user message, after that of the system message if there is one."""
+    """The text of the user message, after that of the system message if there is one."""
     if not isinstance(messages, list) or not messages:
         return messages
-    roles = [m.get("role", "user") if isinstance(m, dict) else None for m in messages]
-    texts = [m.get("content") if isinstance(m, dict) else None for m in messages]
-    if roles not in (["user"], ["system", "user"]) or not all(isinstance(text, str) for text in texts):
+    messages = [m if isinstance(m, dict) else {} for m in messages]
+    roles = [m.get("role", "user") for m in messages]
+    texts = [m.get("content") for m in messages]
+    are_texts = all(isinstance(text, str) for text in texts)
+    if roles not in (["user"], ["system", "user"]) or not are_texts:
         wanted = "a user message, or a system and a user message, with text as content"
-        raise UserError(f"field 'prompt' must be {wanted}, not {len(messages)} messages of {roles}")
+        raise UserError(f"field 'prompt' must be {wanted}, not messages of {roles}")
     return "\n\n".join(texts)
 
 
@@ -440,10 +442,9 @@ def text_field(where: str, record: dict, name: str) -> str:
 
 
 def answer_block(response: str) -> tuple[str, str] | None:
-    """(text before, text inside) of the last complete <answer> block, the innermost of nested ones; None
-    without one.
+    """(text before, text inside) of the last complete <answer> block, the innermost of nested ones.
 
-    Searches rather than a pattern, which would take quadratic time on many opening tags.
+    A pattern would take quadratic time on many opening tags.
     """
     start = response.rfind("<answer>", 0, max(0, response.rfind("</answer>")))
     if start < 0:

@@ -1,18 +1,16 @@
 """BPE tokenizers, read from a checkpoint's tokenizer.json: text to token ids and back.
 
-`Tokenizer.from_pretrained(dir)` reads byte-level tokenizers (GPT-2, Llama 3, Qwen2.5, SmolLM2, DeepSeek) and
-SentencePiece tokenizers with byte fallback (Mistral, Gemma). It gives the ids of the `tokenizers` package, or
-refuses by name what it does not support. An encoding takes four steps:
+`Tokenizer.from_pretrained(dir)` reads byte-level tokenizers (GPT-2, Llama 3, Qwen2.5, DeepSeek) and
+SentencePiece tokenizers with byte fallback (Mistral, Gemma). It gives the ids of the `tokenizers`
+package, or refuses by name what it does not support. An encoding takes four steps:
 
 1. Cut out added tokens such as <|endoftext|> (`AddedTokens`).
 2. Normalise the text between them (`_normalizer`).
 3. Cut it into pieces, most often words (`pre_tokenizer`).
 4. Merge the characters of each piece into tokens (`bpe.Merger`).
 
-`chat` formats a conversation with the checkpoint's chat template, or a built-in one (data/templates.py).
-
-Two limits: characters newer than Unicode 15 may be cut differently, and `truncation` and `padding` in
-tokenizer.json are ignored (transformers sets both itself).
+Two limits: characters newer than Unicode 15 may be cut differently, and `truncation` and `padding` of
+the file are ignored, since transformers sets both itself.
 """
 
 import json
@@ -35,14 +33,15 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 OTHER_FORMATS = ("tokenizer.model", "vocab.json", "tekken.json")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, regex.error)
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+MALFORMED += (RecursionError, regex.error)
 
 
 class Tokenizer:
     """Text to ids and back.
 
-    eos_id ends a completion (None: no token does), and so do all stop_ids; bos_id starts a text (None: the
-    file puts nothing in front). vocab_size is the highest id + 1.
+    eos_id ends a completion, and so do all stop_ids; bos_id starts a text. Both may be None. vocab_size
+    is the highest id + 1.
     """
 
     def __init__(
@@ -52,18 +51,17 @@ class Tokenizer:
         stop_ids: Iterable[int] = (),
         eos_ids: Sequence[int] = (),
     ):
-        """description: content of tokenizer.json; config: content of tokenizer_config.json, which names the
-        eos token and can add tokens.
+        """description: content of tokenizer.json; config: of tokenizer_config.json, which names the eos
+        token and can add tokens; eos_ids: of config.json, used if that names none.
 
-        eos_ids: config.json's, used if tokenizer_config.json names no eos token. stop_ids: more ids that end
-        a completion. UserError: a part is not supported. A malformed description may raise MALFORMED.
+        UserError: a part is not supported. A malformed description may raise MALFORMED.
         """
         self.config, self.source, model = config, None, description["model"]
         if model.get("type", "BPE") != "BPE":
             raise unsupported(f"a tokenizer of kind {model['type']}")
         vocab, pieces = model["vocab"], bool(model.get("byte_fallback"))
 
-        # Added tokens, with the eos among them even where only config.json names it
+        # Added tokens, with the eos among them.
         added = _added_tokens(description.get("added_tokens") or [], config, vocab)
         ids = vocab | {t: a["id"] for t, a in added.items()}
         names = {i: t for t, i in ids.items()}
@@ -71,69 +69,80 @@ class Tokenizer:
             id, times = Counter(ids.values()).most_common(1)[0]
             raise UserError(f"{times} tokens have id {id}, which could not be decoded")
         eos = templates.named_tokens(config).get("eos_token")
-        self.eos_id = next((i for i in eos_ids if i in names), None) if eos is None else ids[eos]
-        if self.eos_id is not None and (eos := names[self.eos_id]) not in added:
-            added[eos] = {"content": eos, "id": self.eos_id, "special": True}
+        given = eos_ids if eos is None else [ids[eos]]
+        self.eos_id = next((i for i in given if i in names), None)
+        if self.eos_id is not None:
+            token = {"content": names[self.eos_id], "id": self.eos_id, "special": True}
+            added.setdefault(token["content"], token)
         self.stop_ids = tuple(sorted({*stop_ids, self.eos_id} - {None}))
         self.bos_id = _bos(description.get("post_processor"), ids)
         self.vocab_size = max(names, default=-1) + 1
         self.description = description | {"added_tokens": [*added.values()]}
 
-        # Encoding. Some added tokens are looked for in the raw text, the others in the normalised text.
+        # Encoding. Added tokens are looked for in the raw text or in the normalised text.
         self._normalizers = _normalizer(description.get("normalizer"))
-        normalized = {self._normalize(t): a for t, a in added.items() if a.get("normalized")}
-        self._raw = AddedTokens({t: a for t, a in added.items() if not a.get("normalized")})
-        self._normalized = AddedTokens(normalized)
+        raw, normalized = {}, {}
+        for text, token in added.items():
+            if token.get("normalized"):
+                normalized[self._normalize(text)] = token
+            else:
+                raw[text] = token
+        self._raw, self._normalized = AddedTokens(raw), AddedTokens(normalized)
         self._cuts, pattern = pre_tokenizer(description.get("pre_tokenizer"), pieces)
         spelled = {t: token_bytes(t, pieces) for t in vocab}
         self._merger = Merger(model, spelled, pattern)
 
-        # Decoding. Reward checkers look for TAGS in decoded answers, so tags are kept even if special.
+        # Decoding. Reward checkers look for TAGS, so these are kept even if special.
         spelled |= {t: t.encode() for t in added}
         self._bytes = {i: spelled[t] for i, t in names.items()}
         self._byte_ids = set()
         if pieces:
-            self._bytes = {i: b.replace("▁".encode(), b" ") for i, b in self._bytes.items()}
+            space = "▁".encode()
+            self._bytes = {i: b.replace(space, b" ") for i, b in self._bytes.items()}
             self._byte_ids = {i for i, t in names.items() if t in BYTE_TOKENS}
         self._strip = _stripped_spaces(description.get("decoder"), pieces)
-        self._skipped_ids = {a["id"] for t, a in added.items() if a.get("special") and t not in TAGS}
+        special = {t: a["id"] for t, a in added.items() if a.get("special")}
+        self._skipped_ids = {id for t, id in special.items() if t not in TAGS}
 
     # ---- reading and writing ----
 
     @classmethod
     def from_pretrained(cls, dir: str | Path) -> "Tokenizer":
-        """Read tokenizer.json from a directory, with the files beside it that name tokens or hold templates.
-        UserError: a file is missing, is broken or has an unsupported part."""
+        """Read tokenizer.json and the files beside it that name tokens or hold templates. UserError: one is
+        missing, is broken or has an unsupported part.
+        """
         dir = Path(dir)
         if (dir / "adapter_config.json").exists() and not (dir / "config.json").exists():
-            raise UserError(f"{dir}: is a LoRA adapter; give the merged model, out_dir/model of the run")
+            raise UserError(f"{dir}: is a LoRA adapter; give the merged model, out_dir/model")
         where = dir / "tokenizer.json"
         if not where.exists():
             rule = "the directory must hold a tokenizer.json"
-            if other := next((name for name in OTHER_FORMATS if (dir / name).exists()), None):
-                convert = f"AutoTokenizer.from_pretrained({str(dir)!r}).save_pretrained({str(dir)!r})"
-                rule = f"{other} is another format, which transformers can convert: {convert}"
+            other = [name for name in OTHER_FORMATS if (dir / name).exists()]
+            if other:
+                here = f"({str(dir)!r})"
+                convert = f"AutoTokenizer.from_pretrained{here}.save_pretrained{here}"
+                rule = f"{other[0]} is another format, which transformers can convert: {convert}"
             raise UserError(f"{where}: no such file; {rule}")
         description, config = _read_json(where), _read_config(dir)
         eos_ids = _read_eos_ids(dir / "config.json")
         stop_ids = _read_eos_ids(dir / "generation_config.json") or eos_ids
         try:
             tokenizer = cls(description, config, stop_ids, eos_ids)
-            tokenizer.decode(tokenizer.encode("a1 é\n"))  # some malformed parts fail only when used
+            tokenizer.decode(tokenizer.encode("a1 é\n"))  # some parts fail only when used
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
         except MALFORMED as e:
-            raise UserError(f"{where}: not a valid tokenizer description ({type(e).__name__}: {e})") from None
+            reason = f"{type(e).__name__}: {e}"
+            raise UserError(f"{where}: not a valid tokenizer description ({reason})") from None
         tokenizer.source = dir
         return tokenizer
 
     def save(self, dir: str | Path, template: str = "auto") -> None:
-        """Write the tokenizer's files to a directory: copies of those it was read from, or its description.
+        """Write the tokenizer's files to a directory: copies of those it was read from, or new ones.
 
-        template: the chat template a model was trained with, see `template_name`. It becomes the directory's
-        only one, which transformers renders as `render` does. auto keeps those the tokenizer came with.
-        Of the files already there, only FILES and chat templates are replaced or removed.
-        UserError: there is no such template, or the tokenizer was read from dir, which is never written to.
+        template: the chat template a model was trained with, see `template_name`, which becomes the only
+        one; auto keeps those the tokenizer came with. Of the files in dir, only FILES and chat templates
+        are replaced or removed. UserError: no such template, or the tokenizer was read from dir.
         """
         dir, source = Path(dir), self.source
         if source and source.resolve() == dir.resolve():
@@ -141,10 +150,10 @@ class Tokenizer:
                 return
             raise UserError(f"{dir}: the tokenizer was read from here; save it elsewhere")
         name = "default" if template == "auto" else self.template_name(template)
-        chosen = None if name == "default" else self._template_source(name)  # the default is in the files
+        chosen = None if name == "default" else self._template_source(name)
         dir.mkdir(parents=True, exist_ok=True)
 
-        # Copy or write the files; remove what an earlier tokenizer left, such as its chat template
+        # Copy or write the files; remove what an earlier tokenizer left, such as its template.
         written = {"tokenizer.json": self.description, "tokenizer_config.json": self.config}
         files = [*FILES, "chat_template.jinja"]
         if source and not chosen:
@@ -158,7 +167,7 @@ class Tokenizer:
             else:
                 (dir / file).unlink(missing_ok=True)
 
-        # Put the template into its own file and none into tokenizer_config.json, so that they cannot differ
+        # The template goes into its own file, and none into the configuration.
         if chosen:
             (dir / "chat_template.jinja").write_text(chosen, encoding="utf-8", newline="")
             config = _read_json(dir / "tokenizer_config.json")
@@ -168,20 +177,18 @@ class Tokenizer:
     # ---- text and ids ----
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of a text. The text of an added token becomes that token; lone surrogates, which are no
-        characters, become U+FFFD.
-
-        bos: start with bos_id, if there is one and the text does not start with it already. A byte without a
-        token becomes the unk token, or nothing if there is no unk token.
+        """Ids of a text. The text of an added token becomes that token, a lone surrogate U+FFFD, and a byte
+        without a token the unk token or nothing. bos: start with bos_id, once, if there is one.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids: list[int] = []
-        for part, at_start, token in self._raw.cut(text):
-            for words, normalized_at_start, normalized_token in self._normalized.cut(self._normalize(part)):
-                if words:
-                    ids += self._merger.encode(self._pieces(words, at_start and normalized_at_start))
-                ids += normalized_token
-            ids += token
+        for raw, raw_at_start, raw_token in self._raw.cut(text):
+            for part, at_start, token in self._normalized.cut(self._normalize(raw)):
+                if part:
+                    pieces = self._pieces(part, at_start and raw_at_start)
+                    ids += self._merger.encode(pieces)
+                ids += token
+            ids += raw_token
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
@@ -192,17 +199,15 @@ class Tokenizer:
         return text
 
     def _pieces(self, text: str, at_start: bool) -> list[str]:
-        """Normalised text without added tokens, cut into pieces. at_start: it begins the whole text."""
+        """The pieces of a part between added tokens. at_start: it begins the whole text."""
         parts = [text]
         for cut in self._cuts:
             parts = [p for n, part in enumerate(parts) for p in cut(part, at_start and n == 0)]
         return parts
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of ids. Incomplete characters become U+FFFD; ids outside the vocabulary become nothing.
-
-        skip_special drops special tokens such as bos and eos, but never TAGS. With byte fallback, each byte
-        of a run of byte tokens that is not UTF-8 becomes one U+FFFD.
+        """Text of ids. Incomplete characters become U+FFFD; unknown ids become nothing. skip_special drops
+        special tokens such as bos and eos, but never TAGS.
         """
         skip = self._skipped_ids if skip_special else ()
         ids = [i for i in ids if i in self._bytes and i not in skip]
@@ -211,14 +216,14 @@ class Tokenizer:
             data = b"".join(map(self._bytes.__getitem__, run))
             try:
                 text += data.decode("utf-8", "strict" if in_bytes else "replace")
-            except UnicodeDecodeError:
+            except UnicodeDecodeError:  # with byte fallback, each byte becomes one U+FFFD
                 text += "\ufffd" * len(data)
         spaces = len(text) - len(text.lstrip(" "))
         return text[min(spaces, self._strip) :]
 
     @cached_property
     def added_pattern(self) -> regex.Pattern:
-        """Finds the tokens that are found as a whole, and those that end an answer; no white space."""
+        """Finds added tokens and those that end an answer, but no white space."""
         tokens = {token["content"] for token in self.description["added_tokens"]}
         tokens |= {self.decode([stop]) for stop in self.stop_ids}
         return _any_of(filter(str.strip, tokens))
@@ -227,35 +232,33 @@ class Tokenizer:
         """Ids of the parts of a text: together those of the whole, if no cut falls inside a token.
 
         SentencePiece begins each encoding with a space, so a part is encoded with what stands before it,
-        from the last added token on. Where that merges over the cut, the part is encoded alone, as the
-        prompt is when the model has to answer it.
+        from the last added token on; or alone, as the model's prompt is, where that merges over the cut.
         """
         parts, before = [], ""
         for begin, end in pairwise([0, *cuts, len(text)]):
             part = text[begin:end]
-            head, both = self.encode(before) if before else [], self.encode(before + part)
+            head = self.encode(before) if before else []
+            both = self.encode(before + part)
             parts.append(both[len(head) :] if both[: len(head)] == head else self.encode(part))
             starts = [token.start() for token in self.added_pattern.finditer(part)]
             before = part[starts[-1] :] if starts else part or before
         return parts
 
     def check_ids(self, ids: Iterable[int], vocab_size: int, where: str) -> None:
-        """UserError if an id has no row in an embedding of vocab_size rows. where: names the data row."""
+        """UserError if an id has no row in an embedding. where: names the data row."""
         highest = max(ids, default=-1)
         if highest >= vocab_size:
             token = f"token {self.decode([highest])!r} has id {highest}"
-            raise UserError(f"{where}: {token}, but the model has only vocab_size = {vocab_size} ids")
+            raise UserError(f"{where}: {token}, but the model has vocab_size = {vocab_size}")
 
     # ---- conversations ----
 
     def template_name(self, template: str = "auto") -> str:
-        """The chat template that `template` stands for: a name in TEMPLATES or one of the checkpoint's own;
-        auto is the checkpoint's "default", or "plain" if the checkpoint has none. UserError: there is no such
-        template."""
+        """See templates.choose_template."""
         return templates.choose_template(self.config, template)
 
     def _template_source(self, name: str) -> str:
-        bos, eos = ("" if i is None else self.decode([i]) for i in (self.bos_id, self.eos_id))
+        bos, eos = (self.decode([] if i is None else [i]) for i in (self.bos_id, self.eos_id))
         return templates.template_source(self.config, name, bos, eos)
 
     def render(
@@ -265,14 +268,13 @@ class Tokenizer:
         template: str = "auto",
         **variables: object,
     ) -> str:
-        """The text of a conversation: a list of {"role": ..., "content": ...}, all fields of which the
-        template can read.
+        """The text of a conversation, a list of {"role": ..., "content": ...} and other fields.
 
-        template: see `template_name`. variables: others that the template can read, such as tools=[...].
-        UserError: the template refuses the conversation.
+        template: see `template_name`. variables: others for the template, such as tools=[...]. UserError:
+        the template refuses the conversation.
         """
         name = self.template_name(template)
-        # As in transformers, the template sees the tokens that the configuration names, and no others
+        # As in transformers, the template sees the tokens that the configuration names.
         given = templates.named_tokens(self.config) | {
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
@@ -280,8 +282,9 @@ class Tokenizer:
             "documents": None,
         }
         try:
-            return templates.compile_template(self._template_source(name))(**given | variables)
-        except Exception as e:  # a template is a program from the checkpoint, so it can raise anything
+            write = templates.compile_template(self._template_source(name))
+            return write(**given | variables)
+        except Exception as e:  # a template is a program, so it can raise anything
             raise UserError(f"chat template '{name}': {e}") from None
 
     def chat(
@@ -291,8 +294,7 @@ class Tokenizer:
         template: str = "auto",
         **variables: object,
     ) -> list[int]:
-        """Ids of a conversation, by default up to where the assistant's answer starts. The template decides
-        about bos."""
+        """Ids of a conversation, by default up to where the assistant's answer starts."""
         return self.encode(self.render(messages, add_generation_prompt, template, **variables))
 
 
@@ -300,7 +302,7 @@ class Tokenizer:
 
 
 def _read_json(path: Path) -> dict:
-    """Content of a JSON file, or {} if there is none. UserError: it cannot be read or is no object."""
+    """Content of a JSON file, or {} if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -310,7 +312,7 @@ def _read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a tokenizer or model description (must be a JSON object)")
+        raise UserError(f"{path}: must be a JSON object")
     return content
 
 
@@ -319,7 +321,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _read_eos_ids(path: Path) -> list[int]:
-    """eos_token_id of a config.json or generation_config.json: one id, a list of ids or nothing."""
+    """eos_token_id of a file: one id, a list of ids or nothing."""
     value = _read_json(path).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
@@ -328,15 +330,17 @@ def _read_eos_ids(path: Path) -> list[int]:
 
 
 def _read_config(dir: Path) -> dict:
-    """Content of tokenizer_config.json, with the special tokens and chat templates of files beside it."""
-    config, named = _read_json(dir / "tokenizer_config.json"), _read_json(dir / "special_tokens_map.json")
-    # As in transformers, the map has precedence in older checkpoints, whose config lists no added tokens
+    """Content of tokenizer_config.json, with the tokens and templates of files beside it."""
+    config = _read_json(dir / "tokenizer_config.json")
+    named = _read_json(dir / "special_tokens_map.json")
+    # As in transformers, the map has precedence if the configuration lists no added tokens.
     given = {key: value for key, value in config.items() if value is not None}
     config = config | (named | given if "added_tokens_decoder" in config else named)
     files = templates.read_templates(dir)
     if files:  # these have precedence over tokenizer_config.json
         files = templates.own_templates(config) | files
-        config["chat_template"] = [{"name": name, "template": text} for name, text in files.items()]
+        own = [{"name": name, "template": text} for name, text in files.items()]
+        config["chat_template"] = own
     return config
 
 
@@ -363,7 +367,7 @@ class AddedTokens:
         self.pattern = _any_of(filter(None, tokens))
 
     def cut(self, text: str) -> Iterator[tuple[str, bool, list[int]]]:
-        """(text before a token, whether that begins the text, [the token's id]), last (the rest, ..., [])."""
+        """(text before a token, whether it begins the text, [the token's id]); then (rest, ..., [])."""
         end = 0
         if any(c in text for c in self.first_characters):
             for found in self.pattern.finditer(text):
@@ -378,9 +382,8 @@ class AddedTokens:
 
 
 def _added_tokens(tokens: list[dict], config: dict, vocab: dict[str, int]) -> dict[str, dict]:
-    """Added tokens by content: those of tokenizer.json, then those that only the configuration has.
-
-    As in transformers, a token has the vocabulary's id, else the next free one.
+    """Added tokens by content: those of tokenizer.json, then those that the configuration adds. As in
+    transformers, a token has the vocabulary's id, else the next free one.
     """
     configured = [t for t in _configured_tokens(config) if t["content"]]
     known = {t["content"] for t in (*tokens, *(t for t in configured if "id" in t))}
@@ -399,31 +402,34 @@ def _added_tokens(tokens: list[dict], config: dict, vocab: dict[str, int]) -> di
             raise unsupported(f"single_word = true of added token {content!r}")
         place = vocab.get(content, following)
         if type(id := token.get("id", place)) is not int or id != place:
-            raise UserError(f"added token {content!r} has id {id!r}, but its place gives it id {place}")
+            origin = f"added token {content!r}" + " of tokenizer_config.json" * (n >= len(tokens))
+            raise UserError(f"{origin} has id {id!r}, but its place gives it id {place}")
         added[content] = token | {"id": place}
         following = max(following, place + 1)
     return added
 
 
 def _configured_tokens(config: dict) -> list[dict]:
-    """The added tokens that a configuration lists or names, in the order in which transformers adds them."""
+    """The added tokens that a configuration lists or names, in the order of transformers."""
     named = templates.named_tokens(config)
     try:
-        listed = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        listed = config.get("added_tokens_decoder") or {}
+        listed = {int(i): token for i, token in listed.items()}
         tokens = [listed[i] | {"id": i} for i in sorted(listed)]
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        extra = extra.values() if isinstance(extra, dict) else extra
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+        extra = [*extra.values()] if isinstance(extra, dict) else extra or []
         names = [name for name in (*NAMED, *(named.keys() - NAMED)) if name in named]
         for token in (*(config[name] for name in names), *extra):
-            tokens.append((token if isinstance(token, dict) else {"content": token}) | {"special": True})
+            token = token if isinstance(token, dict) else {"content": token}
+            tokens.append(token | {"special": True})
         "".join(token["content"] for token in tokens)
     except MALFORMED as e:
-        raise UserError(f"the lists of tokens in tokenizer_config.json are malformed ({e!r})") from None
+        raise UserError(f"tokenizer_config.json has malformed lists of tokens ({e!r})") from None
     return tokens
 
 
 def _bos(part: dict | None, ids: dict[str, int]) -> int | None:
-    """The id that the post-processor puts in front of a text, or None. What it puts behind is left out."""
+    """The id that the post-processor puts in front of a text, or None."""
     before: list[str] = []
     for p in flatten(part, "processors"):
         if p["type"] == "TemplateProcessing":
@@ -434,7 +440,7 @@ def _bos(part: dict | None, ids: dict[str, int]) -> int | None:
         elif p["type"] != "ByteLevel":
             raise unsupported(f"post_processor {p['type']}")
     if len(before) > 1 or not ids.keys() >= {*before}:
-        raise UserError(f"post_processor puts {before} in front, not one token of the vocabulary")
+        raise UserError(f"post_processor puts {before} in front, not one token")
     return ids[before[0]] if before else None
 
 
@@ -461,13 +467,14 @@ def _normalizer_step(part: dict) -> Callable[[str], str]:
 
 
 def _stripped_spaces(decoder: dict | None, pieces: bool) -> int:
-    """The number of spaces that a decoder drops in front of a text. UserError: it does other things."""
+    """The number of spaces that a decoder drops in front of a text."""
     parts = flatten(decoder, "decoders")
     kinds = [p["type"] for p in parts]
     if not pieces and kinds == ["ByteLevel"]:
         return 0
-    if pieces and kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and {*kinds[3:]} <= {"Strip"}:
+    strips = parts[3:]
+    if pieces and kinds == ["Replace", "ByteFallback", "Fuse", *["Strip"] * len(strips)]:
         spaces = (parts[0]["pattern"], parts[0]["content"]) == ({"String": "▁"}, " ")
-        if spaces and all(p["content"] == " " and not p["stop"] for p in parts[3:]):
-            return sum(max(int(p["start"]), 0) for p in parts[3:])
+        if spaces and all(p["content"] == " " and not p["stop"] for p in strips):
+            return sum(max(int(p["start"]), 0) for p in strips)
     raise unsupported(f"decoder {', '.join(kinds)} with these settings")

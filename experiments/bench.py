@@ -196,7 +196,7 @@ def needs(name: str, gpus: int, lora_rank: int = 0, tokens: int = 16384, again: 
 
 
 def fit() -> None:
-    """Print the memory of the papers' models, and the fewest GPUs of a size that train each ("-": above 32)."""
+    """Print the memory of the papers' models, and the fewest GPUs that train each ("-": more than 32)."""
     names = list(needs("30m", 1))
     heading = ["GB on one GPU", "parameters", *names, "all", f"GPUs of {' / '.join(map(str, GPUS))} GB"]
     rows = [heading, ["---"] * len(heading)]

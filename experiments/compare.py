@@ -210,7 +210,7 @@ def panels(methods: Methods) -> Curves:
         return step * min(end["train_s"] / max(1, end["step"]) for end in ends)
 
     lines = {name: curve(runs, ACCURACY) for name, runs in methods.items()}
-    if len(lines) > 8:  # bands would hide the lines
+    if len(lines) > 8 or min(map(len, methods.values())) < 3:  # bands would hide the lines
         lines = {name: [p._replace(interval=None) for p in line] for name, line in lines.items()}
     lines = dict(sorted(lines.items(), key=lambda item: -item[1][-1].mean))
     found = {ACCURACY: {name: line for name, line in lines.items() if name != "sft-long"}}
@@ -224,8 +224,9 @@ def panels(methods: Methods) -> Curves:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) == 2 and argv[0] == "--table":
-        argv = ["--table=" + argv[1]]
+    if "--table" in argv[:-1]:
+        at = argv.index("--table")
+        argv = [*argv[:at], f"--table={argv[at + 1]}", *argv[at + 2 :]]
     cfg = parse_config(Config, argv, __doc__)
     cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
     if cfg.table:
@@ -238,7 +239,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:
-    """Make runs, name -> (arguments, seeds), `jobs` at a time, and report them."""
+    """Make runs, name -> (arguments, seeds), `jobs` at a time, and report all runs of the folder."""
     most = max(seeds for _, seeds in wanted.values())
     runs = [(name, flags, s) for s in range(most) for name, (flags, seeds) in wanted.items() if s < seeds]
     failures = 0
@@ -249,7 +250,7 @@ def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:
     # Report what is there, failures or not.
     if failures < len(runs):
         finished = read_runs(Path(cfg.out_dir))
-        methods = {name: finished[name] for name in wanted if name in finished}
+        methods = {name: finished[name] for name in (*wanted, *finished) if name in finished}
         report(methods, Path(cfg.out_dir), cfg.goal)
     if failures:
         raise UserError(f"{failures} of {len(runs)} runs failed, see above; the same command repeats them")

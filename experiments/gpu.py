@@ -83,8 +83,8 @@ def measured(cfg: Config, what: str, **knobs) -> dict:
 
 
 def nvidia_smi(query: str, *options: str) -> subprocess.Popen:
-    card = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
-    command = ["nvidia-smi", card, f"--query-gpu={query}", "--format=csv,noheader,nounits", *options]
+    uuid = str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-")
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 

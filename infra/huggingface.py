@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); give a Hugging Face model") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({str(e)[:200]})") from None
     if not isinstance(content, dict):
@@ -123,12 +123,13 @@ def _rope(d: dict) -> tuple[float, dict | None]:
         given |= {k: v for k, v in d.get(key, {}).items() if v is not None}
     theta = given.get("rope_theta", d.get("rope_theta", 10000.0))
     _check(_is_number(theta) and theta > 1, f"rope_theta = {theta!r}: must be a number above 1")
+    _check("mscale" not in given, "rope_scaling: mscale is not supported")
+    _check(given.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor is not supported")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return float(theta), None
     known = isinstance(kind, str) and kind in ROPE_SCALINGS
     _check(known, f"rope_scaling of type {kind!r} is not one of {', '.join(ROPE_SCALINGS)}")
-    _check("mscale" not in given, "rope_scaling: mscale is not supported")
     # The fields that the model reads, all of them.
     scaling = dict(ROPE_SCALINGS[kind])
     if kind != "linear":
@@ -206,42 +207,55 @@ def generation_config(config: ModelConfig, stop_ids: Iterable[int]) -> dict:
 
 # ---- directories that hold something else ------------------------------------------------------------------
 
-OTHERS = (  # without model*.safetensors: (a file in the directory, what that holds, what to do)
+OTHERS = (  # without model.safetensors: (a file in the directory, what that holds, what to do)
+    ("adapter_model*", "a LoRA adapter", "give the merged model"),
     ("*.gguf", "GGUF", "give the Hugging Face model that it was made from"),
     ("**/*.distcp", "FSDP's shards", "merge them with accelerate merge-weights"),
     ("model_world_size_*", "FSDP's shards", "merge them with python -m verl.model_merger"),
     ("zero_to_fp32.py", "DeepSpeed's shards", "merge them: python zero_to_fp32.py . NEW_DIR"),
     ("consolidated*", "its maker's own format", "give one with model.safetensors"),
     ("*model*.[bp]*", "pickled weights", "load it in transformers and save_pretrained() it"),
+    ("models--*/snapshots/*/config.json", "the hub's cache", "give one model, such as {found.parent}"),
     ("snapshots/*/config.json", "the hub's cache of a model", "give its {found.parent}"),
     ("[!.]*/config.json", "models in folders", "give one of them, such as {found.parent}"),
 )
 # In the names of quantised tensors.
-QUANTISED = r"scale|zero|quant|qweight|absmax|packed|g_idx|\.biases$"
+QUANTISED = r"scale|zero|quant|qweight|absmax|packed|g_idx|SCB|\.biases$"
 
 
-def check_folder(dir: Path) -> None:
-    """UserError, before anything else is read, if a directory is no model to start from."""
-    _refuse_others(dir)
-    config_from_dict(read_json(dir / "config.json"), str(dir / "config.json"))
-    weight_files(dir)
-
-
-def _refuse_others(dir: Path) -> None:
-    """UserError if a directory holds an adapter, pointers, or weights of another format alone."""
+def check_folder(dir: Path) -> ModelConfig:
+    """The configuration of a model to start from. UserError, before all is read, if `dir` is none."""
     if dir.is_file():
         raise UserError(f"{dir}: is a file; give the directory of a Hugging Face model")
     if (dir / "adapter_config.json").exists():
         advice = "give the merged model, out_dir/model of the run (in peft: merge_and_unload())"
         raise UserError(f"{dir}: is a LoRA adapter; {advice}")
-    weights = [*dir.glob("model*.safetensors")]
-    for path in filter(Path.is_file, (*weights, *dir.glob("*.json"))):
+    for path in filter(Path.is_file, (*dir.glob("*.json"), *dir.glob("model*.safetensors"))):
         with open(path, "rb") as file:
             if file.read(40).startswith(b"version https://git-lfs"):
                 raise UserError(f"{path}: is a Git LFS pointer; fetch it with git lfs pull")
+    path = dir / "config.json"
+    if not path.exists():
+        weight_files(dir)  # it says what else the directory holds
+    config = config_from_dict(read_json(path), str(path))
+    weight_files(dir)
+    return config
+
+
+def weight_files(dir: Path) -> list[Path]:
+    """model.safetensors, or else the shards that its index names."""
+    whole, index = dir / "model.safetensors", dir / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        try:
+            return [dir / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        except (KeyError, AttributeError, TypeError):
+            raise UserError(f"{index}: has no weight_map of file names") from None
     for pattern, what, advice in OTHERS:
-        if not weights and (found := min(dir.glob(pattern), default=None)):
+        if found := min(dir.glob(pattern), default=None):
             raise UserError(f"{dir}: holds {what}; {advice.format(found=found)}")
+    raise UserError(f"{whole}: no such file, nor an index of shards beside it")
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -261,8 +275,7 @@ def load_model(
     """
     # The layout, sharded if there are several processes.
     dir = Path(dir).expanduser()
-    _refuse_others(dir)
-    config = config_from_dict(read_json(dir / "config.json"), str(dir / "config.json"))
+    config = check_folder(dir)
     if (dir / "generation_config.json").exists():
         config.generation = read_json(dir / "generation_config.json")
     with torch.device("meta"):
@@ -292,19 +305,6 @@ def load_model(
         raise UserError(f"{dir}: tensor {next(iter(missing))} is missing ({len(missing)} in all)")
     model.frequencies = model.frequencies.to(model.head_weight.device)
     return model
-
-
-def weight_files(dir: Path) -> list[Path]:
-    """model.safetensors, or else the shards that its index names."""
-    whole, index = dir / "model.safetensors", dir / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        raise UserError(f"{whole}: no such file, nor an index of shards beside it")
-    try:
-        return [dir / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    except (KeyError, AttributeError, TypeError):
-        raise UserError(f"{index}: has no weight_map of file names") from None
 
 
 def _tensors(path: Path, shapes: dict[str, tuple], kind: str) -> Iterator[tuple[str, Tensor]]:

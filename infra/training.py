@@ -139,6 +139,7 @@ class Run:
     metrics: dict | None = None  # of the step in progress
     log: Log | None = None
     method: str = ""  # the name of what is trained
+    total: int = 0  # steps of the whole run
     engine: bool = True  # sample with fast/engine.py; False: self_check() has found it wrong
 
 
@@ -316,13 +317,20 @@ def engine_options(run: Run, cfg: Any, longest_prompt: int = 0) -> dict:
     return {"fast": True, "compile": compiled, "reserve": reserve, "longest_prompt": longest_prompt}
 
 
-def show_answers(run: Run, rows: list[dict], answers: list[list[dict]], n: int, last: bool) -> None:
-    """Print the first n answers; write them to samples.jsonl, or all if it is the last validation."""
+def end_validation(
+    run: Run, cfg: Any, rows: list[dict], answers: list[list[dict]], record: dict, line: str
+) -> None:
+    """Log and print a validation; before and after training also the first answers."""
+    step, last = run.state["step"], run.state["step"] == run.total
+    run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
+    run.state["last"] = record
+    print(line)
     pairs = list(zip(rows, answers, strict=bool(answers)))
-    for row, (a, *_) in pairs[:n]:
+    shown = pairs[: cfg.show] if last or step == 0 else []
+    for row, (a, *_) in shown:
         print(f"    {brief(row['prompt'])} -> {brief(a['response'])}: {a['verdict']}")
-    for row, (a, *_) in pairs if last else pairs[:n]:
-        run.log.write("samples", run.state["step"], {"kind": "answer", "prompt": row["prompt"], **a})
+    for row, (a, *_) in pairs if last else shown:
+        run.log.write("samples", step, {"kind": "answer", "prompt": row["prompt"], **a})
 
 
 def model_size(run: Run) -> str:
@@ -456,9 +464,9 @@ def log_step(
     run.log.write("metrics", step + 1, run.metrics)
 
 
-def save_and_stop(run: Run, cfg: Any, total: int, stop_ids=(), template: str = "auto") -> None:
+def save_and_stop(run: Run, cfg: Any, stop_ids=(), template: str = "auto") -> None:
     """Write a checkpoint when it is due; after a signal to stop, at once, and exit."""
-    done, stop = run.state["step"], stop_requested()
+    done, total, stop = run.state["step"], run.total, stop_requested()
     if done % cfg.save_every == 0 or done == total or stop:
         dtype = saved_dtype(run.model, cfg)
         parts = {

@@ -54,10 +54,11 @@ def test_bench_generation_really_makes_all_the_tokens(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(bench, "generate", counting)
-    bench.main([*TINY, "--what=generate,grpo,requests", "--repeats=1", "--rows=9", "--new=40"])
+    bench.main([*TINY, "--what=generate,grpo,requests", "--repeats=1", "--untimed=1", "--rows=9", "--new=40"])
     lengths = [[len(c.tokens) for g in outputs for c in g] for outputs in made]
     asked = [n for _, n in bench.request_lengths(bench.Config(rows=9, prompt=4, new=40))]
-    assert lengths == [[40] * 9, [64] * 4, asked] and len(set(asked)) > 5
+    once = [[40] * 9, [64] * 4, asked]
+    assert lengths == [x for x in once for _ in range(2)] and len(set(asked)) > 5  # untimed and timed
     public = bench.request_lengths(bench.Config())
     assert len(public) == 256 and {100, 1024} >= {min(min(public)[0], 100), max(map(max, public))}
 
@@ -128,7 +129,7 @@ def test_the_memory_table_adds_up(capsys):
 def test_every_stage_runs_on_a_cpu_and_the_last_line_is_the_record():
     stages = "--stages=card,gradients,sft,decode,uft,shapes,requests"
     command = [sys.executable, "experiments/gpu.py", "--device=cpu", "--tiny=true", stages]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     *lines, last = result.stdout.splitlines()
     found = json.loads(last)
     assert list(found) == stages.partition("=")[2].split(",")
@@ -151,7 +152,7 @@ def test_a_stage_that_fails_costs_no_other_and_time_is_kept(capsys, monkeypatch)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["uft"] == {"error": "ZeroDivisionError: division by zero"} and found["card"]["torch"]
     command = [sys.executable, "experiments/gpu.py", "--device=cpu", "--tiny=true", "--minutes=0.0001"]
-    late = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    late = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert late.returncode == 0 and len(json.loads(late.stdout.splitlines()[-1])) < len(gpu.STAGES)
     with pytest.raises(UserError, match="stages"):
         gpu.main(["--stages=chess"])

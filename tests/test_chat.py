@@ -66,7 +66,9 @@ def tokenizer(template=None, bos=False, **config):
     d = copy.deepcopy(LEARNED.description)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     first = LEARNED.vocab_size
-    d["added_tokens"] += [{"id": first + i, "content": t, **flags} for i, t in enumerate(SPECIAL)]
+    named = [v for v in config.values() if isinstance(v, str)]  # of a published template
+    tokens = dict.fromkeys([*SPECIAL, *filter(None, named)])
+    d["added_tokens"] += [{"id": first + i, "content": t, **flags} for i, t in enumerate(tokens)]
     if bos:
         single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         d["post_processor"] = {"type": "TemplateProcessing", "single": single}
@@ -173,27 +175,6 @@ def test_one_bos_and_only_where_it_belongs():
         assert encode(m, tokenizer(LLAMA, has_rule)).ids.count(bos) == 1
 
 
-def test_template_is_found_where_checkpoints_keep_it(tmp_path):
-    t, m = tokenizer(MISTRAL), talk("hi")
-    t.save(tmp_path)
-    assert Tokenizer.from_pretrained(tmp_path).render(m) == "<s>[INST] hi [/INST]"
-    named = [{"name": "default", "template": "D"}, {"name": "tools", "template": "T"}]
-    tokenizer(named).save(tmp_path)
-    read = Tokenizer.from_pretrained(tmp_path)
-    assert (read.render(m), read.render(m, template="tools"), read.render(m, False, "plain")) == (
-        "D",
-        "T",
-        "User: hi\n",
-    )
-    with pytest.raises(UserError, match="there are default, tools, plain, chatml, zephyr"):
-        read.render(m, template="rag")
-    (tmp_path / "chat_template.jinja").write_text("J {{ eos_token }}")
-    read = Tokenizer.from_pretrained(tmp_path)
-    assert read.render(m) == "J </s>"
-    read.save(tmp_path / "copy")
-    assert Tokenizer.from_pretrained(tmp_path / "copy").render(m) == "J </s>"
-
-
 def test_environment_is_the_one_of_transformers():
     def render(text, **config):
         return tokenizer(text, **config).render(talk("<é>"))
@@ -243,15 +224,6 @@ def test_every_answer_and_its_end_are_trained_and_nothing_else(name, bos):
     if name != "mistral":  # what is trained follows exactly what the model is given when asked
         assert e.ids[:start] == t.chat(m[:1])
     assert trained(encode(m, t, first=2), t) == ["15" + end, "the mat" + end]
-
-
-@pytest.mark.parametrize("name, end", [("plain", "</s>"), ("zephyr", "</s>"), ("chatml", "<|im_end|>")])
-def test_named_templates_train_the_end_too(name, end):
-    t, m = tokenizer(bos=True), talk("the cat", "sat on", "and", "the mat", system="be nice")
-    space = " " if name == "plain" else ""
-    e = encode(m, t, template=name)
-    assert trained(e, t) == [f"{space}sat on{end}", f"{space}the mat{end}"]
-    assert e.ids == t.encode(t.render(m, False, name))
 
 
 def test_chatml_without_its_tokens_ends_with_eos():
@@ -598,13 +570,6 @@ def test_parquet_gives_every_call_and_schema_the_fields_of_all_others(tmp_path):
     calls = ['<|head|>cat{"the": "mat"}<|/head|></s>', '<|head|>cat{"on": 12}<|/head|></s>']
     assert [trained(e, t)[0] for e in examples] == calls
     assert not any("null" in t.decode(e.ids) for e in examples)
-
-
-def test_a_null_in_arguments_that_are_a_text_is_the_authors(tmp_path):
-    t, call = tokenizer(TOOLS), {"name": "cat", "arguments": '{"the": null}'}
-    messages = [*talk("2+3?"), {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]
-    (row,) = chat.load("train", write(tmp_path / "x.jsonl", {"messages": messages}))
-    assert trained(encode_row(row, t), t) == ['<|head|>cat{"the": null}<|/head|></s>']
 
 
 @pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}])

@@ -53,7 +53,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert [uft[f"{unit} to 50 %"] for unit in UNITS] == ["17", "5", "3,000"]
     assert [rft[f"{unit} to 50 %"] for unit in UNITS] == ["-"] * 3
     assert (tmp_path / "table.md").read_text() in out
-    compare.main([f"--table={tmp_path}", "--goal=65"])
+    compare.main(["--goal=65", "--table", str(tmp_path)])
     assert rows_of(capsys.readouterr().out)["uft"]["steps to 65 %"] == "20 (1 of 3 seeds)"
 
 
@@ -68,10 +68,10 @@ def test_the_figure_by_hand(tmp_path):
     assert points(tokens) == {"uft": [(0, 0), (1.5, 50), (3, 60)]}  # sft samples none
     assert list(seconds) == ["uft", "sft-long", "sft"]  # the best first
     assert points(seconds)["uft"][-1] == (4, 60) and points(seconds)["sft-long"][-1] == (2, 30)
-    for i in range(7):
-        write_run(tmp_path / f"other{i}-0", [0, 0.1])
-    lines = next(iter(compare.panels(compare.read_runs(tmp_path)).values()))
-    assert not any(p.interval for line in lines.values() for p in line)  # bands would hide the lines
+    for many in (False, True):  # bands would hide the lines, or be wider than the figure
+        runs = {f"m{i}": [compare.read_run(tmp_path / "sft-0")] * 3 for i in range(9 if many else 2)}
+        lines = next(iter(compare.panels(runs).values()))
+        assert many != any(p.interval for line in lines.values() for p in line)
 
 
 def test_other_measures_are_columns_where_all_runs_have_them(tmp_path, capsys):
@@ -145,23 +145,23 @@ def test_a_sweep_is_made_once_resumed_and_reported(tmp_path, capsys, monkeypatch
     assert "was made with --algo=sft" in again and "give another --out_dir" in again
 
 
-def test_the_field_is_searched_and_then_run_at_the_better_value(tmp_path, monkeypatch):
-    """With a stand-in for the trainer: the search is judged by validation, the base runs have three seeds."""
+def test_the_field_makes_its_stages_in_their_folders(tmp_path, monkeypatch, capsys):
+    """With a stand-in for the trainer."""
 
     def stand_in(name, flags, seed, cfg):
-        better = name in ("uft,hint_coef=0.1", "rft,lr=2e-4")
-        run = compare.Path(cfg.out_dir) / f"{name}-{seed}"
-        if not run.exists():
-            write_run(run, [0, 0.5 if better else 0.4], tokens=10)
-        made.append((compare.Path(cfg.out_dir).name, name, flags, seed))
+        folder = compare.Path(cfg.out_dir)
+        if not (folder / f"{name}-{seed}").exists():
+            write_run(folder / f"{name}-{seed}", [0, 0.5], tokens=10)
+            made.append((folder.name, name))
 
     made = []
     monkeypatch.setattr(compare, "train", stand_in)
+    monkeypatch.setattr(compare, "draw", lambda *_: None)
     compare.main(["--suite=field", f"--out_dir={tmp_path}"])
-    chosen = {name: flags for stage, name, flags, seed in made if stage == "base" and seed == 2}
-    assert chosen["uft"] == ["--algo=uft", "--hint_coef=0.1"] and chosen["rft"] == ["--algo=rft", "--lr=2e-4"]
-    assert {name for stage, name, _, seed in made if seed == 4} == {name for s, name, *_ in made if s == "tenth"}
-    assert len(chosen) == 19 and (tmp_path / "base/curves.png").stat().st_size > 1000
+    folders = [folder for folder, _ in made]
+    assert list(dict.fromkeys(folders)) == ["search", "base", "start", "after_sft", "tenth", "hint_loss"]
+    assert folders.count("search") == 38 and made.count(("base", "uft")) == 5
+    assert "psft" in rows_of((tmp_path / "base/table.md").read_text())  # beside those with more seeds
 
 
 def test_without_matplotlib_one_line_names_the_extra(tmp_path, capsys, monkeypatch):

@@ -39,22 +39,16 @@ def at(*records):
     return [(f"file row {i}", record) for i, record in enumerate(records)]
 
 
+def user(text):
+    return {"role": "user", "content": text}
+
+
 def export(tmp_path, kind, records, *args, name="out.jsonl"):
     """The text that the command writes for a file of these records."""
     prompts, save = tmp_path / "prompts.jsonl", tmp_path / name
     prompts.write_text("".join(json.dumps(r) + "\n" for r in records))
-    evaluate.main(
-        [
-            f"--model={BASE}",
-            f"--export={kind}",
-            f"--data_path={prompts}",
-            f"--save={save}",
-            "--max_new_tokens=12",
-            "--device=cpu",
-            "--show=0",
-            *args,
-        ]
-    )
+    files = [f"--model={BASE}", f"--export={kind}", f"--data_path={prompts}", f"--save={save}"]
+    evaluate.main([*files, "--max_new_tokens=12", "--device=cpu", "--show=0", *args])
     return save.read_text()
 
 
@@ -69,9 +63,7 @@ def test_alpaca_eval():
         {"dataset": "koala", "instruction": "Hi", "output": "a0", "generator": "m"},
         {"dataset": "", "instruction": "Yo", "output": "a1", "generator": "m"},
     ]
-    assert ask.calls == [
-        ([[{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Yo"}]], None, 0)
-    ]
+    assert ask.calls == [([[user("Hi")], [user("Yo")]], None, 0)]
 
 
 def test_mt_bench_asks_two_turns_at_the_categorys_temperature():
@@ -94,26 +86,19 @@ def test_mt_bench_asks_two_turns_at_the_categorys_temperature():
         assert uuid.UUID(line["answer_id"]) and line["model_id"] == "m" and isinstance(line["tstamp"], float)
     (_, first, n1), (second, temperatures, n2) = ask.calls
     assert first == [0.7, 0.0, 0.1, 0.7] and temperatures == [0.7, 0.7, 0.0, 0.0] and (n1, n2) == (0, 1)
-    system = {"role": "system", "content": "Be kind."}
-    assert second[1] == [
-        system,
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "a1"},
-        {"role": "user", "content": "two"},
-    ]
+    system, reply = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "a1"}
+    assert second[1] == [system, user("one"), reply, user("two")]
     with pytest.raises(UserError, match="file row 0: must have question_id"):
         exports.mt_bench(at({"turns": ["x"], "category": "math"}), ask, "m", "")
 
 
 def test_qwen_math_ground_truths():
-    ask, records = (
-        Asked(n=2),
-        at(
-            {"idx": 7, "question": "q", "gt": "3", "gt_cot": "so 3"},
-            {"idx": 8, "problem": "p", "solution": r"It is $\boxed{\frac{1}{2}}$."},
-            {"idx": 9, "question": "g", "answer": "1,000 + 0\n#### 1,000"},
-            {"idx": 1, "prompt": [{"role": "user", "content": "c"}], "answer": 5},
-        ),
+    ask = Asked(n=2)
+    records = at(
+        {"idx": 7, "question": "q", "gt": "3", "gt_cot": "so 3"},
+        {"idx": 8, "problem": "p", "solution": r"It is $\boxed{\frac{1}{2}}$."},
+        {"question": "g", "answer": "1,000 + 0\n#### 1,000"},
+        {"prompt": [user("c")], "answer": 5},
     )
     lines = [json.loads(line) for line in exports.qwen_math(records, ask, "m", "Reason.").splitlines()]
     assert [(r["idx"], r["gt"], r["gt_cot"]) for r in lines] == [
@@ -122,15 +107,10 @@ def test_qwen_math_ground_truths():
         (2, "1000", "1,000 + 0\n#### 1,000"),
         (3, "5", r"\boxed{5}"),
     ]
-    assert (
-        lines[0]["code"] == [" a0 ", " a1 "]
-        and lines[0]["pred"] == ["0", "1"]
-        and lines[0]["question"] == "q"
-    )
-    assert (
-        ask.calls[0][0][0][0] == {"role": "system", "content": "Reason."}
-        and ask.calls[0][0][3] == records[3][1]["prompt"]
-    )
+    first, conversations = lines[0], ask.calls[0][0]
+    assert (first["code"], first["pred"], first["question"]) == ([" a0 ", " a1 "], ["0", "1"], "q")
+    assert conversations[0] == [{"role": "system", "content": "Reason."}, user("q")]
+    assert conversations[3] == records[3][1]["prompt"]
     with pytest.raises(UserError, match="file row 0: must have the field gt"):
         exports.qwen_math(at({"question": "q"}), ask, "m", "")
 
@@ -188,37 +168,23 @@ def test_temperatures_do_not_mix_and_long_prompts_get_no_reply(capsys):
 def test_the_command_writes_each_kind(tmp_path):
     text = export(tmp_path, "alpaca_eval", [{"instruction": "Hi"}], "--name=me", name="o.json")
     assert json.loads(text)[0]["generator"] == "me"
-    text = export(
-        tmp_path,
-        "mt_bench",
-        [{"question_id": 1, "category": "math", "turns": ["a", "b"]}],
-        "--n=2",
-        name="m.jsonl",
-    )
-    assert [len(c["turns"]) for c in json.loads(text)["choices"]] == [2, 2] and json.loads(text)[
-        "model_id"
-    ] == "countdown"
+    question = {"question_id": 1, "category": "math", "turns": ["a", "b"]}
+    answer = json.loads(export(tmp_path, "mt_bench", [question], "--n=2", name="m.jsonl"))
+    assert [len(c["turns"]) for c in answer["choices"]] == [2, 2] and answer["model_id"] == "countdown"
     text = export(tmp_path, "qwen_math", [{"question": "a", "gt": "1"}] * 3, "--rows=2", name="q.jsonl")
     assert [json.loads(line)["idx"] for line in text.splitlines()] == [0, 1]
 
 
 def test_uft_eval(tmp_path):
-    rows = [
-        {
-            "data_source": "aime",
-            "question": "Assistant:",
-            "reward_model": {"ground_truth": {"question": "q", "target": t}},
-        }
-        for t in "12"
-    ]
+    truths = [{"ground_truth": {"question": "q", "target": t}} for t in "12"]
+    rows = [{"data_source": "aime", "question": "Assistant:", "reward_model": truth} for truth in truths]
     found = json.loads(export(tmp_path, "uft", rows, "--task=uft", name="eval.json"))
     assert list(found) == ["aime"] and sum(map(len, found["aime"].values())) == 2
     text, truth = next(iter(found["aime"].values()))[0]
     assert text.startswith("Assistant:") and truth == {"question": "q", "target": "1"}
     record = {"task": "gsm8k", "prompt": "p", "truth": 1, "answers": [{"response": "r", "verdict": "right"}]}
-    assert json.loads(exports.uft_eval([record], {"gsm8k": "openai/gsm8k"})) == {
-        "openai/gsm8k": {"right": [["pr", 1]]}
-    }
+    written = json.loads(exports.uft_eval([record], {"gsm8k": "openai/gsm8k"}))
+    assert written == {"openai/gsm8k": {"right": [["pr", 1]]}}
 
 
 def test_refusals(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import model as model_file
 from infra import huggingface
 from infra.config import UserError
 from infra.huggingface import check_folder, config_from_dict, config_to_dict, load_model
@@ -61,17 +59,6 @@ def change_config(folder, **fields):
 # ---- config.json -------------------------------------------------------------------------------------------
 
 
-def test_config_in_the_spelling_of_transformers_4_and_5_is_the_same():
-    old = LLAMA | {"rope_theta": 300.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}
-    new = LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 300.0, **LLAMA3}}
-    oldest = LLAMA | {"rope_theta": 300.0, "rope_scaling": {"type": "llama3", **LLAMA3}}
-    a, b, c = (model_file.rotary_frequencies(config_from_dict(d)) for d in (old, new, oldest))
-    assert torch.equal(a, b) and torch.equal(a, c)
-    plain = config_from_dict(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}})
-    assert plain.rope_scaling is None and plain.rope_theta == 300.0
-    assert not torch.equal(a, model_file.rotary_frequencies(plain))
-
-
 DEFAULT = {"rope_type": "default"}
 
 
@@ -93,8 +80,10 @@ DEFAULT = {"rope_type": "default"}
 def test_rope_theta_beside_either_spelling(fields, theta):
     config = config_from_dict(LLAMA | fields)
     assert config.rope_theta == theta and type(config.rope_theta) is float and config.rope_scaling is None
-    config = config_from_dict(LLAMA | {"rope_theta": theta, "rope_parameters": LLAMA3 | {"type": "llama3"}})
-    assert config.rope_theta == theta and config.rope_scaling == {"rope_type": "llama3", **LLAMA3}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        for key in ("type", "rope_type"):
+            config = config_from_dict(LLAMA | {"rope_theta": theta, spelling: LLAMA3 | {key: "llama3"}})
+            assert config.rope_theta == theta and config.rope_scaling == {"rope_type": "llama3", **LLAMA3}
 
 
 def test_unread_config_fields_survive_the_round_trip(tmp_path):
@@ -126,14 +115,12 @@ WHOLE, ROPE = "must be a whole number from 1", "must be a number above 1"
             {"model_type": "mamba"},
             "model_type 'mamba' is not one of llama, mistral, qwen2, qwen3, gemma, olmo",
         ),
-        ({"model_type": None}, "model_type None is not one of"),
         ({"model_type": ["llama"]}, "model_type ['llama'] is not one of"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling of type 'dynamic' is not one of"),
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling of type ['llama3'] is not one of"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear': must be an object"),
         ({"rope_parameters": [1]}, "rope_parameters = [1]: must be an object"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling: factor must be a number above 0"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor must be"),
         ({"rope_scaling": {"type": "yarn"} | LLAMA3 | {"attention_factor": "1"}}, "attention_factor must be"),
         ({"rope_scaling": {"type": "yarn"} | LLAMA3 | {"mscale": 1.0}}, "mscale is not supported"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor must be"),
@@ -141,35 +128,28 @@ WHOLE, ROPE = "must be a whole number from 1", "must be a number above 1"
         ({"rope_scaling": {"type": "llama3"} | LLAMA3 | {"low_freq_factor": 4.0}}, "factors must differ"),
         ({"rope_theta": "10000"}, f"rope_theta = '10000': {ROPE}"),
         ({"rope_theta": 0}, f"rope_theta = 0: {ROPE}"),
-        ({"rope_theta": True}, f"rope_theta = True: {ROPE}"),
         ({"rope_theta": math.nan}, f"rope_theta = nan: {ROPE}"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
-        ({"hidden_act": ["silu"]}, "hidden_act = ['silu'] is not supported"),
         ({"mlp_bias": True}, "mlp_bias = True is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window = True is not supported"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
         ({"vocab_size": None}, f"vocab_size = None: {WHOLE}"),
         ({"hidden_size": "32"}, f"hidden_size = '32': {WHOLE}"),
-        ({"hidden_size": 32.0}, f"hidden_size = 32.0: {WHOLE}"),
         ({"hidden_size": 1 << 30}, f"hidden_size = 1073741824: {WHOLE}"),
         ({"num_hidden_layers": 0}, f"num_hidden_layers = 0: {WHOLE}"),
-        ({"num_hidden_layers": True}, f"num_hidden_layers = True: {WHOLE}"),
         ({"num_hidden_layers": 1001}, "num_hidden_layers = 1001: must be at most 1000"),
         ({"num_attention_heads": -4}, f"num_attention_heads = -4: {WHOLE}"),
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads"),
-        ({"num_key_value_heads": 8}, "num_attention_heads must be a multiple of num_key_value_heads"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"head_dim": [8]}, f"head_dim = [8]: {WHOLE}"),
         ({"max_position_embeddings": "many"}, f"max_position_embeddings = 'many': {WHOLE}"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small': must be a number >= 0"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06: must be a number >= 0"),
         ({"initializer_range": [0.02]}, "initializer_range = [0.02]: must be a number >= 0"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false': must be true or false"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: must be true or false"),
         ({"sliding_window": "4096"}, "sliding_window = '4096': must be a whole number or null"),
-        ({"sliding_window": 4096.5}, "sliding_window = 4096.5: must be a whole number or null"),
         ({"no_rope_layers": [1]}, "no_rope_layers must have an entry for each layer"),
         ({"layer_types": 3}, "a value of the wrong kind ('int' object is not iterable)"),
     ],
@@ -249,52 +229,6 @@ def test_gemma_without_its_tanh_is_refused():
     assert "hidden_activation = 'gelu'" in refused(config_from_dict, gemma | {"hidden_activation": "gelu"})
 
 
-VALUES = (
-    None, True, False, 0, 1, 2, 3, -1, 7, 1.5, 0.0, -0.0, 1e-320, 1e30, 1e308, math.inf, -math.inf, math.nan,
-    2**31, 2**63, -(2**63), 2**70, 10**30, "", "x", "32", "llama", "llama3", "default", [], [1],
-    [None], {}, {"a": 1},
-    {"rope_type": "llama3"}, {"rope_type": "llama3", **LLAMA3}, {"rope_type": "default", "rope_theta": "x"},
-)  # fmt: skip
-KEYS = (
-    *LLAMA, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters",
-    "rope_scaling", "hidden_act", "hidden_activation", "tie_word_embeddings", "initializer_range",
-    "sliding_window", "extra", "max_position_embeddings", "use_sliding_window", "attention_bias",
-    "mlp_bias", "partial_rotary_factor", "eos_token_id", "bos_token_id", "dtype", "torch_dtype",
-    "architectures", "window", "family",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_mutated_config_is_refused_or_gives_a_model(family, tmp_path):
-    """500 config.json in all: a UserError or a model that runs and can be saved, never another exception."""
-    ours(model_type=family, head_dim=8).save_pretrained(tmp_path)
-    whole, rng, loaded = json.loads((tmp_path / "config.json").read_text()), random.Random(family), 0
-    for _ in range(100):
-        d = json.loads(json.dumps(whole))
-        for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            key = rng.choice(KEYS)
-            if isinstance(d.get(key), dict) and rng.random() < 0.7:
-                d[key][rng.choice(sorted(LLAMA3))] = rng.choice(VALUES)
-            elif rng.random() < 0.1:
-                d.pop(key, None)
-            elif rng.random() < 0.2:
-                d[key] = {"rope_type": "llama3", **LLAMA3, rng.choice(sorted(LLAMA3)): rng.choice(VALUES)}
-            else:
-                d[key] = rng.choice(VALUES)
-        (tmp_path / "config.json").write_text(json.dumps(d))
-        try:
-            model = Transformer.from_pretrained(tmp_path)
-        except UserError as e:
-            assert "\n" not in str(e) and str(tmp_path) in str(e)
-            continue
-        loaded += 1
-        with torch.no_grad():
-            assert model(some_ids(1, 5)).shape == (1, 5, 101)
-        model.save_pretrained(tmp_path / "again")
-        Transformer.from_pretrained(tmp_path / "again")
-    assert 15 < loaded < 85  # both happen
-
-
 # ---- directories -------------------------------------------------------------------------------------------
 
 
@@ -311,17 +245,13 @@ def test_round_trip_is_bit_exact_and_keeps_the_files_dtype(dtype, tmp_path):
     assert Transformer.from_pretrained(tmp_path, torch.float32).head_weight.dtype == torch.float32
 
 
-def test_a_directory_in_the_home_folder_and_one_given_as_text(tmp_path, monkeypatch):
+def test_a_directory_in_the_home_folder_and_a_saved_dtype(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model = ours()
     model.save_pretrained(str(tmp_path / "a/b"))
     assert torch.equal(Transformer.from_pretrained("~/a/b").head_weight, model.head_weight)
-
-
-def test_a_saved_dtype_leaves_the_model_as_it_is(tmp_path):
-    model = ours()
     model.save_pretrained(tmp_path, torch.bfloat16)
-    assert model.head_weight.dtype == torch.float32
+    assert model.head_weight.dtype == torch.float32  # the model stays as it is
     assert Transformer.from_pretrained(tmp_path).head_weight.dtype == torch.bfloat16
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -347,14 +277,11 @@ def test_shards_with_an_index(tmp_path):
 
 def test_an_index_left_beside_a_whole_file_is_stale(tmp_path):
     """As in transformers, model.safetensors goes first: a model saved over shards leaves their index."""
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"x": "model-1.safetensors"}}))
-    other = ours(seed=1)
-    other.save_pretrained(tmp_path)
-    assert index.exists()
-    assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, other.head_weight)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, other.head_weight)
+    model = ours()
+    model.save_pretrained(tmp_path)
+    for content in ('{"weight_map": {"x": "model-1.safetensors"}}', "{}"):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        assert torch.equal(Transformer.from_pretrained(tmp_path).head_weight, model.head_weight)
 
 
 # ---- tied heads --------------------------------------------------------------------------------------------
@@ -372,14 +299,6 @@ def test_a_tied_checkpoint_may_repeat_the_head_and_hold_old_buffers(tmp_path):
         assert torch.equal(again(ids), model.to(dtype or torch.float32)(ids))
 
 
-def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
-    ours(tie_word_embeddings=False).save_pretrained(tmp_path)
-    change_config(tmp_path, tie_word_embeddings=True)
-    message = refused(Transformer.from_pretrained, tmp_path)
-    difference = "lm_head.weight differs from the embedding, so tie_word_embeddings must be false"
-    assert message == f"{tmp_path / 'model.safetensors'}: tensor {difference}"
-
-
 def test_the_head_alone_is_the_embedding_of_a_tied_checkpoint(tmp_path):
     model = ours(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
@@ -390,11 +309,16 @@ def test_the_head_alone_is_the_embedding_of_a_tied_checkpoint(tmp_path):
 
 
 def test_an_untied_head_is_a_tensor_of_its_own(tmp_path):
+    """Missing, it is not the embedding; and one that differs from its embedding cannot be tied to it."""
     model = ours(tie_word_embeddings=False)
     model.save_pretrained(tmp_path)
     again = Transformer.from_pretrained(tmp_path)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-    assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
+    change_config(tmp_path, tie_word_embeddings=True)
+    difference = "lm_head.weight differs from the embedding, so tie_word_embeddings must be false"
+    message = refused(Transformer.from_pretrained, tmp_path)
+    assert message == f"{tmp_path / 'model.safetensors'}: tensor {difference}"
+    change_config(tmp_path, tie_word_embeddings=False)
     change_tensors(tmp_path, lambda t: t.pop(HEAD))
     message = refused(Transformer.from_pretrained, tmp_path)
     assert message == f"{tmp_path}: tensor lm_head.weight is missing (1 in all)"
@@ -413,6 +337,7 @@ QUANTISED = [
     {f"{Q}.weight.absmax": torch.ones(16)},
     {f"{Q}.qweight": torch.zeros(4, 32, dtype=torch.int32), f"{Q}.g_idx": torch.zeros(32, dtype=torch.int32)},
     {f"{Q}.scales": SCALE},
+    {f"{Q}.SCB": SCALE},
     {f"{Q}.biases": SCALE},
     {f"{Q}.weight_packed": torch.zeros(32, 4, dtype=torch.int32)},
 ]
@@ -496,6 +421,8 @@ def test_pointers_that_nobody_reads_are_no_matter(tmp_path):
     [
         ("config.json adapter_config.json training_args.bin optimizer.pt", "is a LoRA adapter; give"),
         ("config.json adapter_config.json model.safetensors", "is a LoRA adapter; give the merged model"),
+        ("config.json adapter_model.safetensors", "holds a LoRA adapter; give the merged model"),
+        ("models--o--m/snapshots/ab12/config.json", "holds the hub's cache; give one model, such as "),
         ("snapshots/ab12/config.json refs/main", "holds the hub's cache of a model; give its "),
         ("model/config.json config.toml", "holds models in folders; give one of them, such as "),
         ("checkpoint-500/config.json", "holds models in folders; give one of them, such as "),
@@ -543,6 +470,10 @@ def test_broken_files_are_named(tmp_path):
             (tmp_path / "model.safetensors").write_bytes(content)
         message = refused(Transformer.from_pretrained, tmp_path)
         assert "model.safetensors: cannot be read as safetensors" in message
+    ours().save_pretrained(tmp_path / "b")
+    config = tmp_path / "b/config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())  # a byte order mark is no part of it
+    Transformer.from_pretrained(tmp_path / "b")
     for content in (b'{"model_type": ', b"\xff", b"[" * 10**5, b"", b"{'a': 1}"):
         (tmp_path / "config.json").write_bytes(content)
         assert "config.json: not JSON" in refused(Transformer.from_pretrained, tmp_path)
@@ -555,12 +486,6 @@ def test_broken_files_are_named(tmp_path):
     )
     (tmp_path / "config.json").mkdir()
     assert "config.json: cannot be read (Is a directory)" in refused(Transformer.from_pretrained, tmp_path)
-
-
-def test_a_byte_order_mark_is_no_part_of_config_json(tmp_path):
-    ours().save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "config.json").read_bytes())
-    Transformer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[]"])

@@ -147,6 +147,11 @@ def test_tags_and_the_end_are_single_tokens_and_only_the_end_is_special():
     text = "<think>7</think><answer>3</answer>"
     assert LEARNED.decode([*LEARNED.encode(text), LEARNED.eos_id], skip_special=True) == text
     assert LEARNED.decode([*LEARNED.encode(text), LEARNED.eos_id]) == text + END
+    d = copy.deepcopy(LEARNED.description)
+    for token in d["added_tokens"]:  # checkers look for tags, so these are kept
+        token["special"] = True
+    t = Tokenizer(d, {"eos_token": END})
+    assert t.decode([*t.encode(text), t.eos_id], skip_special=True) == text
 
 
 def test_learning_stops_when_nothing_is_left_to_merge():
@@ -207,6 +212,14 @@ def test_repetitive_texts_are_merged_as_tokenizers_merges_them(alphabet):
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
+
+
+def lacking(byte):
+    d = description()
+    del d["model"]["vocab"][BYTE_TO_CHAR[byte]]
+    return d | {"model": d["model"] | {"unk_token": "<unk>"}}
+
+
 REFUSED = {
     "WordPiece": {"model": {"type": "WordPiece", "vocab": {}, "merges": []}},
     "Unigram": {"model": {"type": "Unigram", "vocab": []}},
@@ -260,6 +273,7 @@ REFUSED = {
     "single_word = true of added token '<x>'": {
         "added_tokens": [{"id": 256, "content": "<x>", "single_word": True}]
     },
+    "lacks byte 0x04 and unk_token '<unk>'": lacking(4),
     "lacks 'ab'": description({}, ["a b"]),
     "lacks 'xy'": description({"xyz": 256}, [["xy", "z"]]),
 }
@@ -279,7 +293,7 @@ def test_broken_files_are_named(tmp_path):
     for content, wanted in (
         ("{", "not JSON"),
         ("{}", "'model'"),
-        ("[]", "not a tokenizer"),
+        ("[]", "must be a JSON object"),
         ('{"model": {}}', "'vocab'"),
     ):
         (tmp_path / "tokenizer.json").write_text(content)
@@ -342,8 +356,8 @@ def test_named_tokens_without_a_place_are_refused(tmp_path):
             {"added_tokens_decoder": {"300": {"content": "<|a|>"}}},
             "has id 300, but its place gives it id 256",
         ),
-        ({"added_tokens_decoder": {"x": {}}}, "lists of tokens in tokenizer_config.json are malformed"),
-        ({"additional_special_tokens": [3]}, "lists of tokens in tokenizer_config.json are malformed"),
+        ({"added_tokens_decoder": {"x": {}}}, "tokenizer_config.json has malformed lists of tokens"),
+        ({"additional_special_tokens": [3]}, "tokenizer_config.json has malformed lists of tokens"),
         ({"eos_token": "<no>"}, "eos_token '<no>' of tokenizer_config.json is not"),
     ):
         with pytest.raises(UserError, match=wanted):
@@ -419,34 +433,6 @@ def test_ids_need_not_be_in_merge_order(ids, spelling):
     assert (ours.eos_id, ours.vocab_size) == (500, 501)
 
 
-def test_nfc_is_applied_where_the_file_says_so():
-    for normalizer in (None, {"type": "NFC"}):
-        d = description(normalizer=normalizer)
-        ours, theirs = Tokenizer(d, {}), peer(d)
-        for text in ("e\u0301", "\u212b", "가"):
-            assert ours.encode(text) == theirs.encode(text).ids
-
-
-def test_one_added_token_that_begins_another():
-    d = description(added=[("<a", 256, True), ("<a>", 257, True), ("<a>b", 258, False), ("<ab", 259, True)])
-    for text in ("<a>b<a><a<ab", "<a>ab", "x<a>b<ab>"):
-        assert Tokenizer(d, {}).encode(text) == peer(d).encode(text).ids
-
-
-@pytest.mark.parametrize("ignore_merges", [False, True])
-def test_words_that_merging_does_not_make(ignore_merges):
-    """abcd stays a bc d, as bc merges first; the follows from no merge at all."""
-    d = description(
-        {"bc": 256, "ab": 257, "cd": 258, "abcd": 259, "the": 260}, ["b c", "a b", "c d", "ab cd"]
-    )
-    d["model"]["ignore_merges"] = ignore_merges
-    ours, theirs = Tokenizer(d, {}), peer(d)
-    for text in ("abcd", "xabcd", "abcd7the", "the7the", "thethe"):
-        assert ours.encode(text) == theirs.encode(text).ids, text
-    assert ours.encode("abcd") == ([259] if ignore_merges else [97, 256, 100])
-    assert ours.decode([260, 259]) == "theabcd"
-
-
 NORMALIZERS = {
     "none": None,
     "nfc": {"type": "NFC"},
@@ -457,13 +443,13 @@ NORMALIZERS = {
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @given(
-    st.lists(st.sampled_from(["<x>", "<y>", "a<z>", "<", "x>", " ", "a", "e\u0301", "\u0338"]), max_size=8)
+    st.lists(st.sampled_from(["<x>", "<x>y", "<y>", "a<z>", "<", "x>", " ", "a", "e\u0301", "\u0338"]), max_size=8)
 )
 @settings(max_examples=60, deadline=None)
 def test_added_tokens_before_and_after_normalising(normalizer, parts):
     """A long stroke behind > makes another character of it, and a prefix is put before each part of a
     text."""
-    added = [("<x>", 300, True), ("<y>", 301, False), ("a<z>", 302, False)]
+    added = [("<x>", 300, True), ("<y>", 301, False), ("a<z>", 302, False), ("<x>y", 303, True)]
     d = description(added=added, normalizer=NORMALIZERS[normalizer])
     d["model"]["vocab"] |= {c: i for c, i, _ in added}
     d["added_tokens"][1]["normalized"] = d["added_tokens"][2]["normalized"] = True
@@ -501,16 +487,6 @@ def test_pieces_and_bytes():
     )
 
 
-def test_bytes_that_are_no_text():
-    t = Tokenizer(sentencepiece(PIECES, like="gemma"), {})
-    e, cedilla = [BYTE + b for b in "é".encode()], BYTE + 0xC3
-    assert t.decode([*e, THE, *e]) == "é theé"
-    assert t.decode([*e, cedilla]) == "\ufffd" * 3  # the whole run
-    assert t.decode([*e, 10**6, e[0], 2, e[1]]) == "\ufffd" * 3 + "</s>\ufffd"
-    assert t.decode([*e, 10**6, e[0], 2, e[1]], skip_special=True) == "éé"
-    assert t.decode([BYTE + b for b in "▁".encode()]) == "▁" and t.decode([CHAR]) == " "
-
-
 SPOKEN = st.text("▁ abthe\n", max_size=30) | st.text("aab▁ ", max_size=30) | st.text()
 MANY = st.lists(
     st.text("ab▁", min_size=2, max_size=5) | st.sampled_from([*PIECES, "\n\n", "é日"]),
@@ -543,13 +519,6 @@ def test_long_texts_are_cut_into_words():
     assert t._merger.words.pattern == PIECE_PATTERN and t._merger.encoding
     assert Tokenizer(sentencepiece([*PIECES, "a▁"]), {})._merger.words is None
     assert t.encode("the " * 2000 + "the") == [THE] * 2001
-
-
-def test_pieces_are_saved_as_they_were(tmp_path):
-    Tokenizer(sentencepiece(PIECES), {"eos_token": "</s>"}).save(tmp_path / "a")
-    Tokenizer.from_pretrained(tmp_path / "a").save(tmp_path / "b")
-    again = Tokenizer.from_pretrained(tmp_path / "b")
-    assert again.encode("the the", bos=True) == [1, THE, THE] and again.stop_ids == (2,)
 
 
 # ---- pre-tokenizers, missing bytes, added tokens -----------------------------------------------------------
@@ -642,55 +611,6 @@ def test_every_cut_gives_the_ids_of_tokenizers(cut, variant):
             assert ours.encode(text) == theirs.encode(text).ids, (text, flags)
 
 
-def words_of(t, text):
-    """The pieces of a text that no merge joins, as texts."""
-    return [t.decode([i]) for i in t.encode(text)]
-
-
-def test_what_a_pattern_leaves_out_is_not_lost():
-    """Also where no reference is installed."""
-    merges = [".  .", "1 2", "a b", "Ġ 1"][1:]
-    vocab = {m.replace(" ", ""): 256 + i for i, m in enumerate(merges)}
-
-    def cut(pre):
-        return words_of(Tokenizer(description(vocab, merges, pre_tokenizer=pre), {}), "ab.12ab, 12")
-
-    assert cut(CUTS["bloom"]) == ["ab", ".", "12", "ab", ",", " ", "12"]
-    assert cut(CUTS["smollm2, starcoder"]) == ["ab", ".", "1", "2", "ab", ",", " ", "1", "2"]
-    assert cut(CUTS["runs of digits"]) == ["ab", ".", "12", "ab", ",", " ", "12"]
-    assert cut(sequence(split("x"), UNCUT)) == ["ab", ".", "12", "ab", ",", " ", "12"]
-    joined = sequence(split("b", "MergedWithNext"), UNCUT)
-    assert cut(joined) == ["a", "b", ".", "12", "a", "b", ",", " ", "12"]
-
-
-def test_bytes_the_vocabulary_lacks():
-    """They become the unk token, or nothing; then their neighbours can merge."""
-    d = description({"ab": 256, "<unk>": 257}, ["a b"], pre_tokenizer=UNCUT)
-    del d["model"]["vocab"][BYTE_TO_CHAR[4]], d["model"]["vocab"][BYTE_TO_CHAR[5]]
-    texts = ["ab", "a\x04b", "a\x04\x05b\x04", "\x04"]
-    assert [Tokenizer(d, {}).encode(t) for t in texts] == [[256], [256], [256], []]
-    d["model"]["unk_token"] = "<unk>"
-    assert [Tokenizer(d, {}).encode(t) for t in texts] == [
-        [256],
-        [97, 257, 98],
-        [97, 257, 257, 98, 257],
-        [257],
-    ]
-    d["model"]["fuse_unk"] = True
-    assert [Tokenizer(d, {}).encode(t) for t in texts] == [[256], [97, 257, 98], [97, 257, 98, 257], [257]]
-    del d["model"]["vocab"]["<unk>"]
-    with pytest.raises(UserError, match="lacks byte 0x04 and unk_token '<unk>'"):
-        Tokenizer(d, {})
-
-
-def test_added_tokens_take_the_spaces_beside_them():
-    d = description(added=[("<x>", 256, True)])
-    wanted = {(): [97, 32, 256, 32, 98], ("lstrip",): [97, 256, 32, 98], ("lstrip", "rstrip"): [97, 256, 98]}
-    for flags, ids in wanted.items():
-        d["added_tokens"][0] |= {f: f in flags for f in FLAGS}
-        assert Tokenizer(d, {}).encode("a <x> b") == ids
-
-
 def test_ids_of_added_tokens_are_those_tokenizers_gives():
     """It takes no notice of the ids in the list, so a model trained with it has other ones."""
     for first, second, place in ((10, 257, 256), (300, 301, 256), (256, 300, 257), ("256", 257, 256)):
@@ -740,14 +660,6 @@ def test_pieces_as_transformers_5_writes_them(scheme, digit):
                 assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
 
 
-def test_metaspace_puts_no_second_space_in_front():
-    t = Tokenizer(sentencepiece(PIECES, normalizer=None, pre_tokenizer=METASPACE), {})
-    assert t.encode("the the") == t.encode(" the the") == [THE, THE] and t.encode("") == []
-    first = METASPACE | {"prepend_scheme": "first"}
-    t = Tokenizer(sentencepiece(PIECES, normalizer=None, pre_tokenizer=first), {})
-    assert t.encode("the<s>the") == [THE, 1, CHAR + 6, THE - 1]
-
-
 # ---- merging -----------------------------------------------------------------------------------------------
 
 
@@ -783,18 +695,6 @@ def test_a_long_word_is_merged_without_tiktoken():
     d = cutting(UNCUT, "dropped")
     t, text = Tokenizer(d, {}), "".join(random.Random(0).choices("ab", k=200_000))
     assert not t._merger.encoding and t.encode(text) == peer(d).encode(text).ids
-
-
-def test_only_listed_parts_make_a_token():
-    """abc is listed as ab c, but bc merges first, and a bc is not listed."""
-    d = description(
-        {"bc": 256, "ab": 257, "abc": 258, "abcd": 259}, ["b c", "a b", "ab c", "abc d"], pre_tokenizer=UNCUT
-    )
-    t = Tokenizer(d, {})
-    assert t.encode("abc") == [97, 256] and t.encode("abcd") == [97, 256, 100] and t.encode("ab") == [257]
-    d["model"]["ignore_merges"] = True
-    t = Tokenizer(d, {})
-    assert t.encode("abc") == [258] and t.encode("abcc") == [97, 256, 99]
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", "abc"])
@@ -859,70 +759,6 @@ def test_cached_pieces_are_forgotten_when_there_are_many(monkeypatch):
         assert len(t._merger.cache) <= 5 and all(len(w) <= bpe.CACHED_LENGTH for w in t._merger.cache)
 
 
-VALUES = [
-    None,
-    True,
-    0,
-    -1,
-    3.5,
-    "",
-    "x",
-    "▁",
-    [],
-    ["a"],
-    {},
-    {"type": "ByteLevel"},
-    [[1, 2]],
-    10**12,
-    "(",
-    "a*",
-]
-
-
-def places(value, path=()):
-    """Paths to the values of a JSON value."""
-    found = [path] if path else []
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in list(inner)[-12:]:
-        found += places(item, (*path, key))
-    return found
-
-
-def test_mutated_files_are_read_right_or_refused(tmp_path):
-    rng = random.Random(0)
-    nfc = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
-    bases = [cutting(CUTS[c]) | {"normalizer": nfc} for c in ("smollm2, starcoder", "deepseek coder", "gpt2")]
-    bases += [sentencepiece(PIECES), sentencepiece(PIECES, normalizer=None, pre_tokenizer=METASPACE)]
-    outcomes = {"refused": 0, "equal": 0}
-    for _ in range(300):
-        d = copy.deepcopy(rng.choice(bases))
-        *path, last = rng.choice(places(d))
-        parent = d
-        for key in path:
-            parent = parent[key]
-        if rng.random() < 0.4:
-            del parent[last]
-        else:
-            parent[last] = copy.deepcopy(rng.choice(VALUES))
-        (tmp_path / "tokenizer.json").write_text(json.dumps(d))
-        texts = ["the ab 12 aba\n é", " a<x>b <y> the", "ab\x04▁▁the", "<s>the  the"]
-        try:
-            t = Tokenizer.from_pretrained(tmp_path)
-            ours = [t.encode(x) for x in texts]
-            assert all(isinstance(t.decode(i), str) for i in ours)
-        except UserError as e:
-            assert "\n" not in str(e) and "tokenizer.json: " in str(e)
-            outcomes["refused"] += 1
-            continue
-        try:
-            theirs = [peer(d).encode(x, add_special_tokens=False).ids for x in texts]
-        except Exception:  # the package refuses more
-            continue
-        assert ours == theirs, (path, last)
-        outcomes["equal"] += 1
-    assert min(outcomes.values()) > 20, outcomes
-
-
 # ---- eos, tags, ids ----------------------------------------------------------------------------------------
 
 
@@ -961,15 +797,6 @@ def test_eos_of_config_json(tmp_path):
             UserError, match=r"config\.json: eos_token_id = .* must be an id or a list of ids"
         ):
             read(config={"eos_token_id": value})
-
-
-def test_tags_are_kept_even_if_special():
-    d = copy.deepcopy(LEARNED.description)
-    for token in d["added_tokens"]:
-        token["special"] = True
-    t = Tokenizer(d, {"eos_token": END})
-    text = "<think>7</think><answer>3</answer>"
-    assert t.decode([*t.encode(text), t.eos_id], skip_special=True) == text
 
 
 def test_ids_beyond_the_model_are_named():

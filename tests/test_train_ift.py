@@ -832,7 +832,7 @@ def test_rows_with_predictions_losses_and_weights_are_written(tmp_path):
         records = [json.loads(line) for line in (tmp_path / f"{lam}/samples.jsonl").read_text().splitlines()]
         rows = [r for r in records if r["kind"] == "row"]
         assert [r["step"] for r in rows] == [1, 1, 3, 3, 5, 5]
-        assert [r["step"] for r in records if r["kind"] == "answer"] == [5, 5]
+        assert [r["step"] for r in records if r["kind"] == "answer"] == [0, 0, 5, 5]
         for row in rows:
             given = [token[0] for token in row["tokens"] if token[2] is None]
             targets = [token[1:] for token in row["tokens"] if token[2] is not None]

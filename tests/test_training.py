@@ -51,7 +51,7 @@ def test_a_missing_model_says_how_to_download_it(tmp_path, monkeypatch):
     ):
         starting_model(SimpleNamespace(model="", hub="", task="math"))
     assert starting_model(SimpleNamespace(model="", task="countdown")) == ROOT / "data/tiny/countdown"
-    with pytest.raises(UserError, match=r"config\.json: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
         starting_model(SimpleNamespace(model=str(tmp_path), task="countdown"))
 
 
