@@ -52,37 +52,37 @@ class Config:
     # What
     model: FilePath = ""  # Hugging Face directory; empty: a tiny base
     task: tuple[FilePath, ...] = ("countdown",)  # tasks, or sources; uft: all of the file
-    style: Literal["", "paper", "short"] = ""  # of made problems; empty: short
-    data_path: FilePath = ""  # file or folder of rows; empty: problems made by the task
+    style: Literal["", "paper", "short"] = ""  # paper or short, of made problems
+    data_path: FilePath = ""  # file or folder of rows; empty: the task makes them
     split: Literal["test", "train"] = "test"  # test or train
-    rows: Natural = 0  # use the first N of each task; 0: all, or the task's default
+    rows: Natural = 0  # the first N of each task; 0: all, or its default
     sizes: tuple[int, ...] = ()  # numbers or people of made problems
-    checker: Literal["ours", "published"] = "ours"  # published: by the papers' code
+    checker: Literal["ours", "published"] = "ours"  # or published, the papers' code
     # How
     n: Count = 1  # answers a problem
     temperature: NonNegative = 0.0  # 0: greedy
-    top_k: Natural = 0  # sample from the k most probable tokens; 0: from all
-    top_p: TopP = 1.0  # sample from the fewest tokens whose probabilities reach top_p
+    top_k: Natural = 0  # sample from the k likeliest tokens; 0: all
+    top_p: TopP = 1.0  # sample from the fewest tokens that reach top_p
     max_new_tokens: Natural = 0  # longest answer; 0: 256, or 1024 for rows of a file
     batch_size: Natural = 0  # rows decoded at a time; 0: 64, or what a GPU holds
     seed: Natural = 0  # random seed
-    fast: bool = True  # sample with fast/engine.py; false: with sampler.py alone
+    fast: bool = True  # the engine of fast/; false: sampler.py alone
     device: str = "auto"  # auto, cpu, cuda, mps or xpu
-    dtype: Literal["float32", "bfloat16"] = "float32"  # weights and arithmetic
-    threads: Natural = 0  # CPU threads of a process; 0: torch's default
+    dtype: Literal["float32", "bfloat16"] = "float32"  # or bfloat16
+    threads: Natural = 0  # CPU threads; 0: torch's default
     # Talk
     chat: bool = False  # a conversation in the terminal
     template: str = "auto"  # chat template: auto, plain, chatml, zephyr; none: bare text
-    system: str = ""  # system turn that the conversation begins with
+    system: str = ""  # system turn of a conversation
     # Compare
     compare: tuple[FilePath, ...] = ()  # saved answers, a file a seed: --compare A B
     against: tuple[FilePath, ...] = ()  # those of B
     # Output
     save: FilePath = ""  # JSONL file of the answers, continued if it exists
     table: FilePath = ""  # FILE.md or FILE.json for the table
-    export: Literal["", "uft", *exports.EXPORTS] = ""  # for another judge, into --save
+    export: Literal["", "uft", *exports.EXPORTS] = ""  # alpaca_eval, mt_bench, qwen_math, tldr, uft
     name: str = ""  # the model's name in an export; empty: its directory's
-    show: Natural = 3  # answers, or changed problems in each direction, to print
+    show: Natural = 3  # answers, or changed problems each way, to print
 
 
 def check(cfg: Config) -> None:
@@ -217,7 +217,7 @@ def published_verdict(task: ModuleType, row: dict, answer: dict) -> list:
 # ---- talking, and replies for exports ----
 
 
-def conversation_ids(tokenizer: Tokenizer, conversation: str | list[dict], template: str) -> list[int]:
+def conversation_ids(tokenizer: Tokenizer, conversation: str | list, template: str) -> list[int]:
     """Prompt ids of a text or of messages; template "none" joins messages to a text."""
     if isinstance(conversation, list) and template != "none":
         return tokenizer.chat(conversation, template=template)
@@ -316,7 +316,6 @@ def main(argv: Sequence[str]) -> None:
     check(cfg)
     if cfg.compare:
         return print(compare(cfg.compare, cfg.against, cfg.checker, cfg.show))
-    # Device, tokenizer, model.
     tiny = training.ROOT / "data" / "tiny"
     own = tiny / cfg.task[0]
     cfg.model = cfg.model or str(own if own.exists() else tiny / "countdown")
@@ -328,7 +327,6 @@ def main(argv: Sequence[str]) -> None:
         cfg.batch_size = cfg.batch_size or 64
     tokenizer = Tokenizer.from_pretrained(base)
     model = Transformer.from_pretrained(base, getattr(torch, cfg.dtype), device)
-    # What is asked for.
     if cfg.chat:
         with suppress(EOFError):
             talk(model, tokenizer, cfg)
