@@ -1,21 +1,21 @@
-"""Evaluate a checkpoint: accuracy with 95 % intervals, pass@k, comparisons, exports. Or talk to it.
+"""Evaluate a checkpoint: accuracy with 95 % intervals, comparisons, exports; or talk to it.
 
     python evaluate.py --model=out/countdown/model --task=countdown --style=short
-    # every source of the UFT paper's file, saved answer by answer, and the table
-    python evaluate.py --model=DIR --task=uft --data_path=uft/data/others --save=a.jsonl --table=a.md
+    # every source of the UFT paper's file, saved one by one, and the table
+    python evaluate.py --model=DIR --task=uft --data_path=DIR --save=a.jsonl --table=a.md
     # avg@8 and pass@2, 4, 8
     torchrun --nproc-per-node=8 evaluate.py --model=DIR --task=logic --n=8 --temperature=1.0
-    # two checkpoints on the same problems, by the files that --save wrote, one a seed
+    # two checkpoints by the files that --save wrote, one a seed
     python evaluate.py --compare a0.jsonl,a1.jsonl b0.jsonl,b1.jsonl
     # answers for another benchmark's judge, see infra/exports.py
-    python evaluate.py --model=DIR --export=mt_bench --data_path=question.jsonl --save=NAME.jsonl
+    python evaluate.py --model=DIR --export=tldr --data_path=tldr.jsonl --save=NAME.jsonl
     # a conversation: /new forgets it, an empty line or Ctrl-D ends it
     python evaluate.py --model=DIR --chat --temperature=0.7
 
-Answers are greedy unless a temperature is given. Prompts carry no hint. The checker sees what the
-trainers reward: the decoded completion without special tokens. An answer ends where the model's window
-does; a prompt that fills the window is a wrong answer, "too long". With --save an interrupted
-evaluation continues when the same command is given again.
+Answers are greedy unless a temperature is given. Prompts carry no hint. The checker sees what
+the trainers reward: the decoded completion without special tokens. An answer ends with the
+model's window; a prompt that fills it is a wrong answer, "too long". With --save the same
+command continues an interrupted evaluation.
 """
 
 import math
@@ -52,37 +52,37 @@ class Config:
     # What
     model: FilePath = ""  # Hugging Face directory; empty: a tiny base
     task: tuple[FilePath, ...] = ("countdown",)  # tasks, or sources; uft: all of the file
-    style: Literal["", "paper", "short"] = ""  # of made problems; empty: short, or as the file
-    data_path: FilePath = ""  # file or folder of rows; empty: problems made by the task
+    style: Literal["", "paper", "short"] = ""  # paper or short, of made problems
+    data_path: FilePath = ""  # file or folder of rows; empty: the task makes them
     split: Literal["test", "train"] = "test"  # test or train
-    rows: Natural = 0  # use the first N of each task; 0: all, or the task's default
+    rows: Natural = 0  # the first N of each task; 0: all, or its default
     sizes: tuple[int, ...] = ()  # numbers or people of made problems
-    checker: Literal["ours", "published"] = "ours"  # published: by the papers' code
+    checker: Literal["ours", "published"] = "ours"  # or published, the papers' code
     # How
     n: Count = 1  # answers a problem
     temperature: NonNegative = 0.0  # 0: greedy
-    top_k: Natural = 0  # sample from the k most probable tokens; 0: from all
-    top_p: TopP = 1.0  # sample from the fewest tokens whose probabilities reach top_p
+    top_k: Natural = 0  # sample from the k likeliest tokens; 0: all
+    top_p: TopP = 1.0  # sample from the fewest tokens that reach top_p
     max_new_tokens: Natural = 0  # longest answer; 0: 256, or 1024 for rows of a file
     batch_size: Natural = 0  # rows decoded at a time; 0: 64, or what a GPU holds
     seed: Natural = 0  # random seed
-    fast: bool = True  # sample with fast/engine.py; false: with sampler.py alone
+    fast: bool = True  # the engine of fast/; false: sampler.py alone
     device: str = "auto"  # auto, cpu, cuda, mps or xpu
-    dtype: Literal["float32", "bfloat16"] = "float32"  # weights and arithmetic
-    threads: Natural = 0  # CPU threads of a process; 0: torch's default
+    dtype: Literal["float32", "bfloat16"] = "float32"  # or bfloat16
+    threads: Natural = 0  # CPU threads; 0: torch's default
     # Talk
     chat: bool = False  # a conversation in the terminal
     template: str = "auto"  # chat template: auto, plain, chatml, zephyr; none: bare text
-    system: str = ""  # system turn that the conversation begins with
+    system: str = ""  # system turn of a conversation
     # Compare
     compare: tuple[FilePath, ...] = ()  # saved answers, a file a seed: --compare A B
     against: tuple[FilePath, ...] = ()  # those of B
     # Output
     save: FilePath = ""  # JSONL file of the answers, continued if it exists
     table: FilePath = ""  # FILE.md or FILE.json for the table
-    export: Literal["", "uft", *exports.EXPORTS] = ""  # write answers for another judge to --save
+    export: Literal["", "uft", *exports.EXPORTS] = ""  # alpaca_eval, mt_bench, qwen_math, tldr, uft
     name: str = ""  # the model's name in an export; empty: its directory's
-    show: Natural = 3  # answers, or changed problems in each direction, to print
+    show: Natural = 3  # answers, or changed problems each way, to print
 
 
 def check(cfg: Config) -> None:
@@ -90,9 +90,9 @@ def check(cfg: Config) -> None:
     require(cfg, "task", bool(cfg.task), "must not be empty")
     if cfg.compare or cfg.against:
         for side in ("compare", "against"):
-            require(cfg, side, bool(getattr(cfg, side)), "name both sides: --compare A.jsonl B.jsonl")
+            require(cfg, side, bool(getattr(cfg, side)), "name both sides: --compare A B")
         return
-    if cfg.temperature == 0 and cfg.export != "mt_bench":  # which has temperatures of its own
+    if cfg.temperature == 0 and cfg.export != "mt_bench":  # which has its own
         for key in ("n", "top_k", "top_p"):
             rule = "greedy answers are all the same; give a --temperature"
             require(cfg, key, getattr(cfg, key) in (0, 1), rule)
@@ -102,7 +102,7 @@ def check(cfg: Config) -> None:
         several = cfg.export not in ("alpaca_eval", "tldr")
         require(cfg, "n", cfg.n == 1 or several, f"{cfg.export} takes one answer")
         ending = ".json" if cfg.export in ("alpaca_eval", "uft") else ".jsonl"
-        require(cfg, "save", cfg.save.endswith(ending), f"must end in {ending}, which its reader expects")
+        require(cfg, "save", cfg.save.endswith(ending), f"must end in {ending}")
     if cfg.save:
         exports.check_output("save", cfg.save, lambda line: not cfg.export and exports.is_answers(line))
     if cfg.table:
@@ -114,51 +114,43 @@ def check(cfg: Config) -> None:
 
 
 def answer(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    task: ModuleType,
-    rows: list[dict],
-    limits: dict | None = None,
-    **sampling,
+    model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows: list[dict], limits=None, **sampling
 ) -> list[list[dict]]:
-    """For each row n dicts: response, tokens (how many), cut (without a stop id), reward, verdict.
+    """For each row n dicts: response, tokens (how many), cut (no stop id), reward, verdict.
 
-    A row's "start", if it has one, is the beginning of the response: the model continues it.
-    limits: arguments of data.judge.judge. sampling: of sampler.generate; greedy by default.
+    A row's "start" is the beginning of the response, which the model continues.
+    limits: of data.judge.judge. sampling: of sampler.generate; greedy by default.
     """
     encode = tokenizer.encode
-    prompts = [encode(row["prompt"], bos=True) + encode(row.get("start", "")) for row in rows]
+    prompts = [encode(r["prompt"], bos=True) + encode(r.get("start", "")) for r in rows]
     groups = respond(model, tokenizer, prompts, **{"temperature": 0.0} | sampling)
     repeated = [row for row, group in zip(rows, groups, strict=True) for _ in group]
-    answers = iter(judged(task, repeated, [a for group in groups for a in group], **(limits or {})))
+    flat = [a for group in groups for a in group]
+    answers = iter(judged(task, repeated, flat, **(limits or {})))
     return [[next(answers) for _ in group] for group in groups]
 
 
 def respond(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    on_finish: Callable[[int, list[dict]], None] = lambda i, responses: None,
-    **sampling,
+    model: Transformer, tokenizer: Tokenizer, prompts: list, on_finish: Callable | None = None, **sampling
 ) -> list[list[dict]]:
     """For each prompt (ids) n dicts: response, tokens and cut.
 
-    A response ends where the model's window does, and one to a prompt that fills it has 0 tokens.
-    on_finish is called with (i, the dicts of prompt i). sampling: arguments of sampler.generate.
+    A response ends with the model's window; one to a prompt that fills it has 0 tokens.
+    on_finish is called with (i, the dicts of prompt i). sampling: of sampler.generate.
     """
     window, n = model.config.max_position_embeddings, sampling.get("n", 1)
     responses = [[{"response": "", "tokens": 0, "cut": False}] * n for _ in prompts]
+    tell = on_finish or (lambda i, responses: None)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < window]
 
     def finish(k: int, completions: list[Completion]) -> None:
         i = fitting[k]
         room = window - len(prompts[i])
         responses[i] = [decoded(tokenizer, c, room) for c in completions]
-        on_finish(i, responses[i])
+        tell(i, responses[i])
 
-    for i, prompt in enumerate(prompts):
-        if len(prompt) >= window:
-            on_finish(i, responses[i])
+    for i in set(range(len(prompts))) - set(fitting):
+        tell(i, responses[i])
     if fitting:
         own = [prompts[i] for i in fitting]
         keys = sampling.get("keys") or range(len(prompts))
@@ -173,14 +165,15 @@ def respond(
 def decoded(tokenizer: Tokenizer, completion: Completion, room: int) -> dict:
     """A completion, cut at `room` tokens, as respond() gives it."""
     if any(map(math.isnan, completion.logprobs)):
-        raise UserError("the model's logits are NaN, not numbers: are its weights damaged?")
+        raise UserError("the model's logits are NaN: are its weights damaged?")
     tokens = completion.tokens[:room]
     cut = not completion.finished or len(completion.tokens) > room
-    return {"response": tokenizer.decode(tokens, skip_special=True), "tokens": len(tokens), "cut": cut}
+    text = tokenizer.decode(tokens, skip_special=True)
+    return {"response": text, "tokens": len(tokens), "cut": cut}
 
 
 def judged(task: ModuleType, rows: list[dict], answers: list[dict], **limits) -> list[dict]:
-    """Answers, each to its row, with rewards and verdicts. limits: arguments of data.judge.judge."""
+    """Answers, each to its row, with rewards and verdicts. limits: of data.judge.judge."""
     pairs = zip(rows, answers, strict=True)
     full = [a | {"response": row.get("start", "") + a["response"]} for row, a in pairs]
     responses, truths = [a["response"] for a in full], [row["truth"] for row in rows]
@@ -190,7 +183,7 @@ def judged(task: ModuleType, rows: list[dict], answers: list[dict], **limits) ->
     return full
 
 
-def validation(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) -> tuple[list, dict, str]:
+def validation(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) -> tuple:
     """A trainer's answers to all rows, with their accuracy as metrics and as text.
 
     Every process samples its part. longest: tokens of the longest prompt of the run.
@@ -211,7 +204,7 @@ def validation(run, task: ModuleType, rows: list[dict], cfg, longest: int = 0) -
 
 
 def published_verdict(task: ModuleType, row: dict, answer: dict) -> list:
-    """[reward, verdict] by the published checker; ours where it does not know the task."""
+    """[reward, verdict] by the published checker, or by ours where it knows no such row."""
     check, truth = getattr(task, "score_published", None), row["truth"]
     if not check or not answer["tokens"] or isinstance(truth, dict) and truth.get("steps"):
         return [answer["reward"], answer["verdict"]]
@@ -224,7 +217,7 @@ def published_verdict(task: ModuleType, row: dict, answer: dict) -> list:
 # ---- talking, and replies for exports ----
 
 
-def conversation_ids(tokenizer: Tokenizer, conversation: str | list[dict], template: str) -> list[int]:
+def conversation_ids(tokenizer: Tokenizer, conversation: str | list, template: str) -> list[int]:
     """Prompt ids of a text or of messages; template "none" joins messages to a text."""
     if isinstance(conversation, list) and template != "none":
         return tokenizer.chat(conversation, template=template)
@@ -234,7 +227,7 @@ def conversation_ids(tokenizer: Tokenizer, conversation: str | list[dict], templ
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come; a character in several tokens waits for the last of them."""
+    """The text of ids as they come; a character of several tokens waits for the last."""
     seen, shown = [], 0
     for i in ids:
         seen.append(i)
@@ -257,7 +250,7 @@ def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
         prompt = conversation_ids(tokenizer, messages, cfg.template)
         room = min(cfg.max_new_tokens or 256, window - len(prompt))
         if room < 1:
-            print(f"the conversation fills the model's {window} positions; /new begins another")
+            print(f"the model's {window} positions are full; /new begins another conversation")
             messages.pop()
             continue
         how = {"seed": cfg.seed + len(messages), "top_k": cfg.top_k, "top_p": cfg.top_p}
@@ -271,14 +264,9 @@ def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
 
 
 def ask(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    cfg: Config,
-    conversations: list,
-    temperatures: list[float] | None = None,
-    n: int = 0,
+    model: Transformer, tokenizer: Tokenizer, cfg: Config, conversations: list, temperatures=None, n: int = 0
 ) -> list[list[str]]:
-    """n replies to each conversation, messages or a bare text; the processes share the work."""
+    """n replies to each conversation, messages or a text; the processes share the work."""
     prompts = [conversation_ids(tokenizer, c, cfg.template) for c in conversations]
     for i, prompt in enumerate(prompts):
         tokenizer.check_ids(prompt, model.config.vocab_size, f"{cfg.data_path} row {i}")
@@ -293,7 +281,7 @@ def ask(
     return gather([replies[i] for i in sorted(replies)])
 
 
-def note_too_long(prompts: Collection[list[int]], model: Transformer, what: str) -> None:
+def note_too_long(prompts: Collection, model: Transformer, what: str) -> None:
     window = model.config.max_position_embeddings
     if long := sum(len(prompt) >= window for prompt in prompts):
         print(f"note: {long} of {len(prompts)} prompts fill the model's {window} positions: {what}")
@@ -303,7 +291,7 @@ def note_too_long(prompts: Collection[list[int]], model: Transformer, what: str)
 
 SAMPLING = ["n", "temperature", "top_k", "top_p", "max_new_tokens", "seed"]
 DECISIVE = ["task", "split", "rows", "style", "sizes", *SAMPLING, "dtype", "weights", "problems"]
-"""Settings that decide the answers: a save file made with others is not continued."""
+# Settings that decide the answers. A file saved with others is not continued.
 
 
 def sampling_of(cfg: Config) -> dict:
@@ -328,7 +316,6 @@ def main(argv: Sequence[str]) -> None:
     check(cfg)
     if cfg.compare:
         return print(compare(cfg.compare, cfg.against, cfg.checker, cfg.show))
-    # Device, tokenizer, model.
     tiny = training.ROOT / "data" / "tiny"
     own = tiny / cfg.task[0]
     cfg.model = cfg.model or str(own if own.exists() else tiny / "countdown")
@@ -336,11 +323,10 @@ def main(argv: Sequence[str]) -> None:
     settle_dtype(cfg, device)
     if device.type not in ("cpu", "cuda"):
         cfg.fast, cfg.dtype = False, "float32"
-    if device.type != "cuda":  # more rows are hardly faster, and nothing watches their memory
+    if device.type != "cuda":  # where nothing watches the memory of more rows
         cfg.batch_size = cfg.batch_size or 64
     tokenizer = Tokenizer.from_pretrained(base)
     model = Transformer.from_pretrained(base, getattr(torch, cfg.dtype), device)
-    # What is asked for.
     if cfg.chat:
         with suppress(EOFError):
             talk(model, tokenizer, cfg)
@@ -362,14 +348,15 @@ def main(argv: Sequence[str]) -> None:
 def answer_tasks(
     model: Transformer, tokenizer: Tokenizer, base: Path, cfg: Config
 ) -> tuple[dict, list[dict]]:
-    """The settings, and a record of each problem: task, index, prompt, truth and answers."""
+    """The settings, and of each problem task, index, prompt, truth and answers."""
     # 1. Problems, and the answers that an earlier, interrupted evaluation saved.
     problems, prompts = {}, {}  # (task, index) -> row, ids
     names = sources.names(cfg.task, cfg.data_path, cfg.split)
     for name in names:
         rows = sources.load(name, cfg.data_path, cfg.split, cfg.rows, cfg.style, cfg.sizes)
         for i, row in enumerate(rows):
-            problems[name, i], prompts[name, i] = row, tokenizer.encode(row["prompt"], bos=True)
+            problems[name, i] = row
+            prompts[name, i] = tokenizer.encode(row["prompt"], bos=True)
             where = f"{cfg.data_path or name} row {i} of {name}"
             tokenizer.check_ids(prompts[name, i], model.config.vocab_size, where)
     note_too_long(prompts.values(), model, "counted as wrong")
@@ -382,8 +369,9 @@ def answer_tasks(
         if records:
             print(f"{cfg.save}: {len(records)} of {len(problems)} problems are answered already")
 
-    # 2. The other answers, each process its share, judged and saved as soon as they are complete.
-    waiting, began = share([key for key in problems if key not in records]), time.perf_counter()
+    # 2. The other answers, each process its share, judged and saved one by one.
+    waiting = share([key for key in problems if key not in records])
+    began = time.perf_counter()
 
     def judge_and_save(i: int, responses: list[dict]) -> None:
         (name, index), row = waiting[i], problems[waiting[i]]
@@ -394,8 +382,9 @@ def answer_tasks(
         records[waiting[i]] = record | {"answers": answers}
         exports.append(file, records[waiting[i]])
 
-    how = sampling_of(cfg) | {"keys": [index for _, index in waiting], "on_finish": judge_and_save}
-    respond(model, tokenizer, [prompts[key] for key in waiting], **how)
+    keys = [index for _, index in waiting]
+    own = [prompts[key] for key in waiting]
+    respond(model, tokenizer, own, judge_and_save, keys=keys, **sampling_of(cfg))
     everyone = {key: record for part in collect(records) for key, record in part.items()}
     if waiting:
         print(f"{time.perf_counter() - began:.0f} s for {len(waiting) * world():,} problems")

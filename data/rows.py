@@ -186,7 +186,8 @@ def first(rows: list[dict], n: int | None, path: str | Path, split: str) -> list
     if n is not None and n < 1:
         raise UserError(f"n: {n}; must be >= 1")
     if n is not None and n > len(rows):
-        raise UserError(f"n: {n} rows were asked for, {path} has {len(rows)} of split {split}")
+        knob = f"{split}_rows (rows in evaluate.py)"
+        raise UserError(f"{knob} = {n}: {path} has {len(rows)} rows of split {split}")
     return rows[:n]
 
 

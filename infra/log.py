@@ -1,4 +1,4 @@
-"""Logs of a run: metrics.jsonl, samples.jsonl, a live counter, confidence intervals, hardware utilisation."""
+"""Logs of a run: metrics.jsonl, samples.jsonl, a live counter, hardware utilisation."""
 
 import json
 import sys
@@ -40,12 +40,13 @@ class Log:
                     f.write(b"\n")
 
     def start_wandb(self, project: str, run_id: str | None, cfg: Any) -> str | None:
-        """Log metrics to wandb too, on rank 0. Returns the id of the run there; run_id continues a run."""
+        """Log metrics to wandb too, on rank 0. Returns the run's id there; run_id continues a run."""
         if rank():
             return run_id
-        wandb, own = import_wandb(), {"name": self.out_dir.name, "dir": self.out_dir, "config": asdict(cfg)}
+        wandb = import_wandb()
+        options = {"project": project, "id": run_id, "resume": "allow", "config": asdict(cfg)}
         try:
-            self.wandb_run = wandb.init(project=project, id=run_id, resume="allow", **own)
+            self.wandb_run = wandb.init(name=self.out_dir.name, dir=self.out_dir, **options)
         except wandb.Error as e:  # no login, no such entity, no network
             raise UserError(f"wandb = {project!r}: {e}") from None
         return self.wandb_run.id
@@ -56,7 +57,7 @@ class Log:
             return
         with open(self.out_dir / f"{name}.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step} | record, ensure_ascii=False) + "\n")
-        # wandb ignores steps before its last one. A resumed run repeats them exactly, so nothing is lost.
+        # wandb ignores steps before its last one; a resumed run repeats them exactly.
         if self.wandb_run and name == "metrics":
             self.wandb_run.log(record, step=step)
 
@@ -125,11 +126,12 @@ def flops_per_token(model, length: int | float) -> float:
 
 
 def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
-    """Model FLOPs utilisation of training on `tokens` in `rows`: FLOP/s / the GPUs' peak. None off CUDA."""
+    """Model FLOPs utilisation of training on `tokens` in `rows`. None off CUDA."""
     device = model.head_weight.device
     if device.type != "cuda" or not rows:
         return None
-    return flops_per_token(model, tokens / rows) * tokens / seconds / world() / peak_flops(device)
+    flops = flops_per_token(model, tokens / rows) * tokens / seconds
+    return flops / world() / peak_flops(device)
 
 
 @cache

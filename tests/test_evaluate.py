@@ -4,7 +4,6 @@ statistics, saved answers, comparisons and exports."""
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from data.tokenizer import Tokenizer
 from evaluate import answer, pieces
 from experiments.tiny_base import learn_tokenizer
 from infra.answers import accuracy
-from infra.config import UserError, run_script
+from infra.config import UserError
 from infra.stats import wilson
 from model import Transformer
 from sampler import generate, stream
@@ -25,18 +24,6 @@ ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/tiny/countdown"
 SMALL = [f"--model={BASE}", "--task=countdown", "--rows=8", "--max_new_tokens=40", "--device=cpu",
          "--style=short", "--threads=1"]  # fmt: skip
-
-
-def refused(capsys, monkeypatch, *args):
-    """The one line of a refusal with exit code 2."""
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *SMALL, *args])
-    with pytest.raises(SystemExit) as e:
-        run_script(evaluate.main)
-    assert e.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
 
 
 # ---- figures ----
@@ -179,39 +166,9 @@ def test_chat_by_a_template_fills_the_window(capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
     evaluate.main([f"--model={BASE}", "--chat", "--system=add", "--max_new_tokens=10"])
     out = capsys.readouterr().out
-    assert "fills the model's 512 positions" in out and len(out.splitlines()) >= 2
+    assert "model's 512 positions are full" in out and len(out.splitlines()) >= 2
 
 
 def test_bfloat16_evaluates(capsys):
     evaluate.main([*SMALL, "--dtype=bfloat16", "--rows=2"])
     assert table_of(capsys.readouterr().out)[0]["problems"] == "2"
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        ("--n=4", "greedy answers are all the same; give a --temperature"),
-        ("--n=0", "n = 0"),
-        ("--top_p=0.9", "top_p = 0.9: greedy answers are all the same"),
-        ("--top_p=0", "top_p = 0.0: must be above 0"),
-        ("--top_k=-1", "top_k = -1"),
-        ("--dtype=float16", "dtype = 'float16'"),
-        ("--task=chess", "task = 'chess'"),
-        ("--model=/nowhere", "/nowhere"),
-        ("--data_path=/nowhere.jsonl", "/nowhere.jsonl"),
-        ("--max_new_tokens=-1", "max_new_tokens"),
-        ("--split=dev", "dev"),
-        ("--style=long", "style"),
-        ("--row=3", "'rows'"),
-    ],
-)
-def test_bad_knobs(args, expected, capsys, monkeypatch):
-    assert expected in refused(capsys, monkeypatch, args)
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [("--temperature=-1", "temperature"), ("--rows=-3", "rows"), ("--save=/nowhere/a.jsonl", "/nowhere")],
-)
-def test_other_bad_knobs(args, expected, capsys, monkeypatch):
-    assert expected in refused(capsys, monkeypatch, args)

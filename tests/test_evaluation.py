@@ -28,47 +28,26 @@ OTHERS = Path(os.environ.get("NANOFT_UFT_DATA", "uft_data")) / "others"  # the p
 
 
 def made(reward, verdict, published=None, cut=False):
-    return {
-        "response": "r",
-        "reward": reward,
-        "verdict": verdict,
-        "tokens": 4,
-        "cut": cut,
-        "published": published or [reward, verdict],
-    }
+    own = {"response": "r", "reward": reward, "verdict": verdict, "tokens": 4, "cut": cut}
+    return own | {"published": published or [reward, verdict]}
 
 
 RIGHT, WRONG, NONE = made(1.0, "right"), made(0.1, "wrong"), made(0.0, "no answer", cut=True)
 
 
 def test_summary_counts_verdicts_and_estimates_pass_at_k():
-    strict = made(1.0, "right", [0.1, "wrong"])
-    groups = [
-        [RIGHT, RIGHT, WRONG, NONE],
-        [WRONG, WRONG, WRONG, made(0.1, "odd")],
-        [strict, RIGHT, RIGHT, RIGHT],
-    ]
+    strict, odd = made(1.0, "right", [0.1, "wrong"]), made(0.1, "odd")
+    groups = [[RIGHT, RIGHT, WRONG, NONE], [WRONG, WRONG, WRONG, odd], [strict, RIGHT, RIGHT, RIGHT]]
     r = answers.summarise("x", groups, "ours")
-    assert r["accuracy"]["mean"] == pytest.approx((0.5 + 0 + 1) / 3) and r["published"] == pytest.approx(
-        5 / 12
-    )
-    assert (
-        r["verdicts"] == {"right": 6, "wrong": 4, "no answer": 1, "odd": 1}
-        and r["cut"] == 1
-        and r["problems"] == 3
-    )
-    assert {k: e["mean"] for k, e in r["pass_at"].items()} == pytest.approx(
-        {2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3}
-    )
+    assert r["accuracy"]["mean"] == pytest.approx(1.5 / 3) and r["published"] == pytest.approx(5 / 12)
+    assert r["verdicts"] == {"right": 6, "wrong": 4, "no answer": 1, "odd": 1}
+    assert r["cut"] == 1 and r["problems"] == 3
+    means = {k: e["mean"] for k, e in r["pass_at"].items()}
+    assert means == pytest.approx({2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
     assert answers.summarise("x", groups, "published")["verdicts"]["wrong"] == 5
-    head, row = answers.table_rows([r], "ours")
-    cells = dict(zip(head, row, strict=False))
-    assert (
-        cells["avg@4"] == "50.0%"
-        and cells["published"] == "41.7%"
-        and cells["odd"] == "1"
-        and cells["malformed"] == "0"
-    )
+    cells = dict(zip(*answers.table_rows([r], "ours"), strict=True))
+    wanted = {"avg@4": "50.0%", "published": "41.7%", "odd": "1", "malformed": "0"}
+    assert wanted.items() <= cells.items()
     assert "published" not in answers.table_rows([r], "published")[0]
     plain = [answers.summarise(name, [[RIGHT], [WRONG]], "ours") for name in "ab"]
     rows = answers.table_rows(plain, "ours")
@@ -79,39 +58,32 @@ def test_summary_counts_verdicts_and_estimates_pass_at_k():
 # ---- sources ----
 
 
-def published_row(data_source, truth, question="What?", **other):
-    return {
-        "data_source": data_source,
-        "question": question,
-        "reward_model": {"ground_truth": truth},
-        **other,
-    }
+def published_row(data_source, truth, question="What?"):
+    return {"data_source": data_source, "question": question, "reward_model": {"ground_truth": truth}}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def mixed(folder):
     """A file of four sources as published, where a Countdown target is text and unused keys are null."""
-    rows = [
-        published_row("aime", {"question": "1+1", "target": "2", "numbers": None}, f"Problem {i}? Assistant:")
-        for i in range(3)
-    ]
+    truth = {"question": "1+1", "target": "2", "numbers": None}
+    rows = [published_row("aime", truth, f"Problem {i}? Assistant:") for i in range(3)]
     rows.append(published_row("countdown", {"numbers": [3, 4], "target": "7", "question": None}, "3 4=7"))
     rows.append(published_row("openai/gsm8k", {"question": "2+2", "target": "4"}, "2+2?"))
     rows.append(published_row("math500", {"question": "3+3", "target": "6"}, "3+3?"))
-    folder.mkdir(exist_ok=True)
-    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    folder.mkdir()
+    write_rows(folder / "test.jsonl", rows)
     return str(folder)
 
 
 def test_sources_of_a_mixed_file(tmp_path, capsys):
     path = mixed(tmp_path / "others")
     assert sources.names(("uft",), path, "test") == ["math500", "aime", "gsm8k", "countdown"]
-    assert [r["prompt"] for r in sources.load("aime", path, "test")] == [
-        f"Problem {i}? Assistant:" for i in range(3)
-    ]
-    assert (
-        len(sources.load("aime", path, "test", n=2)) == 2
-        and len(sources.load("aime", path, "test", n=50)) == 3
-    )
+    prompts = [r["prompt"] for r in sources.load("aime", path, "test")]
+    assert prompts == [f"Problem {i}? Assistant:" for i in range(3)]
+    assert [len(sources.load("aime", path, "test", n=n)) for n in (2, 50)] == [2, 3]
     assert sources.load("countdown", path, "test")[0]["truth"]["target"] == 7
     assert sources.load("gsm8k", path, "test")[0]["truth"]["target"] == "4"
     assert sources.judge("aime") is hendrycks_math and sources.judge("countdown") is countdown
@@ -121,46 +93,35 @@ def test_sources_of_a_mixed_file(tmp_path, capsys):
         sources.names(("aime", "chess"), path, "test")
     capsys.readouterr()
     rows = sources.load("logic", path, "test", n=4)  # can be made
-    assert (
-        len(rows) == 4
-        and "Assistant:" in rows[0]["prompt"]
-        and "4 problems were made" in capsys.readouterr().out
-    )
+    assert len(rows) == 4 and "Assistant:" in rows[0]["prompt"]
+    assert "4 problems were made" in capsys.readouterr().out
 
 
-def test_uft_needs_known_sources(tmp_path):
+def test_sources_that_cannot_be_judged_are_refused(tmp_path):
     with pytest.raises(UserError, match="needs --data_path with a column data_source"):
         sources.names(("uft",), "", "test")
-    (tmp_path / "test.jsonl").write_text(json.dumps(published_row("chess", {"target": "1"})) + "\n")
+    write_rows(tmp_path / "test.jsonl", [published_row("chess", {"target": "1"})])
     with pytest.raises(UserError, match="no task judges data_source 'chess'"):
         sources.names(("uft",), str(tmp_path), "test")
-
-
-def test_a_countdown_row_that_cannot_be_judged_is_refused(tmp_path):
-    rows = [
-        published_row("aime", {"target": "2"}),
-        published_row("countdown", {"numbers": None, "target": "7"}),
-    ]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(UserError, match=r"test.jsonl row 1: the ground truth lacks a usable 'numbers'"):
-        sources.load("countdown", str(tmp_path), "test")
+    unusable = published_row("countdown", {"numbers": None, "target": "7"})
+    write_rows(tmp_path / "train.jsonl", [published_row("aime", {"target": "2"}), unusable])
+    with pytest.raises(UserError, match=r"train.jsonl row 1: the ground truth lacks a usable 'numbers'"):
+        sources.load("countdown", str(tmp_path), "train")
 
 
 def test_files_without_the_column_are_read_by_the_task(tmp_path):
     rows = countdown.load("train", n=3, style="short")
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert [r["prompt"] for r in sources.load("countdown", str(tmp_path), "test")] == [
-        r["prompt"] for r in rows
-    ]
+    write_rows(tmp_path / "test.jsonl", rows)
+    read = sources.load("countdown", str(tmp_path), "test")
+    assert [r["prompt"] for r in read] == [r["prompt"] for r in rows]
     # sets of the Hub, which have neither layout
     file = tmp_path / "aime.jsonl"
-    file.write_text(json.dumps({"problem": "What is 1+1?", "answer": [2], "solution": "It is 2."}) + "\n")
+    write_rows(file, [{"problem": "What is 1+1?", "answer": [2], "solution": "It is 2."}])
     (row,) = sources.load("aime", str(file), "test")
     assert "User: What is 1+1? Show your work" in row["prompt"] and row["truth"]["target"] == "2"
-    file = tmp_path / "bad.jsonl"
-    file.write_text('{"problem": "What?"}\n')
+    write_rows(tmp_path / "bad.jsonl", [{"problem": "What?"}])
     with pytest.raises(UserError, match="bad.jsonl row 0: must have the fields problem"):
-        sources.load("aime", str(file), "test")
+        sources.load("aime", str(tmp_path / "bad.jsonl"), "test")
     with pytest.raises(UserError, match="can only be read; give --data_path"):
         sources.load("amc", "", "test")
 
@@ -169,16 +130,8 @@ def test_files_without_the_column_are_read_by_the_task(tmp_path):
 def test_the_published_file_has_eight_sources():
     names = sources.names(("uft",), str(OTHERS), "test")
     counts = {name: len(sources.load(name, str(OTHERS), "test")) for name in names}
-    assert counts == {
-        "math500": 500,
-        "aime": 30,
-        "amc": 83,
-        "minerva": 272,
-        "olympiad_bench": 675,
-        "gsm8k": 1319,
-        "hendrycks_math": 1024,
-        "countdown": 1024,
-    }
+    wanted = {"math500": 500, "aime": 30, "amc": 83, "minerva": 272, "olympiad_bench": 675}
+    assert counts == wanted | {"gsm8k": 1319, "hendrycks_math": 1024, "countdown": 1024}
 
 
 # ---- answers ----
@@ -189,18 +142,9 @@ def test_on_finish_comes_once_a_prompt_with_all_its_completions(fast):
     model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
     prompts = [tokenizer.encode(r["prompt"]) for r in countdown.load("test", n=5, style="short")]
     told = []
-    results = generate(
-        model,
-        prompts,
-        3,
-        30,
-        1.0,
-        tokenizer.stop_ids,
-        0,
-        batch_size=6,
-        fast=fast,
-        on_finish=lambda i, completions: told.append((i, [list(c.tokens) for c in completions])),
-    )
+    how = {"batch_size": 6, "fast": fast}
+    how["on_finish"] = lambda i, completions: told.append((i, [list(c.tokens) for c in completions]))
+    results = generate(model, prompts, 3, 30, 1.0, tokenizer.stop_ids, 0, **how)
     assert sorted(i for i, _ in told) == list(range(5))
     assert all(tokens == [c.tokens for c in results[i]] for i, tokens in told)
 
@@ -220,27 +164,18 @@ def test_saved_answers_and_tables(tmp_path, capsys):
     head, *records = lines_of(path)
     assert head["evaluation"]["n"] == 3 and head["evaluation"]["max_new_tokens"] == 40
     rows = countdown.load("test", n=6, style="short")
-    assert [(r["task"], r["index"], r["prompt"]) for r in records] == [
-        ("countdown", i, r["prompt"]) for i, r in enumerate(rows)
-    ]
+    wanted = [("countdown", i, r["prompt"]) for i, r in enumerate(rows)]
+    assert [(r["task"], r["index"], r["prompt"]) for r in records] == wanted
     for record in records:
         assert len(record["answers"]) == 3
         for a in record["answers"]:
-            assert (
-                [a["reward"], a["verdict"]]
-                == list(countdown.score(a["response"], record["truth"]))
-                == a["published"]
-            )
+            judged = list(countdown.score(a["response"], record["truth"]))
+            assert [a["reward"], a["verdict"]] == judged == a["published"]
     mean = sum(a["reward"] == 1 for r in records for a in r["answers"]) / 18
     assert out.count("--- ") == 2 and f"{mean:.1%}" in out and "avg@3" in out and "pass@2" in out
     assert table.read_text().splitlines()[3].startswith(f"| countdown | 6 | {mean:.1%} |")
-    run(
-        "--n=3",
-        "--temperature=1",
-        "--batch_size=4",
-        f"--save={tmp_path / 'b.jsonl'}",
-        f"--table={tmp_path / 'b.json'}",
-    )
+    other, other_table = tmp_path / "b.jsonl", tmp_path / "b.json"
+    run("--n=3", "--temperature=1", "--batch_size=4", f"--save={other}", f"--table={other_table}")
     assert (tmp_path / "b.jsonl").read_text() == path.read_text()
     result = json.loads((tmp_path / "b.json").read_text())["results"][0]
     verdicts = Counter(a["verdict"] for r in records for a in r["answers"])
@@ -308,16 +243,12 @@ def test_files_of_others_are_never_overwritten(tmp_path):
         ([f"--save={tmp_path}"], "is a folder"),
         ([f"--save={tmp_path / 'no/a.jsonl'}"], "cannot be written"),
         ([f"--table={tmp_path / 'a.txt'}"], "must end in .md or .json"),
-        (
-            ["--export=tldr", f"--data_path={tmp_path / 'mine.jsonl'}", f"--save={tmp_path / 'mine.jsonl'}"],
-            "holds something else",
-        ),
+        (["--export=tldr", "--data_path=x", f"--save={tmp_path / 'mine.jsonl'}"], "holds something else"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate.main([*args, "--model=nowhere"])  # before the model is even looked for
-    assert (tmp_path / "mine.jsonl").read_text() == '{"precious": 1}\n' and (
-        tmp_path / "mine.md"
-    ).read_text() == "# precious\n"
+    assert (tmp_path / "mine.jsonl").read_text() == '{"precious": 1}\n'
+    assert (tmp_path / "mine.md").read_text() == "# precious\n"
 
 
 def test_a_damaged_line_is_named(tmp_path):
@@ -337,7 +268,7 @@ def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
     one = len(tokenizer.encode("9 "))
     rows = [{"prompt": "9 " * (k // one), "truth": {"numbers": [9], "target": 9}} for k in (512, 500, 40)]
     assert [len(tokenizer.encode(r["prompt"])) for r in rows] == [512, 500, 40]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_rows(tmp_path / "test.jsonl", rows)
     save = tmp_path / "a.jsonl"
     run("--rows=0", "--max_new_tokens=0", f"--data_path={tmp_path}", "--temperature=1.5", f"--save={save}")
     out = capsys.readouterr().out
@@ -346,9 +277,8 @@ def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
     assert head["evaluation"]["max_new_tokens"] == 1024
     first, second, _ = (r["answers"][0] for r in records)
     assert (first["verdict"], first["reward"], first["tokens"]) == ("too long", 0.0, 0)
-    ((alone,),) = generate(
-        model, [tokenizer.encode(rows[1]["prompt"])], 1, 12, 1.5, tokenizer.stop_ids, 0, keys=[1]
-    )
+    prompt = tokenizer.encode(rows[1]["prompt"])
+    ((alone,),) = generate(model, [prompt], 1, 12, 1.5, tokenizer.stop_ids, 0, keys=[1])
     assert second["tokens"] == len(alone.tokens) <= 12 and second["cut"] == (not alone.finished)
     assert second["response"] == tokenizer.decode(alone.tokens, skip_special=True)
 
@@ -375,22 +305,12 @@ def test_the_published_checker_beside_ours():
 def test_processes_share_the_problems_and_any_number_continues(tmp_path):
     """Two processes write two parts, merged at the end; a single process takes over parts left behind."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    ]
+    launcher = "-m torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
     two, one = tmp_path / "two.jsonl", tmp_path / "one.jsonl"
     args = [*SMALL, "--temperature=1", "--rows=7"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "evaluate.py", *args, f"--save={two}", f"--table={tmp_path / 'two.md'}"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    files = [f"--save={two}", f"--table={tmp_path / 'two.md'}"]
+    command = [sys.executable, *launcher.split(), "evaluate.py", *args, *files]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     evaluate.main([*args, f"--save={one}"])
     assert two.read_text() == one.read_text() and not list(tmp_path.glob("*.part-*"))
@@ -403,40 +323,41 @@ def test_processes_share_the_problems_and_any_number_continues(tmp_path):
 
 
 def test_several_tasks_of_a_file_in_one_table(tmp_path, capsys):
-    path = mixed(tmp_path / "others")
-    run(
-        "--task=uft,logic",
-        f"--data_path={path}",
-        "--rows=3",
-        "--max_new_tokens=8",
-        f"--save={tmp_path / 'a.jsonl'}",
-    )
-    table = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    for row in (
-        ["math500", "1"],
-        ["aime", "3"],
-        ["gsm8k", "1"],
-        ["countdown", "1"],
-        ["logic", "3"],
-        ["mean", "of"],
-    ):
-        assert row in table, row
+    path, save = mixed(tmp_path / "others"), tmp_path / "a.jsonl"
+    run("--task=uft,logic", f"--data_path={path}", "--rows=3", "--max_new_tokens=8", f"--save={save}")
+    table = [" ".join(line.split()[:2]) for line in capsys.readouterr().out.splitlines()]
+    assert {"math500 1", "aime 3", "gsm8k 1", "countdown 1", "logic 3", "mean of"} <= set(table)
 
 
-def test_refusals(tmp_path):
-    for args, message in (
-        (["--temperature=0", "--n=2"], "greedy answers"),
-        (["--export=vicuna"], "is not one of"),
-        (["--export=tldr", "--save=x"], "data_path"),
-        (["--export=tldr", "--data_path=x"], "save"),
-        (["--compare", "a.jsonl"], "two files"),
-        (["--compare=a.jsonl"], "against"),
-        (["--task="], "task"),
-        (["--checker=mine"], "checker"),
-        (["--style=long"], "style"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluate.main(args)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--temperature=0 --n=2", "n = 2: greedy answers are all the same; give a --temperature"),
+        ("--top_p=0.9", "top_p = 0.9: greedy answers are all the same"),
+        ("--top_p=0", "top_p = 0.0: must be above 0 and at most 1"),
+        ("--export=vicuna", "export = 'vicuna' is not one of '', uft, alpaca_eval, mt_bench"),
+        ("--export=tldr --save=x", "data_path = '': --export=tldr needs both files"),
+        ("--export=tldr --data_path=x", "save = '': --export=tldr needs both files"),
+        ("--compare a.jsonl", "compare: name two files"),
+        ("--compare=a.jsonl", "against = (): name both sides"),
+        ("--task=", "task = (): must not be empty"),
+        ("--task=chess", "task = 'chess': there is no such task"),
+        ("--checker=mine", "checker = 'mine' is not one of"),
+        ("--style=long", "style = 'long' is not one of"),
+        ("--split=dev", "split = 'dev' is not one of"),
+        ("--dtype=float16", "dtype = 'float16' is not one of"),
+        ("--n=0", "n = 0: must be >= 1"),
+        *((f"--{key}=-1", f"{key} = -1") for key in ("top_k", "rows", "max_new_tokens", "temperature")),
+        ("--row=3", "unknown knob 'row'; the nearest is 'rows'"),
+        ("--model=/nowhere", "model = '/nowhere': no such directory"),
+        ("--data_path=/nowhere.jsonl", "/nowhere.jsonl"),
+        ("--save=/nowhere/a.jsonl", "save = '/nowhere/a.jsonl': cannot be written"),
+    ],
+)
+def test_refusals(args, message):
+    with pytest.raises(UserError) as e:
+        evaluate.main(args.split())
+    assert str(e.value).startswith(message) and "\n" not in str(e.value)
 
 
 def test_help_names_every_knob(capsys):
@@ -475,23 +396,17 @@ def test_comparison_of_greedy_answers(tmp_path, capsys):
 
 
 def test_comparison_of_several_answers_and_seeds(tmp_path, capsys):
-    a = [
-        write_answers(tmp_path / f"a{s}.jsonl", shares, n=2)
-        for s, shares in enumerate([[0, 1, 2, 0], [0, 1, 0, 0]])
-    ]
-    b = [
-        write_answers(tmp_path / f"b{s}.jsonl", shares, n=2)
-        for s, shares in enumerate([[2, 1, 2, 0], [1, 1, 1, 2]])
-    ]
+    a, b = (
+        [write_answers(tmp_path / f"{name}{i}.jsonl", seed, n=2) for i, seed in enumerate(seeds)]
+        for name, seeds in (("a", [[0, 1, 2, 0], [0, 1, 0, 0]]), ("b", [[2, 1, 2, 0], [1, 1, 1, 2]]))
+    )
     evaluate.main(["--compare", ",".join(a), ",".join(b)])
     out = capsys.readouterr().out
     (mean, low, high), p = paired_t([3 / 4, 0, 1 / 4, 2 / 4])
     assert f"{mean:+.1%}  {low:+.1%} .. {min(1, high):+.1%}  {p:.4f}  paired t over problems" in out
     low, high = welch([3 / 8, 1 / 8], [5 / 8, 5 / 8])[1:]
-    assert (
-        f"A 37.5% 12.5%, B 62.5% 62.5%: B - A +37.5%, 95 % interval {low:+.1%} .. {high:+.1%} (Welch's t)"
-        in out
-    )
+    means = "A 37.5% 12.5%, B 62.5% 62.5%: B - A +37.5%"
+    assert f"{means}, 95 % interval {low:+.1%} .. {high:+.1%} (Welch's t)" in out
     evaluate.main(["--compare", a[0], ",".join(b)])
     assert "no interval over seeds" in capsys.readouterr().out
 
@@ -502,13 +417,8 @@ def test_comparison_tells_equal_problems_apart_and_tasks(tmp_path, capsys):
     def file(name, answers):
         records = {}
         for i, (task, right) in enumerate(answers):
-            records[task, i] = {
-                "task": task,
-                "index": i,
-                "prompt": "p",
-                "truth": 1,
-                "answers": [RIGHT if right else WRONG],
-            }
+            record = {"task": task, "index": i, "prompt": "p", "truth": 1}
+            records[task, i] = record | {"answers": [RIGHT if right else WRONG]}
         exports.merge_answers(str(tmp_path / name), {}, records)
         return str(tmp_path / name)
 

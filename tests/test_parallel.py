@@ -91,9 +91,8 @@ def test_shares_cover_everything_once_and_keep_in_step(monkeypatch):
         counted = [i for mine in batches for rows, counted in mine for i in rows if counted]
         assert sorted(counted) == list(range(7))
         assert all(len(rows) * max(lengths[i] for i in rows) <= 10 for mine in batches for rows, _ in mine)
-        assert all(
-            rows == [5] for mine in batches for rows, counted in mine if not counted
-        )  # the shortest, repeated
+        repeated = [rows for mine in batches for rows, counted in mine if not counted]
+        assert all(rows == [5] for rows in repeated)  # the shortest
         monkeypatch.setattr(parallel, "collect", lambda mine, parts=parts: parts)
         assert parallel.gather(parts[-1]) == list(range(7))
 

@@ -263,7 +263,7 @@ def test_a_task_with_nothing_but_split_and_path():
         rows[1] == {"prompt": "train 1", "truth": {"target": 1}, "hint": [], "answer": ""} and len(rows) == 5
     )
     assert load_rows(task(minimal), "test", n=2, seed=0) == load_rows(task(minimal), "test")[:2]
-    with pytest.raises(UserError, match="n: 6 rows were asked for, task mine has 5 of split train"):
+    with pytest.raises(UserError, match="train_rows .* = 6: task mine has 5 rows of split train"):
         load_rows(task(minimal), "train", n=6)
     with pytest.raises(UserError, match=r"sizes = \(3,\): task mine takes no sizes"):
         load_rows(task(minimal), "train", sizes=(3,))
@@ -311,7 +311,7 @@ def test_one_file_is_split_into_training_and_test_rows(tmp_path):
     assert targets("train", path, one_file="split") == [i for i in range(25) if i not in (9, 19)]
     assert targets("train", path, n=10, one_file="split") == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]
     assert targets("test", path) == list(range(25))
-    with pytest.raises(UserError, match="n: 3 rows were asked for.* has 2 of split test"):
+    with pytest.raises(UserError, match="test_rows .* = 3: .* has 2 rows of split test"):
         targets("test", path, n=3, one_file="split")
     assert str(path) in split_note(path) and "10th" in split_note(path)
     # a folder has its own split, made rows theirs

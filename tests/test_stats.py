@@ -66,11 +66,8 @@ def test_t_distribution_by_tables():
 def test_mean_interval_by_hand():
     """1, 2, 3: mean 2, standard error sqrt(1 / 3), t of two degrees of freedom."""
     mean, low, high = mean_interval([1, 2, 3])
-    assert (
-        mean == 2
-        and high - 2 == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
-        and low == pytest.approx(4 - high)
-    )
+    assert mean == 2 and high - 2 == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
+    assert low == pytest.approx(4 - high)
     assert mean_interval([5.0]) == (5, -math.inf, math.inf)
 
 
@@ -78,11 +75,8 @@ def test_share_interval_is_wilsons_for_one_answer_and_clustered_for_several():
     assert share_interval([1, 0, 0, 1], 1) == (0.5, *wilson(2, 4))
     # two answers to each of four problems: shares 1, 1/2, 0, 1/2; sd sqrt(1/6), error sqrt(1/24)
     mean, low, high = share_interval([1, 0.5, 0, 0.5], 2)
-    assert (
-        mean == 0.5
-        and high == pytest.approx(min(1, 0.5 + 3.18245 * math.sqrt(1 / 24)), abs=1e-4)
-        and low == 0
-    )
+    wanted = min(1, 0.5 + 3.18245 * math.sqrt(1 / 24))
+    assert mean == 0.5 and high == pytest.approx(wanted, abs=1e-4) and low == 0
     mean, low, high = share_interval([1, 0.5, 0, 0.5] * 4, 2)
     error = math.sqrt(2 / 15 / 16)
     assert high == pytest.approx(0.5 + 2.13145 * error, abs=1e-4) and low == pytest.approx(1 - high)
@@ -91,9 +85,8 @@ def test_share_interval_is_wilsons_for_one_answer_and_clustered_for_several():
 
 def test_mean_of_shares_by_hand():
     mean, low, high = mean_of([Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.0, 0.7)])
-    assert (mean, low, high) == pytest.approx(
-        (0.4, 0.4 - math.hypot(0.1, 0.3) / 2, 0.4 + math.hypot(0.2, 0.4) / 2)
-    )
+    wanted = 0.4, 0.4 - math.hypot(0.1, 0.3) / 2, 0.4 + math.hypot(0.2, 0.4) / 2
+    assert (mean, low, high) == pytest.approx(wanted)
 
 
 def test_mcnemar_by_hand_and_by_counting():
@@ -126,11 +119,8 @@ def test_paired_t_by_hand():
 def test_welch_by_hand():
     """Means 2 and 5, squared errors 1/3 and 4/3: 25 / 17 * 2 degrees of freedom."""
     mean, low, high = welch([1, 2, 3], [3, 5, 7])
-    assert (
-        mean == 3
-        and high - 3 == pytest.approx(t_quantile(50 / 17) * math.sqrt(5 / 3))
-        and low == pytest.approx(6 - high)
-    )
+    assert mean == 3 and high - 3 == pytest.approx(t_quantile(50 / 17) * math.sqrt(5 / 3))
+    assert low == pytest.approx(6 - high)
     assert welch([1, 1], [2, 2]) == (1, 1, 1)
 
 
