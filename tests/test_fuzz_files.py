@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_fuzz import ODD, no_hang
+from test_tokenizer import sentencepiece
 
 from data import chat
 from data.pieces import GPT2_PATTERN, GPT4_PATTERN, TINY_PATTERN
@@ -211,36 +212,7 @@ def byte_level(pattern: str, **parts) -> dict:
     return learned.description | parts
 
 
-def sentencepiece(**parts) -> dict:
-    pieces = ["th", "the", "▁the", "▁t", "ca", "cat", "▁cat", "at"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"▁abcdefhinost", "é", *pieces]
-    vocab = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
-    merges = [pair.split() for pair in ("t h", "th e", "▁ the", "▁ t", "c a", "ca t", "▁ cat", "a t")]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    back = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": c, **flags} for i, c in enumerate(("<unk>", "<s>", "</s>"))],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing", "single": single, "pair": single,
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        },
-        "decoder": {"type": "Sequence", "decoders": back},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-                  "vocab": vocab, "merges": merges},
-    } | parts  # fmt: skip
+PIECES = ["th", "the", "▁the", "▁t", "ca", "cat", "▁cat", "at"]
 
 
 @functools.cache
@@ -258,27 +230,9 @@ def tokenizer_files() -> list[tuple[dict, dict]]:
         (byte_level(digits, normalizer={"type": "NFC"}), config),
         (byte_level(GPT2_PATTERN, pre_tokenizer=prefix), config),
         (byte_level(GPT2_PATTERN, pre_tokenizer=numbers), config),
-        (sentencepiece(), {"eos_token": "</s>", "bos_token": "<s>"}),
-        (sentencepiece(normalizer=None, pre_tokenizer=metaspace), {"eos_token": {"content": "</s>"}}),
+        (sentencepiece(PIECES), {"eos_token": "</s>", "bos_token": "<s>"}),
+        (sentencepiece(PIECES, normalizer=None, pre_tokenizer=metaspace), {"eos_token": {"content": "</s>"}}),
     ]
-
-
-def test_a_named_token_without_content_is_refused():
-    description, config = tokenizer_files()[0]
-    for value in ({}, {"content": 5}, {"id": 3}):
-        with pytest.raises(UserError, match="^tokenizer_config.json: bos_token = .* must be a text or have"):
-            Tokenizer(description, config | {"bos_token": value})
-
-
-@pytest.mark.parametrize("times", [0, 2])
-def test_a_post_processor_contains_the_text_once(times):
-    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] + [
-        {"Sequence": {"id": "A", "type_id": 0}}
-    ] * times
-    description = sentencepiece()
-    description["post_processor"]["single"] = single
-    with pytest.raises(UserError, match="post_processor TemplateProcessing must contain the text once"):
-        Tokenizer(description, {"eos_token": "</s>"})
 
 
 def peer_ids(data: bytes, added: int) -> list[list[int]] | None:
@@ -494,38 +448,20 @@ def turn(role: str, content: str, **fields) -> dict:
 
 CALL = {"function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f"}}
+ASKED, SO, NO = turn("user", "how"), turn("assistant", "so"), turn("assistant", "no")
+CALLS = [turn("assistant", "x", tool_calls=[CALL]), turn("tool", "9"), turn("assistant", "y")]
+THOUGHT = turn("assistant", "<think>\nhm\n</think>\n\n2", reasoning_content="hm")
 ROWS = [
     {"prompt": "2+3=", "completion": "5"},
     {"prompt": "a b", "chosen": "5 6", "rejected": "7"},
     {"messages": [turn("user", "hi"), turn("assistant", "ho")], "prompt_id": "x"},
     {"messages": [turn("system", "be"), *(turn(r, c) for c in "ab" for r in ("user", "assistant"))]},
-    {
-        "messages": [turn("user", "q"), turn("assistant", "r", weight=0)]
-        + [turn("user", "s"), turn("assistant", "t", weight=1)]
-    },
+    {"messages": [ASKED, NO | {"weight": 0}, turn("user", "s"), SO | {"weight": 1}]},
     {"prompt": [turn("user", "2+3?")], "completion": [turn("assistant", "5")]},
-    {
-        "prompt": "how",
-        "chosen": [turn("user", "how"), turn("assistant", "so")],
-        "rejected": [turn("user", "how"), turn("assistant", "no")],
-        "score_chosen": 8.5,
-    },
-    {
-        "prompt": [turn("user", "how")],
-        "chosen": [turn("assistant", "so")],
-        "rejected": [turn("assistant", "no")],
-    },
-    {
-        "messages": [turn("user", "w?"), turn("assistant", "x", tool_calls=[CALL])]
-        + [turn("tool", "9"), turn("assistant", "y")],
-        "tools": [TOOL],
-    },
-    {
-        "messages": [
-            turn("user", "1"),
-            turn("assistant", "<think>\nhm\n</think>\n\n2", reasoning_content="hm"),
-        ]
-    },
+    {"prompt": "how", "chosen": [ASKED, SO], "rejected": [ASKED, NO], "score_chosen": 8.5},
+    {"prompt": [ASKED], "chosen": [SO], "rejected": [NO]},
+    {"messages": [turn("user", "w?"), *CALLS], "tools": [TOOL]},
+    {"messages": [turn("user", "1"), THOUGHT]},
 ]
 
 
@@ -541,19 +477,13 @@ def expected(row: dict, answer: str, eos: str) -> str | None:
     messages = row["messages"]
     if row.get("tools") or any(m["role"] not in ("system", "user", "assistant") for m in messages):
         return None
-    if any(
-        k not in ("role", "content", "weight", "train") and v is not None
-        for m in messages
-        for k, v in m.items()
-    ):
+    known = ("role", "content", "weight", "train")
+    if any(k not in known and v is not None for m in messages for k, v in m.items()):
         return None
     if any(m["content"] != m["content"].strip() or "<" in m["content"] for m in messages):
         return None
-    trained = [
-        m
-        for m in messages
-        if m["role"] == "assistant" and m.get("weight") != 0 and m.get("train") is not False
-    ]
+    answers = [m for m in messages if m["role"] == "assistant"]
+    trained = [m for m in answers if m.get("weight") != 0 and m.get("train") is not False]
     if any(m.get("train") == 0 for m in trained):
         return None
     return "".join(" " + m["content"] + eos for m in trained)

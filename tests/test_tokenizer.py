@@ -220,6 +220,7 @@ def lacking(byte):
     return d | {"model": d["model"] | {"unk_token": "<unk>"}}
 
 
+PROCESSOR = sentencepiece([])["post_processor"]
 REFUSED = {
     "WordPiece": {"model": {"type": "WordPiece", "vocab": {}, "merges": []}},
     "Unigram": {"model": {"type": "Unigram", "vocab": []}},
@@ -247,6 +248,9 @@ REFUSED = {
     "post_processor BertProcessing": {
         "post_processor": {"type": "BertProcessing", "sep": ["x", 1], "cls": ["y", 2]}
     },
+    "post_processor TemplateProcessing must contain the text once": sentencepiece(
+        [], post_processor=PROCESSOR | {"single": PROCESSOR["single"][:1]}
+    ),
     "normalizer Lowercase": {"normalizer": {"type": "Lowercase"}},
     "normalizer NFKC": {
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}
@@ -359,6 +363,7 @@ def test_named_tokens_without_a_place_are_refused(tmp_path):
         ({"added_tokens_decoder": {"x": {}}}, "tokenizer_config.json has malformed lists of tokens"),
         ({"additional_special_tokens": [3]}, "tokenizer_config.json has malformed lists of tokens"),
         ({"eos_token": "<no>"}, "eos_token '<no>' of tokenizer_config.json is not"),
+        ({"bos_token": {"id": 3}}, "tokenizer_config.json: bos_token = .* must be a text or have"),
     ):
         with pytest.raises(UserError, match=wanted):
             Tokenizer(description(), config)
