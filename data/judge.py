@@ -72,6 +72,7 @@ def judge(
 def _attempt(job: tuple[ModuleType, str, Any, float]) -> tuple[float, str, str]:
     """(reward, verdict, what went wrong) of a job. Handler and timer of the alarm stay as they were."""
     task, response, truth, timeout = job
+    process = os.getpid()
     limited = timeout and threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGALRM, _stop) if limited else None
     left, began = signal.setitimer(signal.ITIMER_REAL, timeout)[0] if limited else 0, time.monotonic()
@@ -87,11 +88,13 @@ def _attempt(job: tuple[ModuleType, str, Any, float]) -> tuple[float, str, str]:
         return 0.0, f"{FORM}; here they are {str(result)[:80]}", "has another form"
     except TimeUp:
         return LATE
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         ours = e.__traceback__.tb_next is None  # the result could not be unpacked or converted
         what = f"{FORM};" if ours else "error: score() raised"
         return 0.0, f"{what} {type(e).__name__}: {e}"[:300], "has another form" if ours else "raised"
     finally:
+        if os.getpid() != process:
+            os._exit(1)  # a process that score() forked must not go on as the caller
         if limited:
             signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
             if left:
