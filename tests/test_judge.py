@@ -51,7 +51,10 @@ def odd(response, truth):
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     if response == "another handler":
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(0)
+    if response == "another folder":
+        os.chdir("/")
     kinds = {"numpy": np.float32(1), "tensor": torch.tensor([0.5]), "bool": np.bool_(True), "int": 0}
     return kinds.get(response, truth), np.str_("a verdict")
 
@@ -112,21 +115,21 @@ def test_another_form_is_refused_in_one_line_that_names_the_reward(result, on_er
     assert "\n" not in str(e.value)
 
 
-def test_handler_and_timer_of_the_alarm_are_left_as_they_were():
+def test_handlers_timer_and_folder_are_left_as_they_were():
     def handler(*_):
         pass
 
-    before = signal.signal(signal.SIGALRM, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGALRM, signal.SIGTERM)}
+    responses, folder = ["x", "stuck", "raises", "another handler", "another folder"], os.getcwd()
     try:
         signal.setitimer(signal.ITIMER_REAL, 1000)
-        judge(task(odd), ["x", "stuck", "raises"], [1.0] * 3, timeout=0.1, on_error="zero")
-        assert (
-            signal.getsignal(signal.SIGALRM) is handler
-            and 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
-        )
+        judge(task(odd), responses, [1.0] * 5, timeout=0.1, on_error="zero")
+        assert {signal.getsignal(number) for number in before} == {handler}
+        assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000 and os.getcwd() == folder
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def test_in_another_thread_and_without_a_limit():
