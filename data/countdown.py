@@ -12,19 +12,13 @@ are never negative. Style "short" is for tiny models with one token a number: nu
     answer  "<answer>21</answer>"
     truth   {"numbers": [10, 5, 9, 3, 6], "target": 21, "steps": True}
 
-score() reads the last answer block. score_published() gives the reward of the published checker. Where the
-two differ (each is a test):
+score() departs from the published checker as data/published.py says, and in this (each is a test):
 
-1. Here `**` and `//` are malformed; there they are evaluated and can score 1.0, and `9 ** 9 ** 9` hangs the
-   trainer.
-2. Here arithmetic is exact; there a float within 1e-5 of the target is right (98 + 1 / 200000 for 98).
-3. Here the block may stand on any line, span lines and be followed by a newline; there only the text after
-   the last newline is searched, so that a newline after the answer costs even the format score.
-4. Here the innermost of nested blocks counts; there the inner opening tag makes the equation malformed.
-5. Here only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
+1. `**` and `//` are malformed; there they are evaluated and can score 1.0.
+2. Arithmetic is exact; there a float within 1e-5 of the target is right (98 + 1 / 200000 for 98).
 
-Kept although odd: an empty block earns 0.1; <think> is not checked; signs in front of a number and a point
-after it ("19.") are accepted; "= target", leading zeros and characters that are not ASCII are not."""
+Signs in front of a number and a point after it ("19.") are accepted; "= target", leading zeros and characters
+that are not ASCII are not."""
 
 import re
 import sys
@@ -32,7 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -313,9 +307,7 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     return (1.0 if verdict == "right" else 0.1), verdict
 
 
-def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> tuple[float, str]:
-    """(reward, verdict) of the published checker, see data/published.py. It knows no steps."""
-    return published("countdown", response, truth, prompt)
+score_published = partial(published, "countdown")
 
 
 def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> str:

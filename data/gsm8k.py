@@ -19,20 +19,17 @@ score() expects a number in the last answer block: decimal, with a sign, leading
 a point at either end, an exponent, a dollar sign in front and a unit of up to three words behind (18, +018,
 18., 1.8e1, 1,800, $ 18, 18 dollars.). It is right within 1e-5, as published. A word that changes the number
 makes no unit: 5 thousand, 5 k, 5 dozens, 1 third and 5 percent are malformed, and so is 18 or 19.
-score_published() gives the reward of the published checker. Where the two differ (each is a test):
+score() departs from the published checker as data/published.py says, and in this (each is a test):
 
-1. to 3. The block may stand on any line, the innermost of nested ones counts and only the response is read,
-   as in data/hendrycks_math.py.
-4. $18, "18 dollars" and 1,000 are numbers; there none of them is.
-5. 1_8 and digits that are not ASCII are no numbers; there float() decides, which takes both.
-6. A target such as "1,000" is 1000; there it stops the run.
-7. More than MAX_ANSWER characters are malformed, so that no response can stall a run.
+1. $18, "18 dollars" and 1,000 are numbers; there none of them is.
+2. 1_8 and digits that are not ASCII are no numbers; there float() decides, which takes both.
+3. A target such as "1,000" is 1000; there it stops the run.
 
-As published, 18%, $18$, \boxed{18}, 36/2, "x = 18" and "The answer is 18" are malformed, an empty block earns
-0.1, and <think> is not checked."""
+As published, 18%, $18$, \boxed{18}, 36/2, "x = 18" and "The answer is 18" are malformed."""
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # python data/gsm8k.py
@@ -90,9 +87,7 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     return (1.0, "right") if abs(value - target) <= 1e-5 else (0.1, "wrong")
 
 
-def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> tuple[float, str]:
-    """(reward, verdict) of the published checker, see data/published.py."""
-    return published("gsm8k", response, truth, prompt)
+score_published = partial(published, "gsm8k")
 
 
 def _number(text: str) -> float | None:

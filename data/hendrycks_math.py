@@ -16,26 +16,19 @@ The published test row 1, where PROMPT is that of data/rows.py and long sentence
     answer  " </think>\n<answer> 0 </answer>"
     truth   {"question": "What is the remainder when $13^{13} +5$ is divided by 6?", "target": "0"}
 
-score() judges the last answer block as a reader would: data/math_answer.py says what is equal. It serves
-MATH500, AIME, AMC, Minerva and OlympiadBench as well, whose targets are written in the same ways.
-score_published() gives the reward of the published checker, which compares text. Where the two differ (each
-is a test):
+score() judges the answer as a reader would: data/math_answer.py says what is equal. It serves MATH500, AIME,
+AMC, Minerva and OlympiadBench as well, whose targets are written in the same ways. It departs from the
+published checker, which compares text, as data/published.py says, and in this (each is a test):
 
-1. Here the block may stand on any line, span lines and be followed by a newline; there only the text after
-   the last newline is searched, so one published answer with a line break inside can never be right.
-2. Here the innermost of nested blocks counts; there the inner opening tag belongs to the answer.
-3. Here only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
-4. Here values are compared: 0.25 is 1/4, \frac{2}{4} is \frac12, 14.0 is 14, 1,000 is 1000, \boxed{24} and
-   $24$ are 24, 8 cm is 8, \text{Monday} is Monday, f(x)=5 is 5, and solutions may be listed in any order;
-   there all of these are wrong.
-5. Here 5\% is not 5 unless the question asks for a percentage or the target has the sign, 1 8 8 is not 188
-   and "12\text{ and }13" is not 12; there they are.
-
-Kept although odd: an empty block earns 0.1, and <think> is not checked.
-"""
+1. Values are compared: 0.25 is 1/4, \frac{2}{4} is \frac12, 14.0 is 14, 1,000 is 1000, \boxed{24} and $24$
+   are 24, 8 cm is 8, \text{Monday} is Monday, f(x)=5 is 5, and solutions may be listed in any order; there
+   all of these are wrong.
+2. 5\% is not 5 unless the question asks for a percentage or the target has the sign, 1 8 8 is not 188 and
+   "12\text{ and }13" is not 12; there they are."""
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # python data/hendrycks_math.py
@@ -102,9 +95,7 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     return 0.1, "wrong" if answer.strip() else "malformed"
 
 
-def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> tuple[float, str]:
-    """(reward, verdict) of the published checker, see data/published.py."""
-    return published("hendrycks_math", response, truth, prompt)
+score_published = partial(published, "hendrycks_math")
 
 
 def _read_raw(where: str, record: dict) -> tuple[str, str, str]:

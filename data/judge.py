@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import chdir, suppress
 from functools import cache
 from multiprocessing.connection import Connection
 from types import ModuleType
@@ -21,6 +21,7 @@ from infra.config import UserError
 
 FORM = "score() must return (reward, verdict): a finite number, which is 1.0 if right, and a short string"
 LATE = (0.0, "timeout", "took too long")  # reward, verdict, what went wrong
+SIGNALS = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 FORK, FORKING = multiprocessing.get_context("fork"), threading.Lock()
 
 
@@ -70,16 +71,22 @@ def judge(
 
 
 def _attempt(job: tuple[ModuleType, str, Any, float]) -> tuple[float, str, str]:
-    """(reward, verdict, what went wrong) of a job. Handler and timer of the alarm stay as they were."""
+    """(reward, verdict, what went wrong) of a job. The alarm's timer, the signal handlers and the working
+    directory are then as they were."""
     task, response, truth, timeout = job
-    limited = timeout and threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGALRM, _stop) if limited else None
-    left, began = signal.setitimer(signal.ITIMER_REAL, timeout)[0] if limited else 0, time.monotonic()
+    process, began = os.getpid(), time.monotonic()
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {n: signal.getsignal(n) for n in SIGNALS} if in_main else {}
+    left = 0.0
     try:
+        if timeout and in_main:
+            signal.signal(signal.SIGALRM, _stop)
+            left = signal.setitimer(signal.ITIMER_REAL, timeout)[0]
         try:
-            reward, verdict = result = task.score(response, truth)
+            with chdir("."):
+                reward, verdict = result = task.score(response, truth)
         finally:
-            if limited:
+            if timeout and in_main:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         number = math.nan if isinstance(reward, str) else float(reward)  # of numpy, torch or bool too
         if math.isfinite(number) and isinstance(verdict, str) and len(verdict) <= 200:
@@ -87,15 +94,18 @@ def _attempt(job: tuple[ModuleType, str, Any, float]) -> tuple[float, str, str]:
         return 0.0, f"{FORM}; here they are {str(result)[:80]}", "has another form"
     except TimeUp:
         return LATE
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         ours = e.__traceback__.tb_next is None  # the result could not be unpacked or converted
         what = f"{FORM};" if ours else "error: score() raised"
         return 0.0, f"{what} {type(e).__name__}: {e}"[:300], "has another form" if ours else "raised"
     finally:
-        if limited:
-            signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
-            if left:
-                signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - began)))
+        if os.getpid() != process:
+            os._exit(1)  # a process that score() forked must not go on as the caller
+        for n, handler in handlers.items():
+            if handler is not None:  # None: set by other than Python
+                signal.signal(n, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - began)))
 
 
 def _stop(*_: Any) -> None:

@@ -23,19 +23,15 @@ trace() reproduces the hints of all 5,000 published rows from their names and st
 style (truth["steps"]) score() also checks that each line before the answer is a sound step, in whatever order
 people are taken. It needs the whole reasoning, so give it hint and completion together.
 
-score_published() gives the reward of the published checker. Where the two differ (each is a test):
+score() departs from the published checker as data/published.py says, and in this (each is a test):
 
-1. Here only the response is read; there a prompt without the marker "Assistant:" makes every answer score 0.
-2. Here the truth is `names` and `solution`, checked by load(); there it is read from a text with a pattern
-   that turns "Mary Jane is a knight" into "Mary", lets a second line about Ann replace the first and accepts
-   an empty text.
-3. Here an answer of more than MAX_ANSWER characters is malformed, so that no response can stall a run.
-4. Here a name that ends in another ("Mary Jane", "Jane") is matched whole.
-5. Here the innermost of nested blocks counts; there an opening tag inside a block is part of the answer.
+1. The truth is `names` and `solution`, checked by load(); there it is read from a text with a pattern that
+   turns "Mary Jane is a knight" into "Mary", lets a second line about Ann replace the first and accepts an
+   empty text.
+2. A name that ends in another ("Mary Jane", "Jane") is matched whole.
 
 As strict as published on purpose: the words knight and knave must occur once per person and no further time,
-since hedging would pay otherwise; "Mary: knight" is malformed; and a blank answer earns 0.0, unlike in the
-other tasks."""
+since hedging would pay otherwise; "Mary: knight" is malformed; and a blank answer earns 0.0."""
 
 import ast
 import hashlib
@@ -44,7 +40,7 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from operator import and_
 from pathlib import Path
 
@@ -85,6 +81,7 @@ TEST_SHARE = 8  # one problem in eight belongs to the test split
 MAX_DRAWS = 20_000  # give up after this many draws without a new problem
 MAX_ANSWER = 10_000  # characters; seven people need about 200
 MAX_STEPS = 100_000  # characters; a search that tries everything about seven people writes less
+ROLE = {True: "knight", False: "knave"}
 LEAVES, PAIRS = ("telling-truth", "lying"), ("and", "or", "->", "<=>")
 PAPER = {
     "telling-truth": "{} is a knight", "lying": "{} is a knave",
@@ -132,7 +129,7 @@ def load(
         else:
             raise UserError(f"n: only {index} different {split} problems were found with sizes {list(sizes)}")
         seen.add(key)
-        rows.append((_paper_row if style == "paper" else _short_row)(statements, rng))
+        rows.append(_short_row(statements) if style == "short" else _paper_row(statements, rng))
     return rows
 
 
@@ -153,23 +150,18 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     return 1.0, "right"
 
 
-def score_published(response: str, truth: dict, prompt: str = "Assistant:") -> tuple[float, str]:
-    """(reward, verdict) of the published checker, see data/published.py. It knows no steps."""
-    return published("logic", response, truth, prompt)
+score_published = partial(published, "logic")
 
 
 def trace(names: Sequence[str], statements: tuple) -> list[str]:
     """The reference reasoning in the published wording, a list of sentences that ends with the solution."""
-    sentences, role = [], {True: "knight", False: "knave"}
-    solution: dict[int, bool] = {}
+    sentences, solution = [], {}
     for kind, person, *rest in _search(statements):
         name = names[person]
         if kind == "back":
-            exhausted = _listing([names[p] for p in rest[0]])
-            sentences.append(
-                f"We have exhausted all possibilities for {exhausted}, "
-                f"so let us go back and reconsider {name}.\n"
-            )
+            listed = _listing([names[p] for p in rest[0]])
+            again = f"so let us go back and reconsider {name}.\n"
+            sentences.append(f"We have exhausted all possibilities for {listed}, {again}")
             continue
         is_knight, speaker = rest
         # a claim is false when a knave makes it: the person under consideration, or a speaker settled earlier
@@ -177,13 +169,12 @@ def trace(names: Sequence[str], statements: tuple) -> list[str]:
         claim = f"{'' if truthful else 'false '}claim%s that {_say(statements[speaker], names, PAPER)}.\n"
         if kind == "ok":
             solution[person] = is_knight
-            sentences.append(f"Assume {name} is a {role[is_knight]}. ")
+            sentences.append(f"Assume {name} is a {ROLE[is_knight]}. ")
             sentences.append("No contradiction is found in their " + claim % "")
         else:
-            owner = " of their own" if speaker == person else f" of {names[speaker]}"
-            sentences.append(
-                f"{name} cannot be a {role[is_knight]}, because this would contradict the {claim % owner}"
-            )
+            claim = claim % (" of their own" if speaker == person else f" of {names[speaker]}")
+            why = f"because this would contradict the {claim}"
+            sentences.append(f"{name} cannot be a {ROLE[is_knight]}, {why}")
     lines = _solution_lines(names, [solution[p] for p in range(len(names))])
     return [*sentences, "Therefore, " + lines[0], *lines[1:]]
 
@@ -237,7 +228,7 @@ def random_walk(rng: random.Random, truth: dict) -> list[str]:
         person = rng.choice(begun or left)
         is_knight = rng.choice([k for k in (True, False) if not walk.is_refuted(person, k)])
         against = [s for s in [*walk.roles, person] if walk.contradicts(person, is_knight, [s])]
-        lines.append(f"{names[person]} {'knight' if is_knight else 'knave'} ")
+        lines.append(f"{names[person]} {ROLE[is_knight]} ")
         if against:
             lines[-1] += f"no {names[rng.choice(against)]}\n"
             walk.refuted[-1].add((person, is_knight))
@@ -288,20 +279,12 @@ def parse_statements(text: str, n: int) -> tuple:
     ('<=>', ('lying', 0), ('lying', 1)), numbers being people. ValueError if it is anything else."""
     try:
         statements = ast.literal_eval(text)
+        if isinstance(statements, tuple) and len(statements) == n:
+            _agreement(statements)
+            return statements
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise ValueError("'statements' cannot be read") from None
-
-    def is_leaf(x) -> bool:
-        return isinstance(x, tuple) and len(x) == 2 and x[0] in LEAVES and type(x[1]) is int and 0 <= x[1] < n
-
-    def is_claim(x) -> bool:
-        if is_leaf(x) or not isinstance(x, tuple) or not x:
-            return is_leaf(x)
-        return (len(x) == 2 and x[0] == "not" or len(x) == 3 and x[0] in PAIRS) and all(map(is_leaf, x[1:]))
-
-    if not isinstance(statements, tuple) or len(statements) != n or not all(map(is_claim, statements)):
-        raise ValueError(f"'statements' is not one claim for each of {n} people")
-    return statements
+        pass
+    raise ValueError(f"'statements' is not one claim for each of {n} people")
 
 
 # ---- the search ----------------------------------------------------------------------------------
@@ -317,19 +300,19 @@ def _knight(n: int) -> tuple[int, ...]:
 
 
 def _holds(claim: tuple, n: int) -> int:
-    """The set of assignments in which the claim is true."""
+    """The set of assignments in which the claim is true. ValueError if it is no claim about n people."""
     *knight, everything = _knight(n)
-    kind, *parts = claim
-    if kind in LEAVES:
-        return knight[parts[0]] if kind == "telling-truth" else everything ^ knight[parts[0]]
-    left, right = _holds(parts[0], n), _holds(parts[-1], n)
-    if kind == "and":
-        return left & right
-    if kind == "or":
-        return left | right
-    if kind == "<=>":
-        return everything ^ left ^ right
-    return (everything ^ left) | (right if kind == "->" else 0)  # a "not" has no right side
+    match claim:
+        case ("telling-truth" | "lying" as kind, int(p)) if 0 <= p < n and p is not True:
+            return knight[p] if kind == "telling-truth" else everything ^ knight[p]
+        case ("not", (str(a), _) as leaf) if a in LEAVES:
+            return everything ^ _holds(leaf, n)
+        case (str(kind), (str(a), _) as one, (str(b), _) as other) if kind in PAIRS and {a, b} <= {*LEAVES}:
+            left, right = _holds(one, n), _holds(other, n)
+            if kind == "<=>":
+                return everything ^ left ^ right
+            return left & right if kind == "and" else (left if kind == "or" else everything ^ left) | right
+    raise ValueError(f"{claim!r} is no claim")
 
 
 def _agreement(statements: tuple) -> list[int]:
@@ -429,11 +412,11 @@ def _truth(names: list[str], statements: tuple) -> dict:
 
 def _paper_row(statements: tuple, rng: random.Random) -> dict:
     names = rng.sample(NAMES, len(statements))
-    claims = " ".join(
+    claims = [
         wording.format(name=name, claim=_say(s, names, PAPER))
         for name, s, wording in zip(names, statements, rng.sample(WORDINGS, len(names)), strict=True)
-    )
-    instruction = INSTRUCTION.format(people=_listing(names), claims=claims)
+    ]
+    instruction = INSTRUCTION.format(people=_listing(names), claims=" ".join(claims))
     truth = _truth(names, statements)
     return {
         "prompt": PROMPT.format(instruction=instruction, example=EXAMPLE),
@@ -443,22 +426,22 @@ def _paper_row(statements: tuple, rng: random.Random) -> dict:
     }
 
 
-def _short_row(statements: tuple, rng: random.Random) -> dict:
+def _short_row(statements: tuple) -> dict:
     names, hint = list(LETTERS[: len(statements)]), []
     for kind, person, *rest in _search(statements):
-        role = "knight" if rest[0] else "knave"
-        line = {"ok": f"{names[person]} {role} ok", "back": f"back {names[person]}"}.get(kind)
-        hint.append(f"{line or f'{names[person]} {role} no {names[rest[1]]}'}\n")
+        name = names[person]
+        if kind == "back":
+            hint.append(f"back {name}\n")
+        else:
+            verdict = "ok" if kind == "ok" else f"no {names[rest[1]]}"
+            hint.append(f"{name} {ROLE[rest[0]]} {verdict}\n")
     truth = _truth(names, statements)
-    roles = " ".join(
-        f"{name} {'knight' if k else 'knave'}" for name, k in zip(names, truth["solution"], strict=True)
-    )
+    roles = zip(names, truth["solution"], strict=True)
+    claims = zip(names, statements, strict=True)
     return {
-        "prompt": "".join(
-            f"{name}: {_say(s, names, SHORT)}\n" for name, s in zip(names, statements, strict=True)
-        ),
+        "prompt": "".join(f"{name}: {_say(s, names, SHORT)}\n" for name, s in claims),
         "hint": hint,
-        "answer": f"<answer>{roles}</answer>",
+        "answer": f"<answer>{' '.join(f'{name} {ROLE[k]}' for name, k in roles)}</answer>",
         "truth": {**truth, "steps": True},
     }
 
@@ -480,9 +463,9 @@ def _listing(names: list[str]) -> str:
 
 
 def _solution_lines(names: Sequence[str], solution: list[bool]) -> list[str]:
-    pairs = zip(names, solution, strict=True)
-    roles = [f"({p}) {name} is a {'knight' if k else 'knave'}\n" for p, (name, k) in enumerate(pairs, 1)]
-    return [*roles[:-1], roles[-1].rstrip("\n")]
+    pairs = enumerate(zip(names, solution, strict=True), 1)
+    text = "\n".join(f"({p}) {name} is a {ROLE[k]}" for p, (name, k) in pairs)
+    return text.splitlines(keepends=True)
 
 
 # ---- reading answers -----------------------------------------------------------------------------
@@ -513,9 +496,9 @@ def _read_answer(block: str, truth: dict) -> list[bool] | None:
 def unusable(truth: dict) -> str | None:
     """Why a row of a file cannot be used, or None."""
     names, solution = truth["names"], truth["solution"]
-    if not all(isinstance(x, str) and x.strip() for x in names) or len({x.lower() for x in names}) != len(
-        names
-    ):
+    if not all(isinstance(x, str) and x.strip() for x in names):
+        return "'names' must be different non-empty names"
+    if len({x.lower() for x in names}) != len(names):
         return "'names' must be different non-empty names"
     if not MIN_SIZE <= len(names) <= MAX_SIZE:
         return f"{len(names)} people; must be {MIN_SIZE} to {MAX_SIZE}"
@@ -525,9 +508,8 @@ def unusable(truth: dict) -> str | None:
         agree = _agreement(parse_statements(truth["statements"], len(names)))
     except ValueError as e:
         return str(e)
-    if _contradicted(dict(enumerate(solution)), agree, range(len(names))) is not None:
-        return "'solution' does not fit 'statements'"
-    return None
+    speaker = _contradicted(dict(enumerate(solution)), agree, range(len(names)))
+    return None if speaker is None else "'solution' does not fit 'statements'"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 r"""The checkers published with UFT (github.com/liumy2010/UFT at ad3c8ec), rewritten without eval and bounded.
 
-score_published() gives their reward for comparisons with published results. Training and evaluation use the
-tasks' own score(), which departs where these rules are arguably wrong; each task's docstring says where. What
-they have in common:
+score_published() gives their reward, for comparisons with published results. Training and evaluation use the
+tasks' own score(), which departs from it, in every task, in this:
 
-- the response is the text after the prompt's marker "Assistant:" (or "<|im_start|>assistant"); a prompt
-  without one scores 0;
-- Countdown, GSM8K and MATH search only the last line for <answer> blocks, Knights and Knaves the whole text;
-- of several blocks the last counts, and an opening tag inside a block is part of the answer;
-- any block, even an empty one, earns 0.1, except in Knights and Knaves.
+- it reads the response alone; here that is the text after the prompt's marker "Assistant:" (or
+  "<|im_start|>assistant"), and a prompt without one scores 0;
+- the last answer block may stand on any line, span lines and be followed by text; here it is searched in the
+  last line alone, except in Knights and Knaves, so that a newline after the answer costs even the format score;
+- the innermost of nested blocks counts; here an opening tag inside a block is part of the answer;
+- long answers are malformed, so that no response can stall a run.
 
-The only departures: answers of more than MAX_ANSWER characters, and Countdown's values of more than MAX_BITS
-bits, count as malformed; the published code evaluates 9**9**9**9 until it is stopped. A GSM8K target that is
-no number is a UserError; there it is an exception."""
+Each task's docstring says where else it departs. In both any block, even an empty one, earns 0.1, except in
+Knights and Knaves, and <think> is not checked.
+
+The only departures here: answers of more than MAX_ANSWER characters, and Countdown's values of more than
+MAX_BITS bits, count as malformed; the published code evaluates 9**9**9**9 until it is stopped. A GSM8K target
+that is no number is a UserError; there it is an exception."""
 
 import re
 from collections.abc import Callable
@@ -209,22 +212,22 @@ def _brace_fractions(text: str) -> str:
 
 def _logic(answer: str, truth: dict) -> str:
     """Everybody's role as "NAME is a ROLE"; the words knight and knave must occur once per person."""
+    roles = r"\b(knight|knave)\b"
     expected = {}
     for line in _solution_text(truth).split("\n"):
-        found = re.search(r"\b([A-Za-z]+)\b.*?\b(knight|knave)\b", line[:MAX_ANSWER], re.IGNORECASE)
+        found = re.search(rf"\b([A-Za-z]+)\b.*?{roles}", line[:MAX_ANSWER], re.IGNORECASE)
         if found:
             expected[found[1]] = found[2].lower()
     lower = answer.lower()
     if not expected or lower.count("knight") + lower.count("knave") != len(expected):
         return "malformed"
-    for name in expected:
-        if not re.search(rf"\b{name}\b\s+is\s+a\s+(knight|knave)\b", answer, re.IGNORECASE):
-            return "malformed"
-    roles = {
-        n: re.search(rf"\b{n}\b\s+is\s+a\s+(knight|knave)\b", answer, re.IGNORECASE)[1].lower()
-        for n in expected
+    given = {
+        name: re.search(rf"\b{name}\b\s+is\s+a\s+{roles}", answer, re.IGNORECASE)
+        for name in expected
     }
-    return "right" if roles == expected else "wrong"
+    if not all(given.values()):
+        return "malformed"
+    return "right" if all(given[n][1].lower() == role for n, role in expected.items()) else "wrong"
 
 
 def _solution_text(truth: dict) -> str:

@@ -91,6 +91,7 @@ def load_task(name: str) -> ModuleType:
 
 @cache
 def _module_of(file: Path) -> ModuleType:
+    sys.modules.setdefault("tasks", ModuleType("tasks"))  # so that what it defines can be pickled
     spec = spec_from_file_location(f"tasks.{file.stem}", file)
     module = sys.modules[spec.name] = module_from_spec(spec)
     sys.path.append(str(file.parent))  # for what lies beside it
@@ -145,7 +146,12 @@ def load_rows(
     separate = one_file == "split" and is_one_file(path)
     if n and not separate and "n" in parameters:
         arguments["n"] = n
-    rows = list(task.load(split, **arguments))
+    try:
+        rows = list(task.load(split, **arguments))
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"task {name}: load({split!r}) raised {type(e).__name__}: {e}") from e
     if separate:
         rows = split_rows(rows, split)
     source = path or f"task {name}"

@@ -14,7 +14,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import countdown
@@ -144,26 +144,6 @@ def test_arithmetic_is_exact():
     assert judge("98 + 1 / 200000", [98, 1, 200000], 98) == (0.1, "wrong")
     assert judge("8 / (3 - 8 / 3)", [8, 3, 8, 3], 24) == (1.0, "right")
     assert judge("10 / (5 - 5)", [10, 5, 5], 0) == (0.1, "wrong")
-
-
-@pytest.mark.parametrize("after", ["", "\n", "\n<|endoftext|>", "\nI hope so.", " </think>", " <answer> 3"])
-@pytest.mark.parametrize(
-    "block", ["<answer> 3+5+8 </answer>", "<answer>\n3+5+8\n</answer>", "<answer>3+5+8</answer>"]
-)
-def test_the_answer_may_stand_on_any_line(block, after):
-    assert score("thought </think>\n" + block + after, TRUTH) == (1.0, "right")
-
-
-def test_the_last_and_innermost_block_counts():
-    assert score("<answer> <answer> 3+5+8 </answer> </answer>", TRUTH) == (1.0, "right")
-    assert score("<answer> 0 </answer> no, <answer> 3+5+8 </answer>", TRUTH) == (1.0, "right")
-    assert score("<answer> 3+5+8 </answer>\nno, <answer> 3+5 </answer>", TRUTH) == (0.1, "numbers")
-
-
-@pytest.mark.parametrize("text", ["", "3+5+8", "<answer> 3+5+8", "3+5+8 </answer>", "</answer> 3 <answer>",
-                                  "<ANSWER> 3+5+8 </ANSWER>", "< answer > 3+5+8 </ answer >"])  # fmt: skip
-def test_without_a_block_nothing_is_earned(text):
-    assert score(text, TRUTH) == (0.0, "no answer")
 
 
 @pytest.mark.parametrize(
@@ -370,23 +350,7 @@ def test_solver_on_six_numbers_and_through_zero():
     check_steps([7, 7, 50, 31, 13, 97], 97, solve([7, 7, 50, 31, 13, 97], 97))
 
 
-# ---- any text at all -----------------------------------------------------------------------------
-
-
-PIECES = ["<answer>", "</answer>", "</think>", *"()+-*/358.= \n", "9" * 50]
-SYMBOLS = st.lists(st.sampled_from(PIECES))
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.one_of(st.text(), SYMBOLS.map("".join), SYMBOLS.map(lambda x: f"<answer>{''.join(x)}</answer>")))
-@example("<answer>²</answer>")
-@example("<answer>\x1c3+5+8</answer>")
-def test_any_text_gets_a_verdict(text):
-    for truth in (TRUTH, CHAIN):
-        reward, verdict = score(text, truth)
-        assert reward == {"right": 1.0, "no answer": 0.0}.get(verdict, 0.1)
-        assert (reward > 0) == ("<answer>" in text and "</answer>" in text[text.index("<answer>") :])
-
+# ---- any equation -------------------------------------------------------------------------------
 
 TREES = st.recursive(
     st.integers(0, 99).map(str),
@@ -413,36 +377,3 @@ def test_parser_agrees_with_python(equation):
     target = value.numerator if value.denominator == 1 else 1
     if len(equation) <= countdown.MAX_EQUATION:
         assert judge(equation, numbers, target)[1] == ("right" if value == target else "wrong")
-
-
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize(
-    "piece",
-    [
-        "(",
-        ")",
-        "-",
-        "9",
-        "1+",
-        " ",
-        "\n",
-        "<answer>",
-        "</answer>",
-        "<answer></answer>",
-        "<",
-        "3+5=8\n",
-        "9**",
-    ],
-)
-def test_a_megabyte_of_anything_takes_milliseconds(piece, inside):
-    text = piece * (10**6 // len(piece))
-    text = f"<answer>{text}</answer>" if inside else text
-    for truth in (TRUTH, CHAIN):
-        seconds = []
-        while (
-            min(seconds, default=1) >= 0.01 and len(seconds) < 30
-        ):  # one quiet try of many: others may take the core
-            began = time.process_time()
-            assert score(text, truth)[0] <= 0.1
-            seconds.append(time.process_time() - began)
-        assert min(seconds) < 0.01

@@ -1,4 +1,4 @@
-r"""MATH: rows of the files there are, and the checker.
+r"""MATH: rows of the files there are, and the checker; and what the checkers of all tasks share.
 
 NANOFT_UFT_DATA (a folder with math/test.parquet and others/test.parquet as published) and NANOFT_GOLDEN (a
 folder with uft/reward_math.jsonl) switch on the tests over the published rows and all recorded scores.
@@ -7,6 +7,7 @@ folder with uft/reward_math.jsonl) switch on the tests over the published rows a
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import gsm8k, hendrycks_math
+from data import countdown, gsm8k, hendrycks_math, logic
 from data.hendrycks_math import load, score, score_published
 from data.rows import PROMPT, answer_block, read_records, read_rows
 from infra.config import UserError
@@ -92,23 +93,6 @@ def test_the_published_rules_are_bounded(answer, target):
 
 
 # ---- what is equal -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("after", ["", "\n", "\n<|endoftext|>", "\nI hope so.", " </think>", " <answer> 3"])
-@pytest.mark.parametrize(
-    "block", ["<answer> 8 </answer>", "<answer>\n8\n</answer>", "<answer> <answer> 8 </answer> </answer>"]
-)
-def test_departures_1_to_3_the_last_and_innermost_block_counts_wherever_it_stands(block, after):
-    for task in (hendrycks_math, gsm8k):
-        assert task.score("<answer> 7 </answer> no, " + block + after, {"target": "8"}) == (1.0, "right")
-        assert task.score(block + after, {"target": "9"}) == (0.1, "wrong")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "8", "<answer> 8", "8 </answer>", "</answer> 8 <answer>", "<ANSWER> 8 </ANSWER>"]
-)
-def test_without_a_block_nothing_is_earned(text):
-    assert score(text, {"target": "8"}) == gsm8k.score(text, {"target": "8"}) == (0.0, "no answer")
 
 
 RIGHT = {
@@ -352,53 +336,101 @@ def test_a_blank_or_endless_answer_is_malformed():
     assert judge("8" * 1998, "8" * 1998) == judge(" " * 1900 + "8", "8") == (1.0, "right")
 
 
+# ---- what all tasks share ------------------------------------------------------------------------
+
+KNIGHTS = {"names": ["Ann", "Ben", "Cleo"], "solution": [True, False, True]}
+STEPS = {  # the style with one token a word
+    "names": ["A", "B"], "solution": [True, False], "steps": True,
+    "statements": "(('lying', 1), ('lying', 0))",
+}  # fmt: skip
+TASKS = {  # task, a right answer, what stands before it, truth
+    "countdown": (countdown, "3+5+8", "", {"numbers": [3, 5, 8], "target": 16}),
+    "chain": (countdown, "11", "3+8=11\n", {"numbers": [3, 8], "target": 11, "steps": True}),
+    "logic": (logic, "Ann is a knight, Ben is a knave,\nCleo is a knight", "", KNIGHTS),
+    "steps": (logic, "A knight B knave", "A knight ok\nB knight no A\nB knave ok\n", STEPS),
+    "gsm8k": (gsm8k, "8", "", {"target": "8"}),
+    "math": (hendrycks_math, "8", "", {"target": "8"}),
+}
+EACH = pytest.mark.parametrize("name", TASKS)
 PIECES = [
-    "<answer>", "</answer>", "<answer></answer>", "<answer", "</answer", "<", "r>", "/answer>\u013c", "\n",
-    " ", "\\", "{", "}",
+    "<answer>", "</answer>", "<answer></answer>", "</answer><answer>", "<answer", "</answer", "<", "r>",
+    "</think>", "/answer>\u013c", "\n", " ", "\u2028", "\U0001f600", "é", "İ", "\\", "{", "}",
     "\\boxed{", "\\text{", "\\text", "\\frac{-", "\\frac{-1{2}", "\\frac1", "\\sqrt", "\\left(",
-    "^{\\circ}", "1", ".", ".0",
-    "1.0", "/", "=", "+1/7", "9^{9^9}", "(1+\\pi)^4+", "\\sqrt{97}+", "\\pm", "[", "|", "x_", "%", "f(x)=",
-    "\u2028", "\U0001f600", "$", ",", "e", "-",
+    "^{\\circ}", "1", ".", ".0", "1.0", "/", "=", "+1/7", "9^{9^9}", "(1+\\pi)^4+", "\\sqrt{97}+",
+    "\\pm", "[", "|", "x_", "%", "f(x)=", "$", ",", "e", "-", "(", ")", "9", "1+", "3+5=8\n", "9**", "*",
+    "9" * 50, "knight", "Ann is a knight ", "Ann ", "<answer>Ann", "is a", "A", "A knight ok\n",
+    "B knave no A\n", "back A\n",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("task", [hendrycks_math, gsm8k])
+@pytest.mark.parametrize("after", ["", "\n", "\n<|endoftext|>", "\nI hope so.", " </think>", " <answer> 3"])
+@pytest.mark.parametrize("block", ["<answer> {} </answer>", "<answer>\n{}\n</answer>", "<answer>{}</answer>"])
+@EACH
+def test_the_last_and_innermost_block_counts_wherever_it_stands(name, block, after):
+    task, answer, before, truth = TASKS[name]
+    right = before + block.format(answer) + after
+    assert task.score(right, truth) == (1.0, "right")
+    if not before:
+        assert task.score("<answer> 7 </answer> no, " + right, truth) == (1.0, "right")
+        assert task.score(f"<answer> {right} </answer>", truth)[0] == (0.1 if "<answer>" in after else 1.0)
+        assert task.score(right + block.format("7") + "\n", truth)[0] == 0.1
+
+
+@EACH
+def test_no_block_no_reward_and_published_checkers_want_their_marker(name):
+    task, answer, before, truth = TASKS[name]
+    for text in ("", "8", f"<answer> {answer}", f"{answer} </answer>", f"</answer> {answer} <answer>",
+                 f"<ANSWER> {answer} </ANSWER>", f"< answer > {answer} </ answer >"):  # fmt: skip
+        assert task.score(text, truth) == (0.0, "no answer")
+    text = f"<answer> {answer} </answer>"
+    assert task.score_published(text, truth, "User: hello")[0] == 0.0
+    assert task.score_published(text, truth, "User: hello\nAssistant:")[0] > 0.0
+
+
 @pytest.mark.parametrize("piece", PIECES, ids=repr)
-def test_any_length_is_judged_at_once(piece, task):
-    for size in (1900, 9900, 1_000_000):  # the first two just within the longest answers read
+@EACH
+def test_any_length_is_judged_at_once(name, piece):
+    task, answer, before, truth = TASKS[name]
+    block = f"{before}<answer>{answer}</answer>"
+    sizes = (1900, 9900, 1_000_000) if task is hendrycks_math else (9900, 1_000_000)
+    for size in sizes:  # the first just within the longest answers read
         filling = piece * (size // len(piece))
         for text in (
             filling,
             f"<answer>{filling}</answer>",
             f"<answer>{filling}x</answer>",
-            f"<answer>8</answer>{filling}",
+            block + filling,
+            filling + block,
         ):
             times = []
-            while (
-                min(times, default=1) >= 0.01 and len(times) < 30
-            ):  # one quiet try of many: others may take the core
+            while min(times, default=1) >= 0.01 and len(times) < 30:  # one quiet try of many
                 start = time.process_time()
-                reward, verdict = task.score(text, {"target": "8"})
+                reward, verdict = task.score(text, truth)
                 times.append(time.process_time() - start)
             assert min(times) < 0.01
             assert reward in (0.0, 0.1, 1.0) and verdict
 
 
+TEXTS = st.lists(st.sampled_from(PIECES)).map("".join)
+
+
 @settings(max_examples=500, deadline=None)
-@given(
-    st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map(lambda x: f"<answer>{''.join(x)}</answer>"))
-)
+@given(st.one_of(st.text(), TEXTS, TEXTS.map("<answer>{}</answer>".format)))
 @example("<answer>\\boxed{\\</answer>")
 @example("<answer>²/²</answer>")
+@example("<answer>\x1c3+5+8</answer>")
 def test_any_text_gets_a_verdict_and_is_equal_to_itself(text):
-    verdicts = {1.0: {"right"}, 0.1: {"wrong", "malformed"}, 0.0: {"no answer"}}
-    for task in (hendrycks_math, gsm8k):
-        reward, verdict = task.score(text, {"target": "8"})
-        assert verdict in verdicts[reward]
-        assert (reward > 0) == ("<answer>" in text and "</answer>" in text[text.index("<answer>") :])
-    block = answer_block(text)
-    if block is not None and len(block[1]) <= 2000:
-        assert score(text, {"target": block[1]}) == (1.0, "right")
+    verdicts = {1.0: {"right"}, 0.0: {"no answer"}}
+    wrong = {"wrong", "malformed", "numbers", "unsound"}
+    for task, _, _, truth in TASKS.values():
+        reward, verdict = task.score(text, truth)
+        assert verdict in verdicts.get(reward, wrong) and reward in (0.0, 0.1, 1.0)
+        has_block = "<answer>" in text and "</answer>" in text[text.index("<answer>") :]
+        assert (reward > 0) == has_block or task is logic and not reward
+    blocks = re.findall("<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    assert (answer_block(text) or ("", None))[1] == (blocks[-1] if blocks else None)
+    if blocks and len(blocks[-1]) <= 2000:
+        assert score(text, {"target": blocks[-1]}) == (1.0, "right")
 
 
 @pytest.mark.slow

@@ -4,8 +4,11 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -30,33 +33,46 @@ def row(answer="<answer>2</answer>", truth=None):
 
 def odd(response, truth):
     """A score() that does what the response says."""
-    if response == "stuck":
-        while True:
-            pass
-    if response == "stuck and catches":
-        while True:
-            try:
-                time.sleep(0.01)
-            except Exception:
-                pass
+    while response == "stuck":
+        pass
+    while response == "stuck and catches":
+        with suppress(Exception):
+            time.sleep(0.01)
     if response == "raises":
         return 1 / 0
+    if response == "calls sys.exit":
+        sys.exit("bye")
     if response == "exits":
         os._exit(3)
-    kinds = {"numpy": np.float32(1), "tensor": torch.tensor(0.5), "bool": True, "int": 0}
+    if response == "forks and the child raises":
+        pid = os.fork()
+        if not pid:
+            return 1 / 0
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    if response == "another handler":
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(0)
+    if response == "another folder":
+        os.chdir("/")
+    kinds = {"numpy": np.float32(1), "tensor": torch.tensor([0.5]), "bool": np.bool_(True), "int": 0}
     return kinds.get(response, truth), np.str_("a verdict")
 
 
+class Checker:
+    def __call__(self, response, truth):
+        return odd(response, truth)
+
+
+SCORES = [odd, lambda response, truth: odd(response, truth), partial(odd), Checker(), Checker().__call__]
+
+
 @pytest.mark.parametrize("workers", [0, 3])
-def test_rewards_are_plain_numbers_in_the_order_of_the_responses(workers):
-    got = judge(task(odd), ["numpy", "x", "tensor", "bool", "int"], [1, 0.25, 1, 1, 1], workers=workers)
-    assert got == [
-        (1.0, "a verdict"),
-        (0.25, "a verdict"),
-        (0.5, "a verdict"),
-        (1.0, "a verdict"),
-        (0.0, "a verdict"),
-    ]
+@pytest.mark.parametrize("score", SCORES, ids=["def", "lambda", "partial", "object", "method"])
+def test_rewards_are_plain_numbers_in_the_order_of_the_responses(score, workers):
+    responses = ["numpy", "x", "tensor", "bool", "int", "another handler", "forks and the child raises"]
+    got = judge(task(score), responses, [1, 0.25, 1, 1, 1, 1, 1], workers=workers)
+    assert got == [(reward, "a verdict") for reward in (1.0, 0.25, 0.5, 1.0, 0.0, 1.0, 1.0)]
     assert all(type(reward) is float and type(verdict) is str for reward, verdict in got)
 
 
@@ -65,20 +81,18 @@ def test_rewards_are_plain_numbers_in_the_order_of_the_responses(workers):
 def test_a_stuck_checker_costs_one_answer(workers, stuck, capsys):
     got = judge(task(odd), ["x", stuck, "x"], [1.0] * 3, timeout=0.3, workers=workers)
     assert got == [(1.0, "a verdict"), (0.0, "timeout"), (1.0, "a verdict")]
-    warning = capsys.readouterr().err
-    assert (
-        warning.count("\n") == 1
-        and "took too long for 1 of 3 answers, the first of row 1 (time limit: 0.3 s)" in warning
-    )
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "took too long for 1 of 3 answers, the first of row 1 (time limit: 0.3 s)" in warning
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_checker_that_raises(workers, capsys):
-    with pytest.raises(
-        UserError, match=r"task data.mine, row 1 \('raises'\): .* ZeroDivisionError: division by zero"
-    ):
-        judge(task(odd), ["x", "raises"], [1.0] * 2, workers=workers)
-    got = judge(task(odd), ["x", "raises", "raises"], [1.0] * 3, workers=workers, on_error="zero")
+@pytest.mark.parametrize(
+    "response, error", [("raises", "ZeroDivisionError: division by zero"), ("calls sys.exit", "SystemExit: bye")]
+)
+def test_a_checker_that_raises(response, error, workers, capsys):
+    with pytest.raises(UserError, match=rf"task data.mine, row 1 \('{response}'\): .* {error}"):
+        judge(task(odd), ["x", response], [1.0] * 2, workers=workers)
+    got = judge(task(odd), ["x", response, response], [1.0] * 3, workers=workers, on_error="zero")
     assert got[0][0] == 1.0 and got[1] == got[2] and got[1][0] == 0.0 and got[1][1].startswith("error: ")
     assert "raised for 2 of 3 answers, the first of row 1" in capsys.readouterr().err
 
@@ -101,21 +115,21 @@ def test_another_form_is_refused_in_one_line_that_names_the_reward(result, on_er
     assert "\n" not in str(e.value)
 
 
-def test_handler_and_timer_of_the_alarm_are_left_as_they_were():
+def test_handlers_timer_and_folder_are_left_as_they_were():
     def handler(*_):
         pass
 
-    before = signal.signal(signal.SIGALRM, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGALRM, signal.SIGTERM)}
+    responses, folder = ["x", "stuck", "raises", "another handler", "another folder"], os.getcwd()
     try:
         signal.setitimer(signal.ITIMER_REAL, 1000)
-        judge(task(odd), ["x", "stuck", "raises"], [1.0] * 3, timeout=0.1, on_error="zero")
-        assert (
-            signal.getsignal(signal.SIGALRM) is handler
-            and 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
-        )
+        judge(task(odd), responses, [1.0] * 5, timeout=0.1, on_error="zero")
+        assert {signal.getsignal(number) for number in before} == {handler}
+        assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000 and os.getcwd() == folder
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def test_in_another_thread_and_without_a_limit():

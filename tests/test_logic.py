@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import logic
-from data.rows import answer_block
 from infra.config import UserError
 
 VECTORS = [
@@ -81,12 +80,8 @@ def test_scores_of_hand_made_responses(vector):
     assert logic.score(vector["response"], vector["truth"]) == (vector["reward"], vector["verdict"])
 
 
-def test_departure_1_the_answer_counts_without_a_marker_in_front():
-    assert logic.score(f"<answer> {RIGHT} </answer>", PEOPLE) == (1.0, "right")
-
-
 @pytest.mark.parametrize("text", ["", "no roles", None])
-def test_departure_2_a_truth_that_cannot_be_read_is_refused_by_load(tmp_path, text):
+def test_departure_1_a_truth_that_cannot_be_read_is_refused_by_load(tmp_path, text):
     truth = {
         "solution_text_format": text,
         "names": ["Ann", "Ann"],
@@ -99,82 +94,17 @@ def test_departure_2_a_truth_that_cannot_be_read_is_refused_by_load(tmp_path, te
         logic.load("train", file)
 
 
-def test_departure_3_an_endless_answer_is_malformed():
+def test_an_endless_answer_is_malformed():
     assert logic.score(f"<answer>{RIGHT}{' ' * logic.MAX_ANSWER}x</answer>", PEOPLE) == (0.1, "malformed")
     assert logic.score(f"<answer>{RIGHT} {'x' * (logic.MAX_ANSWER // 2)}</answer>", PEOPLE) == (1.0, "right")
 
 
-def test_departure_4_a_name_within_a_name():
+def test_departure_2_a_name_within_a_name():
     for names in (["Jane", "Mary Jane"], ["Mary", "Mary Jane"]):
         for first, last in (names, names[::-1]):
             truth = {"names": names, "solution": [True, False]}
             verdict = logic.score(f"<answer>{first} is a knight, {last} is a knave</answer>", truth)[1]
             assert verdict == ("right" if first == names[0] else "wrong")
-
-
-MEGABYTE = [
-    "<answer>", "</answer>", "<answer></answer>", "<answer", "</answer", "<", "knight", "Ann is a knight ",
-    "Ann ",
-    "\n", "<answer>Ann", "A knight ok\n", "B knave no A\n", "back A\n", " ", "é", "İ", "</answer><answer>",
-    "r>",
-    "\u2028", "\U0001f600", "/answer>\u013c",
-]  # fmt: skip
-
-
-def test_departure_5_the_innermost_block_counts():
-    text = f"<answer>Ann is a knight <answer> {RIGHT} </answer></answer>"
-    assert logic.score(text, PEOPLE) == (1.0, "right") and logic.score_published(text, PEOPLE) == (
-        0.1,
-        "malformed",
-    )
-
-
-@pytest.mark.parametrize("piece", MEGABYTE, ids=repr)
-def test_a_megabyte_is_judged_at_once(piece):
-    filling = piece * (1_000_000 // len(piece))
-    for text in (
-        filling,
-        f"<answer>{filling}</answer>",
-        f"{filling}{SHORT_END}",
-        f"<answer>{RIGHT}</answer>{filling}",
-    ):
-        for truth in (PEOPLE, SHORT):
-            times = []
-            while (
-                min(times, default=1) >= 0.01 and len(times) < 30
-            ):  # one quiet try of many: others may take the core
-                start = time.process_time()
-                reward, verdict = logic.score(text, truth)
-                times.append(time.process_time() - start)
-            assert min(times) < 0.01
-            assert reward in (0.0, 0.1, 1.0) and verdict
-
-
-PIECES = [
-    "<answer>",
-    "</answer>",
-    " ",
-    "\n",
-    "Ann",
-    "is a",
-    "knight",
-    "knave",
-    "Ben",
-    "A knight ok\n",
-    "A",
-    "B",
-]
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
-def test_any_text_gets_a_verdict_and_the_block_is_the_last_innermost_one(text):
-    for truth in (PEOPLE, SHORT, {**SHORT, "steps": False}):
-        reward, verdict = logic.score(text, truth)
-        allowed = {1.0: {"right"}, 0.1: {"wrong", "malformed", "unsound"}, 0.0: {"no answer"}}
-        assert verdict in allowed[reward]
-    blocks = re.findall("<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
-    assert (answer_block(text) or ("", None))[1] == (blocks[-1] if blocks else None)
 
 
 # Reference reasoning
@@ -250,11 +180,11 @@ def test_published_scores_are_reproduced_but_for_the_departures():
         v = json.loads(line)
         published = logic.score_published(v["response"], v["ground_truth"], v["prompt"])[0]
         assert {0.0: 0.0, 0.1: v["format_score"], 1.0: v["correct_score"]}[published] == v["score"], v["id"]
-        if v["category"] == "synthetic ground truth":  # departure 2
+        if v["category"] == "synthetic ground truth":  # departure 1
             assert "names" not in v["ground_truth"]
             continue
         reward, verdict = logic.score(v["response"], v["ground_truth"])
-        if v["category"].startswith("marker:") and v["score"] == 0.0:  # departure 1
+        if v["category"].startswith("marker:") and v["score"] == 0.0:  # no marker
             assert (reward, verdict) == (1.0, "right") and "Assistant:" not in v["prompt"]
             continue
         assert {0.0: 0.0, 0.1: v["format_score"], 1.0: v["correct_score"]}[reward] == v["score"], v["id"]
@@ -485,8 +415,9 @@ def test_impossible_wishes_are_refused_in_one_line(arguments, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("statements", "__import__('os').getcwd()", "cannot be read"),
-        ("statements", "(" * 5000, "cannot be read"),
+        ("statements", "__import__('os').getcwd()", "not one claim for each of 2"),
+        ("statements", "(" * 5000, "not one claim for each of 2"),
+        ("statements", "(('not', ('not', ('lying', 1))), ('lying', 0))", "not one claim for each of 2"),
         ("statements", "(('lying', 1), ('xor', ('lying', 0), ('lying', 1)))", "not one claim for each of 2"),
         ("statements", "(('lying', 1), ('lying', 2))", "not one claim for each of 2"),
         ("statements", "(('lying', 1),)", "not one claim for each of 2"),

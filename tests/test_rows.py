@@ -2,6 +2,7 @@
 blocks."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -470,3 +471,14 @@ def test_stray_files_are_no_tasks(monkeypatch, tmp_path):
     monkeypatch.setattr(rows_module, "__file__", str(tmp_path / "rows.py"))
     with pytest.raises(UserError, match="tasks are gsm8k$"):
         load_task("._countdown")
+
+
+def test_what_an_own_load_raises_is_one_line_and_its_functions_can_be_pickled(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def load(split, path=None):\n    return open('/none') if path else None\n\n\nscore = load\n")
+    task = load_task(str(file))
+    assert pickle.loads(pickle.dumps(task.load)) is task.load
+    with pytest.raises(UserError, match=r"task mine: load\('train'\) raised TypeError: 'NoneType'"):
+        load_rows(task, "train")
+    with pytest.raises(UserError, match=r"task mine: load\('test'\) raised FileNotFoundError: .*none"):
+        load_rows(task, "test", "there")
