@@ -15,7 +15,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import model as plain
 from fast.compiled import or_uncompiled
 from model import autocast_input
 
@@ -354,87 +356,43 @@ def _chunks_of_groups(sizes: Sequence[int], vocab: int, device: torch.device) ->
     return [*slices, slice(begin, end)] if end > begin else slices
 
 
-# ---- KL, predictions ---------------------------------------------------------------------------------------
-
-
-class _TokenKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight):
-        kl = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        head, ref_head = weight.to(hidden.dtype), ref_weight.to(ref_hidden.dtype)
-        for s in _chunks(hidden, weight):
-            lp, ref = _log_softmax(hidden[s], head, 1.0), _log_softmax(ref_hidden[s], ref_head, 1.0)
-            kl[s] = (ref.exp() * (ref - lp)).sum(-1)
-        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight)
-        return kl
-
-    @staticmethod
-    def backward(ctx, g):
-        hidden, weight, ref_hidden, ref_weight = ctx.saved_tensors
-        g_hidden, g_weight = torch.zeros_like(hidden), _gradient_of(weight)
-        head, ref_head = weight.to(hidden.dtype), ref_weight.to(ref_hidden.dtype)
-        for s in _chunks(hidden, weight):
-            p = _log_softmax(hidden[s], head, 1.0).exp_()
-            dz = p.sub_(_log_softmax(ref_hidden[s], ref_head, 1.0).exp_())
-            dz = dz.mul_(g[s, None]).to(hidden.dtype)
-            torch.mm(dz, head, out=g_hidden[s])
-            _add_product(g_weight, dz.T, hidden[s])
-        return g_hidden, g_weight, None, None
+# ---- KL, predictions: the plain functions, chunk by chunk -------------------------------------------------
 
 
 def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
-    """Twin of model.token_kl."""
-    return _TokenKL.apply(
-        _in_head_dtype(hidden, weight), weight, _in_head_dtype(ref_hidden, ref_weight), ref_weight
-    )
+    """Twin of model.token_kl; a chunk's logits are computed again in the backward pass."""
+
+    def of_chunk(h: Tensor, w: Tensor, ref_h: Tensor, ref_w: Tensor) -> Tensor:
+        # Converted for each chunk, so that the head's gradient is summed in its own dtype.
+        return plain.token_kl(h, w.to(h.dtype), ref_h, ref_w.to(ref_h.dtype))
+
+    h, ref_h = _in_head_dtype(hidden, weight), _in_head_dtype(ref_hidden, ref_weight).detach()
+    chunks = [(h[s], weight, ref_h[s], ref_weight.detach()) for s in _chunks(h, weight) or [slice(0, 0)]]
+    return torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) for c in chunks])
+
+
+def expected_embeddings(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """Twin of model.expected_embeddings; a chunk's logits are computed again in the backward pass."""
+    hidden = _in_head_dtype(hidden, weight).detach()
+    head, of_chunk = weight.detach().to(hidden.dtype), plain.expected_embeddings
+    chunks = [(hidden[s], head, table) for s in _chunks(hidden, head) or [slice(0, 0)]]
+    return torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) for c in chunks])
 
 
 @torch.no_grad()
 def argmax_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
     """Twin of model.argmax_tokens."""
-    hidden, head = _in_head_dtype(hidden, weight), weight
-    if not len(hidden):
-        return hidden.new_zeros(0, dtype=torch.long)
-    head = head.to(hidden.dtype)
-    return torch.cat([compute_logits(hidden[s], head).argmax(-1) for s in _chunks(hidden, head)])
+    hidden = _in_head_dtype(hidden, weight)
+    head, none = weight.to(hidden.dtype), hidden.new_zeros(0, dtype=torch.long)
+    return torch.cat([none, *(compute_logits(hidden[s], head).argmax(-1) for s in _chunks(hidden, head))])
 
 
 @torch.no_grad()
 def sample_tokens(hidden: Tensor, weight: Tensor, u: Tensor) -> Tensor:
     """Twin of model.sample_tokens."""
     hidden = _in_head_dtype(hidden, weight)
-    head, drawn = weight.to(hidden.dtype), [hidden.new_zeros(0, 1, dtype=torch.long)]
-    for s in _chunks(hidden, head):
-        total = _log_softmax(hidden[s], head, 1.0).exp_().cumsum(-1)
-        target = (u[s] * total[:, -1]).to(total.dtype)
-        drawn.append(torch.searchsorted(total, target[:, None], right=True).clamp_(max=len(weight) - 1))
-    return torch.cat(drawn)[:, 0]
-
-
-class _ExpectedEmbeddings(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, table):
-        ctx.save_for_backward(hidden, weight)
-        ctx.table_dtype = table.dtype
-        rows = [
-            _log_softmax(hidden[s], weight, 1.0).exp_().to(table.dtype) @ table
-            for s in _chunks(hidden, weight)
-        ]
-        return torch.cat(rows) if rows else table.new_zeros(0, table.shape[1])
-
-    @staticmethod
-    def backward(ctx, g):
-        hidden, weight = ctx.saved_tensors
-        g_table = torch.zeros(weight.shape[0], g.shape[1], dtype=ctx.table_dtype, device=g.device)
-        for s in _chunks(hidden, weight):
-            _add_product(g_table, _log_softmax(hidden[s], weight, 1.0).exp_().to(g.dtype).T, g[s])
-        return None, None, g_table
-
-
-def expected_embeddings(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    """Twin of model.expected_embeddings."""
-    hidden = _in_head_dtype(hidden, weight).detach()
-    return _ExpectedEmbeddings.apply(hidden, weight.detach().to(hidden.dtype), table)
+    head, none = weight.to(hidden.dtype), hidden.new_zeros(0, dtype=torch.long)
+    return torch.cat([none, *(plain.sample_tokens(hidden[s], head, u[s]) for s in _chunks(hidden, head))])
 
 
 # ---- the heap of a CPU process -----------------------------------------------------------------------------
