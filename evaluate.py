@@ -32,6 +32,7 @@ from typing import Annotated, Literal
 import torch
 
 from data import judge, sources
+from data.problems import in_style
 from data.tokenizer import Tokenizer
 from infra import config, exports, training
 from infra.answers import accuracy, compare, scored, summarise, table_rows
@@ -53,6 +54,7 @@ class Config:
     model: FilePath = ""  # Hugging Face directory; empty: a tiny base
     task: tuple[FilePath, ...] = ("countdown",)  # tasks, or sources; uft: all of the file
     style: Literal["", "paper", "short"] = ""  # paper or short, of made problems
+    prompt_style: Literal["plain", "chat"] = "plain"  # chat: in the model's chat template
     data_path: FilePath = ""  # file or folder of rows; empty: the task makes them
     split: Literal["test", "train"] = "test"  # test or train
     rows: Natural = 0  # the first N of each task; 0: all, or its default
@@ -354,7 +356,7 @@ def answer_tasks(
     names = sources.names(cfg.task, cfg.data_path, cfg.split)
     for name in names:
         rows = sources.load(name, cfg.data_path, cfg.split, cfg.rows, cfg.style, cfg.sizes)
-        for i, row in enumerate(rows):
+        for i, row in enumerate(in_style(rows, cfg.prompt_style, tokenizer)):
             problems[name, i] = row
             prompts[name, i] = tokenizer.encode(row["prompt"], bos=True)
             where = f"{cfg.data_path or name} row {i} of {name}"
