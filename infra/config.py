@@ -105,7 +105,16 @@ Switch = Literal["auto", "true", "false"]
 FilePath = Annotated[str, "path"]  # $VARIABLES, and ~ at its start, are expanded; a name counts as a path
 
 TABLES = ("train_uft", "train_ift")  # of a TOML file, one for each trainer
-MOVED = {  # values that people try
+MOVED = {  # values of earlier versions, and others that people try
+    "hint=none": "--algo=rft",
+    "hint=cosine": "--algo=rft-cosine",
+    "hint=uniform": "--algo=r3",
+    "hint=stage": "--algo=stage",
+    "hint=target": "--algo=target",
+    "hint=on-failure": "--algo=on_failure",
+    "hint_weight=prob": "--algo=prob",
+    "hint_loss=ift": "--algo=residual",
+    "loss_norm=paper_code": "--algo=published",
     "algo=grpo": "--algo=rft, which is GRPO",
     "side=left": "--side=later",
     "side=right": "--side=earlier",

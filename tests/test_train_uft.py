@@ -886,6 +886,9 @@ def refused(capsys, monkeypatch, *args):
         ("--resume=yes", "is not one of false, true, auto"),
         ("nowhere.toml", "nowhere.toml"),
         ("--data_path=nowhere.jsonl", "nowhere.jsonl"),
+        ("--hint=target", "hint=target is now --algo=target"),
+        ("--loss_norm=paper_code", "loss_norm=paper_code is now --algo=published"),
+        ("--hint_weight=prob --hint_loss=ift", "hint_weight=prob is now --algo=prob"),
         ("--algo=grpo", "algo=grpo is now --algo=rft, which is GRPO"),
     ],
 )
