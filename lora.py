@@ -2,14 +2,13 @@
 
     y = W x + (alpha / rank) B A x        A (rank, in), B (out, rank); W is frozen, B begins at 0
 
-What is trained, and what its optimiser keeps, shrinks to a few hundredths of the model. The frozen weights
-may be rounded to bfloat16, the adapters A and B are float32. The model with its adapters off is the starting
-model, so a KL term or a pair loss needs no second one. A single process samples with the adapters as they
-are. out_dir/model has W + (alpha / rank) B A; out_dir/adapter has A and B as the peft library reads them.
+What is trained, and what its optimiser keeps, shrinks to a few hundredths of the model. W may be rounded to
+bfloat16; A and B are float32. With its adapters off the model is the starting model, for a KL term or a pair
+loss. One process samples with the adapters as they are. out_dir/model has W + (alpha / rank) B A,
+out_dir/adapter A and B as peft reads them.
 
-FSDP shards the frozen weights only, and rollouts use a merged copy. Every process has all adapters, and
-average_gradients() makes their gradients means over the processes, as FSDP does with those of its own
-parameters.
+FSDP shards W only, and rollouts use a merged copy. average_gradients() makes the adapters' gradients means
+over the processes, as FSDP does with those of its own parameters.
 """
 
 import math

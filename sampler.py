@@ -115,7 +115,8 @@ def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     hidden = model.hidden(ids.to(device), cache=cache)
-    return compute_logits(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
+    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+    return compute_logits(last, model.head_weight)
 
 
 def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
