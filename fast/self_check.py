@@ -19,9 +19,10 @@ from infra.parallel import autocast, collect
 from model import KVCache, Transformer
 from sampler import draw, generate, int64, uniform
 
-# Largest error of a path that agrees, by the dtype of the arithmetic. Rounding makes a quarter of it, a wrong
-# mask or position several times as much.
+# Largest error of a path that agrees, by the dtype of the arithmetic: of states and gradients, and of samples.
+# On a CPU rounding to bfloat16 made 0.04 and 0.05, a packed row without its mask 0.4 to 0.6.
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.2}
+SAMPLING_TOLERANCE = {"float32": 0.02, "bfloat16": 0.1}
 GROUPS, LONGEST, NEW = 3, 200, 24  # rows in the sample, tokens of each, tokens sampled after each
 
 
@@ -159,7 +160,7 @@ def checks(run, cfg, rows: Sequence[Sequence[int]], prefix: bool) -> Iterator[tu
         yield "prefix", allowed, lambda: error(result(sample.prefixed), plain)
     if cfg.task:
         kind = str(rollouts.head_weight.dtype).removeprefix("torch.")
-        yield "decode graph", TOLERANCE[kind], decode_error
+        yield "decode graph", SAMPLING_TOLERANCE[kind], decode_error
 
 
 def find_faults(run, cfg, rows: Sequence[Sequence[int]], prefix: bool) -> Iterator[tuple[str, str]]:
