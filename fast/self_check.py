@@ -19,7 +19,7 @@ from infra.parallel import autocast, collect
 from model import KVCache, Transformer
 from sampler import draw, generate, int64, uniform
 
-# Largest error of a path that agrees, by the dtype of the arithmetic: of states and gradients, and of samples.
+# Largest error of a path that agrees, by the dtype of the arithmetic: of states and gradients; of samples.
 # On a CPU rounding to bfloat16 made 0.04 and 0.05, a packed row without its mask 0.4 to 0.6.
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.2}
 SAMPLING_TOLERANCE = {"float32": 0.02, "bfloat16": 0.1}
