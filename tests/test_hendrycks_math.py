@@ -525,7 +525,7 @@ def test_rows_as_load_returns_them_and_rows_of_other_sources(tmp_path):
     [
         (RAW, {"path": None}, "data_path: MATH.*liumy2010/UFT.*hf download EleutherAI/hendrycks_math"),
         (RAW, {"sizes": (6,)}, "sizes: .*1 to 5"), (RAW, {"sizes": ()}, "sizes: .*1 to 5"),
-        (RAW, {"n": 2}, "n: 2 rows"),
+        (RAW, {"n": 2}, r"train_rows .* = 2: .* has 1 rows"),
         (RAW, {"sizes": (1, 2)}, "sizes: .*levels 1, 2"),
         (RAW | {"problem": None}, {}, "x.jsonl row 0: field 'problem'"),
         ({"problem": "?"}, {}, "row 0: field 'solution'"),
