@@ -2,13 +2,12 @@ r"""Values of formulas, for data/math_answer.py: two formulas are equal if they 
 
 A value is computed as its formula is read, at two points: every symbol has a random number there, which
 depends on its name alone, and so has a function without a rule below (sin, or |x| of a variable), which
-depends on the values of its arguments too. Formulas that differ have different values but for a chance of
-1e-9 (Schwartz 1980, Zippel 1979). Numbers have DIGITS digits, of which SURE are compared; a sum of which a
-term is too small to be seen is Unreadable, and so is what has no value or would take long. Compute in the
-context PRECISE, where 1/0 and numbers out of bounds are an ArithmeticError."""
+depends on its arguments' values too. Formulas that differ have different values but for a chance of 1e-9
+(Schwartz 1980, Zippel 1979). Numbers have DIGITS digits, of which SURE are compared. What has no value, or
+would take long, is Unreadable or, in the context PRECISE, an ArithmeticError."""
 
-from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, ROUND_FLOOR, Context, Decimal
-from decimal import DivisionByZero, InvalidOperation, Overflow, Underflow
+import decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from fractions import Fraction
 from functools import lru_cache
 from math import comb, factorial, prod
@@ -16,10 +15,11 @@ from random import Random
 
 DIGITS, SURE = 110, 80
 ONE, HALF = Decimal(1), Decimal("0.5")
-BOUNDS = {"Emax": MAX_EMAX, "Emin": MIN_EMIN}
-ERRORS = [DivisionByZero, InvalidOperation, Overflow, Underflow]
-PRECISE = Context(prec=DIGITS, traps=ERRORS, **BOUNDS)
-ROUNDED = Context(prec=SURE, **BOUNDS)
+BOUNDS = {"Emax": decimal.MAX_EMAX, "Emin": decimal.MIN_EMIN}
+ERRORS = [decimal.DivisionByZero, decimal.InvalidOperation]
+ERRORS += [decimal.Overflow, decimal.Underflow]
+PRECISE = decimal.Context(prec=DIGITS, traps=ERRORS, **BOUNDS)
+ROUNDED = decimal.Context(prec=SURE, **BOUNDS)
 TINY = Decimal(10) ** -SURE  # a sum this small beside its terms is 0
 CONSTANTS = {
     r"\pi": Decimal("3.14159265358979323846264338327950288419716939937511"),

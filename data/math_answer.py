@@ -61,7 +61,8 @@ CHARACTERS = {  # one, and how LaTeX writes it
     for word in r"""−- –- ÷/ ′' 、, ²^2 ³^3 °^\circ ×\times ·\cdot ⋅\cdot
     ∙\cdot √\sqrt ∞\infty ≤\le ≥\ge ≠\ne ∪\cup ∈\in ±\pm ∅\emptyset
     ½\frac{1}{2} ¼\frac{1}{4} ¾\frac{3}{4}""".split()
-} | {"\u2009": r"\,", "\u202f": r"\,"}
+}
+CHARACTERS |= {"\u2009": r"\,", "\u202f": r"\,"}
 LOOK = [  # text that only changes the look: (pattern, replacement), in this order
     (re.compile(pattern.replace("END", "(?![A-Za-z])"), re.DOTALL), replacement)
     for pattern, replacement in (
@@ -82,7 +83,7 @@ LOOK = [  # text that only changes the look: (pattern, replacement), in this ord
         (r"\^\s*\{?\s*\\circEND\s*\}?|\\degreeEND", ""),
         (r"\\primeEND", "'"),
         (r"\^\s*\{?\s*('(?:\s*')*)\s*\}?", r"\1"),
-        (r"(?<=[A-Za-z}'])\([^()=+*/-]*\)(?=\s*=)", ""),  # f(x) = 5
+        (r"(?<![A-Za-z\\])\\?[A-Za-z]+(_\{?\w+\}?)?'*\([^()=+*/-]*\)(?=\s*=)", "f"),  # f(x) =
         # thousands: 1{,}000 1,\!000 1\!,000 1\,000
         (r"(?<=[0-9])\s*(?:,\s*\\!|\\!\s*,|\{,\}|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))", ""),
         (r"(?<!\\)\\!", ""),

@@ -5,8 +5,8 @@ tasks' own score(), which departs from it, in every task, in this:
 
 - it reads the response alone; here that is the text after the prompt's marker "Assistant:" (or
   "<|im_start|>assistant"), and a prompt without one scores 0;
-- the last answer block may stand on any line, span lines and be followed by text; here it is searched in the
-  last line alone, except in Knights and Knaves, so that a newline after the answer costs even the format score;
+- the last answer block may stand on any line, span lines and be followed by text; here it is searched in
+  the last line alone, except in Knights and Knaves: a newline after the answer costs even the format score;
 - the innermost of nested blocks counts; here an opening tag inside a block is part of the answer;
 - long answers are malformed, so that no response can stall a run.
 

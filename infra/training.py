@@ -178,13 +178,12 @@ def start(cfg: Any) -> torch.device:
 def starting_model(cfg: Any) -> Path:
     """The directory to start from: the knob `model`, or the task's tiny base. UserError unless it exists."""
     base = Path(cfg.model) if cfg.model else ROOT / "data" / "tiny" / cfg.task
-    if base.exists():
+    if base.is_dir() or cfg.model and base.exists():  # a task that is a path would be its own base
         check_folder(base)
         return base
     if not cfg.model:
-        raise UserError(
-            f"model: the task {cfg.task} has no tiny base; give a Hugging Face directory as --model=DIR"
-        )
+        make = f"make one: python experiments/tiny_base.py --task={cfg.task}"
+        raise UserError(f"model: the task {cfg.task} has no tiny base; give --model=DIR, or {make}")
     hub = getattr(cfg, "hub", "") or (
         cfg.model if re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model) else "OWNER/NAME"
     )

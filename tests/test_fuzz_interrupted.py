@@ -85,13 +85,8 @@ class Runs:
     def start(self, flags: str, out: Path, operations: int = 0, largest_file: int = 0) -> int:
         """Begin a run, or continue the one in `out`. Returns its process id."""
         argv = [*flags.split(), f"--out_dir={out}"] + ["--resume=true"] * (resume_folder(out) is not None)
-        job = {
-            "argv": argv,
-            "out": str(out),
-            "err": str(self.err),
-            "operations": operations,
-            "largest_file": largest_file,
-        }
+        job = {"argv": argv, "out": str(out), "err": str(self.err)}
+        job |= {"operations": operations, "largest_file": largest_file}
         self.server.stdin.write(json.dumps(job).encode() + b"\n")
         self.code = None
         return int(self.server.stdout.readline())

@@ -112,7 +112,7 @@ def test_raw_rows_and_the_folder_that_is_downloaded(tmp_path):
     "row, options, words",
     [
         (RAW, {"path": None}, "data_path: GSM8K.*hf download openai/gsm8k.*liumy2010/UFT"),
-        (RAW, {"n": 2}, "n: 2 rows"), (RAW, {"n": 0}, "n: 0; must be >= 1"),
+        (RAW, {"n": 2}, r"train_rows .* = 2: .* has 1 rows"), (RAW, {"n": 0}, "n: 0; must be >= 1"),
         (RAW | {"answer": "It is 2."}, {}, "x.jsonl row 0: .*####"),
         (RAW | {"answer": "It is\n#### "}, {}, "row 0: .*####"),
         (RAW | {"answer": "#### two"}, {}, "row 0: the target 'two' is not a number"),

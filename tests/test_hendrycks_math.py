@@ -173,7 +173,8 @@ RIGHT = {
         (r"\[24\]", "24"), ("{24}", "24"), ("(24)", "24"), (r"24\quad", "24"),
         (r"\left( 3 , 4\right)", "(3,4)"), (r"75^\circ", "75"),
         (r"75^{\circ}", "75"), ("75°", "75"), (r"\$24", "24"), ("$24", "24"), ("x = 24", "24"),
-        ("f(x) = 5", "5"), ("P(A,B)=7", "7"),
+        ("f(x) = 5", "5"), ("P(A,B)=7", "7"), (r"\cos(x) = 0.5", "0.5"), ("f'(2) = 5", "5"),
+        ("f_1(x)=x+1", "1+x"),
         (r"x \in [-2,7]", "[-2,7]"), (r"\text{Area} = 5", "5"), (r"\\frac{1}{2}", "0.5"),
     ],
     "units": [
@@ -387,28 +388,27 @@ def test_no_block_no_reward_and_published_checkers_want_their_marker(name):
     assert task.score_published(text, truth, "User: hello\nAssistant:")[0] > 0.0
 
 
+def quickest(function, *arguments) -> float:
+    """CPU seconds of the first call under 10 ms, or of the fastest of 30: others may take the core."""
+    times = []
+    while min(times, default=1) >= 0.01 and len(times) < 30:
+        start = time.process_time()
+        function(*arguments)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
 @pytest.mark.parametrize("piece", PIECES, ids=repr)
-@EACH
-def test_any_length_is_judged_at_once(name, piece):
-    task, answer, before, truth = TASKS[name]
-    block = f"{before}<answer>{answer}</answer>"
-    sizes = (1900, 9900, 1_000_000) if task is hendrycks_math else (9900, 1_000_000)
-    for size in sizes:  # the first just within the longest answers read
-        filling = piece * (size // len(piece))
-        for text in (
-            filling,
-            f"<answer>{filling}</answer>",
-            f"<answer>{filling}x</answer>",
-            block + filling,
-            filling + block,
-        ):
-            times = []
-            while min(times, default=1) >= 0.01 and len(times) < 30:  # one quiet try of many
-                start = time.process_time()
+def test_any_length_is_judged_at_once(piece):
+    for task, answer, before, truth in TASKS.values():
+        block = f"{before}<answer>{answer}</answer>"
+        sizes = {hendrycks_math: (1900, 10**6), gsm8k: (9900, 10**6)}  # the first just within what is read
+        for size in sizes.get(task, (10**6,)):
+            filling = piece * (size // len(piece))
+            for text in (f"<answer>{filling}x</answer>", block + filling, filling + block):
+                assert quickest(task.score, text, truth) < 0.01
                 reward, verdict = task.score(text, truth)
-                times.append(time.process_time() - start)
-            assert min(times) < 0.01
-            assert reward in (0.0, 0.1, 1.0) and verdict
+                assert reward in (0.0, 0.1, 1.0) and verdict
 
 
 TEXTS = st.lists(st.sampled_from(PIECES)).map("".join)
@@ -525,7 +525,7 @@ def test_rows_as_load_returns_them_and_rows_of_other_sources(tmp_path):
     [
         (RAW, {"path": None}, "data_path: MATH.*liumy2010/UFT.*hf download EleutherAI/hendrycks_math"),
         (RAW, {"sizes": (6,)}, "sizes: .*1 to 5"), (RAW, {"sizes": ()}, "sizes: .*1 to 5"),
-        (RAW, {"n": 2}, "n: 2 rows"),
+        (RAW, {"n": 2}, r"train_rows .* = 2: .* has 1 rows"),
         (RAW, {"sizes": (1, 2)}, "sizes: .*levels 1, 2"),
         (RAW | {"problem": None}, {}, "x.jsonl row 0: field 'problem'"),
         ({"problem": "?"}, {}, "row 0: field 'solution'"),

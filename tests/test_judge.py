@@ -87,7 +87,7 @@ def test_a_stuck_checker_costs_one_answer(workers, stuck, capsys):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    "response, error", [("raises", "ZeroDivisionError: division by zero"), ("calls sys.exit", "SystemExit: bye")]
+    "response, error", [("raises", "ZeroDivisionError: division"), ("calls sys.exit", "SystemExit: bye")]
 )
 def test_a_checker_that_raises(response, error, workers, capsys):
     with pytest.raises(UserError, match=rf"task data.mine, row 1 \('{response}'\): .* {error}"):

@@ -215,31 +215,21 @@ def test_reference_steps_are_sound_and_none_can_be_left_out_or_repeated(row):
 @pytest.mark.parametrize(
     ("steps", "sound"),
     [
-        (
-            "A knight ok\nB knight no A\nC knight no C\nB knave ok\nC knave ok\n",
-            True,
-        ),  # another order, no detour
-        (
-            "C knight no C\nC knave ok\nB knave ok\nA knight ok\n",
-            False,
-        ),  # C a knight can hold as far as C's claim goes
+        # another order, no detour
+        ("A knight ok\nB knight no A\nC knight no C\nB knave ok\nC knave ok\n", True),
+        # C a knight can hold as far as C's claim goes
+        ("C knight no C\nC knave ok\nB knave ok\nA knight ok\n", False),
         ("B knave ok\nA knave no A\nA knight ok\nC knight no B\nC knave ok\n", True),
         (f"{DEAD_END}back A\nback B\nB knave ok\nA knight ok\nC knight no C\nC knave ok\n", True),
         (f"{DEAD_END}back B\nB knave ok\nA knight ok\nC knave ok\n", True),  # A's other role is refuted too
-        (
-            f"{DEAD_END}back A\nA knight ok\nB knave ok\nC knave ok\n",
-            False,
-        ),  # A knight stays refuted below B knight
+        # A knight stays refuted below B knight
+        (f"{DEAD_END}back A\nA knight ok\nB knave ok\nC knave ok\n", False),
         (f"{DEAD_END}back C\nB knave ok\nA knight ok\nC knave ok\n", False),  # C has no role to give up
         (f"{DEAD_END}back B\nB knight ok\n", False),  # B knight has just been refuted
-        (
-            "B knight ok\nA knight no A\nA knave ok\nC knight no B\nC knave ok\n",
-            False,
-        ),  # C's claim would be true
-        (
-            "A knave ok\nB knave no A\nB knight ok\nC knight no B\nC knave no C\nback A\n",
-            False,
-        ),  # stops short
+        # C's claim would be true
+        ("B knight ok\nA knight no A\nA knave ok\nC knight no B\nC knave ok\n", False),
+        # stops short
+        ("A knave ok\nB knave no A\nB knight ok\nC knight no B\nC knave no C\nback A\n", False),
         (
             "A knave ok\nB knight ok\nC knight no B\nC knave no C\nback A\n"
             "A knight ok\nB knave ok\nC knave ok\n",
@@ -253,10 +243,8 @@ def test_reference_steps_are_sound_and_none_can_be_left_out_or_repeated(row):
         ("A knight ok\nB knave ok\n", False),
         ("X knight ok\nA knight ok\nB knave ok\nC knave ok\n", False),
         ("A knight ok\nB knave ok\nC knight no X\nC knave ok\n", False),
-        (
-            "A knight ok\nC knave no B\nB knave ok\nC knave ok\n",
-            False,
-        ),  # B has no role yet, so nothing to contradict
+        # B has no role yet, so nothing to contradict
+        ("A knight ok\nC knave no B\nB knave ok\nC knave ok\n", False),
     ],
 )
 def test_check_steps_on_orders_of_its_own(steps, sound):

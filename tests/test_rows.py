@@ -475,7 +475,8 @@ def test_stray_files_are_no_tasks(monkeypatch, tmp_path):
 
 def test_what_an_own_load_raises_is_one_line_and_its_functions_can_be_pickled(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("def load(split, path=None):\n    return open('/none') if path else None\n\n\nscore = load\n")
+    body = "    return open('/none') if path else None"
+    file.write_text(f"def load(split, path=None):\n{body}\n\n\nscore = load\n")
     task = load_task(str(file))
     assert pickle.loads(pickle.dumps(task.load)) is task.load
     with pytest.raises(UserError, match=r"task mine: load\('train'\) raised TypeError: 'NoneType'"):

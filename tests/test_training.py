@@ -47,7 +47,8 @@ def test_a_missing_model_says_how_to_download_it(tmp_path, monkeypatch):
             starting_model(SimpleNamespace(model=given, hub=hub, task="countdown"))
     with pytest.raises(
         UserError,
-        match="^model: the task math has no tiny base; give a Hugging Face directory as --model=DIR$",
+        match="^model: the task math has no tiny base; give --model=DIR, or make one: "
+        "python experiments/tiny_base.py --task=math$",
     ):
         starting_model(SimpleNamespace(model="", hub="", task="math"))
     assert starting_model(SimpleNamespace(model="", task="countdown")) == ROOT / "data/tiny/countdown"
