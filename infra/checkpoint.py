@@ -44,7 +44,7 @@ OF_RUNS = (  # what no other program may have put into out_dir; a model and scri
 
 
 def check_out_dir(out_dir: str, resume: bool) -> Path:
-    """The folder to write to. UserError, before any work, if it is not writable or not this run's."""
+    """The folder to write to. UserError if it is not writable or not this run's."""
     if not out_dir.strip():
         raise UserError("out_dir is empty: name the folder to write to")
     out = Path(out_dir)
@@ -71,9 +71,9 @@ _locks: dict[Path, TextIO] = {}  # held by this process
 
 
 def lock(out: Path) -> None:
-    """UserError if another process runs in this folder; delete what a kill left there. A collective.
+    """UserError if another process runs in this folder; delete what a kill left. A collective.
 
-    Rank 0 holds the lock. The lock goes with the process, and its children do not share it.
+    The lock is rank 0's. It goes with the process, and its children do not share it.
     """
     taken = False
     if rank() == 0 and out.resolve() not in _locks:
@@ -116,16 +116,16 @@ def write_config(out: Path, config: Any) -> None:
         new = out / "config.toml.new"
         write_toml(config, new)
         new.write_text(f"{MARK}\n{new.read_text(encoding='utf-8')}", encoding="utf-8")
-        os.replace(new, out / "config.toml")  # before that a kill leaves no config.toml without its mark
+        os.replace(new, out / "config.toml")  # so that no kill leaves one without its mark
 
 
 # ---- folders that are whole or not there -------------------------------------------------------------------
 
 
 def save_checkpoint(out: Path, parts: dict[str, Callable[[Path], None]], step: int, keep: int = 1) -> None:
-    """Write the folder of this step, and delete earlier ones, so that the last `keep` are left.
+    """Write the folder of this step, and delete earlier ones but for the last `keep` of all.
 
-    Later ones, of a run that was continued from an earlier step, stay until it comes to them.
+    Later ones, of a run that went back to an earlier step, stay until it comes to them.
     """
     folder = save_folder(out, f"step-{step:06}", parts)
     if rank() == 0:
@@ -271,9 +271,9 @@ def load_resume(
 ) -> dict:
     """Fill model and optimiser from out_dir/resume and return the state.
 
-    The configuration must be the saved one except for the knobs in MAY_DIFFER, and so must `data`:
-    fingerprints of the rows of "train" and "test" and, if the run still needs its starting model, of "base".
-    The number of processes may differ from the one that wrote it.
+    The knobs must be the saved ones but for MAY_DIFFER, and so must `data`: fingerprints of the
+    rows of "train" and "test", and of "base" if the run still needs its starting model. The number
+    of processes may differ.
     """
     folder = resume_folder(out)
     try:
@@ -299,8 +299,9 @@ def _check_same(folder: Path, saved: dict, config: Any) -> None:
     saved = defaults | saved
     for name, now in given.items():
         was = saved[name]
-        same = now == was or name == "model" and os.path.normpath(now) == os.path.normpath(was)  # DIR/
-        if same or name in MAY_DIFFER:
+        if name == "model":  # DIR/ is DIR
+            now, was = os.path.normpath(now), os.path.normpath(was)
+        if now == was or name in MAY_DIFFER:
             continue
         if name not in MAY_CHANGE:
             raise UserError(f"{folder}: the run has {name} = {was!r}, not {now!r}")

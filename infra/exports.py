@@ -1,12 +1,12 @@
 """The files evaluate.py writes: answers that an interrupted evaluation continues from, tables, exports.
 
-Each export has a reader of its own, and its layout is that reader's:
+The layout of an export is that of the program that reads it:
 
-    alpaca_eval  JSON list of instruction, output, generator, dataset: alpaca_eval evaluate --model_outputs
-    mt_bench     JSONL of FastChat's data/mt_bench/model_answer/NAME.jsonl: fastchat.llm_judge.gen_judgment
-    qwen_math    JSONL of Qwen2.5-Math's evaluation: evaluate(data_name, prompt_type, file_path=...)
-    tldr         JSONL of prompt and completion, as TRL writes its TL;DR data: a judge of pairs
-    uft          JSON of UFT's verl/trainer/main_eval.py: data_source -> type -> [[text, ground truth], ...]
+    alpaca_eval  JSON        alpaca_eval evaluate --model_outputs=FILE
+    mt_bench     JSONL       FastChat's llm_judge.gen_judgment, as data/mt_bench/model_answer/NAME.jsonl
+    qwen_math    JSONL       Qwen2.5-Math's evaluate(data_name, prompt_type, file_path=FILE)
+    tldr         JSONL       a judge of pairs, as TRL writes its TL;DR data
+    uft          eval.json   UFT's verl/trainer/main_eval.py
 """
 
 import json
@@ -72,9 +72,9 @@ def is_answers(first_line: str) -> bool:
 
 
 def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
-    """Settings, and (task, index) -> {task, index, prompt, truth, answers}, of a file that --save wrote.
+    """The settings and the records by (task, index) of a file that --save wrote.
 
-    A last line without its end is left out: it was being written when the evaluation stopped.
+    A last line without its end is left out: the evaluation stopped while it was written.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
@@ -99,9 +99,9 @@ def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
 
 
 def resume_answers(path: str, settings: dict, compared: Sequence[str]) -> tuple[dict[Key, dict], TextIO]:
-    """The answers saved so far, and the file to append this process's own to.
+    """The answers saved so far, by any number of processes, and the file to append own ones to.
 
-    Any number of processes may have saved them. UserError, by name, if a setting in `compared` was another.
+    UserError, by name, if a setting in `compared` was another.
     """
     # 1. Every process reads all files.
     saved: dict[Key, dict] = {}
@@ -132,7 +132,7 @@ def _answer_files(path: str) -> list[Path]:
 
 
 def append(file: TextIO | None, record: dict) -> None:
-    """Write a line and hand it to the system, so that an interruption loses no finished answer."""
+    """Write a line at once, so that an interruption loses no finished answer."""
     if file:
         file.write(_line(record))
         file.flush()
@@ -151,7 +151,7 @@ def merge_answers(path: str, settings: dict, records: dict[Key, dict]) -> None:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left and the others to the right; rows[0] are the names."""
+    """Aligned columns, the first to the left and the others to the right."""
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = []
     for name, *cells in rows:
@@ -161,7 +161,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, results: list[dict]) -> None:
-    """rows as Markdown, or the settings and results as JSON, by the file's ending; rank 0 alone."""
+    """The rows as Markdown, or settings and results as JSON, by the file's ending."""
     if rank():
         return
     if path.endswith(".json"):
@@ -176,9 +176,8 @@ def write_table(path: str, rows: Sequence[Sequence[str]], settings: dict, result
 
 # ---- exports: prompts -> the text of a file ----------------------------------------------------------------
 #
-# ask(conversations, temperatures=None, n=0) gives n replies to each conversation: a list of messages, which
-# goes through the chat template, or a bare string. temperatures has one for each; None and 0 mean the
-# evaluation's.
+# ask(conversations, temperatures=None, n=0) gives n replies to each conversation: messages, which
+# go through the chat template, or a string. Without temperatures and n it has the evaluation's.
 
 Ask = Callable[..., list[list[str]]]
 Records = list[tuple[str, dict]]  # (where it stands, the record)
@@ -198,7 +197,8 @@ def name_of(folder: Path) -> str:
     folder = Path(os.path.abspath(folder))  # links are not followed: they lead into a step folder
     if folder.name in ("model", "sft"):
         folder = folder.parent
-    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("step-") else folder.name
+    step = folder.name.startswith("step-")
+    return f"{folder.parent.name}-{folder.name}" if step else folder.name
 
 
 def _turn(role: str, content: str) -> dict:
@@ -262,10 +262,7 @@ def mt_bench(records: Records, ask: Ask, name: str, system: str) -> str:
 
 
 def qwen_math(records: Records, ask: Ask, name: str, system: str) -> str:
-    """Records of a question (question, problem or prompt) and its answer (gt, answer, target or solution).
-
-    The reader wants gt beside gt_cot, a solution that ends in it; without one that is gt in a box.
-    """
+    """Records of a question (or problem, prompt) and its gt (or answer, target, solution)."""
     questions = [next(r[f] for f in EXPORTS["qwen_math"][0] if f in r) for _, r in records]
     truths = [_ground_truth(where, record) for where, record in records]
     replies = ask([q if isinstance(q, list) else _question(q, system) for q in questions])
@@ -277,8 +274,9 @@ def qwen_math(records: Records, ask: Ask, name: str, system: str) -> str:
 
 
 def _ground_truth(where: str, record: dict) -> dict:
-    """Solution and answer of a record, also of MATH's (solution) or GSM8K's (answer with ####)."""
-    given = next((str(record[f]) for f in ("gt", "answer", "target") if record.get(f) is not None), "")
+    """The answer, gt, and a solution that ends in it, gt_cot, also of MATH's and GSM8K's records."""
+    found = [record[f] for f in ("gt", "answer", "target") if record.get(f) is not None]
+    given = str(found[0]) if found else ""
     solution = record.get("gt_cot") or record.get("solution")
     if "####" in given:
         return {"gt_cot": given, "gt": given.rpartition("####")[2].strip().replace(",", "")}
@@ -301,9 +299,10 @@ def final_answer(text: str) -> str:
 
 def tldr(records: Records, ask: Ask, name: str, system: str) -> str:
     """Records of a prompt: a string such as TL;DR's "SUBREDDIT: ... TL;DR:", or messages."""
-    prompts = [record["prompt"] for _, record in records]
-    pairs = zip(prompts, ask(prompts), strict=True)
-    return "".join(_line({"prompt": p, "completion": reply[0], "model": name}) for p, reply in pairs)
+    prompts, lines = [record["prompt"] for _, record in records], []
+    for prompt, (reply,) in zip(prompts, ask(prompts), strict=True):
+        lines.append(_line({"prompt": prompt, "completion": reply, "model": name}))
+    return "".join(lines)
 
 
 EXPORTS = {  # kind -> the fields of which a record must have one, and the function
@@ -315,9 +314,9 @@ EXPORTS = {  # kind -> the fields of which a record must have one, and the funct
 
 
 def uft_eval(records: Sequence[dict], data_sources: dict[str, str]) -> str:
-    """The eval.json of the published code: data_source -> type -> [[text, ground truth], ...].
+    """data_source -> verdict -> [[prompt and response, ground truth], ...], as the published code.
 
-    Its types are its checkers' messages, here they are the verdicts. data_sources: of each task.
+    data_sources: of each task. The published types are its checkers' messages.
     """
     found: dict[str, dict[str, list]] = {}
     for record in records:

@@ -29,7 +29,7 @@ from model import FAMILIES, Family, ModelConfig, Transformer
 
 # ---- JSON files --------------------------------------------------------------------------------------------
 
-# Not written on: the weights are plain, paths are the user's, and the code that auto_map names is not copied.
+# Not written on: weights are plain, paths are the user's, the code of auto_map is not copied.
 PRIVATE = (
     "quantization_config", "compression_config", "quantization", "auto_map", "name_or_path",
     "tokenizer_file", "special_tokens_map_file", "vocab_file", "merges_file", "cache_dir",
@@ -58,7 +58,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def weights_mark(folder: Path) -> str:
-    """A short text that changes with a checkpoint: a hash of its files, of large ones of the end."""
+    """A short text that changes with a checkpoint: a hash of its files' last megabytes."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
         with open(path, "rb") as f:
@@ -82,7 +82,8 @@ def config_from_dict(d: dict, where: str = "config.json") -> ModelConfig:
         _check(known, f"model_type {kind!r} is not one of {', '.join(FAMILIES)}")
         family = FAMILIES[kind]
         d = family.defaults | d
-        given = family.defaults | {k: v for k, v in d.items() if v is not None}  # null is not there
+        # A field that is null is as if it were not there.
+        given = family.defaults | {k: v for k, v in d.items() if v is not None}
         given["rope_theta"], given["rope_scaling"] = _rope(given)
         given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
         _check_fields(given, family)
@@ -153,7 +154,7 @@ RULES = {  # type of a field of ModelConfig -> what its value must be
 
 
 def _check_fields(given: dict, family: Family) -> None:
-    """UserError for a field that the model cannot read, or a setting that it does not follow."""
+    """UserError for a field that the model cannot read or does not follow."""
     for f in fields(ModelConfig):
         if f.type in RULES and (f.name in given or f.default is MISSING):
             value, (rule, holds) = given.get(f.name), RULES[f.type]
@@ -194,7 +195,7 @@ def config_to_dict(config: ModelConfig) -> dict:
 
 
 def generation_config(config: ModelConfig, stop_ids: Iterable[int]) -> dict:
-    """The content of generation_config.json: the base's, with all ids that end a completion."""
+    """The content of generation_config.json: the base's, with all stop ids."""
     d = {k: config.extra.get(k) for k in ("bos_token_id", "pad_token_id")} | config.generation
     eos = set(stop_ids)
     for ids in (config.extra.get("eos_token_id"), config.generation.get("eos_token_id")):
@@ -224,7 +225,7 @@ QUANTISED = r"scale|zero|quant|qweight|absmax|packed|g_idx|SCB|\.biases$"
 
 
 def check_folder(dir: Path) -> ModelConfig:
-    """The configuration of a model to start from. UserError, before all is read, if `dir` is none."""
+    """The configuration of a model to start from. UserError if `dir` holds something else."""
     if dir.is_file():
         raise UserError(f"{dir}: is a file; give the directory of a Hugging Face model")
     if (dir / "adapter_config.json").exists():
@@ -308,7 +309,7 @@ def load_model(
 
 
 def _tensors(path: Path, shapes: dict[str, tuple], kind: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a safetensors file, one at a time. Each is checked, and taken out of `shapes`."""
+    """(name, tensor) of a file, one at a time. Each is checked, and taken out of `shapes`."""
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a dict)
