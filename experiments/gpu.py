@@ -84,7 +84,8 @@ def measured(cfg: Config, what: str, **knobs) -> dict:
 
 def nvidia_smi(query: str, *options: str) -> subprocess.Popen:
     uuid = str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-")
-    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits", *options]
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", *options]
+    command += ["--format=csv,noheader,nounits"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 

@@ -77,10 +77,10 @@ def test_greedy_text_is_that_of_transformers(models, tokenizer, fast):
     ours, peer = models
     ids = [tokenizer.encode(text) for text in PROMPTS]
     answers = generate(ours, ids, max_new_tokens=40, temperature=0.0, stop_ids=tokenizer.stop_ids, fast=fast)
-    for prompt, (answer,) in zip(ids, answers, strict=True):
+    for prompt, (completion,) in zip(ids, answers, strict=True):
         options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": tokenizer.eos_id}
         expected = peer.generate(torch.tensor([prompt]), eos_token_id=sorted(tokenizer.stop_ids), **options)
-        assert answer.tokens == expected[0, len(prompt) :].tolist()
+        assert completion.tokens == expected[0, len(prompt) :].tolist()
 
 
 def assert_same_step(ours, peer, loss):

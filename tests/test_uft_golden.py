@@ -246,8 +246,8 @@ def test_uft_loss_and_gradient_on_given_logits(name):
         given = torch.arange(len(logp) + len(hint_logp)) >= len(logp)
         weight = torch.where(given, config["sft_loss_coef"] / max(1, len(hint_logp)), 1 / len(logp))
 
-        def column(name, rows=rows, answer=answer, n=len(hint_logp)):
-            return torch.cat((t[name][rows][answer], torch.zeros(n)))
+        def column(name, rows=rows, answer=answer, hint=hint_logp):
+            return torch.cat((t[name][rows][answer], torch.zeros(len(hint))))
 
         batch = Batch(
             given, given, given, column("old_log_probs"), column("advantages"), weight / accumulation,

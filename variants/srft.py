@@ -4,7 +4,8 @@ H is the mean entropy of a sequence, without gradient.
     demonstration          0.5 e^-H (-log p) - A p          A: its reward less the group's mean, over the std
     right rollout          0.1 e^H (-log p)
     wrong rollout          log p
-Departure: sums are divided by the tokens of the step. The authors' own code has e^+H and a negative coefficient.
+Departure: sums are divided by the tokens of the step. The authors' own code has e^+H and a negative
+coefficient.
 """
 
 from dataclasses import dataclass
