@@ -1,8 +1,8 @@
 """HPT (arXiv 2509.04419, TsinghuaC3I/Unify-Post-Training): SFT where a group failed, GRPO where it did not.
 
 A group in which at most hpt_gate of the rollouts are right is replaced by its demonstration, if there is
-one. Advantages have no std, rollouts no clip. Departure: its RL is a sum divided by 8,192 and its SFT a mean over tokens; here
-both are means over the tokens of the step.
+one. Advantages have no std, rollouts no clip. Departure: its RL is a sum divided by 8,192 and its SFT a
+mean over tokens; here both are means over the tokens of the step.
 """
 
 from dataclasses import dataclass

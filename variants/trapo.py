@@ -1,9 +1,9 @@
 """TRAPO (arXiv 2512.17636 and its code): longer prefixes for the later rollouts of a group that goes badly.
 
-A group is sampled in micro-groups: half of it without a hint, then half of the rest, and so on. A later
-one sees a share of the solution if the group's mean reward so far is below a threshold, otherwise nothing. A
-given token's loss is -min(p / 0.1, 1) log p, with coefficient 1. Departure: a group of 4 has micro-groups of 2, 1
-and 1 and the last two levels; the paper's groups of 8 have 4, 2, 1 and 1.
+A group is sampled in micro-groups: half of it without a hint, then half of the rest, and so on. A later one
+sees a share of the solution if the group's mean reward so far is below a threshold, otherwise nothing. A
+given token's loss is -min(p / 0.1, 1) log p, with coefficient 1. Departure: a group of 4 has micro-groups
+of 2, 1 and 1 and the last two levels; the paper's groups of 8 have 4, 2, 1 and 1.
 """
 
 from dataclasses import dataclass
