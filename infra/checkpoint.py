@@ -85,7 +85,7 @@ def lock(out: Path) -> None:
             taken = isinstance(e, BlockingIOError | PermissionError)
     if rank() == 0 and not taken:
         for left in out.glob("step-*.tmp"):  # by a kill
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
     if any(collect(taken)):
         raise UserError(f"{out}: another run is writing to this folder")
 
@@ -184,7 +184,7 @@ def _clear(path: Path) -> None:
     elif not path.is_symlink():  # a link is replaced as it is
         left = path.with_name(f"{path.name}.old.tmp")
         os.replace(path, left)  # so that a kill leaves no half folder of this name
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)  # NFS keeps a file that others have open
 
 
 def _link(link: Path, target: str) -> None:
