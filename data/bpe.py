@@ -153,7 +153,7 @@ class Merger:
     # ---- tiktoken ----
 
     def _try_tiktoken(self, spelled: dict[str, bytes], byte_ids: list[int], pattern: str) -> None:
-        """Set `encoding` if tiktoken gives the same ids; `ids` has the id of each of its ranks.
+        """Set `encoding` if tiktoken gives the same ids; `ids` has those of its ranks, if they differ.
 
         tiktoken starts from bytes, SentencePiece from characters. So the first merges make the characters of
         the vocabulary, through their UTF-8 prefixes. A prefix has a negative id, and stands for the ids of
@@ -181,16 +181,22 @@ class Merger:
             return
         if not _tiktoken_agrees([*table], left, right):
             return
-        self.encoding = _tiktoken(table, pattern)
+        # A token's id is its rank where ids have that order.
+        ids = [*table.values()]
+        ordered = min(ids) >= 0 and ids[256:] == sorted(ids[256:])
+        ranks = table if ordered else {token: rank for rank, token in enumerate(table)}
+        self.encoding = _tiktoken(ranks, pattern)
         if not self.whole_words and len(table) < 256 + len(left):
             # Leave out tokens that merging does not make: with FF behind it, a token is no whole word,
             # and FF merges with nothing.
             made = self.encoding._encode_single_piece
-            table = {token: id for token, id in table.items() if len(made(token + b"\xff")) <= 2}
-            self.encoding = _tiktoken(table, pattern)
-        self.ids = [*table.values()]
+            ranks = {token: rank for token, rank in ranks.items() if len(made(token + b"\xff")) <= 2}
+            self.encoding = _tiktoken(ranks, pattern)
+        self.ids = None if ordered else ids
 
     def _ids_of(self, ranks: list[int]) -> list[int]:
+        if self.ids is None:
+            return ranks
         ids = list(map(self.ids.__getitem__, ranks))
         if self.prefixes and min(ids, default=0) < 0:
             return [i for id in ids for i in self.prefixes.get(id, (id,))]
@@ -222,8 +228,7 @@ def _has_long_space(text: str) -> bool:
     return len(text) >= 100_000 and LONG_SPACE.search(text) is not None
 
 
-def _tiktoken(table: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
-    ranks = {token: rank for rank, token in enumerate(table)}
+def _tiktoken(ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
     return tiktoken.Encoding("from_file", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
