@@ -15,8 +15,9 @@ from trajectories import answer, take_step
 
 import train_ift
 import train_uft
-from data.chat import encode_rows, rows_of_task
+from data.chat import encode_rows
 from data.countdown import load
+from data.examples import rows_of_task
 from data.tokenizer import Tokenizer
 from model import Transformer
 from sampler import generate
