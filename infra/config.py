@@ -44,6 +44,8 @@ def note(text: str) -> None:
 def fail(message: str) -> NoReturn:
     """Print one line of error and exit with code 2."""
     line = message.encode("utf-8", "replace").decode().replace("\n", " ")
+    if len(line) > 1000:  # it quotes a whole value
+        line = f"{line[:500]} [...] {line[-500:]}"
     process = f" (process {rank()})" if rank() else ""
     print(f"error{process}: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
