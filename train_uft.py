@@ -1,11 +1,11 @@
 """UFT, Unified Fine-Tuning (arXiv 2505.16984), and the methods between SFT and RL.
 
-    python train_uft.py                                     Countdown with a tiny model
-    python train_uft.py --algo=sft --out_dir=out/sft        another of METHODS or variants/
+    python train_uft.py                               Countdown with a tiny model
+    python train_uft.py --algo=sft --out_dir=out/sft  another of METHODS or variants/
     python train_uft.py config/countdown.toml --model=DIR --data_path=DIR --out_dir=out/qwen
-    python train_uft.py ... --resume=auto                   begin, or continue what there is
-    torchrun --nproc-per-node=8 train_uft.py ...            on 8 GPUs, or 8 processes
-    python train_uft.py --help                              every knob and method
+    python train_uft.py ... --resume=auto             begin, or continue what there is
+    torchrun --nproc-per-node=8 train_uft.py ...      on 8 GPUs, or 8 processes
+    python train_uft.py --help                        every knob and method
 
 SFT, RL and everything between differ in which first tokens of an answer the reference wrote,
 and in their loss. So there is one Trajectory whose first tokens were given, one Batch of
@@ -20,20 +20,20 @@ tokens, one objective, uft_loss, and one table of methods. Read main(), at the e
     prefix_rft             a prefix, in one of n     the rest        -A log p
     hpt                    all, if a group failed    all, otherwise  -log p
 
-The loss of a sampled token is PPO's in all of them, clipped or not. The loss of an optimiser
-step is a sum over its tokens:
+The loss of a sampled token is PPO's in all of them, clipped or not.
 
-    given:    weight x given_loss,               weight = coef / given tokens of the step
+A "step" is one batch of rollouts, or of solutions in the supervised phase. It has one
+optimiser step per mini-batch. PPO's old policy is the model at the start of the step, so the
+ratio is 1 in the first of them. The loss of an optimiser step is a sum over its tokens:
+
+    given:    weight x given_loss,        weight = coef / its given tokens
     sampled:  weight x (policy_loss + kl_coef KL - entropy_coef entropy),
-                                                 weight = 1 / sampled tokens of the step
-
-A "step" is one batch of rollouts (or of solutions, in the supervised phase) and has one
-optimiser step per mini-batch. PPO's old policy is the model at its start, so the ratio is 1
-in its first optimiser step.
+                                          weight = 1 / its sampled tokens
 
 Departures from the paper and its published code:
-- Means run over the tokens of the whole optimiser step, whatever the micro-batches. The paper
-  sums a trajectory's hint log-probs; the code has means of micro-batches (--algo=published).
+- Means run over the tokens of the whole optimiser step, whatever the micro-batches. The
+  paper sums a trajectory's hint log-probs; the code has means of micro-batches
+  (--algo=published).
 - stage and r3 never train on the hint's log-likelihood; the published stage does.
 - The logits of given tokens are not divided by the temperature of rollouts.
 - The first step is not at learning rate 0. Equal rewards have advantages of exactly 0.
@@ -95,9 +95,9 @@ class Config(RunConfig):
     entropy_coef: NonNegative = 0.001  # of the entropy bonus
     adv_norm: Literal["std", "none"] = "std"  # divisor of advantages; none: Dr. GRPO
     loss_norm: Literal["tokens", "constant"] = "tokens"  # constant: Dr. GRPO
-    rollout_correction: Literal["none", "token", "sequence"] = "none"  # pi_trainer / pi_sampler
-    rollout_cap: Positive = 3.0  # its largest weight
-    drop_dead: bool = False  # leave out groups without advantages
+    rollout_correction: Literal["none", "token", "sequence"] = "none"  # by pi / pi_sampler
+    rollout_cap: Positive = 3.0  # largest pi / pi_sampler
+    drop_dead: bool = False  # leave out completions without signal; weights are of the rest
     # Optimiser (AdamW)
     lr: Positive = 2e-4  # learning rate of reinforcement
     warmup: Natural = 10  # steps of linear warm-up
@@ -111,7 +111,7 @@ class Config(RunConfig):
     # Rollouts
     max_prompt: Count = 256  # tokens of the longest prompt, hint left out
     temperature: Positive = 1.0  # of rollouts and their log-probs
-    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the sampler's weights
+    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of sampling
     pack: bool = True  # fast: a row per group if cheaper
 
 
@@ -135,7 +135,7 @@ def check(cfg: Config, method: "Method") -> None:
 
 
 class Pick(NamedTuple):
-    """A problem of a step. Each draw of it has its own random numbers."""
+    """One occurrence of a problem in a step, with its own random numbers."""
 
     problem: int
     draw: int = 0
@@ -150,16 +150,16 @@ class Trajectory:
     prompt: list[int]
     tokens: list[int]
     n_given: int
-    old_logp: np.ndarray  # of each token, under the model that sampled it; 0 at given ones
+    old_logp: np.ndarray  # of each token when it was sampled; 0 at given ones
     shown: int  # segments of the solution that were given
     response: str  # what the checker sees: the given text and the sampled one
     reward: float = 1.0
     verdict: str = ""
-    finished: bool = True  # by a stop token; False: cut at max_new_tokens
+    finished: bool = True  # it has its end token; False: cut at max_new_tokens
     # Set by the method: advantages(), after_rollout(), token_weights().
     advantage: float | np.ndarray = 1.0  # a number, or one per token
     coef: float | None = None  # of given tokens; None: hint_coef, or 0 (trains_hints)
-    weight: float | np.ndarray = 0.0  # of each token in the loss of the optimiser step
+    weight: float | np.ndarray = 0.0  # of each token in the loss, from `start` on
     start: int = 0  # the first token to train on; set by share_given()
 
     @property
@@ -198,14 +198,15 @@ class Rows(NamedTuple):
 
 
 # ---- hints (section 3.1 and Algorithm 1) ----
-# How many segments of a solution to give at `step` of reinforcement (from 0), or a list with
-# one number per trajectory. One more than there are: the whole solution and its end token.
-# memory is saved with the run; after_rollout() writes to memory["problems"][i], a dict.
+# How many segments of a solution to give at `step` of reinforcement (from 0): one number for
+# the group, or a list with one for each of its trajectories, `rollouts` at most. One more than
+# there are segments: the whole solution and its end token. memory is saved with the run;
+# after_rollout() writes to memory["problems"][i], a dict.
 # The k-th cut is after round(k n / m) of n sentences, m = min(segments, n): cut_points.
 
 
 def hint_probability(step: int, hint_steps: int, p_low=0.05, p_high=0.95) -> float:
-    """p(t) of eq. 3.1: expected share of the solution to show. From p_low it drops to 0."""
+    """p(t) of eq. 3.1: expected share of the solution to show; 0 from hint_steps on."""
     if step >= hint_steps:
         return 0.0
     return p_low + 0.5 * (p_high - p_low) * (1 + math.cos(math.pi * (step + 1) / hint_steps))
@@ -254,7 +255,10 @@ def redraw(pick: Pick, attempt: int, cfg: Config) -> Pick:
 
 
 def start_trajectory(pick: Pick, k: int, data: Data, tokenizer: Tokenizer) -> Trajectory:
-    """With nothing sampled yet: k segments given, or the known whole if k is larger."""
+    """With nothing sampled yet: k segments given, or the whole solution for a larger k.
+
+    A problem whose solution is not known has its hint at most.
+    """
     problem = data.problems[pick.problem]
     whole = k > problem.segments and problem.has_solution
     text = problem.solution() if whole else problem.hint(min(k, problem.segments))
@@ -296,8 +300,8 @@ def rollout(run: Run, data: Data, picks: list, shown: list[list], cfg: Config) -
     for pick, segments in zip(parallel.share(picks), parallel.share(shown), strict=True):
         given = {k: start_trajectory(pick, k, data, run.tokenizer) for k in set(segments)}
         groups.append([replace(given[k]) for k in segments])
-    # Sample the rest. Each trajectory has a number for its random draws. If those of every
-    # group have the same prompt, it is run once for all n.
+    # Sample the rest. Each trajectory has a number for its random draws. If the trajectories
+    # of each group share prompt and hint, these run through the model once for all n.
     R, numbers = cfg.rollouts, {}
     for group in groups:
         numbers |= {id(t): key_of(t.pick, data) * R + j for j, t in enumerate(group)}
@@ -375,8 +379,8 @@ def log_groups(run: Run, groups: list[Group], data: Data, cfg: Config) -> None:
 def group_advantages(rewards: Tensor, norm: str = "std") -> Tensor:
     """GRPO's advantages of (P, n) rewards: (r - mean) / (std + 1e-6) in each group.
 
-    The std is unbiased; norm "none" (Dr. GRPO) leaves it out. Groups with equal rewards
-    get exactly 0, except that a group of one keeps its reward.
+    The std is unbiased; norm "none" (Dr. GRPO) leaves it out. Equal rewards get exactly 0.
+    A group of one has no baseline: its advantage is its reward.
     """
     if rewards.shape[1] == 1:
         return rewards.clone()
@@ -427,7 +431,7 @@ def ppo_loss(logp, entropy, batch, cfg):
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Estimate of KL(pi || ref) at sampled tokens (N,): exp(d) - d - 1, d = ref_logp - logp.
+    """Estimate of KL(pi || ref) at each token (N,): exp(d) - d - 1, d = ref_logp - logp.
 
     It is clamped to 10 as in the published code. The inner clamp changes no value; it
     keeps the gradient finite where exp would overflow.
@@ -474,19 +478,24 @@ def hidden_states(model, rows, batch, cfg):
 class Method(NamedTuple):
     """What a method is. A variant: METHOD = METHODS["rft"]._replace(hint_length=...).
 
-    after_rollout sees run (tokenizer; metrics, a dict whose numbers are logged with the step;
-    state["memory"]) and data (task, and problems with their rows). What another function needs
-    later it stores in memory, or on a Trajectory. The losses are computed at all N tokens and
-    then selected, so they must be finite at all; with tokenwise a batch may be a part of one.
+    step counts the steps of reinforcement, for pick_problems all. groups are those of all
+    processes. after_rollout sees run (tokenizer; metrics, a dict whose numbers are logged;
+    state["memory"]) and data (task, and problems with their rows). What another function
+    needs later it stores in memory, or on a Trajectory. Of these functions the supervised
+    phase calls pick_problems, token_weights, states and given_loss.
+
+    Both losses are computed at all N tokens and then selected, so they must be finite at all.
+    given_loss is linear in the advantage (see share_given), and policy_loss scales with it
+    (rollout_correction). If tokenwise, a batch may be a chunk of a micro-batch.
     """
 
-    pick_problems: Callable = next_problems  # (step, n_problems, memory, cfg) -> list of indices
-    hint_length: Callable = no_hint  # (step, problem, cfg, rng, memory) -> segments, or a list
+    pick_problems: Callable = next_problems  # (step, n, memory, cfg) -> indices < n
+    hint_length: Callable = no_hint  # (step, problem, cfg, rng, memory) -> segments, or list
     after_rollout: Callable = keep_groups  # (groups, run, data, step, cfg) -> groups
-    advantages: Callable = grpo_advantages  # (groups, cfg): sets them, and coef if it is to vary
+    advantages: Callable = grpo_advantages  # (groups, cfg): sets them, and coef where needed
     token_weights: Callable = token_weights  # (trajectories, coef, cfg): sets them
     states: Callable = hidden_states  # (model, rows, batch, cfg) -> (N, C)
-    given_loss: Callable = given_nll  # (logp, entropy, batch, cfg) -> (N,), linear in advantage
+    given_loss: Callable = given_nll  # (logp, entropy, batch, cfg) -> (N,)
     policy_loss: Callable = ppo_loss  # (logp, entropy, batch, cfg) -> (N,), clipped (N,)
     tokenwise: bool = True  # a token's loss depends on no other token
     trains_hints: bool = False  # given tokens have the coefficient hint_coef, otherwise 0
@@ -509,12 +518,12 @@ METHODS = {
 # ---- one optimiser step ----
 
 
-def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict[str, float]:
+def update(run: Run, groups: list[Group], method: Method, cfg: Config) -> dict:
     """One AdamW step, the gradient norm clipped; returns means as metrics."""
     sums = torch.zeros(len(SUMS), device=run.device)
     run.optimizer.zero_grad(set_to_none=True)
-    # Gradients, one micro-batch at a time. FSDP averages them over processes, so x world()
-    # makes the average a sum. `counted` is 1, or 0 for a batch that a process repeats to
+    # Gradients, a micro-batch at a time. FSDP averages them over processes, so x world()
+    # makes that a sum. `counted` is 1, or 0 for a batch that a process repeats to
     # make as many passes as the others.
     for rows, counted in micro_batches(groups, cfg, run.model):
         where, batch = make_batch(rows, run.device, cfg)
@@ -789,11 +798,11 @@ def main(argv: Sequence[str]) -> None:
     if run.state["step"] == 0:
         validate(run, data, cfg)
 
-    solved = [p.index for p in data.problems if p.has_solution]
+    with_solution = [p.index for p in data.problems if p.has_solution]
     for step in range(run.state["step"], total):
         step_start, run.metrics = time.perf_counter(), {}
         # 1. Choose the problems.
-        choices = solved if step < sft_steps else range(len(data.problems))
+        choices = with_solution if step < sft_steps else range(len(data.problems))
         problems = method.pick_problems(step, len(choices), run.state["memory"], cfg)
         picks = make_picks([choices[i] for i in problems])
         if step < sft_steps:
@@ -831,11 +840,11 @@ def main(argv: Sequence[str]) -> None:
             mini_batches = split_evenly(groups, cfg.mini_batch)
             lr = cfg.lr * training.lr_factor(t, cfg.steps, cfg.warmup, cfg.lr_schedule)
             training.set_options(run.optimizer, lr=lr, betas=(cfg.beta1, cfg.beta2))
-        # 5. Weigh the tokens; correct log-probs of a sampler with another precision.
+        # 5. Weigh the tokens.
         for mini_batch in mini_batches:
             weigh(mini_batch, method, coef, cfg)
         with training.explain_failure(run, cfg, step):
-            if step >= sft_steps:
+            if step >= sft_steps:  # a sampler of another precision has other log-probs
                 run.metrics |= mismatch.settle(run, groups, recompute_old_logprobs, cfg)
             # 6. Loss (eq. 3.3) and one optimiser step per mini-batch.
             update_start = time.perf_counter()
