@@ -2,7 +2,7 @@
 
     python experiments/report.py out/a [out/b]     writes out/a/report.html
 
-It reads what the run wrote. The page needs no server, network or package, and torch is not imported: slow.
+It reads what the run wrote. The page needs no server, network or package.
 """
 
 import ast
@@ -16,8 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 ROOT = Path(__file__).parent.parent
-WINDOWS = 100  # most points of a training curve, and columns of the heat map
-LONG = 20  # steps that a sign of trouble must last
+WINDOWS, LONG = 100, 20  # most points of a training curve; steps that a sign of trouble must last
 
 
 def read_jsonl(path: Path) -> tuple[list[dict], list[str]]:
@@ -68,9 +67,10 @@ def facts(config: dict, records: list[dict]) -> dict[str, str]:
     found["tokens"] = f"{trained:,.0f} trained" if trained else f"{last.get('sampled_tokens', 0):,} sampled"
     git, device = "test -e .git && git describe --always --dirty --exclude='*'", config.get("device", "auto")
     found["device"] = "CPU" if device == "auto" and "mfu" not in last else device.replace("auto", "CUDA")
-    found["method"] = config.get("algo") or ", ".join(config.get("loss", []))
-    commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return found | {"commit of this page": commit or "not known"}
+    method = config.get("algo") or ", ".join(config.get("loss", []))
+    found["method, task, seed"] = f"{method}, {config.get('task')}, {config.get('seed')}"
+    commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+    return found | {"page written by commit": commit.strip() or "not known"}
 
 
 def warnings(records: list[dict]) -> list[str]:
@@ -123,7 +123,7 @@ def write_report(*folders: Path) -> None:
 
 PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>
 :root { color-scheme: light dark; --dim: light-dark(#5d6772, #9aa4b0); --card: light-dark(#f3f5f8, #1f2328);
-  --low: light-dark(#e3ebf4, #212c39); --high: light-dark(#08519c, #63b3ff); --hot: light-dark(#e8590c, #fa4);
+  --low: light-dark(#e3ebf4, #33475c); --high: light-dark(#08519c, #63b3ff); --hot: light-dark(#e8590c, #fa4);
   --hint: light-dark(#c9e3ff, #1d4a77); --good: light-dark(#1a7f37, #4c6); --bad: light-dark(#cf222e, #f77) }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: auto; padding: 12px }
 h2 { font-size: 17px; margin: 32px 0 0 } p, small, text { color: var(--dim); fill: var(--dim); margin: 4px 0 }
@@ -155,7 +155,7 @@ const line = (points, x, y, attrs) => svg("polyline", { fill: "none", "stroke-wi
   points: points.map(p => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join(" ") })
 document.title = join(runs.map(r => r.name))
 runs.forEach((r, i) => main.append(h("h1", { style: `color: var(--${colours[i]})` }, r.name),
-  ...r.warnings.map(text => h("article", { class: "warning" }, text)),
+  ...r.warnings.map(text => h("article", { class: "warning" }, text)), r.warnings.length ? "" : "No warnings.",
   cards(Object.entries(r.facts).map(([k, v]) => h("article", {}, h("small", {}, k), h("b", {}, v)))),
   h("p", {}, "Knobs that differ from their defaults: ", Object.entries(r.changed)
     .map(([k, [v, d]]) => `${k} = ${v} (${JSON.stringify(d)})`).join(", ") || "none")))
@@ -165,11 +165,11 @@ for (const r of runs) {  // success by hint length
   const x = step => 60 + (W - 80) * step / last, y = v => H - v * H
   const cell = (step, v, i) => svg("rect", { x: x(Math.max(0, step - r.window)), y: i * row, height: row - 1,
     width: x(r.window) - 59.7, style: `fill: ${ramp(v)}` }, svg("title", {}, `step ${step}: ${short(v)}`))
-  if (keys.length) section(`${r.name}: success by hint length`, "Blue: rollouts that are right. It should"
-    + " spread from the top, where most of the solution is shown, to the row without hints, as in the test."
-    + " Orange: reward; in a healthy run it falls while hints shrink. Dashed: share of the solution shown.",
+  if (keys.length) section(`${r.name}: success by hint length`, "Blue: rollouts that are right, pale 0 to dark 1;"
+    + " empty: none. It should spread from the top, where only the answer is left to write, to the row without"
+    + " hints, as in the test. Right axis: share shown, dashed; reward, orange, falls while less is given.",
     svg("svg", { viewBox: `0 0 ${W} ${H + 18}` }, ...keys.sort((a, b) => n(b) - n(a)).flatMap((k, i) => [
-      label(56, (i + 0.6) * row, "end", n(k) ? n(k) + " shown" : "no hint"),
+      label(56, (i + 0.6) * row, "end", n(k) ? n(k) + " given" : "no hint"),
       ...r.curves[k].map(([step, v]) => cell(step, v, i))]),
       line(r.curves["hint/share"], x, y, { stroke: "CanvasText", "stroke-dasharray": "6 4" }),
       line(r.curves["critic/rewards/mean"], x, y, { stroke: "var(--hot)" }), label(W - 16, H, "start", 0),
@@ -177,12 +177,12 @@ for (const r of runs) {  // success by hint length
 }
 const hidden = /timing|solved.hint|val.(low|high|reward)|lr|mfu|tokens|train_s|step|actor.(loss|pg)/
 const names = [...new Set(runs.flatMap(r => Object.keys(r.curves)))].filter(key => !hidden.test(key))
-section("Curves", "Each with its last value. docs/metrics.md explains the names.", cards(names.map(key => {
+section("Curves", "Each with its last value and its step. docs/metrics.md explains the names.", cards(names.map(key => {
   const at = k => runs.map(r => r.curves[k] || []), lines = at(key), test = key == "val/accuracy"
   const bands = test ? at("val/low").map((l, i) => [...l, ...at("val/high")[i].toReversed()]) : []
   const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values), low = Math.min(...values)
   const x = step => 48 + 244 * step / last, y = v => 110 - 96 * (v - low) / (high - low || 1)
-  const ends = join(lines.map(points => points.length ? short(points.at(-1)[1]) : "none"))
+  const ends = join(lines.map(l => l.length ? `${short(l.at(-1)[1])} at ${l.at(-1)[0]}` : "none"))
   return h("article", {}, h("small", {}, `${key}: ${ends}`), svg("svg", { viewBox: "0 0 300 128" },
     label(44, 18, "end", short(high)), label(44, 112, "end", short(low)), label(292, 125, "end", last),
     line([[0, high], [0, low], [last, low]], x, y, { stroke: "var(--dim)", opacity: 0.4 }),
@@ -215,11 +215,11 @@ for (const r of runs.filter(r => r.groups.length)) {
     t.advantage?.at?.(-1) ?? t.advantage}`), h("pre", {}, ...t.tokens.map((_, i) => token(t, i))))
   const title = g => `step ${g.step}: ${solved(g)} of ${g.trajectories.length} right${g.dead ? ", dead" : ""}`
   const show = g => fold(title(g), solved(g) / g.trajectories.length, () => [h("pre", {}, g.prompt),
-    ...of[g.problem].flatMap(o => [h("p", {}, title(o)), cards(o.trajectories.map(card))])])
+    ...of[g.problem].flatMap(o => [of[g.problem].length > 1 ? h("p", {}, title(o)) : "", cards(o.trajectories.map(card))])])
   const colour = h("select", { onchange: () => main.className = colour.value }, h("option", {}, "unlikely"),
     h("option", {}, "advantage"))
-  section(`${r.name}: groups`, "Completions of a problem, at every step that has it. On blue: the hint."
-    + " The rest is coloured where unlikely, or by advantage.", colour, ...filtered({ "all groups": g => true,
+  section(`${r.name}: groups`, "Of some steps one with signal and one extreme. Dead: no signal."
+    + " On blue: the hint; the rest is coloured where unlikely, or by advantage.", colour, ...filtered({ "all groups": g => true,
     dead: g => g.dead, longest: g => size(g) >= long, ...changes(solved, g => g.was) }, r.groups, show))
 }
 for (const r of runs.filter(r => r.rows.length)) {
@@ -233,7 +233,7 @@ for (const r of runs.filter(r => r.answers.length)) {
   const end = r.answers.at(-1).step, other = runs.find(o => o != r), was = new Map((other || r).answers
     .filter(a => other || a.step < end).map(a => [a.prompt, a])), before = a => was.get(a.prompt)
   const note = a => before(a) ? `${other?.name || "step " + before(a).step}: ${before(a).verdict}` : ""
-  section(`${r.name}: test answers at step ${end}`, `Newly: since ${other?.name || "the first validation"}.`,
+  section(`${r.name}: test answers at step ${end}`, `Newly: among ${was.size} known to ${other?.name || "step 0"}.`,
     ...filtered({ "all answers": a => true, right, wrong: a => !right(a), cut: a => a.cut,
       ...changes(right, before) }, r.answers.filter(a => a.step == end), a => h("article", {}, verdict(a),
       h("pre", {}, a.prompt), h("pre", {}, a.response), h("small", {}, note(a)))))

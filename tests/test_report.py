@@ -109,7 +109,7 @@ def test_a_run_of_uft_ends_with_its_page(tmp_path):
     assert [g["step"] for g in run["groups"]] == [1, 1, 3, 3] and run["rows"] == []
     assert [a["step"] for a in run["answers"]] == [0, 0] + [4] * 6
     named = run["facts"]
-    assert named["method"] == "uft" and named["device"] == "cpu" and "4 steps" in named["training"]
+    assert named["method, task, seed"].startswith("uft, countdown") and named["device"] == "cpu" and "4 steps" in named["training"]
     assert "test accuracy, step 4" in named and "test accuracy, step 0" in named
     sampled = records[-2]["sampled_tokens"]
     assert named["tokens"] == f"{sampled:,} sampled" and sampled > 0
@@ -119,7 +119,7 @@ def test_a_run_of_ift_ends_with_a_page_for_each_loss(tmp_path):
     train_ift.main([*IFT.split(), f"--out_dir={tmp_path / 'b'}"])
     for name in ("sft", "ift"):
         (run,) = page_data(tmp_path / "b" / name)
-        assert run["name"] == name and run["facts"]["method"] == "sft, ift" and run["groups"] == []
+        assert run["name"] == name and run["facts"]["method, task, seed"].startswith("sft, ift, ") and run["groups"] == []
         targets = [t for row in run["rows"] for t in row["tokens"] if t[1] is not None]
         assert targets and all(len(t) == 4 and t[3] >= 0 for t in targets)
         assert {"loss", "val/loss", "val/accuracy"} <= run["curves"].keys() and len(run["answers"]) == 6
@@ -371,7 +371,7 @@ def test_a_reader_opens_a_group_and_filters(tmp_path, opened):
     assert browser.js("document.title") == "a"
     # The heat map: a row for each hint length, the longest at the top.
     labels = browser.js(f"[...{part('a: success', 'svg')}.querySelectorAll('text')].map(e => e.textContent)")
-    assert labels[:3] == ["10 shown", "2 shown", "no hint"]
+    assert labels[:3] == ["10 given", "2 given", "no hint"]
     assert browser.js(f"{part('a: success', 'svg')}.querySelectorAll('rect').length") == 3 * 40
     # Groups: click on one that is closed, and see the same problem at its other step.
     groups = part("a: groups", ".list")
@@ -421,7 +421,7 @@ def test_two_runs_a_run_without_samples_and_one_without_anything_draw_in_a_brows
     accuracy = f"{articles}.find(e => e.textContent.startsWith('val/accuracy'))"
     lines_drawn = browser.js(f"{accuracy}.querySelectorAll('polyline').length")
     assert lines_drawn == 1 + 2 + 2  # the axes, two bands, two curves
-    assert "val/accuracy: 0.75 and 0.5" in browser.js("document.body.innerText")
+    assert "val/accuracy: 0.75 at 40 and 0.5 at " in browser.js("document.body.innerText")
     browser.choose(part("a: test answers", "select"), "newly solved")
     assert "b: wrong" in browser.js(f"{part('a: test answers', '.list')}.innerText")
     assert browser.faults() == []
