@@ -200,8 +200,8 @@ class Rows(NamedTuple):
 # ---- hints (section 3.1 and Algorithm 1) ----
 # How many segments of a solution to give at `step` of reinforcement (from 0): one number for
 # the group, or a list with one for each of its trajectories, `rollouts` at most. One more than
-# there are segments: the whole solution and its end token. memory is saved with the run;
-# after_rollout() writes to memory["problems"][i], a dict.
+# there are segments: the whole solution and its end token. memory, of JSON values, is saved
+# with the run; after_rollout() writes to memory["problems"][i], a dict.
 # The k-th cut is after round(k n / m) of n sentences, m = min(segments, n): cut_points.
 
 
@@ -402,7 +402,7 @@ def token_weights(trajectories, coef, cfg):
 
     1 / sampled tokens for a sampled one, coef / given tokens for a given one, where a token
     given to n trajectories counts n times. loss_norm = constant (Dr. GRPO): a sampled one
-    has 1 / (completions x max_new_tokens).
+    has 1 / (mini_batch x rollouts x max_new_tokens).
     """
     n_given = sum(t.n_given for t in trajectories)
     n_sampled = sum(len(t.tokens) for t in trajectories) - n_given
@@ -482,14 +482,15 @@ class Method(NamedTuple):
     processes. after_rollout sees run (tokenizer; metrics, a dict whose numbers are logged;
     state["memory"]) and data (task, and problems with their rows). What another function
     needs later it stores in memory, or on a Trajectory. Of these functions the supervised
-    phase calls pick_problems, token_weights, states and given_loss.
+    phase calls pick_problems, token_weights, states and given_loss. drop_dead leaves given
+    tokens in whose coef, or hint_coef with trains_hints, is not 0.
 
     Both losses are computed at all N tokens and then selected, so they must be finite at all.
     given_loss is linear in the advantage (see share_given), and policy_loss scales with it
     (rollout_correction). If tokenwise, a batch may be a chunk of a micro-batch.
     """
 
-    pick_problems: Callable = next_problems  # (step, n, memory, cfg) -> indices < n
+    pick_problems: Callable = next_problems  # (step, n, memory, cfg) -> `problems` of n
     hint_length: Callable = no_hint  # (step, problem, cfg, rng, memory) -> segments, or list
     after_rollout: Callable = keep_groups  # (groups, run, data, step, cfg) -> groups
     advantages: Callable = grpo_advantages  # (groups, cfg): sets them, and coef where needed
@@ -749,7 +750,9 @@ def validate(run: Run, data: Data, cfg: Config) -> None:
     training.end_validation(run, cfg, rows, answers, record, line)
 
 
-COLUMNS = {  # of a console line: name -> (metric, format)
+# Columns of a console line: name -> (metric, format). hint_nll is of given tokens, the others
+# are of sampled ones.
+COLUMNS = {
     "reward": ("critic/rewards/mean", ".2f"), "solved": ("solved", ".2f"),
     "hint": ("hint/share", ".2f"), "len": ("response_length/mean", ".0f"),
     "cut": ("response_length/clip_ratio", ".2f"), "dead": ("dead_groups", ".2f"),

@@ -75,19 +75,19 @@ def facts(config: dict, records: list[dict]) -> dict[str, str]:
 
 def warnings(records: list[dict]) -> list[str]:
     """Signs of trouble, each with its reason and what to try."""
-    rollouts, found = [r for r in records if "dead_groups" in r], []
+    sampled = {"dead_groups", "response_length/mean", "actor/entropy"}
+    rollouts, found = [r for r in records if sampled <= r.keys()], []
     if len(rollouts) < LONG:
         return []
-    dead = sum(r["dead_groups"] == 1 for r in rollouts)
-    if dead >= max(LONG, len(rollouts) / 5):
+    if (dead := sum(r["dead_groups"] == 1 for r in rollouts)) >= max(LONG, len(rollouts) / 5):
         found.append(f"All groups were dead in {dead} steps: equal rewards teach nothing. Show longer hints.")
     cut = fmean(r["response_length/clip_ratio"] for r in rollouts[-LONG:])
     if cut > 0.95:
         found.append(f"{cut:.0%} of the last completions were cut before their end. Raise max_new_tokens.")
     entropy = fmean(r["actor/entropy"] for r in rollouts[-LONG:])
     if entropy < 0.01:
-        found.append(f"The entropy is gone ({entropy:.4f} nats): completions of a problem agree. Lower lr.")
-    hinted = [r for r in rollouts if r["actor/hint_nll"]]
+        found.append(f"The entropy is gone ({entropy:.4f} nats): completions agree. Lower lr.")
+    hinted = [r for r in rollouts if r.get("actor/hint_nll")]
     if n := len(hinted) // 5:
         nll, later = (fmean(r["actor/hint_nll"] for r in rs) for rs in (hinted[:n], hinted[-n:]))
         tokens, fewer = (fmean(r["response_length/mean"] for r in rs) for rs in (hinted[:n], hinted[-n:]))

@@ -249,6 +249,9 @@ def test_hints_that_shrink_are_no_trouble():
     shrinking = {"hint/share": 0.1, "critic/rewards/mean": 0.1}
     assert warnings([rollout(s, **shrinking | {"actor/hint_nll": 1 + s / 40}) for s in range(1, 41)]) == []
     assert warnings([rollout(s, **{"actor/hint_nll": 0.0}) for s in range(1, 41)]) == []
+    # A step without hints or without samples has no means of them.
+    unhinted = [{k: v for k, v in rollout(s).items() if k != "actor/hint_nll"} for s in range(1, 41)]
+    assert warnings(unhinted) == [] == warnings([{"step": s, "dead_groups": 0.0} for s in range(1, 41)])
     assert warnings([]) == [] and facts({}, [])["tokens"] == "0 sampled"
 
 
