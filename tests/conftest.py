@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are faster on one thread; before torch is imported
+
 import pytest
 
 from infra import training

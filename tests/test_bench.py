@@ -126,6 +126,7 @@ def test_the_memory_table_adds_up(capsys):
 # ---- gpu.py ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_stage_runs_on_a_cpu_and_the_last_line_is_the_record():
     stages = "--stages=card,gradients,sft,decode,uft,shapes,requests"
     command = [sys.executable, "experiments/gpu.py", "--device=cpu", "--tiny=true", stages]

@@ -242,10 +242,16 @@ WHAT_THEY_HAVE = {  # kinds of trajectories in a run; of others, either kind may
 }  # fmt: skip
 
 
+# test_variants.py has a step of every variant on all paths; a whole run adds its rollouts.
+ROLLOUTS_OF_THEIR_OWN = "luffy hpt prefix_rft relift trapo dapo adaback".split()
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     "knobs",
     [
-        *(f"--algo={name}" for name in [*train_uft.METHODS, *VARIANTS]),
+        *(f"--algo={name}" for name in ["uft", "sft", "sft-rft", "stage", *ROLLOUTS_OF_THEIR_OWN]),
+        *(pytest.param(f"--algo={name}", marks=slow) for name in ["rft", "rft-cosine", "r3", *VARIANTS] if name not in ROLLOUTS_OF_THEIR_OWN),
         "--kl_coef=0.1 --temperature=0.8 --adv_norm=none",
         "--algo=sft-rft --kl_coef=0.1",
         "--algo=prefix_rft --temperature=0.8 --kl_coef=0.1 --token_budget=150",
