@@ -20,10 +20,9 @@ def model_card(cfg: Any, method: str, base: Path, state: dict) -> str:
     metadata = {"base_model": getattr(cfg, "hub", ""), "license": license_of(base)}
     data = Path(cfg.task or cfg.data_path).stem
     command = " ".join([f"python {trainer} --{knob}={Path(method).stem}", *changed_knobs(cfg)])
+    front = [f"{key}: {value}" for key, value in metadata.items() if value]
     return "\n".join([
-        "---",
-        *(f"{key}: {value}" for key, value in metadata.items() if value),
-        "---",
+        *(["---", *front, "---"] if front else []),
         f"# {name}, trained with {Path(method).stem} on {data}",
         "",
         f"Trained with nanoFT, which implements arXiv {paper}, for {state['step']:,} steps.",
