@@ -113,7 +113,7 @@ def _conversations(record: dict, names: tuple[str, ...]) -> dict:
     elif isinstance(prompt, list):
         before = _messages(prompt, "prompt")
     for name in names:
-        answer = _messages(record[name], name)
+        answer = _messages(record.get(name), name)
         if isinstance(prompt, str) and answer[0]["role"] == "assistant":
             before = [{"role": "user", "content": prompt}]
         # An answer may repeat the prompt, or its last messages.

@@ -482,7 +482,7 @@ def expected(row: dict, answer: str, eos: str) -> str | None:
         return None
     if any(m["content"] != m["content"].strip() or "<" in m["content"] for m in messages):
         return None
-    answers = [m for m in messages if m["role"] == "assistant"]
+    answers = [m for m in messages[1:] if m["role"] == "assistant"]  # without a prompt: no loss
     trained = [m for m in answers if m.get("weight") != 0 and m.get("train") is not False]
     if any(m.get("train") == 0 for m in trained):
         return None
