@@ -119,7 +119,8 @@ def test_two_processes_do_what_one_does(flags, tmp_path):
     for name in ("samples.jsonl", "model/config.json", "model/tokenizer.json"):
         one, two = ((tmp_path / str(n) / name) for n in (1, 2))
         assert one.exists() == two.exists() and (not one.exists() or one.read_bytes() == two.read_bytes())
-    trained = assert_same_model(tmp_path / "1", tmp_path / "2", atol=1e-5)
+    # Adam makes the rounding of a gradient near 0 a visible part of a step, whose size is 5e-4.
+    trained = assert_same_model(tmp_path / "1", tmp_path / "2", atol=5e-5)
     base = load_file(ROOT / "data/tiny/countdown/model.safetensors")
     for name in trained:
         frozen = "--lora_rank" in flags and ("norm" in name or "layers" not in name)
