@@ -75,8 +75,7 @@ def facts(config: dict, records: list[dict]) -> dict[str, str]:
 
 def warnings(records: list[dict]) -> list[str]:
     """Signs of trouble, each with its reason and what to try."""
-    sampled = {"dead_groups", "response_length/mean", "actor/entropy"}
-    rollouts, found = [r for r in records if sampled <= r.keys()], []
+    rollouts, found = [r for r in records if {"dead_groups", "actor/entropy"} <= r.keys()], []
     if len(rollouts) < LONG:
         return []
     if (dead := sum(r["dead_groups"] == 1 for r in rollouts)) >= max(LONG, len(rollouts) / 5):
@@ -155,7 +154,7 @@ const line = (points, x, y, attrs) => svg("polyline", { fill: "none", "stroke-wi
   points: points.map(p => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join(" ") })
 document.title = join(runs.map(r => r.name))
 runs.forEach((r, i) => main.append(h("h1", { style: `color: var(--${colours[i]})` }, r.name),
-  ...r.warnings.map(text => h("article", { class: "warning" }, text)), r.warnings.length ? "" : "No warnings.",
+  ...(r.warnings.length ? r.warnings.map(w => h("article", { class: "warning" }, w)) : ["No warnings."]),
   cards(Object.entries(r.facts).map(([k, v]) => h("article", {}, h("small", {}, k), h("b", {}, v)))),
   h("p", {}, "Knobs that differ from their defaults: ", Object.entries(r.changed)
     .map(([k, [v, d]]) => `${k} = ${v} (${JSON.stringify(d)})`).join(", ") || "none")))
@@ -165,9 +164,9 @@ for (const r of runs) {  // success by hint length
   const x = step => 60 + (W - 80) * step / last, y = v => H - v * H
   const cell = (step, v, i) => svg("rect", { x: x(Math.max(0, step - r.window)), y: i * row, height: row - 1,
     width: x(r.window) - 59.7, style: `fill: ${ramp(v)}` }, svg("title", {}, `step ${step}: ${short(v)}`))
-  if (keys.length) section(`${r.name}: success by hint length`, "Blue: rollouts that are right, pale 0 to dark 1;"
-    + " empty: none. It should spread from the top, where only the answer is left to write, to the row without"
-    + " hints, as in the test. Right axis: share shown, dashed; reward, orange, falls while less is given.",
+  if (keys.length) section(`${r.name}: success by hint length`, "Blue: right rollouts, pale 0 to dark 1;"
+    + " empty: none. It should spread from the top, where only the answer is left, down to the row without"
+    + " hints. Right axis: share shown, dashed; reward, orange, falls while less is given.",
     svg("svg", { viewBox: `0 0 ${W} ${H + 18}` }, ...keys.sort((a, b) => n(b) - n(a)).flatMap((k, i) => [
       label(56, (i + 0.6) * row, "end", n(k) ? n(k) + " given" : "no hint"),
       ...r.curves[k].map(([step, v]) => cell(step, v, i))]),
@@ -177,7 +176,7 @@ for (const r of runs) {  // success by hint length
 }
 const hidden = /timing|solved.hint|val.(low|high|reward)|lr|mfu|tokens|train_s|step|actor.(loss|pg)/
 const names = [...new Set(runs.flatMap(r => Object.keys(r.curves)))].filter(key => !hidden.test(key))
-section("Curves", "Each with its last value and its step. docs/metrics.md explains the names.", cards(names.map(key => {
+section("Curves", "Each with its last value and step; see docs/metrics.md.", cards(names.map(key => {
   const at = k => runs.map(r => r.curves[k] || []), lines = at(key), test = key == "val/accuracy"
   const bands = test ? at("val/low").map((l, i) => [...l, ...at("val/high")[i].toReversed()]) : []
   const values = [lines, bands].flat(2).map(p => p[1]), high = Math.max(...values), low = Math.min(...values)
@@ -215,12 +214,13 @@ for (const r of runs.filter(r => r.groups.length)) {
     t.advantage?.at?.(-1) ?? t.advantage}`), h("pre", {}, ...t.tokens.map((_, i) => token(t, i))))
   const title = g => `step ${g.step}: ${solved(g)} of ${g.trajectories.length} right${g.dead ? ", dead" : ""}`
   const show = g => fold(title(g), solved(g) / g.trajectories.length, () => [h("pre", {}, g.prompt),
-    ...of[g.problem].flatMap(o => [of[g.problem].length > 1 ? h("p", {}, title(o)) : "", cards(o.trajectories.map(card))])])
-  const colour = h("select", { onchange: () => main.className = colour.value }, h("option", {}, "unlikely"),
-    h("option", {}, "advantage"))
-  section(`${r.name}: groups`, "Of some steps one with signal and one extreme. Dead: no signal."
-    + " On blue: the hint; the rest is coloured where unlikely, or by advantage.", colour, ...filtered({ "all groups": g => true,
-    dead: g => g.dead, longest: g => size(g) >= long, ...changes(solved, g => g.was) }, r.groups, show))
+    ...of[g.problem].flatMap(o => [o == g ? "" : h("p", {}, title(o)), cards(o.trajectories.map(card))])])
+  const colour = h("select", { onchange: () => main.className = colour.value },
+    ...["unlikely", "advantage"].map(name => h("option", {}, name)))
+  section(`${r.name}: groups`, "Of some steps, one with signal and one extreme. Dead: no signal. Blue: hint."
+    + " The rest is coloured where unlikely, or by advantage.", colour, ...filtered({
+    "all groups": () => true, dead: g => g.dead, longest: g => size(g) >= long,
+    ...changes(solved, g => g.was) }, r.groups, show))
 }
 for (const r of runs.filter(r => r.rows.length)) {
   const cell = ([text, own, nll, weight]) => h("span", { class: "cell",
@@ -233,7 +233,7 @@ for (const r of runs.filter(r => r.answers.length)) {
   const end = r.answers.at(-1).step, other = runs.find(o => o != r), was = new Map((other || r).answers
     .filter(a => other || a.step < end).map(a => [a.prompt, a])), before = a => was.get(a.prompt)
   const note = a => before(a) ? `${other?.name || "step " + before(a).step}: ${before(a).verdict}` : ""
-  section(`${r.name}: test answers at step ${end}`, `Newly: among ${was.size} known to ${other?.name || "step 0"}.`,
+  section(`${r.name}: test answers at step ${end}`, `Newly: of ${was.size} of ${other?.name || "step 0"}.`,
     ...filtered({ "all answers": a => true, right, wrong: a => !right(a), cut: a => a.cut,
       ...changes(right, before) }, r.answers.filter(a => a.step == end), a => h("article", {}, verdict(a),
       h("pre", {}, a.prompt), h("pre", {}, a.response), h("small", {}, note(a)))))

@@ -25,9 +25,8 @@ class Layout(NamedTuple):
 
     ids: np.ndarray  # (B, T)
     positions: np.ndarray  # (B, T)
-    owner: (
-        np.ndarray | None
-    )  # (B, T) 0: shared by the row's trajectories, else 1, 2, ...; None: no packing
+    # (B, T) 0: shared by the row's trajectories, else 1, 2, ...; None: no packing.
+    owner: np.ndarray | None
     shared_at: np.ndarray  # (trajectories,)
     own_at: np.ndarray
     n_shared: np.ndarray

@@ -3,6 +3,7 @@
 test_uft_golden.py compares with the published code, test_paths.py the fast path with the plain one,
 test_variants.py has the methods of variants/."""
 
+import dataclasses
 import inspect
 import json
 import math
@@ -933,6 +934,14 @@ def test_help_has_every_method_and_the_knobs_of_the_one_that_is_named(tmp_path, 
     assert "--luffy_gamma=0.1" in texts["luffy"] and "--clip_low=1.0" in texts["luffy"]
     assert "--clip_low=0.2 " in texts["uft"] and "luffy_gamma" not in texts["uft"]
     assert re.search("--easiest=2 +problems to begin with", texts[str(tmp_path / "mine.py")])
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "uft"])
+def test_help_lists_every_knob_of_a_method_with_what_it_does(name):
+    """A knob whose declaration takes several lines would be left out."""
+    cls = train_uft.find(name)[1]
+    listed = re.findall(r"^  --(\w+)=\S* +\S", config.describe_knobs(cls), re.M)
+    assert sorted(listed) == sorted(f.name for f in dataclasses.fields(cls))
 
 
 @pytest.mark.parametrize(

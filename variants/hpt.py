@@ -15,9 +15,7 @@ from infra.config import Fraction, NonNegative
 @dataclass
 class Config(train_uft.Config):
     hpt_gate: Fraction = 0.0  # largest share of right rollouts that still counts as failed
-    hpt_coef: NonNegative = (
-        1.0  # weight of the demonstrations' -log p; 0.3 for small models in its code
-    )
+    hpt_coef: NonNegative = 1.0  # weight of the demonstrations' -log p; its code: 0.3 for small models
     adv_norm: Literal["std", "none"] = "none"  # divisor of advantages
     clip_low: NonNegative = 1.0  # no clip
     clip_high: NonNegative = 1e9  # no clip

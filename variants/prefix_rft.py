@@ -19,9 +19,7 @@ from variants.luffy import equal_weights
 
 @dataclass
 class Config(train_uft.Config):
-    prefix_share: Fraction = (
-        0.2  # share of a prefix's tokens that count, those with the highest entropy
-    )
+    prefix_share: Fraction = 0.2  # share of a prefix's tokens that count: those of highest entropy
 
 
 def one_prefix(step, problem, cfg, rng, memory):
@@ -43,9 +41,8 @@ def uncertain(entropy, batch, share):
     order = order[batch.trajectory[order].argsort(stable=True)]  # by trajectory, then by entropy
     size = torch.bincount(batch.trajectory)
     rank = torch.empty_like(order)
-    rank[order] = (
-        torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[batch.trajectory]
-    )
+    first = (size.cumsum(0) - size)[batch.trajectory]
+    rank[order] = torch.arange(len(order), device=order.device) - first
     n_given = torch.zeros_like(entropy[: len(size)]).index_add(
         0, batch.trajectory, batch.given.float()
     )

@@ -17,9 +17,7 @@ from train_ift import mix_embeddings
 
 @dataclass
 class Config(train_uft.Config):
-    ift_lambda: Fraction = (
-        0.2  # share of the model's own prediction in the embeddings of given tokens
-    )
+    ift_lambda: Fraction = 0.2  # share of the model's own prediction in given embeddings
 
 
 def states(model, rows, batch, cfg):
@@ -27,9 +25,8 @@ def states(model, rows, batch, cfg):
     head = fast_head if cfg.fast else plain_head
     first = train_uft.hidden_states(model, rows, batch, cfg)
     own = head.argmax_tokens(first.detach(), model.head_weight)
-    mixed = (batch.given & (rows.fed >= 0)).nonzero()[
-        :, 0
-    ]  # the tokens to mix, and where they are fed
+    # The tokens to mix, and where they are fed.
+    mixed = (batch.given & (rows.fed >= 0)).nonzero()[:, 0]
     places = rows.fed[mixed]
     table, embeddings = model.model.embed_tokens, model.model.embed_tokens(rows.ids)
     flat = embeddings.flatten(0, 1)
