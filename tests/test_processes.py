@@ -119,8 +119,10 @@ def test_two_processes_do_what_one_does(flags, tmp_path):
     for name in ("samples.jsonl", "model/config.json", "model/tokenizer.json"):
         one, two = ((tmp_path / str(n) / name) for n in (1, 2))
         assert one.exists() == two.exists() and (not one.exists() or one.read_bytes() == two.read_bytes())
-    # Adam makes the rounding of a gradient near 0 a visible part of a step, whose size is 5e-4.
-    trained = assert_same_model(tmp_path / "1", tmp_path / "2", atol=5e-5)
+    # Adam makes the rounding of a gradient near 0 a visible part of a step, whose size is 5e-4: here of one
+    # element, 2.2e-5, where other programs or chunks add in another order.
+    rounded = flags.endswith((f"--loss=ift{COMPILED}", "--loss=tdpo PAIRS"))
+    trained = assert_same_model(tmp_path / "1", tmp_path / "2", atol=5e-5 if rounded else 1e-5)
     base = load_file(ROOT / "data/tiny/countdown/model.safetensors")
     for name in trained:
         frozen = "--lora_rank" in flags and ("norm" in name or "layers" not in name)
