@@ -59,6 +59,7 @@ def changed_knobs(cfg: Any) -> list[str]:
 def license_of(base: Path) -> str:
     """The licence that the base's own card names, or an empty string."""
     card = base / "README.md"
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.S) if card.exists() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.S)
     found = re.search(r"^license: *(.+)$", head[1], re.M) if head else None
     return found[1].strip() if found else ""

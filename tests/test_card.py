@@ -33,6 +33,13 @@ def test_a_card_keeps_the_licence_of_the_base_and_no_path(tmp_path):
     assert "--task=mytask.py" in card and "Not tested yet." in card and str(tmp_path) not in card
 
 
+def test_a_card_of_the_base_that_is_no_text_costs_no_checkpoint(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\xfe")
+    cfg = train_uft.Config()
+    assert "license: mit" in model_card(cfg, cfg.algo, tmp_path, {"step": 5})
+    assert "license" not in model_card(cfg, cfg.algo, tmp_path / "nowhere", {"step": 5})
+
+
 def test_a_run_writes_the_card_of_its_last_validation(tmp_path, capsys):
     args = ["--loss=ift", "--task=countdown", "--steps=2", "--train_rows=20", "--test_rows=4", "--batch=4"]
     train_ift.main([*args, f"--out_dir={tmp_path}"])
