@@ -182,24 +182,21 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.num_attention_heads * d if whole else d, config)
             self.k_norm = RMSNorm(config.num_key_value_heads * d if whole else d, config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), and keys and values (B, K, T, D), of states x (B, T, C)."""
         B, T, _ = x.shape
         x = autocast_input(x)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = k.view(B, T, -1, self.head_dim).transpose(1, 2)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k = autocast_input(q), autocast_input(k)
-        if cache is not None:
-            k, v = cache.update(k, v)  # now with those of earlier positions
-        y = attend(q.to(k.dtype), k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return autocast_input(q), autocast_input(k), v
 
 
 class MLP(nn.Module):
@@ -227,12 +224,25 @@ class Block(nn.Module):
         if self.norm_after:
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: see Attention.project()."""
+        return self.self_attn.project(x if self.norm_after else self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block's output (B, T, C), from its input x (B, T, C) and attention's result y (B, T, H D)."""
+        y = self.self_attn.o_proj(y)
         if self.norm_after:
-            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, mask, cache))
+            x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + y
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+        q, k, v = self.before_attention(x, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v)  # now with those of earlier positions
+        y = attend(q.to(k.dtype), k, v, mask)
+        return self.after_attention(x, y.transpose(1, 2).flatten(2))
 
 
 # ---- KV cache ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""torch.compile for a model's blocks in training and for other functions. The plain twin is the function."""
+"""torch.compile for a model's blocks and for other functions. The plain twin is the function."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,92 +6,127 @@ from contextlib import contextmanager
 from types import MethodType
 
 import torch
+from torch import Tensor
 
 from lora import adapt_layers, adapted_layers
-from model import Block, LayerCache, Transformer
+from model import Block, Transformer
 
 
 def compile_for_all_shapes(function: Callable) -> Callable:
     """torch.compile with dynamic shapes. All layers share its programs.
 
-    Each combination of gradient, mask, prefix and more than one row takes a program, and another model takes
-    as many again: more than the 8 per function that torch allows by default.
+    Gradient, dtype and another model take programs of their own: maybe more than the 8 per function that
+    torch allows by default. Sizes that are equal in the first call may differ later.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=True)
+    compiled = torch.compile(function, dynamic=True)
+
+    def call(*args):
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            return compiled(*args)
+
+    return call
+
+
+HALVES = "before_attention", "after_attention"  # of a block
 
 
 def compile_blocks(model: Transformer) -> str:
-    """Compile every block's pass over whole rows, one program for all lengths and layers.
+    """Compile what every block does before and after attention: a program each for all shapes and layers.
 
-    A forward and a backward pass of a block like the model's, adapters included, are tried at once. If they
-    fail, nothing is compiled. Returns the reason, or "" after success.
+    The tokens of all rows are compiled as one row. So neither the number of rows nor a mask or a cache takes
+    a program of its own, in the middle of a run. A block like the model's, adapters included, is tried at
+    once, with a backward pass where gradients are on. If that fails, nothing is compiled. Returns the reason,
+    or "" after success.
     """
     p, adapters = model.head_weight, list(adapted_layers(model).values())
-    x = torch.zeros(2, 16, model.config.hidden_size, device=p.device, requires_grad=True)
-    cos, sin = torch.zeros(2, 1, 1, 16, model.config.head_dim, device=p.device)
-    trial = Block(model.config).to(p.device, p.dtype)
-    if adapters:
-        adapt_layers(trial.requires_grad_(False), rank=len(adapters[0].lora_A), alpha=1.0)
-    compiled = compile_for_all_shapes(Block.forward)
+    with torch.inference_mode(False):  # parameters as the model's
+        trial = Block(model.config).to(p.device, p.dtype)
+        if adapters:
+            adapt_layers(trial.requires_grad_(False), rank=len(adapters[0].lora_A), alpha=1.0)
+    x = torch.zeros(3, 11, model.config.hidden_size, device=p.device, requires_grad=True)
+    cos, sin = torch.zeros(2, 1, 1, 11, model.config.head_dim, device=p.device)
+    compiled = compiled_halves()
+    use_halves(trial, compiled)
     try:
         with torch.autocast(p.device.type, torch.bfloat16, enabled=p.dtype == torch.bfloat16):
-            y = compiled(trial, x, cos, sin, None, None)
-        y.sum().backward()
+            y = trial(x, cos, sin, None)
+        if y.requires_grad:
+            y.sum().backward()
     except Exception as e:  # the compiler and its tools may raise anything
         return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
 
     for block in model.model.layers:
-        run_in(block, whole=compiled)
+        use_halves(block, compiled)
     return ""
 
 
-def compile_cached_passes(model: Transformer) -> None:
-    """Compile every block's passes with a KVCache: prefill and decode steps. Plain after a failure."""
-    compiled = or_uncompiled(Block.forward)
-    for block in model.model.layers:
-        run_in(block, cached=compiled)
+def as_one_row(x: Tensor) -> Tensor:
+    """x (B, T, C) as (1, B T, C), as no view for autograd: of a view torch would compile by its base."""
+    return torch.ops.aten._unsafe_view(x.contiguous(), [1, x.shape[0] * x.shape[1], x.shape[2]])
 
 
-def run_in(block: Block, **functions: Callable) -> None:
-    """Have a block run as function(block, x, cos, sin, mask, cache): `cached` with a KVCache, or `whole`."""
-    block.functions = getattr(block, "functions", {}) | functions
+def compiled_halves() -> dict[str, Callable]:
+    """The compiled twins of a block's two halves, by name."""
+    before, after = (compile_for_all_shapes(getattr(Block, name)) for name in HALVES)
 
-    def forward(self, x, cos, sin, mask, cache=None):
-        kind = "cached" if isinstance(cache, LayerCache) else "whole"
-        return self.functions.get(kind, Block.forward)(self, x, cos, sin, mask, cache)
+    def before_attention(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        B, T, _ = x.shape
+        if B * T == 1:  # torch would compile it apart
+            return Block.before_attention(block, x, cos, sin)
+        angles = (as_one_row(part[:, 0].expand(B, -1, -1))[:, None] for part in (cos, sin))
+        heads = before(block, as_one_row(x), *angles)
+        return [part.unflatten(2, (B, T))[0].transpose(0, 1) for part in heads]  # (B, heads, T, D)
 
-    block.forward = MethodType(forward, block)  # deepcopy binds it to the copied block
+    def after_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        if B * T == 1:
+            return Block.after_attention(block, x, y)
+        return after(block, as_one_row(x), as_one_row(y)).view(x.shape)
+
+    return {"before_attention": before_attention, "after_attention": after_attention}
+
+
+def use_halves(block: Block, halves: dict[str, Callable]) -> None:
+    """Have a block call these instead of its methods."""
+    for name, function in halves.items():
+        setattr(block, name, MethodType(function, block))  # deepcopy binds it to the copied block
+
+
+def is_compiled(model: Transformer) -> bool:
+    return any(name in vars(block) for block in model.model.layers for name in HALVES)
 
 
 def uncompile(model: Transformer) -> None:
     """Have the blocks run plainly again."""
     for block in model.model.layers:
-        block.functions = {}
+        for name in HALVES:
+            vars(block).pop(name, None)
 
 
 @contextmanager
 def uncompiled(model: Transformer) -> Iterator[None]:
     """Within it, the blocks run plainly."""
-    kept = [getattr(block, "functions", {}) for block in model.model.layers]
+    kept = [
+        (block, name, vars(block)[name])
+        for block in model.model.layers
+        for name in HALVES
+        if name in vars(block)
+    ]
     uncompile(model)
     yield
-    for block, functions in zip(model.model.layers, kept, strict=True):
-        block.functions = functions
+    for block, name, half in kept:
+        setattr(block, name, half)
 
 
 def or_uncompiled(function: Callable) -> Callable:
-    """compile_for_all_shapes(function), or after one warning the function itself if that fails.
-
-    Sizes that happen to be equal in the first call, such as 256 rows and 256 positions, may differ later.
-    """
+    """compile_for_all_shapes(function), or after one warning the function itself if that fails."""
     state = {"run": compile_for_all_shapes(function)}
 
     def call(*args):
         if state["run"] is not function:
             try:
-                with torch.fx.experimental._config.patch(use_duck_shape=False):
-                    return state["run"](*args)
+                return state["run"](*args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # the compiler and its tools may raise anything

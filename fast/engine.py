@@ -8,13 +8,12 @@ active row, so the batch stays dense and shrinks, or by a waiting prompt, so it 
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fast.compiled import compile_cached_passes, or_uncompiled
+from fast.compiled import compile_blocks, is_compiled, or_uncompiled
 from fast.head import PIECE, compute_logits
 from infra.config import memory_advice
 from infra.parallel import has_bfloat16
@@ -30,13 +29,10 @@ FREE_SHARE = 0.5  # share of the free memory for keys and values if no batch siz
 # ---- one pass ----------------------------------------------------------------------------------------------
 
 
-def prefill(
-    model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int,
-    compiled: bool = False,
-) -> Tensor:  # fmt: skip
+def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int], n: int) -> Tensor:
     """Run ragged prompts once and copy their keys and values to slots; returns last logits (prompts, V).
 
-    Prompt i goes to the n slots from slots[i] on. compiled: the model's blocks are.
+    Prompt i goes to the n slots from slots[i] on.
     """
     device = model.head_weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -47,24 +43,12 @@ def prefill(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     passed = KVCache(model.config, len(prompts), longest, model.head_weight.dtype, device)
-    if compiled:
-        fix_sizes(passed)
-    # A prompt alone would need a program of its own, in the middle of a run.
-    alone = compiled and len(prompts) == 1
-    with torch.compiler.set_stance("force_eager") if alone else nullcontext():
-        hidden = model.hidden(ids.to(device), cache=passed)
+    hidden = model.hidden(ids.to(device), cache=passed)
     target = (torch.tensor(slots, device=device)[:, None] + torch.arange(n, device=device)).flatten()
     for layer, new in zip(cache.layers, passed.layers, strict=True):
         layer.k[target, :, :longest] = new.k.repeat_interleave(n, 0).to(layer.k.dtype)
         layer.v[target, :, :longest] = new.v.repeat_interleave(n, 0).to(layer.v.dtype)
     return compute_logits(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
-
-
-def fix_sizes(cache: KVCache) -> None:
-    """Tell torch.compile that key heads and head size are those of all caches, unlike rows and positions."""
-    for layer in cache.layers:
-        for x in (layer.k, layer.v):
-            torch._dynamo.mark_static(x, (1, 3))
 
 
 def decode(
@@ -114,7 +98,7 @@ class Engine:
         self, model: Transformer, rows: int, room: int, dtype: torch.dtype, sampling: tuple, compile: bool
     ):
         device = model.head_weight.device
-        self.model, self.sampling, self.compiled, self.graphs = model, sampling, compile, {}
+        self.model, self.sampling, self.graphs = model, sampling, {}
         rows = max(rows, 2) if compile else rows  # torch compiles one row apart
         self.cache = KVCache(model.config, rows, room, dtype, device)
         self.row, self.position, self.end, self.token = (
@@ -128,8 +112,8 @@ class Engine:
         self.sample, self.head = sample, None
         if compile:
             self.sample = or_uncompiled(sample)
-            compile_cached_passes(model)
-            fix_sizes(self.cache)
+            if not is_compiled(model) and (problem := compile_blocks(model)):
+                print(f"warning: torch.compile failed, continuing without ({problem})", file=sys.stderr)
         else:
             self.head = packed_head(model.head_weight)
 
@@ -176,7 +160,7 @@ class Engine:
     ) -> None:
         """Fill slots with n completions of each prompt, and sample the first token of each."""
         first = list(range(slots.start, slots.stop, n))
-        logits = prefill(self.model, self.cache, prompts, first, n, self.compiled)
+        logits = prefill(self.model, self.cache, prompts, first, n)
         self.row[slots] = torch.tensor(rows, device=self.row.device)
         self.position[slots] = torch.tensor(
             [len(p) for p in prompts for _ in range(n)], device=self.row.device

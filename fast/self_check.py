@@ -12,7 +12,7 @@ from torch import Tensor
 import model as plain_head
 from fast import head as fast_head
 from fast import packing
-from fast.compiled import uncompiled
+from fast.compiled import is_compiled, uncompiled
 from fast.engine import drop_engine
 from fast.prefix import ift_states
 from infra.parallel import autocast, collect
@@ -151,7 +151,7 @@ def checks(run, cfg, rows: Sequence[Sequence[int]], prefix: bool) -> Iterator[tu
 
     with uncompiled(model):
         plain = result(sample.plain)
-    if any(getattr(block, "functions", None) for block in model.model.layers):
+    if is_compiled(model):
         yield "compiled blocks", allowed, lambda: error(result(sample.plain), plain)
     yield "head", allowed, head_error
     if getattr(cfg, "pack", False):

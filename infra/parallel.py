@@ -4,6 +4,7 @@ A collective is called by all processes or by none: whether it is called depends
 or on sums over all processes, never on the data of one process.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from lora import base_parameters, merged_weight
 
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # rank 0 may write a checkpoint of 100 GB meanwhile
+_joined: list[bool] = []  # not empty: start_process() has made the group of processes, which is to be ended
 
 
 def start_process(device: str, threads: int) -> torch.device:
@@ -45,6 +47,7 @@ def start_process(device: str, threads: int) -> torch.device:
         if not dist.is_initialized():
             backend, own = ("nccl", picked) if picked.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own)
+            _joined.append(True)
     except (dist.DistError, RuntimeError, ValueError, KeyError) as e:
         reason = str(e).strip().partition("\n")[0]
         advice = "start as many processes as there are GPUs with torchrun"
@@ -52,6 +55,13 @@ def start_process(device: str, threads: int) -> torch.device:
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the run)
     return picked
+
+
+def leave_processes() -> None:
+    """End at exit what start_process() began, after a run that ended well: its threads can abort the exit."""
+    if _joined:
+        _joined.clear()
+        atexit.register(dist.destroy_process_group)  # at exit, since a group cannot be made twice
 
 
 def pick_device(name: str) -> torch.device:

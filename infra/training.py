@@ -59,6 +59,7 @@ from infra.log import Log, brief, import_wandb, mfu
 from infra.parallel import (
     collect,
     full,
+    leave_processes,
     rank,
     refresh,
     settle_dtype,
@@ -480,6 +481,7 @@ def save_and_stop(run: Run, cfg: Any, stop_ids=(), template: str = "auto") -> No
     if stop and done < total:
         run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
+        leave_processes()
         sys.exit(128 + stop)
 
 
@@ -540,6 +542,7 @@ def leave_as_found(main: Callable) -> Callable:
         try:
             open_streams()
             main(argv)
+            leave_processes()
         finally:
             sys.stdout, sys.stderr = streams
             torch.set_num_threads(threads)

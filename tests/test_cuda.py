@@ -19,11 +19,11 @@ import train_uft
 from data.chat import Example
 from fast import engine, packing
 from fast import head as fast_head
-from fast.compiled import compile_blocks
+from fast.compiled import compile_blocks, is_compiled
 from infra.parallel import full, refresh, shard_model, start_process, whole_copy
 from infra.training import speed_up
 from lora import add_adapters
-from model import Block, ModelConfig, Transformer, attend
+from model import ModelConfig, Transformer, attend
 from sampler import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
@@ -162,10 +162,6 @@ def test_a_training_step_is_the_cpus(loss, compile, again):
     assert models[0].last == pytest.approx(models[1].last, rel=1e-3)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         assert (p - q.cpu()).abs().mean() < 1e-5
-
-
-def is_compiled(m):
-    return all("forward" in vars(b) and b.forward.__func__ is not Block.forward for b in m.model.layers)
 
 
 @pytest.mark.parametrize("compile", ["false", "true"])

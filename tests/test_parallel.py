@@ -66,6 +66,27 @@ def test_bfloat16_where_there_is_none(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_gpu_computes_in_bfloat16_unless_asked_otherwise(monkeypatch):
+    seen, cuda = [], torch.device("cuda")
+    monkeypatch.setattr(parallel, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    for device, lora_rank, dtypes in (
+        (cuda, 0, ("bfloat16", "bfloat16")),
+        (cuda, 4, ("bfloat16", "bfloat16")),
+        (torch.device("cpu"), 0, ("float32", "float32")),
+        (torch.device("cpu"), 4, ("bfloat16", "float32")),
+    ):
+        cfg = SimpleNamespace(dtype="auto", rollout_dtype="auto", lora_rank=lora_rank)
+        settle_dtype(cfg, device)
+        assert (cfg.dtype, cfg.rollout_dtype) == dtypes
+    seen.clear()
+    for tf32 in (True, False):  # of float32 asked for
+        cfg = SimpleNamespace(dtype="float32", rollout_dtype="auto", tf32=tf32)
+        settle_dtype(cfg, cuda)
+        assert cfg.rollout_dtype == "float32"
+    assert seen == ["high", "highest"]
+
+
 def test_autocast_is_on_for_bfloat16_alone():
     for dtype, on in (("bfloat16", True), ("float32", False)):
         with parallel.autocast(torch.device("cpu"), dtype):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from trajectories import (
     CPU,
     KINDS,
@@ -26,7 +27,7 @@ from trajectories import (
 import data.countdown
 import train_uft
 from fast import packing
-from infra.training import ROOT
+from infra.training import ROOT, Run
 from model import Block, ModelConfig
 
 each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
@@ -128,7 +129,7 @@ def model_of_135m():
     return SimpleNamespace(config=ModelConfig(49152, 576, 1536, 30, 9, 3), head_weight=torch.empty(0))
 
 
-def test_packing_only_where_it_pays():
+def test_packing_only_where_it_pays(monkeypatch):
     """A packed row computes all pairs of its tokens, a single one half of them: long ones stay apart."""
 
     def pays(n, length, most=1 << 20):
@@ -140,6 +141,9 @@ def test_packing_only_where_it_pays():
     assert pays(1, 1024)  # alone there is nothing to share
     row = 150 + 4 * 249
     assert pays(4, 250, row) and not pays(4, 250, row - 1)  # it has to fit the budget
+    # Attention with a mask costs more on a GPU.
+    monkeypatch.setitem(packing.MASKED_COST, "cpu", packing.MASKED_COST["cuda"])
+    assert pays(4, 60) and not pays(4, 250)
 
 
 def test_rows_are_packed_only_where_it_pays():
@@ -150,6 +154,50 @@ def test_rows_are_packed_only_where_it_pays():
     for knobs in ({"pack": False}, {"fast": False}):
         rows = train_uft.training_rows(groups, train_uft.Config(**knobs), model_of_135m())
         assert [len(row) for row in rows] == [1] * 8
+
+
+class Watch(TorchDispatchMode):
+    """Counts what makes the host wait for the device, and finds the largest tensor made on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        self.waits += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select")
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def test_a_mask_is_made_on_the_device():
+    """From which trajectory has each token: the host makes nothing of T x T."""
+    groups = weighed([[answer([1] * 40, [3], [2] * 30) for _ in range(4)]])
+    with Watch() as watch:
+        where, _ = train_uft.make_batch(groups, torch.device("meta"), train_uft.Config())
+    T = 40 + 1 + 4 * 29
+    assert where.mask.device.type == "meta" and where.mask.shape == (1, 1, T, T)
+    assert watch.largest <= T
+    # On CUDA a row has a multiple of 8 tokens, or attention would pad the mask in every layer.
+    ids, padded = (packing.lay_out(groups, SimpleNamespace(type=kind)).ids[0].tolist() for kind in ("cpu", "cuda"))
+    assert padded == ids + [0] * 3 and len(padded) == 160
+
+
+def test_the_sums_of_a_step_are_read_from_the_device_once():
+    """However many micro-batches it has."""
+    waits, sizes = [], []
+    for budget in (1 << 20, 24):
+        model = tiny("llama")
+        run = Run(None, None, CPU, None, model, model)
+        run.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        groups, cfg = weighed(some_groups()), train_uft.Config(token_budget=budget, pack=False)
+        sizes.append(len(train_uft.micro_batches(groups, cfg, model)))
+        with Watch() as watch:
+            train_uft.update(run, groups, train_uft.METHODS["uft"], cfg)
+        waits.append(watch.waits)
+    assert sizes[0] == 1 and sizes[1] > 5 and waits[0] == waits[1]
 
 
 def test_a_mask_is_converted_once_for_all_layers(monkeypatch):

@@ -22,7 +22,7 @@ def a_run(model=None, **knobs):
     """A run that believes itself on a GPU, with compiled blocks; and its configuration."""
     model = model or Transformer.from_pretrained(COUNTDOWN, torch.float32)
     for block in model.model.layers:
-        compiled.run_in(block, whole=Block.forward)
+        compiled.use_halves(block, {"after_attention": Block.after_attention})
     device = SimpleNamespace(type="cuda")
     cfg = train_uft.Config(**{"dtype": "float32", "rollout_dtype": "float32", "compile": "false"} | knobs)
     return training.Run(None, None, device, None, model, model), cfg
@@ -50,8 +50,7 @@ def test_paths_that_agree_are_named_and_stay_on(kind, capsys):
     assert (out, err) == (f"checked on Stand-In 100: {names} agree\n", "")
     assert cfg.fast and cfg.pack and run.engine
     assert all(p.grad is None for p in run.model.parameters()) and "_engine" not in vars(run.model)
-    for block in run.model.model.layers:
-        assert block.functions == {"whole": Block.forward}
+    assert compiled.is_compiled(run.model)
     cfg.self_check = False
     assert checked(run, cfg, capsys) == ("", "")
 
@@ -98,8 +97,9 @@ NAMES = ["compiled blocks", *WRONG]
 def test_a_path_that_is_wrong_or_fails_is_turned_off(name, how, monkeypatch, capsys):
     run, cfg = a_run()
     if name == "compiled blocks":
-        by = {"wrong": times(1.1, Block.forward), "nan": times(torch.nan, Block.forward), "fails": fails}
-        run.model.model.layers[1].functions = {"whole": by[how]}
+        half = Block.after_attention
+        by = {"wrong": times(1.1, half), "nan": times(torch.nan, half), "fails": fails}
+        compiled.use_halves(run.model.model.layers[1], {half.__name__: by[how]})
     else:
         module, attribute, wrong = WRONG[name]
         by = {"wrong": wrong, "nan": times(torch.nan, getattr(module, attribute)), "fails": fails}
@@ -116,8 +116,7 @@ def test_a_path_that_is_wrong_or_fails_is_turned_off(name, how, monkeypatch, cap
     assert out == f"checked on Stand-In 100: {', '.join(rest)} agree\n"
     assert cfg.pack == (name != "packed rows") and cfg.fast == (name not in ("head", "prefix"))
     assert run.engine == (name != "decode graph")
-    functions = {} if name == "compiled blocks" else {"whole": Block.forward}
-    assert run.model.model.layers[1].functions == functions
+    assert compiled.is_compiled(run.model) == (name != "compiled blocks")
     run.optimizer = torch.optim.SGD(run.model.parameters())
     options = training.engine_options(run, cfg)
     assert options["fast"] == (cfg.fast and run.engine)

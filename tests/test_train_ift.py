@@ -480,7 +480,7 @@ def test_compiled_passes_over_prompts_and_answers_give_the_same_gradients():
     assert compile_blocks(model) == ""
     torch._dynamo.utils.counters.clear()
     compiled_metrics, compiled = gradients("ift", model, batch)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # the prompts, and the answers twice
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # halves of a block without gradient
     assert compiled_metrics == pytest.approx(metrics, rel=1e-5)
     assert_same(compiled, wanted, 1e-5)
 
