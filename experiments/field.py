@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from data import countdown
+from experiments import tiny_base
 from infra.config import UserError
 
 SEARCH = {  # method -> its constant and two values, the paper's first
@@ -131,6 +132,18 @@ def hint_loss(out: Path) -> dict[str, tuple[list[str], int]]:
     return runs
 
 
+def strength(out: Path) -> dict[str, tuple[list[str], int]]:
+    """(e) The controls from a weaker and a stronger base; "base" has them from the embedded one."""
+    runs = {}
+    for name in ("weak", "strong"):
+        folder = out / "bases" / name
+        if not (folder / "countdown").exists():
+            tiny_base.main(["--task=countdown", f"--strength={name}", f"--out_dir={folder}"])
+        for method in CONTROLS:
+            runs[f"{method},{name}"] = ([*choice(out, method), f"--model={folder / 'countdown'}"], 3)
+    return runs
+
+
 STAGES = {
     "search": search,
     "base": base,
@@ -139,5 +152,6 @@ STAGES = {
     "after_sft": after_sft,
     "tenth": tenth,
     "hint_loss": hint_loss,
+    "strength": strength,
 }
 FOLDERS = {"more_seeds": "base"}  # of stages that add runs to another's folder

@@ -21,10 +21,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
+from typing import Literal
 
 import regex
 import torch
@@ -39,7 +41,17 @@ from data.pieces import TINY_PATTERN
 from data.rows import load_rows, load_task
 from data.tokenizer import TAGS, Tokenizer
 from infra.answers import accuracy
-from infra.config import Count, FilePath, Fraction, Natural, Positive, UserError, parse_config, run_script
+from infra.config import (
+    Count,
+    FilePath,
+    Fraction,
+    Natural,
+    Positive,
+    UserError,
+    parse_config,
+    require,
+    run_script,
+)
 from infra.training import ROOT, lr_factor
 from model import ModelConfig, Transformer
 
@@ -54,6 +66,8 @@ class Config:
     out_dir: FilePath = ""  # where folder TASK goes; empty: data/tiny, or out/base for other tasks
     seed: Natural = 0  # random seed of weights and texts
     batch: Count = 64  # texts a step
+    # Countdown alone
+    strength: Literal["usual", "weak", "strong"] = "usual"  # about 1, 0 or 11 % of its answers are right
     # Other tasks than countdown and logic
     right: Fraction = 0.05  # without base_text: share of the texts whose solution belongs to their prompt
     steps: Count = 1500  # steps of training
@@ -92,15 +106,23 @@ def countdown_text(rng: random.Random, n: int, target: str, noise: float) -> Tex
     return prompt, "".join(countdown.format_steps(chain)) + f"<answer>{goal}</answer>"
 
 
-def countdown_stages(rng: random.Random) -> Iterator[Stage]:
-    """The arithmetic of the steps, the purpose of the target, and doubt about both."""
+def countdown_stages(rng: random.Random, strength: str = "usual") -> Iterator[Stage]:
+    """The arithmetic of the steps, the purpose of the target, and doubt about both.
+
+    weak: the arithmetic alone. strong: no doubt, but more of the purpose.
+    """
 
     def with_purpose() -> Text:
         short = rng.random() < 0.5
         return countdown_text(rng, 3, "true", 0) if short else countdown_text(rng, 5, "random", 0)
 
     yield 900, 2e-3, lambda: countdown_text(rng, 4, "mostly wrong", 0)
+    if strength == "weak":
+        return
     yield 400, 2e-3, with_purpose
+    if strength == "strong":
+        yield 300, 2e-3, lambda: countdown_text(rng, 5, "true", 0)
+        return
     yield 160, 2e-3, lambda: countdown_text(rng, 3 if rng.random() < 0.4 else 5, "random", 0.5)
 
 
@@ -239,6 +261,8 @@ def make(name: str, cfg: Config) -> None:
     model = Transformer(config).init_weights(cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     # 3. The stages.
+    if name == "countdown":  # the tokenizer is the same for all strengths
+        stages = partial(countdown_stages, strength=cfg.strength)
     for stage, (steps, lr, maker) in enumerate(stages(random.Random(cfg.seed)), 1):
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps, 20, "cosine")
@@ -294,6 +318,8 @@ def check_base(model: Transformer, tokenizer: Tokenizer, task: ModuleType, rows:
 
 def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
+    fits = cfg.strength == "usual" or cfg.task == "countdown"
+    require(cfg, "strength", fits, "needs --task=countdown")
     for name in STAGES if cfg.task == "all" else (cfg.task,):
         make(name, cfg)
 

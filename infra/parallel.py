@@ -58,7 +58,12 @@ def start_process(device: str, threads: int) -> torch.device:
 
 
 def leave_processes() -> None:
-    """End at exit what start_process() began, after a run that ended well: its threads can abort the exit."""
+    """Wait for the others after a run that ended well, and end the group of processes at exit.
+
+    A thread of gloo that still frees a tensor when Python ends would abort the process.
+    """
+    if dist.is_initialized():
+        dist.barrier()
     if _joined:
         _joined.clear()
         atexit.register(dist.destroy_process_group)  # at exit, since a group cannot be made twice

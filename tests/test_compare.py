@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import train_uft
-from experiments import compare
+from experiments import compare, field
 from infra.config import UserError
 
 FEW = "--train_rows=12 --test_rows=4 --problems=4 --mini_batch=4 --rollouts=2 --steps=2"
@@ -157,9 +157,10 @@ def test_the_field_makes_its_stages_in_their_folders(tmp_path, monkeypatch, caps
     made = []
     monkeypatch.setattr(compare, "train", stand_in)
     monkeypatch.setattr(compare, "draw", lambda *_: None)
+    monkeypatch.setattr(field.tiny_base, "main", lambda _: None)
     compare.main(["--suite=field", f"--out_dir={tmp_path}"])
     folders = [folder for folder, _ in made]
-    assert list(dict.fromkeys(folders)) == ["search", "base", "start", "after_sft", "tenth", "hint_loss"]
+    assert list(dict.fromkeys(folders)) == ["search", "base", "start", "after_sft", "tenth", "hint_loss", "strength"]
     assert folders.count("search") == 38 and made.count(("base", "uft")) == 5
     assert "psft" in rows_of((tmp_path / "base/table.md").read_text())  # beside those with more seeds
 

@@ -40,13 +40,18 @@ def test_the_search_is_on_problems_of_neither_split(tmp_path):
     assert not seen & {r["prompt"] for r in rows["test"]}
 
 
-def test_each_stage_takes_the_better_value_and_later_ones_the_best_methods(runs, tmp_path):
+def test_each_stage_takes_the_better_value_and_later_ones_the_best_methods(runs, tmp_path, monkeypatch):
+    bases = []
+    monkeypatch.setattr(field.tiny_base, "main", bases.append)
     stages = {name: stage(runs) for name, stage in field.STAGES.items()}
     assert stages["base"]["uft"] == (["--algo=uft", "--hint_coef=0.1"], 3)
     best = [*field.CONTROLS, *[m for m in reversed(field.SEARCH) if m not in field.CONTROLS][: field.BEST]]
     assert all(list(stages[s]) == best for s in ("more_seeds", "after_sft", "tenth"))
     assert stages["after_sft"]["uft"][0][-1] == f"--model={tmp_path}/start/sft-125-0/model"
     assert len(stages["hint_loss"]) == 15
+    assert [args[1] for args in bases] == ["--strength=weak", "--strength=strong"]
+    assert stages["strength"]["sft,weak"][0][-1] == f"--model={tmp_path}/bases/weak/countdown"
+    assert len(stages["strength"]) == 2 * len(field.CONTROLS)
     lines = (tmp_path / "solutions/train.jsonl").read_text().splitlines()
     solved = [i for i, line in enumerate(lines) if json.loads(line)["answer"]]
     assert solved == list(range(0, 2000, 10)) and len(lines) == 2000

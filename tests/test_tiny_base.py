@@ -118,3 +118,21 @@ def test_a_task_makes_its_own_texts(tmp_path, capsys, made):
 def test_refusals(tmp_path, more, solution, args, message):
     with pytest.raises(UserError, match=message):
         tiny_base.main([*write_task(tmp_path, more, solution), "--steps=1", *args])
+
+
+def test_bases_of_other_strengths_have_other_texts_and_the_same_tokenizer(tmp_path, monkeypatch):
+    steps = {
+        s: [stage[0] for stage in tiny_base.countdown_stages(random.Random(0), s)]
+        for s in ("weak", "usual", "strong")
+    }
+    assert steps == {"weak": [900], "usual": [900, 400, 160], "strong": [900, 400, 300]}
+    monkeypatch.setattr(tiny_base, "countdown_text", lambda *_: ("1 2=3\n", "1+2=3\n<answer>3</answer>"))
+    monkeypatch.setattr(tiny_base, "learn_tokenizer", lambda *_, **__: Tokenizer.from_pretrained(COUNTDOWN))
+    monkeypatch.setattr(
+        tiny_base, "token_nll", lambda model, *_: (next(model.parameters())[0].sum()[None] * 0, torch.ones(1))
+    )
+    monkeypatch.setattr(tiny_base, "check_base", lambda *_: "")
+    tiny_base.main(["--task=countdown", "--strength=weak", f"--out_dir={tmp_path}"])
+    assert (tmp_path / "countdown/model.safetensors").exists()
+    with pytest.raises(UserError, match=r"^strength = 'weak': needs --task=countdown$"):
+        tiny_base.main(["--strength=weak"])
