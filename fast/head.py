@@ -9,7 +9,6 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -24,6 +23,7 @@ from model import autocast_input
 # Logits alive at a time. On a CPU: few enough for the cache, enough rows for a full-speed product. On a GPU:
 # so many that adding to the head's gradient costs little beside them, but 1/128 of its memory at most.
 CPU_CHUNK, CUDA_CHUNK = 1 << 23, 1 << 27
+Temperature = float | Tensor  # of all tokens, or one each
 PIECE = 1024  # CPU: rows of the head multiplied at a time
 LARGE_TABLE = 1 << 24  # CPU: elements of an embedding table whose gradient needs room in the heap
 
@@ -49,7 +49,7 @@ def _in_head_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def _at(temperature: float | Tensor, rows: slice) -> float | Tensor:
+def _at(temperature: Temperature, rows: slice) -> Temperature:
     """The temperature of some rows, ready to divide their logits (n, V)."""
     return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
 
@@ -82,11 +82,83 @@ def _sums_come_out(kind: str, dtype: torch.dtype) -> bool:
         return False
 
 
-# ---- a chunk as two programs to compile: a pass over its logits, and one that makes their gradient ---------
+# ---- a chunk's logits, and their gradient ------------------------------------------------------------------
+# Two ways to do the same: on a CPU in buffers, elsewhere and where blocks are compiled as two functions.
+# gradient() is that of the logits which the last statistics() made.
+
+
+class InBuffers:
+    """Tensors (rows, V) that all chunks write to, operation by operation.
+
+    Allocating them for every chunk would fragment the heap, which then grows by a third.
+    """
+
+    def __init__(self, head: Tensor, rows: int, entropy: bool):
+        shape, half = (rows, len(head)), head.dtype != torch.float32
+        self.head = head
+        # float32; then the probabilities, then the gradient of the logits.
+        self.logits = head.new_empty(shape, dtype=torch.float32)
+        self.logprobs = head.new_empty(shape, dtype=torch.float32)
+        self.product = head.new_empty(shape, dtype=torch.float32) if entropy else None
+        self.narrow = head.new_empty(shape) if half else None  # products with the head, if not float32
+
+    def statistics(self, states: Tensor, targets: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+        """Log-probs of the targets and entropies, (n,) each; zeros unless entropies are wanted."""
+        self.n = n = len(states)
+        logits, lp = self.logits[:n], self.logprobs[:n]
+        if self.narrow is None:
+            compute_logits(states, self.head, logits)
+        else:
+            logits.copy_(compute_logits(states, self.head, self.narrow[:n]))
+        if isinstance(temperature, Tensor) or temperature != 1:
+            logits.div_(temperature)
+        torch.log_softmax(logits, -1, out=lp)
+        logp = lp.gather(1, targets[:, None])[:, 0]
+        if self.product is None:
+            return logp, torch.zeros_like(logp)
+        torch.exp(lp, out=logits)
+        return logp, -torch.mul(logits, lp, out=self.product[:n]).sum(-1)
+
+    def gradient(
+        self, targets: Tensor, temperature: Temperature, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor
+    ) -> Tensor:
+        """Gradient (n, V) of the logits from those of log p[target] and of the entropy H, each (n,).
+
+        d log p_t / dz = onehot(t) - p   and   dH / dz = -p (log p + H), z = logits / temperature.
+        """
+        p, lp = self.logits[: self.n], self.logprobs[: self.n]
+        if self.product is None:
+            torch.exp(lp, out=p).mul_(-g_logp[:, None])
+        else:
+            p.mul_(lp.add_(entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logp[:, None]))
+        p.scatter_add_(1, targets[:, None], g_logp[:, None])
+        if isinstance(temperature, Tensor) or temperature != 1:
+            p.div_(temperature)
+        return p if self.narrow is None else self.narrow[: self.n].copy_(p)
+
+
+class InTwoFunctions:
+    """The same without buffers, compiled where blocks are."""
+
+    def __init__(self, head: Tensor, rows: int, entropy: bool):
+        self.head, self.entropy = head, entropy
+
+    def statistics(self, states: Tensor, targets: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+        self.logits = compute_logits(states, self.head)
+        function = _compiled[0] if _compiled else _statistics
+        logp, entropy, self.log_sum = function(self.logits, targets, temperature, self.entropy)
+        return logp, entropy
+
+    def gradient(
+        self, targets: Tensor, temperature: Temperature, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor
+    ) -> Tensor:
+        function, known = _compiled[1] if _compiled else _gradient, (entropy, self.log_sum)
+        grads = g_logp, g_entropy if self.entropy else None
+        return function(self.logits, targets, temperature, known, grads, self.head.dtype)
 
 
 def _statistics(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor, want_entropy: bool
+    logits: Tensor, targets: Tensor, temperature: Temperature, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of the targets, entropies, and logs of the sums of exponentials, (n,) each."""
     z = logits.float() / temperature
@@ -99,10 +171,10 @@ def _statistics(
 
 
 def _gradient(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor, known: tuple, grads: tuple,
+    logits: Tensor, targets: Tensor, temperature: Temperature, known: tuple, grads: tuple,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """_grad_logits() of the logits before the temperature. known: entropies and log sums; grads: of both."""
+    """InBuffers.gradient(). known: entropies and log sums; grads: of log-probs, and of entropies or None."""
     (entropy, log_sum), (g_logp, g_entropy) = known, grads
     lp, factor = logits.float() / temperature - log_sum[:, None], g_logp[:, None]
     if g_entropy is not None:
@@ -127,70 +199,11 @@ def _compile(function: Callable) -> Callable:
     return lambda logits, *rest: (compiled if len(logits) > 1 else function)(logits, *rest)
 
 
-# ---- the same, operation by operation ----------------------------------------------------------------------
-
-
-@dataclass
-class Buffers:
-    """Tensors (rows, V) that all chunks of a pass on a CPU write to.
-
-    Allocating them for every chunk would fragment the heap of the process, which then grows by a third.
-    """
-
-    logits: Tensor  # float32; then the probabilities, then the gradient of the logits
-    logprobs: Tensor  # float32
-    product: Tensor | None  # float32, for the entropy
-    narrow: Tensor | None  # products with the head, if those are not float32
-
-
-def _buffers(hidden: Tensor, weight: Tensor, rows: int, entropy: bool) -> Buffers | None:
-    """Buffers for chunks of at most `rows` states; None on a GPU, whose allocator does not fragment."""
-    if hidden.device.type != "cpu":
-        return None
-    shape, half = (rows, len(weight)), hidden.dtype != torch.float32
-    return Buffers(
-        logits=hidden.new_empty(shape, dtype=torch.float32),
-        logprobs=hidden.new_empty(shape, dtype=torch.float32),
-        product=hidden.new_empty(shape, dtype=torch.float32) if entropy else None,
-        narrow=hidden.new_empty(shape) if half else None,
-    )
-
-
-def _log_softmax(
-    hidden: Tensor, weight: Tensor, temperature: float | Tensor, buffers: Buffers | None = None
-) -> Tensor:
-    """Float32 log-probs (n, V) of a chunk, in buffers.logprobs if there are buffers."""
-    scaled = isinstance(temperature, Tensor) or temperature != 1
-    if buffers is None:
-        logits = compute_logits(hidden, weight)
-        return F.log_softmax(logits.float() / temperature if scaled else logits, -1, dtype=torch.float32)
-    n = len(hidden)
-    logits = buffers.logits[:n]
-    if buffers.narrow is None:
-        compute_logits(hidden, weight, logits)
-    else:
-        logits.copy_(compute_logits(hidden, weight, buffers.narrow[:n]))
-    if scaled:
-        logits.div_(temperature)
-    return torch.log_softmax(logits, -1, out=buffers.logprobs[:n])
-
-
-def _entropy(p: Tensor, lp: Tensor, buffers: Buffers | None = None) -> Tensor:
-    return -(p * lp if buffers is None else torch.mul(p, lp, out=buffers.product[: len(p)])).sum(-1)
-
-
-def _grad_logits(
-    p: Tensor, lp: Tensor, targets: Tensor, g_logp: Tensor, entropy: Tensor, g_entropy: Tensor | None
-) -> Tensor:
-    """Gradient (n, V) of the scaled logits from those of log p[target] and of the entropy H, each (n,).
-
-    d log p_t / dz = onehot(t) - p   and   dH / dz = -p (log p + H). Overwrites p and lp.
-    """
-    if g_entropy is None:
-        p.mul_(-g_logp[:, None])
-    else:
-        p.mul_(lp.add_(entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logp[:, None]))
-    return p.scatter_add_(1, targets[:, None], g_logp[:, None])
+def _work(hidden: Tensor, head: Tensor, chunks: list[slice], entropy: bool) -> InBuffers | InTwoFunctions:
+    """What computes these chunks. The allocator of a GPU does not fragment."""
+    in_buffers = hidden.device.type == "cpu" and not _compiled
+    rows = max((min(s.stop, len(hidden)) - s.start for s in chunks), default=0)
+    return (InBuffers if in_buffers else InTwoFunctions)(head, rows, entropy)
 
 
 def _gradient_of(weight: Tensor) -> Tensor | None:
@@ -208,25 +221,21 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else like.new_zeros(0, dtype=torch.float32)
+
+
 # ---- log-probs ---------------------------------------------------------------------------------------------
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        logps, entropies, head = [], [], weight.to(hidden.dtype)
-        for s in _chunks(hidden, weight):
-            if _compiled:
-                logits = compute_logits(hidden[s], head)
-                logp, entropy, _ = _compiled[0](logits, targets[s], _at(temperature, s), want_entropy)
-            else:
-                lp = _log_softmax(hidden[s], head, _at(temperature, s))
-                logp = lp.gather(1, targets[s, None])[:, 0]
-                entropy = _entropy(lp.exp(), lp) if want_entropy else torch.zeros_like(logp)
-            logps.append(logp)
-            entropies.append(entropy)
-        logp = torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
-        entropy = torch.cat(entropies) if entropies else torch.zeros_like(logp)
+        chunks, head = _chunks(hidden, weight), weight.to(hidden.dtype)
+        work, found = _work(hidden, head, chunks, want_entropy), []
+        for s in chunks:
+            found.append(work.statistics(hidden[s], targets[s], _at(temperature, s)))
+        logp, entropy = (_joined([pair[i] for pair in found], hidden) for i in (0, 1))
         ctx.save_for_backward(hidden, weight, targets, entropy)
         ctx.temperature, ctx.want_entropy = temperature, want_entropy
         return logp, entropy
@@ -234,26 +243,20 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, entropy = ctx.saved_tensors
-        g_hidden, head = torch.zeros_like(hidden), weight.to(hidden.dtype)
-        g_weight = _gradient_of(weight)
-        for s in _chunks(hidden, weight):
-            t, g = _at(ctx.temperature, s), g_entropy[s] if ctx.want_entropy else None
-            if _compiled:
-                statistics, gradient = _compiled
-                logits = compute_logits(hidden[s], head)
-                known = entropy[s], statistics(logits, targets[s], t, False)[2]
-                dz = gradient(logits, targets[s], t, known, (g_logp[s], g), hidden.dtype)
-            else:
-                lp = _log_softmax(hidden[s], head, t)
-                dz = _grad_logits(lp.exp(), lp, targets[s], g_logp[s], entropy[s], g)
-                dz = dz.div_(t).to(hidden.dtype)
+        chunks, head = _chunks(hidden, weight), weight.to(hidden.dtype)
+        g_hidden, g_weight = torch.zeros_like(hidden), _gradient_of(weight)
+        work = _work(hidden, head, chunks, ctx.want_entropy)
+        for s in chunks:
+            t = _at(ctx.temperature, s)
+            work.statistics(hidden[s], targets[s], t)
+            dz = work.gradient(targets[s], t, entropy[s], g_logp[s], g_entropy[s])
             torch.mm(dz, head, out=g_hidden[s])
             _add_product(g_weight, dz.T, hidden[s])
         return g_hidden, g_weight, None, None, None
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, entropy: bool = False
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Temperature = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Twin of model.token_logprobs; logits are computed again in the backward pass."""
     return _TokenLogprobs.apply(_in_head_dtype(hidden, weight), weight, targets, temperature, entropy)
@@ -265,46 +268,27 @@ def token_logprobs(
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_fn, columns, temperature, want_entropy, chunks):
-        g_hidden, head = torch.zeros_like(hidden), weight.to(hidden.dtype)
-        g_weight = _gradient_of(weight)
+        chunks, head = _chunks(hidden, weight) if chunks is None else chunks, weight.to(hidden.dtype)
+        g_hidden, g_weight = torch.zeros_like(hidden), _gradient_of(weight)
         total, logps, entropies = hidden.new_zeros((), dtype=torch.float32), [], []
-        chunks = _chunks(hidden, weight) if chunks is None else chunks
-        rows = max((s.stop - s.start for s in chunks), default=0)
-        buffers = None if _compiled else _buffers(hidden, weight, rows, want_entropy)
+        work = _work(hidden, head, chunks, want_entropy)
         for s in chunks:
             # Log-probs and entropies of this chunk's tokens.
             t = _at(temperature, s)
-            if _compiled:
-                logits = compute_logits(hidden[s], head)
-                logp, entropy, log_sum = _compiled[0](logits, targets[s], t, want_entropy)
-            else:
-                lp = _log_softmax(hidden[s], head, t, buffers)
-                logp = lp.gather(1, targets[s, None])[:, 0]
-                p = lp.exp() if buffers is None else torch.exp(lp, out=buffers.logits[: len(lp)])
-                entropy = _entropy(p, lp, buffers) if want_entropy else torch.zeros_like(logp)
-            logp, entropy = logp.requires_grad_(), entropy.requires_grad_()
+            logp, entropy = (x.requires_grad_() for x in work.statistics(hidden[s], targets[s], t))
             # The loss, and its gradient with respect to both.
             with torch.enable_grad():
                 loss = loss_fn(logp, entropy, *(c if c is None else c[s] for c in columns))
-            g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
-            g_logp = torch.zeros_like(logp) if g_logp is None else g_logp
-            g_entropy = g_entropy if want_entropy else None
+            grads = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
+            g_logp, g_entropy = (torch.zeros_like(logp) if g is None else g for g in grads)
             # From there to the logits, the states and the head.
-            if _compiled:
-                known = entropy.detach(), log_sum
-                dz = _compiled[1](logits, targets[s], t, known, (g_logp, g_entropy), hidden.dtype)
-            else:
-                dz = _grad_logits(p, lp, targets[s], g_logp, entropy.detach(), g_entropy)
-                dz = dz.div_(t) if isinstance(t, Tensor) or t != 1 else dz
-                narrow = None if buffers is None else buffers.narrow
-                dz = dz.to(hidden.dtype) if narrow is None else narrow[: len(dz)].copy_(dz)
+            dz = work.gradient(targets[s], t, entropy.detach(), g_logp, g_entropy)
             torch.mm(dz, head, out=g_hidden[s])
             _add_product(g_weight, dz.T, hidden[s])
             total += loss.detach()
             logps.append(logp.detach())
             entropies.append(entropy.detach())
-        logp = torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
-        entropy = torch.cat(entropies) if entropies else torch.zeros_like(logp)
+        logp, entropy = _joined(logps, hidden), _joined(entropies, hidden)
         ctx.save_for_backward(g_hidden, g_weight)
         ctx.mark_non_differentiable(logp, entropy)
         return total, logp, entropy
@@ -318,7 +302,7 @@ class _TokenLoss(torch.autograd.Function):
 
 def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
-    temperature: float | Tensor = 1.0, entropy: bool = False, together: Sequence[int] | None = None,
+    temperature: Temperature = 1.0, entropy: bool = False, together: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Twin of model.token_loss. The result may be differentiated once.
 
