@@ -56,6 +56,7 @@ MEASURED = (  # columns of the table where a run has them: title, key in metrics
 ACCURACY = Panel("test accuracy, %, at equal steps", "val/accuracy", 100)
 TOKENS = Panel("at equal sampled tokens", "", x="million sampled tokens")
 SECONDS = Panel("at equal seconds, of the fastest seed", "", x="seconds of training")
+PANELS = {"steps": ACCURACY, "tokens": TOKENS, "seconds": SECONDS}
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Config:
     # Report
     table: FilePath = ""  # make no runs, only the table of those in this folder
     goal: float = 50.0  # test accuracy, in %, whose cost is reported
+    panels: tuple[Literal["steps", "tokens", "seconds"], ...] = ("steps", "tokens", "seconds")  # drawn
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------
@@ -181,21 +183,22 @@ def cells(runs: list[LoggedRun], columns: list, goal: float) -> list[str]:
     return found + (means or ["-"] * 3)
 
 
-def report(methods: Methods, folder: Path, goal: float) -> None:
+def report(methods: Methods, folder: Path, cfg: Config) -> None:
     """Print the table, write it to folder/table.md, and draw folder/curves.png."""
     ends = [tests(run)[-1] for runs in methods.values() for run in runs]
     columns = [column for column in MEASURED if all(column[1] in end for end in ends)]
     seeds = " or ".join(map(str, sorted({len(runs) for runs in methods.values()})))
     titles = [f"{seeds} seeds, ± 95 % of their mean", *(title for title, *_ in columns)]
     titles += ["each seed", "steps", "seconds, least"]
-    titles += [f"{unit} to {goal:g} %" for unit in ("steps", "seconds", "sampled tokens")]
+    titles += [f"{unit} to {cfg.goal:g} %" for unit in ("steps", "seconds", "sampled tokens")]
     rows = [titles, ["---"] * len(titles)]
-    rows += [[name, *cells(runs, columns, goal)] for name, runs in methods.items()]
+    rows += [[name, *cells(runs, columns, cfg.goal)] for name, runs in methods.items()]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     (folder / "table.md").write_text(table, encoding="utf-8")
     print(table, end="")
     with note_without_matplotlib():
-        draw(panels(methods), folder / "curves.png")
+        drawn = panels(methods)
+        draw({PANELS[name]: drawn[PANELS[name]] for name in cfg.panels}, folder / "curves.png")
         print(f"figure in {folder / 'curves.png'}")
 
 
@@ -230,7 +233,7 @@ def main(argv: Sequence[str]) -> None:
     cfg = parse_config(Config, argv, __doc__)
     cfg.methods = cfg.methods or tuple(IFT if cfg.paper == "ift" else UFT)
     if cfg.table:
-        return report(read_runs(Path(cfg.table)), Path(cfg.table), cfg.goal)
+        return report(read_runs(Path(cfg.table)), Path(cfg.table), cfg)
     if not cfg.suite:
         return make_runs({name: (flags, cfg.seeds) for name, flags in settings(cfg).items()}, cfg)
     out = Path(cfg.out_dir)
@@ -251,7 +254,7 @@ def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:
     if failures < len(runs):
         finished = read_runs(Path(cfg.out_dir))
         methods = {name: finished[name] for name in (*wanted, *finished) if name in finished}
-        report(methods, Path(cfg.out_dir), cfg.goal)
+        report(methods, Path(cfg.out_dir), cfg)
     if failures:
         raise UserError(f"{failures} of {len(runs)} runs failed, see above; the same command repeats them")
 
