@@ -27,7 +27,7 @@ import regex
 from data import templates
 from data.bpe import BYTE_TOKENS, Merger, token_bytes
 from data.pieces import flatten, pre_tokenizer, unsupported
-from infra.config import UserError
+from infra.config import UserError, read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 OTHER_FORMATS = ("tokenizer.model", "vocab.json", "tekken.json")
@@ -123,7 +123,7 @@ class Tokenizer:
                 convert = f"AutoTokenizer.from_pretrained{here}.save_pretrained{here}"
                 rule = f"{other[0]} is another format, which transformers can convert: {convert}"
             raise UserError(f"{where}: no such file; {rule}")
-        description, config = _read_json(where), _read_config(dir)
+        description, config = read_json(where), _read_config(dir)
         eos_ids = _read_eos_ids(dir / "config.json")
         stop_ids = _read_eos_ids(dir / "generation_config.json") or eos_ids
         try:
@@ -170,7 +170,7 @@ class Tokenizer:
         # The template goes into its own file, and none into the configuration.
         if chosen:
             (dir / "chat_template.jinja").write_text(chosen, encoding="utf-8", newline="")
-            config = _read_json(dir / "tokenizer_config.json")
+            config = read_json(dir / "tokenizer_config.json")
             if config.pop("chat_template", None) is not None:
                 _write_json(dir / "tokenizer_config.json", config)
 
@@ -301,28 +301,13 @@ class Tokenizer:
 # ---- files ----
 
 
-def _read_json(path: Path) -> dict:
-    """Content of a JSON file, or {} if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return {}
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    return content
-
-
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_eos_ids(path: Path) -> list[int]:
     """eos_token_id of a file: one id, a list of ids or nothing."""
-    value = _read_json(path).get("eos_token_id")
+    value = read_json(path).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise UserError(f"{path}: eos_token_id = {value!r} must be an id or a list of ids")
@@ -331,8 +316,8 @@ def _read_eos_ids(path: Path) -> list[int]:
 
 def _read_config(dir: Path) -> dict:
     """Content of tokenizer_config.json, with the tokens and templates of files beside it."""
-    config = _read_json(dir / "tokenizer_config.json")
-    named = _read_json(dir / "special_tokens_map.json")
+    config = read_json(dir / "tokenizer_config.json")
+    named = read_json(dir / "special_tokens_map.json")
     # As in transformers, the map has precedence if the configuration lists no added tokens.
     given = {key: value for key, value in config.items() if value is not None}
     config = config | (named | given if "added_tokens_decoder" in config else named)

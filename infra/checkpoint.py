@@ -28,8 +28,8 @@ from typing import Any, TextIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from infra.config import UserError, write_toml
-from infra.huggingface import laid_out, read_json, without_private, write_json, write_safetensors
+from infra.config import UserError, read_json, write_toml
+from infra.huggingface import laid_out, without_private, write_json, write_safetensors
 from infra.parallel import barrier, collect, rank
 from lora import adapter_files, base_parameters
 
@@ -215,7 +215,7 @@ def write_model(
     if rank() == 0:
         tokenizer.save(folder, template)
         path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else {}
+        config = read_json(path)
         if config != without_private(config):
             write_json(path, without_private(config))
 

@@ -350,7 +350,22 @@ def usage(docstring: str, knob: str, folder: Path, wants: str) -> str:
     return "\n".join([docstring, f"Files of {folder.name}/ (--{knob}=NAME):", *lines])
 
 
-# ---- written files ----
+# ---- files ----
+
+
+def read_json(path: Path) -> dict:
+    """The object that a JSON file holds; {} if there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return {}
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON ({str(e)[:200]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
 
 
 def write_toml(config: Any, path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from infra.config import UserError
+from infra.config import UserError, read_json
 from infra.parallel import full, rank
 from lora import adapted_layers, base_parameters, merged_weight
 from model import FAMILIES, Family, ModelConfig, Transformer
@@ -39,18 +39,6 @@ PRIVATE = (
 
 def without_private(d: dict) -> dict:
     return {k: v for k, v in d.items() if k not in PRIVATE and not k.startswith("_")}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); give a Hugging Face model") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({str(e)[:200]})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -238,6 +226,7 @@ def check_folder(dir: Path) -> ModelConfig:
     path = dir / "config.json"
     if not path.exists():
         weight_files(dir)  # it says what else the directory holds
+        raise UserError(f"{path}: cannot be read (No such file or directory); give a Hugging Face model")
     config = config_from_dict(read_json(path), str(path))
     weight_files(dir)
     return config
@@ -277,8 +266,7 @@ def load_model(
     # The layout, sharded if there are several processes.
     dir = Path(dir).expanduser()
     config = check_folder(dir)
-    if (dir / "generation_config.json").exists():
-        config.generation = read_json(dir / "generation_config.json")
+    config.generation = read_json(dir / "generation_config.json")
     with torch.device("meta"):
         model = Transformer(config)
     missing = dict(model.named_parameters())

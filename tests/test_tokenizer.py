@@ -297,7 +297,7 @@ def test_broken_files_are_named(tmp_path):
     for content, wanted in (
         ("{", "not JSON"),
         ("{}", "'model'"),
-        ("[]", "must be a JSON object"),
+        ("[]", "must hold a JSON object"),
         ('{"model": {}}', "'vocab'"),
     ):
         (tmp_path / "tokenizer.json").write_text(content)
