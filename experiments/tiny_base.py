@@ -67,7 +67,7 @@ class Config:
     seed: Natural = 0  # random seed of weights and texts
     batch: Count = 64  # texts a step
     # Countdown alone
-    strength: Literal["usual", "weak", "strong"] = "usual"  # about 1, 0 or 11 % of its answers are right
+    strength: Literal["usual", "weak", "strong"] = "usual"  # 0.1, 0 or 11 % of its samples are right
     # Other tasks than countdown and logic
     right: Fraction = 0.05  # without base_text: share of the texts whose solution belongs to their prompt
     steps: Count = 1500  # steps of training
