@@ -738,9 +738,9 @@ LONG = {
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_a_million_equal_characters(kind, capfd):
+def test_a_million_spaces_or_many_equal_characters(kind, capfd):
     t = Tokenizer(LONG[kind](), {})
-    for text in ("x" + " " * 1_000_001 + "x", "a" * 1_000_001, "x" + "\n" * 1_000_001):
+    for text in ("x" + " " * 1_000_001 + "x", "a" * 300_001, "x" + "\n" * 300_001):
         assert t.decode(t.encode(text)) == text
     assert "panicked" not in capfd.readouterr().err
 
