@@ -103,7 +103,7 @@ class InBuffers:
         self.narrow = head.new_empty(shape) if half else None  # products with the head, if not float32
 
     def statistics(self, states: Tensor, targets: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
-        """Log-probs of the targets and entropies, (n,) each; zeros unless entropies are wanted."""
+        """Log-probs of the targets and entropies, (n,) each. Without `entropy` the entropies are zeros."""
         self.n = n = len(states)
         logits, lp = self.logits[:n], self.logprobs[:n]
         if self.narrow is None:

@@ -60,13 +60,14 @@ def start_process(device: str, threads: int) -> torch.device:
 def leave_processes() -> None:
     """Wait for the others after a run that ended well, and end the group of processes at exit.
 
-    A thread of gloo that still frees a tensor when Python ends would abort the process.
+    A thread of gloo that still frees a tensor when Python ends aborts the process: waiting gives it time.
+    NCCL warns of a group that is not ended.
     """
     if dist.is_initialized():
         dist.barrier()
     if _joined:
         _joined.clear()
-        atexit.register(dist.destroy_process_group)  # at exit, since a group cannot be made twice
+        atexit.register(dist.destroy_process_group)  # at exit: a second run here uses it again
 
 
 def pick_device(name: str) -> torch.device:

@@ -290,6 +290,8 @@ def self_check(run: Run, cfg: Any, rows: Sequence[Sequence[int]], prefix: bool =
             instead, cfg.pack = "--pack=false", False
         elif name == "decode graph":
             instead, run.engine = "the plain sampler", False
+            if run.rollout_model is not run.model:  # whose blocks the engine has compiled
+                uncompile(run.rollout_model)
         else:  # head, prefix
             instead, cfg.fast = "--fast=false", False
         if rank() == 0:

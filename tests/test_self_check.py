@@ -1,5 +1,6 @@
 """fast/self_check.py, with stand-ins: a path that is wrong or fails is turned off, and the run goes on."""
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -120,6 +121,14 @@ def test_a_path_that_is_wrong_or_fails_is_turned_off(name, how, monkeypatch, cap
     run.optimizer = torch.optim.SGD(run.model.parameters())
     options = training.engine_options(run, cfg)
     assert options["fast"] == (cfg.fast and run.engine)
+
+
+def test_a_plain_sampler_runs_no_compiled_block(monkeypatch, capsys):
+    run, cfg = a_run()
+    run.rollout_model = copy.deepcopy(run.model)
+    monkeypatch.setattr(engine, "decode", a_position_late)
+    checked(run, cfg, capsys)
+    assert not run.engine and compiled.is_compiled(run.model) and not compiled.is_compiled(run.rollout_model)
 
 
 TRAINERS = {

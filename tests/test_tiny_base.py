@@ -127,12 +127,19 @@ def test_bases_of_other_strengths_have_other_texts_and_the_same_tokenizer(tmp_pa
     }
     assert steps == {"weak": [900], "usual": [900, 400, 160], "strong": [900, 400, 300]}
     monkeypatch.setattr(tiny_base, "countdown_text", lambda *_: ("1 2=3\n", "1+2=3\n<answer>3</answer>"))
-    monkeypatch.setattr(tiny_base, "learn_tokenizer", lambda *_, **__: Tokenizer.from_pretrained(COUNTDOWN))
+    learned_from = []
+
+    def learn(texts, **_):
+        learned_from.append(len(texts))
+        return Tokenizer.from_pretrained(COUNTDOWN)
+
+    monkeypatch.setattr(tiny_base, "learn_tokenizer", learn)
     monkeypatch.setattr(
         tiny_base, "token_nll", lambda model, *_: (next(model.parameters())[0].sum()[None] * 0, torch.ones(1))
     )
     monkeypatch.setattr(tiny_base, "check_base", lambda *_: "")
     tiny_base.main(["--task=countdown", "--strength=weak", f"--out_dir={tmp_path}"])
     assert (tmp_path / "countdown/model.safetensors").exists()
+    assert learned_from == [3 * 2000 + 100]  # of all three usual stages, though one is trained on
     with pytest.raises(UserError, match=r"^strength = 'weak': needs --task=countdown$"):
         tiny_base.main(["--strength=weak"])
