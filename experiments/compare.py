@@ -18,12 +18,13 @@ Seconds are those of the fastest seed, the one that other programs disturbed lea
 means over the seeds whose test accuracy reached the goal, up to the first validation that did.
 """
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,10 +33,11 @@ from statistics import fmean
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.field import FOLDERS, STAGES
+from experiments import field
+from experiments.field import MEASURED_LATER, Runs
 from experiments.plot import Curves, LoggedRun, Panel, curve, draw, note_without_matplotlib, read_run
 from infra.checkpoint import resume_folder
-from infra.config import Count, FilePath, UserError, parse_config, require, run_script
+from infra.config import Count, FilePath, NonNegative, UserError, parse_config, require, run_script
 from infra.stats import mean_interval
 from infra.training import ROOT
 
@@ -48,11 +50,15 @@ IFT = {
     "frozen": "--loss=ift --train_embedding=false",
     **{f"lambda-{lam}": f"--loss=ift --lam={lam}" for lam in (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
 }
-MEASURED = (  # columns of the table where a run has them: title, key in metrics.jsonl, factor, digits
+MEASURED = (  # columns of the table, if a run has them: title, key in its ending(), factor, digits
     ("test accuracy", "val/accuracy", 100, 1),
     ("from another first step", "val/other_start", 100, 1),
+    ("pass@16", "val/pass@16", 100, 1),
     ("test nll", "val/loss", 1, 3),
+    ("nll of given tokens", "actor/hint_nll", 1, 2),
+    ("dead groups", "dead_groups", 1, 2),
 )
+TRAINED, LAST = ("actor/hint_nll", "dead_groups"), 100  # metrics of training; steps whose mean is reported
 ACCURACY = Panel("test accuracy, %, at equal steps", "val/accuracy", 100)
 TOKENS = Panel("at equal sampled tokens", "", x="million sampled tokens")
 SECONDS = Panel("at equal seconds, of the fastest seed", "", x="seconds of training")
@@ -76,7 +82,8 @@ class Config:
     out_dir: FilePath = "out/compare"  # where everything goes
     # Report
     table: FilePath = ""  # make no runs, only the table of those in this folder
-    goal: float = 50.0  # test accuracy, in %, whose cost is reported
+    goals: tuple[float, ...] = (50.0,)  # test accuracies, in %, whose cost is reported
+    tokens: NonNegative = 0.0  # report the accuracy at so many million sampled tokens too; 0: not
     panels: tuple[Literal["steps", "tokens", "seconds"], ...] = ("steps", "tokens", "seconds")  # drawn
 
 
@@ -160,6 +167,22 @@ def sampled_tokens(run: LoggedRun, step: int) -> int:
     return max((r.get("sampled_tokens", 0) for r in run.records if r["step"] <= step), default=0)
 
 
+def ending(run: LoggedRun) -> dict[str, float]:
+    """Its last validation; what field.measure() found, which replaces that; and means of TRAINED."""
+    means = {}
+    for key in TRAINED:
+        if values := [r[key] for r in run.records if key in r][-LAST:]:
+            means[key] = fmean(values)
+    kept = run.folder / MEASURED_LATER
+    later = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    return tests(run)[-1] | means | later
+
+
+def accuracy_at(run: LoggedRun, tokens: float) -> float:
+    """That of the last validation before more tokens had been sampled."""
+    return [r["val/accuracy"] for r in tests(run) if sampled_tokens(run, r["step"]) <= tokens][-1]
+
+
 def cost_of_goal(run: LoggedRun, goal: float) -> tuple[float, float, float] | None:
     """Steps, seconds and sampled tokens up to the first validation that reached the goal, if one did."""
     for r in tests(run):
@@ -168,32 +191,50 @@ def cost_of_goal(run: LoggedRun, goal: float) -> tuple[float, float, float] | No
     return None
 
 
-def cells(runs: list[LoggedRun], columns: list, goal: float) -> list[str]:
+def mean_cell(values: Sequence[float], digits: int, interval: bool = False) -> str:
+    if not values:
+        return "-"
+    mean, _, high = mean_interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {high - mean:.{digits}f}" if interval and len(values) > 1 else "")
+
+
+def cells(runs: list[LoggedRun], columns: list, cfg: Config) -> list[str]:
     """The figures of one method."""
-    ends, found = [tests(run)[-1] for run in runs], []
+    ends, found = list(map(ending, runs)), []
     for _, key, factor, digits in columns:
-        mean, _, high = mean_interval([factor * end[key] for end in ends])
-        half = f" ± {high - mean:.{digits}f}" if len(runs) > 1 else ""
-        found.append(f"{mean:.{digits}f}{half}")
+        values = [factor * end[key] for end in ends if key in end]
+        found.append(mean_cell(values, digits, interval=key in ("val/accuracy", "val/loss")))
     found.append(" ".join(f"{100 * end['val/accuracy']:.1f}" for end in ends))
-    found += [f"{ends[0]['step']:,}", f"{min(end['train_s'] for end in ends):.0f}"]
-    costs = [cost for run in runs if (cost := cost_of_goal(run, goal))]
-    some = f" ({len(costs)} of {len(runs)} seeds)" if len(costs) < len(runs) else ""
-    means = [f"{fmean(values):,.0f}{some}" for values in zip(*costs, strict=True)]
-    return found + (means or ["-"] * 3)
+    if cfg.tokens:
+        found.append(mean_cell([100 * accuracy_at(run, 1e6 * cfg.tokens) for run in runs], 1))
+    sampled = mean_cell([sampled_tokens(run, run.last_step) / 1e6 for run in runs], 2)
+    found += [f"{ends[0]['step']:,}", sampled, f"{min(end['train_s'] for end in ends):.0f}"]
+    for goal in cfg.goals:
+        costs = [cost for run in runs if (cost := cost_of_goal(run, goal))]
+        some = f" ({len(costs)} of {len(runs)} seeds)" if len(costs) < len(runs) else ""
+        means = [f"{fmean(values):,.0f}{some}" for values in zip(*costs, strict=True)]
+        found += means or ["-"] * 3
+    return found
+
+
+def table_of(methods: Methods, cfg: Config) -> str:
+    """The table in Markdown."""
+    ends = [ending(run) for runs in methods.values() for run in runs]
+    columns = [column for column in MEASURED if any(column[1] in end for end in ends)]
+    seeds = " or ".join(map(str, sorted({len(runs) for runs in methods.values()})))
+    titles = [f"{seeds} seeds, ± 95 % of their mean", *(title for title, *_ in columns), "each seed"]
+    titles += [f"at {cfg.tokens:g} million tokens"] if cfg.tokens else []
+    titles += ["steps", "million sampled tokens", "seconds, least"]
+    for goal in cfg.goals:
+        titles += [f"{unit} to {goal:g} %" for unit in ("steps", "seconds", "sampled tokens")]
+    rows = [titles, ["---"] * len(titles)]
+    rows += [[name, *cells(runs, columns, cfg)] for name, runs in methods.items()]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def report(methods: Methods, folder: Path, cfg: Config) -> None:
     """Print the table, write it to folder/table.md, and draw folder/curves.png."""
-    ends = [tests(run)[-1] for runs in methods.values() for run in runs]
-    columns = [column for column in MEASURED if all(column[1] in end for end in ends)]
-    seeds = " or ".join(map(str, sorted({len(runs) for runs in methods.values()})))
-    titles = [f"{seeds} seeds, ± 95 % of their mean", *(title for title, *_ in columns)]
-    titles += ["each seed", "steps", "seconds, least"]
-    titles += [f"{unit} to {cfg.goal:g} %" for unit in ("steps", "seconds", "sampled tokens")]
-    rows = [titles, ["---"] * len(titles)]
-    rows += [[name, *cells(runs, columns, cfg.goal)] for name, runs in methods.items()]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    table = table_of(methods, cfg)
     (folder / "table.md").write_text(table, encoding="utf-8")
     print(table, end="")
     with note_without_matplotlib():
@@ -235,28 +276,33 @@ def main(argv: Sequence[str]) -> None:
     if cfg.table:
         return report(read_runs(Path(cfg.table)), Path(cfg.table), cfg)
     if not cfg.suite:
-        return make_runs({name: (flags, cfg.seeds) for name, flags in settings(cfg).items()}, cfg)
+        make_runs({name: (flags, range(cfg.seeds)) for name, flags in settings(cfg).items()}, cfg)
+        return
     out = Path(cfg.out_dir)
-    for stage, runs in STAGES.items():
-        make_runs(runs(out), replace(cfg, out_dir=str(out / FOLDERS.get(stage, stage))))
+    cfg = replace(cfg, goals=field.GOALS, tokens=field.TOKENS)
+    for stage, runs in field.STAGES.items():
+        make_runs(runs(out), replace(cfg, out_dir=str(out / field.FOLDERS.get(stage, stage))), field.measure)
 
 
-def make_runs(wanted: dict[str, tuple[list[str], int]], cfg: Config) -> None:
-    """Make runs, name -> (arguments, seeds), `jobs` at a time, and report all runs of the folder."""
-    most = max(seeds for _, seeds in wanted.values())
-    runs = [(name, flags, s) for s in range(most) for name, (flags, seeds) in wanted.items() if s < seeds]
-    failures = 0
+def make_runs(wanted: Runs, cfg: Config, measure: Callable = lambda run: None) -> None:
+    """Make runs, `jobs` at a time, measure(folder) each, and report all runs of the folder."""
+    runs = [(name, flags, seed) for name, (flags, seeds) in wanted.items() for seed in seeds]
+    runs, failed = sorted(runs, key=lambda run: run[2]), []  # a seed of each before the next seed
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        for (name, _, seed), failure in zip(runs, pool.map(lambda r: train(*r, cfg), runs), strict=True):
+        for run, failure in zip(runs, pool.map(lambda run: train(*run, cfg), runs), strict=True):
+            name, _, seed = run
             print(failure or f"{name} seed {seed} done", flush=True)
-            failures += failure is not None
+            failed += [run] if failure else []
+    for name, _, seed in [run for run in runs if run not in failed]:  # now that nothing is timed
+        measure(Path(cfg.out_dir) / f"{name}-{seed}")
     # Report what is there, failures or not.
-    if failures < len(runs):
+    if len(failed) < len(runs):
         finished = read_runs(Path(cfg.out_dir))
         methods = {name: finished[name] for name in (*wanted, *finished) if name in finished}
         report(methods, Path(cfg.out_dir), cfg)
-    if failures:
-        raise UserError(f"{failures} of {len(runs)} runs failed, see above; the same command repeats them")
+    if failed:
+        message = f"{len(failed)} of {len(runs)} runs failed, see above; the same command repeats them"
+        raise UserError(message)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,26 @@
 """The runs of docs/field.md, made by `python experiments/compare.py --suite=field`.
 
 A stage is a function of the folder of all stages; it returns a dict, name -> (arguments of train_uft.py,
-seeds). A stage may depend on the runs of those before it.
+seeds). A stage may depend on the runs of those before it. measure() answers the test problems with the model
+of each run.
 """
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from random import Random
 from statistics import fmean
 
+import torch
+
+import evaluate
 from data import countdown
+from data.tokenizer import Tokenizer
 from experiments import tiny_base
+from infra.answers import accuracy
 from infra.config import UserError
+from model import Transformer
 
 SEARCH = {  # method -> its constant and two values, the paper's first
     "uft": ("hint_coef", "0.001", "0.1"),
@@ -36,6 +46,10 @@ SEARCH = {  # method -> its constant and two values, the paper's first
 TESTED, VALIDATED = 500, 500
 CONTROLS = "sft", "rft", "sft-rft", "uft"
 BEST = 6  # methods beside the controls in the second and third start
+GOALS, TOKENS = (30.0, 50.0), 2.67  # of the tables; million tokens that 1,000 steps of uft sample
+MEASURED_LATER = "measured.json"
+
+Runs = dict[str, tuple[list[str], Iterable[int]]]  # name -> arguments, seeds
 
 
 def write_problems(folder: Path, splits: dict[str, list[dict]]) -> str:
@@ -61,78 +75,126 @@ def last_accuracy(run: Path) -> float:
     return [r["val/accuracy"] for r in records if "val/accuracy" in r][-1]
 
 
-def search(out: Path) -> dict[str, tuple[list[str], int]]:
+def measure(run: Path) -> None:
+    """Write measured.json: a finished run's greedy accuracy on the test problems, also from another first
+    step, and its pass@16 at temperature 1.
+    """
+    if (run / MEASURED_LATER).exists():
+        return
+    model = Transformer.from_pretrained(run / "model", torch.float32)
+    tokenizer = Tokenizer.from_pretrained(run / "model")
+    rows = problems("test", n=TESTED)
+    begun = [row | {"start": countdown.other_start(row, Random(i))} for i, row in enumerate(rows)]
+
+    def answers(rows: list[dict], **sampling) -> list[list[dict]]:
+        return evaluate.answer(model, tokenizer, countdown, rows, max_new_tokens=64, **sampling)
+
+    found = {"val/accuracy": accuracy(answers(rows)).mean}
+    found["val/other_start"] = accuracy(answers([row for row in begun if row["start"]])).mean
+    sampled = answers(rows, n=16, temperature=1.0)
+    found["val/pass@16"] = fmean(any(a["reward"] == 1 for a in group) for group in sampled)
+    (run / MEASURED_LATER).write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_accuracy(run: Path) -> float:
+    return json.loads((run / MEASURED_LATER).read_text(encoding="utf-8"))["val/accuracy"]
+
+
+def search(out: Path) -> Runs:
     """Two values of each method's constant, one seed, on problems of neither split."""
     tested = {row["prompt"] for row in problems("test", n=TESTED)}
     others = [r for r in problems("test", n=2 * VALIDATED, seed=1) if r["prompt"] not in tested]
     splits = {"train": problems("train"), "test": others[:VALIDATED]}
     data = write_problems(out / "validation", splits)
     return {
-        f"{method},{knob}={value}": ([f"--algo={method}", f"--{knob}={value}", data], 1)
+        f"{method},{knob}={value}": ([f"--algo={method}", f"--{knob}={value}", data], [0])
         for method, (knob, *values) in SEARCH.items()
         for value in values
     }
 
 
-def choice(out: Path, method: str) -> list[str]:
-    """The arguments of a method at the value with the higher validation accuracy, the first of equals."""
+def searched(out: Path, method: str) -> tuple[list[str], Path]:
+    """Of the value with the higher validation accuracy, the first of equals: the arguments and the run."""
     knob, *values = SEARCH[method]
-    best = max(values, key=lambda v: last_accuracy(out / "search" / f"{method},{knob}={v}-0"))
-    return [f"--algo={method}", f"--{knob}={best}"]
+    runs = {value: out / "search" / f"{method},{knob}={value}-0" for value in values}
+    best = max(values, key=lambda value: last_accuracy(runs[value]))
+    return [f"--algo={method}", f"--{knob}={best}"], runs[best]
 
 
-def base(out: Path) -> dict[str, tuple[list[str], int]]:
-    """(a) Every method at its choice, from the base, three seeds, on the test problems."""
-    return {method: (choice(out, method), 3) for method in SEARCH}
+def choice(out: Path, method: str) -> list[str]:
+    return searched(out, method)[0]
+
+
+def base(out: Path) -> Runs:
+    """(a) Every method at its choice, from the base. The search has made seed 0."""
+    (out / "base").mkdir(exist_ok=True)
+    for method in SEARCH:
+        link, run = out / "base" / f"{method}-0", searched(out, method)[1]
+        if not link.exists():
+            link.symlink_to(os.path.relpath(run, link.parent))
+    return {method: (choice(out, method), (1, 2)) for method in SEARCH}
 
 
 def best_methods(out: Path) -> list[str]:
     """The controls, and the best of the others from the base by the mean over seeds."""
+
     def mean(method: str) -> float:
-        return fmean(last_accuracy(out / "base" / f"{method}-{seed}") for seed in range(3))
+        return fmean(test_accuracy(out / "base" / f"{method}-{seed}") for seed in range(3))
 
     others = sorted((m for m in SEARCH if m not in CONTROLS), key=mean, reverse=True)
     return [*CONTROLS, *others[:BEST]]
 
 
-def more_seeds(out: Path) -> dict[str, tuple[list[str], int]]:
+def more_seeds(out: Path) -> Runs:
     """(a) Two seeds more for the best and the controls."""
-    return {method: (choice(out, method), 5) for method in best_methods(out)}
+    return {method: (choice(out, method), (3, 4)) for method in best_methods(out)}
 
 
-def start(out: Path) -> dict[str, tuple[list[str], int]]:
+def start(out: Path) -> Runs:
     """The start of (b): 125 supervised steps."""
-    return {"sft-125": (["--algo=sft", "--sft_steps=125"], 1)}
+    return {"sft-125": (["--algo=sft", "--sft_steps=125"], [0])}
 
 
-def after_sft(out: Path) -> dict[str, tuple[list[str], int]]:
+def after_sft(out: Path) -> Runs:
     """(b) The best and the controls from that start."""
     model = f"--model={out / 'start' / 'sft-125-0' / 'model'}"
-    return {method: ([*choice(out, method), model], 3) for method in best_methods(out)}
+    return {method: ([*choice(out, method), model], range(3)) for method in best_methods(out)}
 
 
-def tenth(out: Path) -> dict[str, tuple[list[str], int]]:
+def tenth(out: Path) -> Runs:
     """(c) The best and the controls from the base, with solutions for every tenth problem."""
     rows = problems("train")
     for i, row in enumerate(rows):
         if i % 10:
             row |= {"hint": [], "answer": ""}
     data = write_problems(out / "solutions", {"train": rows, "test": problems("test", n=TESTED)})
-    return {method: ([*choice(out, method), data], 3) for method in best_methods(out)}
+    return {method: ([*choice(out, method), data], range(3)) for method in best_methods(out)}
 
 
-def hint_loss(out: Path) -> dict[str, tuple[list[str], int]]:
+def why(out: Path) -> Runs:
+    """Two questions that (a) raises. Are luffy and hpt slow because most groups are wrong for long? Then they
+    are not after supervised steps. Do prefixes work because a reward is near? Then shorter ones do not.
+    """
+    model = f"--model={out / 'start' / 'sft-125-0' / 'model'}"
+    runs = {f"{m},after_sft": ([*choice(out, m), model], range(2)) for m in ("luffy", "hpt")}
+    for share in (0.5, 0.75):
+        knobs = [*choice(out, "rft-cosine"), f"--p_high={share}"]
+        runs[f"rft-cosine,p_high={share}"] = (knobs, range(2))
+    return runs
+
+
+def hint_loss(out: Path) -> Runs:
     """(d) Rule of the prefix x coefficient of the hints' likelihood."""
     runs, method = {}, Path(__file__).with_name("hint_loss.py")
     for rule in ("cosine", "adaback", "stage"):
         for coef, fall in (("0", 0), ("0.001", 0), ("0.01", 0), ("0.1", 0), ("0.1", 300)):
             knobs = [f"--hint_rule={rule}", f"--hint_coef={coef}", f"--hint_fall={fall}"]
             name = f"{rule},{coef}" + (",falling" if fall else "")
-            runs[name] = ([f"--algo={method}", *knobs], 2)
+            runs[name] = ([f"--algo={method}", *knobs], range(2))
     return runs
 
 
-def strength(out: Path) -> dict[str, tuple[list[str], int]]:
+def strength(out: Path) -> Runs:
     """(e) The controls from a weaker and a stronger base; "base" has them from the embedded one."""
     runs = {}
     for name in ("weak", "strong"):
@@ -140,7 +202,7 @@ def strength(out: Path) -> dict[str, tuple[list[str], int]]:
         if not (folder / "countdown").exists():
             tiny_base.main(["--task=countdown", f"--strength={name}", f"--out_dir={folder}"])
         for method in CONTROLS:
-            runs[f"{method},{name}"] = ([*choice(out, method), f"--model={folder / 'countdown'}"], 3)
+            runs[f"{method},{name}"] = ([*choice(out, method), f"--model={folder / 'countdown'}"], range(3))
     return runs
 
 
@@ -151,6 +213,7 @@ STAGES = {
     "start": start,
     "after_sft": after_sft,
     "tenth": tenth,
+    "why": why,
     "hint_loss": hint_loss,
     "strength": strength,
 }

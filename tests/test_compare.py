@@ -53,7 +53,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert [uft[f"{unit} to 50 %"] for unit in UNITS] == ["17", "5", "3,000"]
     assert [rft[f"{unit} to 50 %"] for unit in UNITS] == ["-"] * 3
     assert (tmp_path / "table.md").read_text() in out
-    compare.main(["--goal=65", "--table", str(tmp_path)])
+    compare.main(["--goals=65", "--table", str(tmp_path)])
     assert rows_of(capsys.readouterr().out)["uft"]["steps to 65 %"] == "20 (1 of 3 seeds)"
 
 
@@ -74,12 +74,22 @@ def test_the_figure_by_hand(tmp_path):
         assert many != any(p.interval for line in lines.values() for p in line)
 
 
-def test_other_measures_are_columns_where_all_runs_have_them(tmp_path, capsys):
-    for name in ("sft-0", "ift-0"):
-        write_run(tmp_path / name, [0.25, 0.25], **{"val/loss": 0.4321, "val/other_start": 0.5})
-    compare.main([f"--table={tmp_path}"])
-    sft = rows_of(capsys.readouterr().out)["sft"]
-    assert (sft["test nll"], sft["from another first step"]) == ("0.432", "50.0")
+def test_other_measures_are_columns_where_a_run_has_them(tmp_path, capsys):
+    write_run(tmp_path / "sft-0", [0.25, 0.25], **{"val/loss": 0.4321, "val/other_start": 0.5})
+    write_run(tmp_path / "uft-0", [0, 0.2, 0.3], tokens=1_000_000)
+    lines = [{"step": s, "dead_groups": 1.0 if s < 50 else 0.25, "actor/hint_nll": 2.0} for s in range(150)]
+    with open(tmp_path / "uft-0/metrics.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "uft-0/measured.json").write_text('{"val/accuracy": 0.5, "val/pass@16": 0.75}')
+    compare.main([f"--table={tmp_path}", "--tokens=1.5", "--goals=20,40"])
+    rows = rows_of(capsys.readouterr().out)
+    sft, uft = rows["sft"], rows["uft"]
+    names = ("test nll", "from another first step", "pass@16", "nll of given tokens", "dead groups")
+    assert [sft[n] for n in names] == ["0.432", "50.0", "-", "-", "-"]
+    assert [uft[n] for n in names] == ["-", "-", "75.0", "2.00", "0.25"]
+    # What was measured later replaces the last validation, but not the curve.
+    assert (uft["test accuracy"], uft["each seed"], uft["million sampled tokens"]) == ("50.0", "50.0", "2.00")
+    assert (uft["at 1.5 million tokens"], uft["steps to 20 %"], uft["steps to 40 %"]) == ("20.0", "10", "-")
 
 
 def test_a_grid_is_each_with_each():
@@ -154,14 +164,26 @@ def test_the_field_makes_its_stages_in_their_folders(tmp_path, monkeypatch, caps
             write_run(folder / f"{name}-{seed}", [0, 0.5], tokens=10)
             made.append((folder.name, name))
 
+    def measure(run):
+        (run / "measured.json").write_text('{"val/accuracy": 0.5}')
+
     made = []
     monkeypatch.setattr(compare, "train", stand_in)
     monkeypatch.setattr(compare, "draw", lambda *_: None)
     monkeypatch.setattr(field.tiny_base, "main", lambda _: None)
+    monkeypatch.setattr(field, "measure", measure)
     compare.main(["--suite=field", f"--out_dir={tmp_path}"])
     folders = [folder for folder, _ in made]
-    assert list(dict.fromkeys(folders)) == ["search", "base", "start", "after_sft", "tenth", "hint_loss", "strength"]
-    assert folders.count("search") == 38 and made.count(("base", "uft")) == 5
+    assert list(dict.fromkeys(folders)) == [
+        "search",
+        "base",
+        "start",
+        "after_sft",
+        "tenth",
+        "hint_loss",
+        "strength",
+    ]
+    assert folders.count("search") == 38 and made.count(("base", "uft")) == 4  # and the search's own
     assert "psft" in rows_of((tmp_path / "base/table.md").read_text())  # beside those with more seeds
 
 
