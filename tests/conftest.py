@@ -1,8 +1,6 @@
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny models are faster on one thread; before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are faster on one thread; before torch is imported
 
 import pytest
 

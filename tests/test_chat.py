@@ -563,11 +563,7 @@ def test_parquet_gives_every_call_and_schema_the_fields_of_all_others(tmp_path):
     for name, value in (("the", "mat"), ("on", 12)):
         call = {"function": {"name": "cat", "arguments": {name: value}}}
         schema = {"function": {"name": "cat", "parameters": {name: {"type": "string"}}}}
-        messages = [
-            *talk("2+3?"),
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            *talk("a", "b"),
-        ]
+        messages = [*talk("2+3?"), {"role": "assistant", "content": "", "tool_calls": [call]}, *talk("a", "b")]
         records.append({"messages": messages, "tools": [schema]})
     rows = chat.load("train", parquet(tmp_path / "x.parquet", *records))
     examples, _ = chat.encode_rows(rows, t, 1000)
@@ -670,9 +666,7 @@ def test_forms_of_rows(record, row, tmp_path):
 
 
 def test_folders_as_the_hub_has_them(tmp_path, capsys):
-    for n, name in enumerate(
-        ("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-0-of-1")
-    ):
+    for n, name in enumerate(("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-0-of-1")):
         parquet(tmp_path / f"{name}.parquet", {"messages": talk("a", str(n))})
     for split in ("train", "train_sft"):
         assert [r["messages"][1]["content"] for r in chat.load(split, tmp_path)] == ["0", "1"]

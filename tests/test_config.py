@@ -436,7 +436,6 @@ def configured(trainer, args):
         cfg = parse_config(train_ift.config_class, args, "", name)
         train_ift.check(cfg, {loss: train_ift.find_loss(loss)[0] for loss in cfg.loss})
     else:
-
         def cls(given):
             return train_uft.find(given.get("algo", train_uft.Config.algo))[1]
 
@@ -523,6 +522,8 @@ def test_output_may_be_missing_closed_or_odd(kind, tmp_path, monkeypatch):
         main("--rows=2 --max_new_tokens=4 --show=0".split() if main is evaluate.main else knobs.split())
         assert sys.stdout is stream and sys.stderr is stream
     assert kind != "odd" or "2 test problems" in odd.text
+
+
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,7 @@ def test_packed_rows_have_the_losses_of_a_row_a_trajectory(kinds, kind):
     for where, batch in ((packed, fast_batch), (unpacked, plain_batch)):
         fed = where.fed >= 0
         assert torch.equal(where.ids.flatten()[where.fed[fed]], batch.targets[fed])
-        assert torch.equal(
-            where.positions.flatten()[where.fed[fed]], where.positions.flatten()[where.index[fed]] + 1
-        )
+        assert torch.equal(where.positions.flatten()[where.fed[fed]], where.positions.flatten()[where.index[fed]] + 1)
     assert_same(fast, plain)
 
 
@@ -183,9 +181,7 @@ def test_a_mask_is_made_on_the_device():
     assert where.mask.device.type == "meta" and where.mask.shape == (1, 1, T, T)
     assert watch.largest <= T
     # On CUDA a row has a multiple of 8 tokens, or attention would pad the mask in every layer.
-    ids, padded = (
-        packing.lay_out(groups, SimpleNamespace(type=kind)).ids[0].tolist() for kind in ("cpu", "cuda")
-    )
+    ids, padded = (packing.lay_out(groups, SimpleNamespace(type=kind)).ids[0].tolist() for kind in ("cpu", "cuda"))
     assert padded == ids + [0] * 3 and len(padded) == 160
 
 
@@ -221,7 +217,6 @@ def test_a_mask_is_converted_once_for_all_layers(monkeypatch):
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
-
 
 def assert_same_runs(args, tmp_path):
     """All metrics within 1e-4, the same texts, and weights that moved to nearly the same place."""
@@ -304,11 +299,7 @@ slow = pytest.mark.slow
     "knobs",
     [
         *(f"--algo={name}" for name in ["uft", "sft", "sft-rft", "stage", *ROLLOUTS_OF_THEIR_OWN]),
-        *(
-            pytest.param(f"--algo={name}", marks=slow)
-            for name in ["rft", "rft-cosine", "r3", *VARIANTS]
-            if name not in ROLLOUTS_OF_THEIR_OWN
-        ),
+        *(pytest.param(f"--algo={name}", marks=slow) for name in ["rft", "rft-cosine", "r3", *VARIANTS] if name not in ROLLOUTS_OF_THEIR_OWN),
         "--kl_coef=0.1 --temperature=0.8 --adv_norm=none",
         "--algo=sft-rft --kl_coef=0.1",
         "--algo=prefix_rft --temperature=0.8 --kl_coef=0.1 --token_budget=150",
@@ -319,9 +310,7 @@ slow = pytest.mark.slow
 )
 def test_uft_is_the_same_fast_and_plain(knobs, tmp_path, checked):
     algo = knobs.split()[0].removeprefix("--algo=")
-    more = {"relift": "--relift_buffer=2", "published": "--token_budget=200", "trapo": "--rollouts=4"}.get(
-        algo, ""
-    )
+    more = {"relift": "--relift_buffer=2", "published": "--token_budget=200", "trapo": "--rollouts=4"}.get(algo, "")
     assert_same_runs([*UFT, *f"{more} {knobs}".split()], tmp_path)
     done = steps(tmp_path / "plain")
     assert len(done) == {"sft": 2, "sft-rft": 5}.get(algo, 3)

@@ -109,11 +109,7 @@ def test_a_run_of_uft_ends_with_its_page(tmp_path):
     assert [g["step"] for g in run["groups"]] == [1, 1, 3, 3] and run["rows"] == []
     assert [a["step"] for a in run["answers"]] == [0, 0] + [4] * 6
     named = run["facts"]
-    assert (
-        named["method, task, seed"].startswith("uft, countdown")
-        and named["device"] == "cpu"
-        and "4 steps" in named["training"]
-    )
+    assert named["method, task, seed"].startswith("uft, countdown") and named["device"] == "cpu" and "4 steps" in named["training"]
     assert "test accuracy, step 4" in named and "test accuracy, step 0" in named
     sampled = records[-2]["sampled_tokens"]
     assert named["tokens"] == f"{sampled:,} sampled" and sampled > 0
@@ -123,11 +119,7 @@ def test_a_run_of_ift_ends_with_a_page_for_each_loss(tmp_path):
     train_ift.main([*IFT.split(), f"--out_dir={tmp_path / 'b'}"])
     for name in ("sft", "ift"):
         (run,) = page_data(tmp_path / "b" / name)
-        assert (
-            run["name"] == name
-            and run["facts"]["method, task, seed"].startswith("sft, ift, ")
-            and run["groups"] == []
-        )
+        assert run["name"] == name and run["facts"]["method, task, seed"].startswith("sft, ift, ") and run["groups"] == []
         targets = [t for row in run["rows"] for t in row["tokens"] if t[1] is not None]
         assert targets and all(len(t) == 4 and t[3] >= 0 for t in targets)
         assert {"loss", "val/loss", "val/accuracy"} <= run["curves"].keys() and len(run["answers"]) == 6

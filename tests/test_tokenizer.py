@@ -213,6 +213,7 @@ def test_repetitive_texts_are_merged_as_tokenizers_merges_them(alphabet):
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
+
 def lacking(byte):
     d = description()
     del d["model"]["vocab"][BYTE_TO_CHAR[byte]]
@@ -232,7 +233,9 @@ REFUSED = {
         [], pre_tokenizer={"type": "Metaspace"}
     ),
     "Metaspace with replacement": sentencepiece([], pre_tokenizer={"type": "Metaspace", "replacement": "ab"}),
-    "pre_tokenizer ByteLevel in this place": sentencepiece([], pre_tokenizer=BYTE_LEVEL),
+    "pre_tokenizer ByteLevel in this place": sentencepiece(
+        [], pre_tokenizer=BYTE_LEVEL
+    ),
     "decoder ByteLevel": sentencepiece([], decoder={"type": "ByteLevel"}),
     "decoder Replace, ByteFallback, Fuse, Strip": sentencepiece(
         [], decoder={"type": "Sequence", "decoders": [*BACK, STRIP | {"stop": 1}]}
@@ -255,7 +258,9 @@ REFUSED = {
     "normalizer Replace": {"normalizer": {"type": "Replace", "pattern": {"Regex": " "}, "content": "_"}},
     "pre_tokenizer Metaspace": {"pre_tokenizer": sequence({"type": "Metaspace", "replacement": "▁"}, UNCUT)},
     "individual_digits": {"pre_tokenizer": sequence({"type": "Digits"}, UNCUT)},
-    "pre_tokenizer must end with ByteLevel": {"pre_tokenizer": {"type": "Digits", "individual_digits": True}},
+    "pre_tokenizer must end with ByteLevel": {
+        "pre_tokenizer": {"type": "Digits", "individual_digits": True}
+    },
     "pre_tokenizer Punctuation": {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, UNCUT]}
     },
@@ -443,9 +448,7 @@ NORMALIZERS = {
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @given(
-    st.lists(
-        st.sampled_from(["<x>", "<x>y", "<y>", "a<z>", "<", "x>", " ", "a", "e\u0301", "\u0338"]), max_size=8
-    )
+    st.lists(st.sampled_from(["<x>", "<x>y", "<y>", "a<z>", "<", "x>", " ", "a", "e\u0301", "\u0338"]), max_size=8)
 )
 @settings(max_examples=60, deadline=None)
 def test_added_tokens_before_and_after_normalising(normalizer, parts):

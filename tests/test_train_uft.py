@@ -98,13 +98,7 @@ def test_update_is_the_objective_written_down_again(kind, temperature, kl, path)
             for p in reference.parameters():
                 p.mul_(1.05)
     groups = some_groups(model)
-    knobs = {
-        "temperature": temperature,
-        "kl_coef": kl,
-        "entropy_coef": 0.05,
-        "clip_high": 0.28,
-        **PATHS[path],
-    }
+    knobs = {"temperature": temperature, "kl_coef": kl, "entropy_coef": 0.05, "clip_high": 0.28, **PATHS[path]}
     ours_metrics, ours = step(model, groups, UFT, 0.5, reference, **knobs)
     loss, plain = plain_gradients(model, groups, 0.5, Config(**knobs), reference)
     assert ours_metrics["actor/loss"] == pytest.approx(loss, abs=1e-5)
@@ -294,9 +288,7 @@ def test_old_log_probs_are_recomputed_in_the_rows_that_are_trained_on(pack, rows
 @each_path
 def test_the_temperature_of_rollouts_does_not_change_the_likelihood_of_given_tokens(path):
     model = tiny()
-    groups = [
-        [answer(t.prompt, t.tokens[: t.n_given], [])] for (t, *_) in some_groups(kinds=["a hint", "one"])
-    ]
+    groups = [[answer(t.prompt, t.tokens[: t.n_given], [])] for (t, *_) in some_groups(kinds=["a hint", "one"])]
     cold, ours = step(model, groups, UFT, 1.0, temperature=0.5, **PATHS[path])
     warm, wanted = step(model, groups, UFT, 1.0, **PATHS[path])
     assert cold == pytest.approx(warm, abs=1e-6)
@@ -525,12 +517,7 @@ def test_a_run_logs_the_mismatch_and_corrects_it(tmp_path, monkeypatch):
     for kind in ("none", "token", "sequence"):
         go(tmp_path / kind, "--rollout_dtype=bfloat16", "--steps=2", f"--rollout_correction={kind}")
         record[kind] = metrics(tmp_path / kind)[1]
-        assert (
-            0
-            < record[kind]["sampling/logp_difference/mean"]
-            < record[kind]["sampling/logp_difference/max"]
-            < 1
-        )
+        assert 0 < record[kind]["sampling/logp_difference/mean"] < record[kind]["sampling/logp_difference/max"] < 1
         assert 0 < record[kind]["sampling/kl_k3"] < 0.1
     assert record["none"]["sampling/weight/mean"] == 1 != record["token"]["sampling/weight/mean"]
     assert len({r["actor/grad_norm"] for r in record.values()}) == 3
@@ -632,13 +619,7 @@ def test_a_problem_without_a_solution_is_sampled_whatever_the_method_gives(algo,
     for row in rows[1:7]:
         row |= {"hint": [], "answer": ""}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    phases = [
-        "--steps=2",
-        "--sft_steps=2",
-        "--p_low=1",
-        "--p_high=1",
-        f"--data_path={tmp_path / 'rows.jsonl'}",
-    ]
+    phases = ["--steps=2", "--sft_steps=2", "--p_low=1", "--p_high=1", f"--data_path={tmp_path / 'rows.jsonl'}"]
     phases += ["--train_rows=8", "--test_rows=1", "--rollouts=4"]
     go(tmp_path / "out", f"--algo={algo}", "--problems=2" if algo == "sft" else "--problems=8", *phases)
     field = "hint" if train_uft.find(algo)[0].needs == "hint" else "answer"
@@ -900,10 +881,7 @@ def refused(capsys, monkeypatch, *args):
         ("--mini_batch=3", "mini_batch"),
         ("--temperature=0", "temperature"),
         ("--p_low=0.9 --p_high=0.5", "p_low"),
-        (
-            "--algo=luffy --loss_norm=constant",
-            "loss_norm = 'constant': must be tokens: luffy has its own weights",
-        ),
+        ("--algo=luffy --loss_norm=constant", "loss_norm = 'constant': must be tokens: luffy has its own weights"),
         ("--hint_steps=0", "hint_steps"),
         ("--task=chess", "countdown"),
         ("--device=tpu", "device"),
@@ -938,9 +916,7 @@ def test_what_moved_can_be_run():
 )
 def test_bad_methods_of_ones_own(text, wanted, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.py").write_text(text)
-    assert wanted in refused(
-        capsys, monkeypatch, f"--algo={tmp_path / 'mine.py'}", f"--out_dir={tmp_path / 'o'}"
-    )
+    assert wanted in refused(capsys, monkeypatch, f"--algo={tmp_path / 'mine.py'}", f"--out_dir={tmp_path / 'o'}")
 
 
 def test_help_has_every_method_and_the_knobs_of_the_one_that_is_named(tmp_path, capsys):
@@ -954,9 +930,7 @@ def test_help_has_every_method_and_the_knobs_of_the_one_that_is_named(tmp_path, 
     for name in VARIANTS:
         first = (ROOT / f"variants/{name}.py").read_text().partition("\n")[0].strip('"')
         assert all(re.search(rf"^  {name} +{re.escape(first)}$", text, re.M) for text in texts.values())
-    assert not any(" dft " in text for text in texts.values()) and all(
-        name in texts["uft"] for name in METHODS
-    )
+    assert not any(" dft " in text for text in texts.values()) and all(name in texts["uft"] for name in METHODS)
     assert "--luffy_gamma=0.1" in texts["luffy"] and "--clip_low=1.0" in texts["luffy"]
     assert "--clip_low=0.2 " in texts["uft"] and "luffy_gamma" not in texts["uft"]
     assert re.search("--easiest=2 +problems to begin with", texts[str(tmp_path / "mine.py")])
@@ -1046,14 +1020,10 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, capsys, monkey
     calls = []
     go(tmp_path / "good", "--steps=3", "--lr_schedule=constant", "--eval_every=9")
     monkeypatch.setattr(train_uft, "update", spoiling)
-    err = refused(
-        capsys, monkeypatch, f"--out_dir={tmp_path / 'run'}", "--lr_schedule=constant", "--eval_every=9"
-    )
+    err = refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'run'}", "--lr_schedule=constant", "--eval_every=9")
     assert "step 5" in err and "last good checkpoint" in err and str(tmp_path / "run/resume") in err
     good, run = outcome(tmp_path / "good"), outcome(tmp_path / "run")
-    assert {k: v for k, v in good.items() if k != "samples"} == {
-        k: v for k, v in run.items() if k != "samples"
-    }
+    assert {k: v for k, v in good.items() if k != "samples"} == {k: v for k, v in run.items() if k != "samples"}
 
 
 def test_a_learning_rate_that_explodes_is_one_line(tmp_path, capsys, monkeypatch):
@@ -1062,13 +1032,7 @@ def test_a_learning_rate_that_explodes_is_one_line(tmp_path, capsys, monkeypatch
 
 
 def test_from_the_shell(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "train_uft.py"),
-        f"--out_dir={tmp_path}",
-        "--algo=luffy",
-        "--stepz=1",
-    ]
+    command = [sys.executable, str(ROOT / "train_uft.py"), f"--out_dir={tmp_path}", "--algo=luffy", "--stepz=1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "steps" in result.stderr

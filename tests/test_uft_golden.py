@@ -74,14 +74,10 @@ def hint_length(algo, step, m, hint_steps=300, seed=0):
     method = METHODS[algo] if algo in METHODS else variant(algo)[0]
     problem = Problem(0, {}, [], list(range(m + 1)))
     memory = {"problems": [{"share": 0.4}]}
-    return method.hint_length(
-        step, problem, Config(hint_steps=hint_steps), np.random.default_rng(seed), memory
-    )
+    return method.hint_length(step, problem, Config(hint_steps=hint_steps), np.random.default_rng(seed), memory)
 
 
-@pytest.mark.parametrize(
-    ("algo", "step", "m"), [("uft", 150, 5), ("uft", 80, 3), ("r3", 20, 5), ("target", 9, 4)]
-)
+@pytest.mark.parametrize(("algo", "step", "m"), [("uft", 150, 5), ("uft", 80, 3), ("r3", 20, 5), ("target", 9, 4)])
 def test_hint_lengths_are_drawn_from_their_distribution(algo, step, m):
     drawn = [hint_length(algo, step, m, seed=(0, 3, step, i)) for i in range(4000)]
     p = {"uft": hint_probability(step, 300), "target": 0.4}.get(algo)

@@ -202,10 +202,7 @@ def test_prefix_rft(world):
     many = Problem(0, {}, [], list(range(101)))
 
     def shares(step):
-        draws = [
-            method.hint_length(step, many, config(hint_steps=100), np.random.default_rng(i), {})
-            for i in range(300)
-        ]
+        draws = [method.hint_length(step, many, config(hint_steps=100), np.random.default_rng(i), {}) for i in range(300)]
         assert all(k[:-1] == [0, 0, 0] for k in draws)
         return [k[-1] for k in draws]
 
@@ -259,14 +256,10 @@ def test_srft():
     method, _, config = SRFT
     group = [*rewarded(0.5, 1.0), answer([1], [2, 3], [], reward=1.0)]
     method.advantages([group], config())
-    assert [t.advantage for t in group] == pytest.approx(
-        [-1, 1, (1 - 2.5 / 3) / np.std([0.5, 1, 1], ddof=1)], rel=1e-4
-    )
+    assert [t.advantage for t in group] == pytest.approx([-1, 1, (1 - 2.5 / 3) / np.std([0.5, 1, 1], ddof=1)], rel=1e-4)
     logp = log(0.5, 0.2, 0.3, 0.4, 0.6)  # a demonstration, a right rollout, a wrong one
     entropy = torch.tensor([1.0, 3.0, 0.2, 0.4, 9.0], requires_grad=True)
-    batch = a_batch(
-        [True, True, False, False, False], trajectory=[0, 0, 1, 1, 2], advantage=[2.0, 2.0, 1, 1, -1]
-    )
+    batch = a_batch([True, True, False, False, False], trajectory=[0, 0, 1, 1, 2], advantage=[2.0, 2.0, 1, 1, -1])
     losses = train_uft.uft_loss(method, logp, entropy, batch, config(entropy_coef=0.0))
     certain, uncertain = 0.5 * math.exp(-2), 0.1 * math.exp(0.3)
     wanted = [-certain * math.log(0.5) - 1.0, -certain * math.log(0.2) - 0.4,
@@ -349,9 +342,7 @@ def test_dapo(world):
     assert config().clip_high == 0.28
     group = [answer([1], [], [2, 3]), answer([1], [], [4] * 5, finished=False), answer([1], [], [5] * 3)]
     (whole, cut, other), *_ = weighed([group], method)
-    assert (
-        whole.weight.tolist() == [1 / 5] * 2 and not cut.weight.any() and other.weight.tolist() == [1 / 5] * 3
-    )
+    assert whole.weight.tolist() == [1 / 5] * 2 and not cut.weight.any() and other.weight.tolist() == [1 / 5] * 3
 
 
 def test_adaback(world):
@@ -421,8 +412,7 @@ def same_step(groups, method, other, config=train_uft.Config, others=None, toler
     """Both methods have the same loss and gradients, the other one on `others` if they are given."""
     model = tiny()
     (ours, a), (theirs, b) = (
-        step(model, g, m, 0.0, config=config, **knobs)
-        for g, m in ((groups, method), (others or groups, other))
+        step(model, g, m, 0.0, config=config, **knobs) for g, m in ((groups, method), (others or groups, other))
     )
     assert ours["actor/loss"] == pytest.approx(theirs["actor/loss"], abs=1e-6)
     assert b["lm_head.weight"].norm() > 1e-3
@@ -471,9 +461,7 @@ def test_trapo_without_a_hint_is_grpo(world):
 def test_dapo_without_dead_or_cut_groups_is_grpo_with_clip_higher(world):
     method, _, config = variant("dapo")
     groups = groups_of([0.0, 1.0], [0.5, 0.0])
-    assert rewards_of(method.after_rollout(list(groups), world.run, world.data, 0, config())) == rewards_of(
-        groups
-    )
+    assert rewards_of(method.after_rollout(list(groups), world.run, world.data, 0, config())) == rewards_of(groups)
     assert all(not picks for picks, _ in world.calls)
     same_step(some_rollouts(), method, METHODS["rft"], train_uft.Config, clip_high=0.28)
     same_step(some_rollouts(), method, METHODS["rft"], config)
@@ -490,10 +478,7 @@ def test_methods_that_choose_or_weigh_hints_are_rft_or_uft_otherwise():
         assert (METHODS.get(trained) or variant(trained)[0]).trains_hints
     same_step(groups, variant("residual")[0], METHODS["uft"], variant("residual")[2], ift_lambda=0.0)
     # A ratio of 1: PPO, CISPO and, with trajectories of one length, GSPO have the same gradient.
-    model, equal = (
-        tiny(),
-        [[answer([1, 2], [], [k, k + 1, k + 2], None, a) for k, a in ((5, 1.0), (9, -2.0))]],
-    )
+    model, equal = tiny(), [[answer([1, 2], [], [k, k + 1, k + 2], None, a) for k, a in ((5, 1.0), (9, -2.0))]]
     train_uft.recompute_old_logprobs(model, equal, train_uft.Config())
     rft = step(model, equal, METHODS["rft"], 0.0)[1]
     for name in ("cispo", "gspo"):
@@ -510,13 +495,7 @@ def test_a_variant_has_the_same_step_on_all_paths_and_in_several_micro_batches(n
     monkeypatch.setattr(fast_head, "CPU_CHUNK", 1)
     method, _, config = variant(name)
     model, groups = tiny("qwen2"), some_groups(tiny("qwen2"), KINDS)
-    knobs = {
-        "temperature": 0.9,
-        "kl_coef": 0.1,
-        "entropy_coef": 0.01,
-        "config": config,
-        "reference": tiny("qwen2"),
-    }
+    knobs = {"temperature": 0.9, "kl_coef": 0.1, "entropy_coef": 0.01, "config": config, "reference": tiny("qwen2")}
     whole, wanted = step(model, groups, method, 0.5, fast=False, **knobs)
     for budget in (32768, 60):
         if name == "published" and budget == 60:  # it depends on the budget, on all paths alike

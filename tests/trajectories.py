@@ -34,9 +34,7 @@ def variant(name):
 
 def tiny(kind="llama"):
     """A tiny model; "window" is one whose tokens see the last three only."""
-    model = Transformer.from_pretrained(
-        HERE / f"vectors/uft/models/tiny_{'llama' if kind == 'window' else kind}"
-    )
+    model = Transformer.from_pretrained(HERE / f"vectors/uft/models/tiny_{'llama' if kind == 'window' else kind}")
     if kind == "window":
         model.config.model_type, model.config.extra["sliding_window"] = "mistral", 3
     return model
