@@ -48,6 +48,7 @@ CONTROLS = "sft", "rft", "sft-rft", "uft"
 BEST = 6  # methods beside the controls in the second and third start
 GOALS, TOKENS = (30.0, 50.0), 2.67  # of the tables; million tokens that 1,000 steps of uft sample
 MEASURED_LATER = "measured.json"
+HINT_LOSS = Path(__file__).with_name("hint_loss.py")
 
 Runs = dict[str, tuple[list[str], Iterable[int]]]  # name -> arguments, seeds
 
@@ -177,20 +178,20 @@ def why(out: Path) -> Runs:
     """
     model = f"--model={out / 'start' / 'sft-125-0' / 'model'}"
     runs = {f"{m},after_sft": ([*choice(out, m), model], range(2)) for m in ("luffy", "hpt")}
-    for share in (0.5, 0.75):
-        knobs = [*choice(out, "rft-cosine"), f"--p_high={share}"]
-        runs[f"rft-cosine,p_high={share}"] = (knobs, range(2))
+    for most in (1, 2, 3):
+        knobs = [f"--algo={HINT_LOSS}", "--hint_coef=0", choice(out, "rft-cosine")[1], f"--hint_most={most}"]
+        runs[f"cosine,hint_most={most}"] = (knobs, range(2))
     return runs
 
 
 def hint_loss(out: Path) -> Runs:
     """(d) Rule of the prefix x coefficient of the hints' likelihood."""
-    runs, method = {}, Path(__file__).with_name("hint_loss.py")
+    runs = {}
     for rule in ("cosine", "adaback", "stage"):
         for coef, fall in (("0", 0), ("0.001", 0), ("0.01", 0), ("0.1", 0), ("0.1", 300)):
             knobs = [f"--hint_rule={rule}", f"--hint_coef={coef}", f"--hint_fall={fall}"]
             name = f"{rule},{coef}" + (",falling" if fall else "")
-            runs[name] = ([f"--algo={method}", *knobs], range(2))
+            runs[name] = ([f"--algo={HINT_LOSS}", *knobs], range(2))
     return runs
 
 

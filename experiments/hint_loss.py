@@ -1,4 +1,4 @@
-"""The ablation of docs/field.md: does a loss on hints help? Rule of the prefix x coefficient.
+"""The ablations of docs/field.md: rule of the prefix x coefficient of its loss, and the longest prefix.
 
 python train_uft.py --algo=experiments/hint_loss.py --hint_rule=adaback --hint_coef=0.1 --hint_fall=300
 """
@@ -15,6 +15,7 @@ from variants import adaback
 class Config(adaback.Config):
     hint_rule: Literal["cosine", "adaback", "stage"] = "cosine"  # how long a prefix is
     hint_fall: Natural = 0  # steps in which hint_coef falls to 0; 0: it stays
+    hint_most: Natural = 100  # most segments to give
 
 
 RULES = {
@@ -25,7 +26,7 @@ RULES = {
 
 
 def hint_length(step, problem, cfg, rng, memory):
-    return RULES[cfg.hint_rule](step, problem, cfg, rng, memory)
+    return min(cfg.hint_most, RULES[cfg.hint_rule](step, problem, cfg, rng, memory))
 
 
 def set_coefficients(groups, run, data, step, cfg):

@@ -61,7 +61,7 @@ def test_each_stage_takes_the_better_value_and_later_ones_the_best_methods(runs,
     assert stages["after_sft"]["uft"][0][-1] == f"--model={tmp_path}/start/sft-125-0/model"
     assert len(stages["hint_loss"]) == 15
     assert stages["why"]["hpt,after_sft"][0][-1] == stages["after_sft"]["uft"][0][-1]
-    assert stages["why"]["rft-cosine,p_high=0.5"][0][1:] == ["--hint_steps=900", "--p_high=0.5"]
+    assert stages["why"]["cosine,hint_most=2"][0][-2:] == ["--hint_steps=900", "--hint_most=2"]
     assert [args[1] for args in bases] == ["--strength=weak", "--strength=strong"]
     assert stages["strength"]["sft,weak"][0][-1] == f"--model={tmp_path}/bases/weak/countdown"
     assert len(stages["strength"]) == 2 * len(field.CONTROLS)
@@ -114,6 +114,7 @@ def test_the_ablation_has_the_rules_and_the_coefficient():
         cfg, (a, b) = own(hint_rule=rule), (np.random.default_rng(0) for _ in range(2))
         assert [method.hint_length(s, problem, cfg, a, {}) for s in range(0, 700, 7)] == [
             other.hint_length(s, problem, cfg, b, {}) for s in range(0, 700, 7)]  # fmt: skip
+        assert method.hint_length(0, problem, own(hint_rule=rule, hint_most=2), a, {}) == 2
     groups = [[answer([1], [2], [3])]]
     for step, fall, coef in ((0, 0, 0.1), (999, 0, 0.1), (150, 300, 0.05), (400, 300, 0.0)):
         method.after_rollout(groups, None, None, step, own(hint_coef=0.1, hint_fall=fall))
