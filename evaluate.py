@@ -93,6 +93,11 @@ def check(cfg: Config) -> None:
     if cfg.compare or cfg.against:
         for side in ("compare", "against"):
             require(cfg, side, bool(getattr(cfg, side)), "name both sides: --compare A B")
+    writes = not (cfg.chat or cfg.compare)
+    for key in ("save", "table", "export"):
+        require(cfg, key, writes or not getattr(cfg, key), "is not written by --chat or --compare")
+    require(cfg, "table", not cfg.table or cfg.export in ("", "uft"), f"{cfg.export} has no table")
+    if cfg.compare:
         return
     if cfg.temperature == 0 and cfg.export != "mt_bench":  # which has its own
         for key in ("n", "top_k", "top_p"):
@@ -224,7 +229,10 @@ def conversation_ids(tokenizer: Tokenizer, conversation: str | list, template: s
     if isinstance(conversation, list) and template != "none":
         return tokenizer.chat(conversation, template=template)
     if isinstance(conversation, list):
-        conversation = "".join(m["content"] + "\n" for m in conversation)
+        texts = [m.get("content") if isinstance(m, dict) else None for m in conversation]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError("template = 'none': joins messages, so each must have text as content")
+        conversation = "".join(text + "\n" for text in texts)
     return tokenizer.encode(conversation, bos=True)
 
 
@@ -312,7 +320,7 @@ def two_sides(argv: Sequence[str]) -> list[str]:
     return [*argv[:at], f"--compare={sides[0]}", f"--against={sides[1]}", *argv[at + 3 :]]
 
 
-@training.leave_as_found
+@training.leave_as_found()
 def main(argv: Sequence[str]) -> None:
     cfg = config.parse_config(Config, two_sides(argv), __doc__)
     check(cfg)
@@ -320,7 +328,7 @@ def main(argv: Sequence[str]) -> None:
         return print(compare(cfg.compare, cfg.against, cfg.checker, cfg.show))
     tiny = training.ROOT / "data" / "tiny"
     own = tiny / cfg.task[0]
-    cfg.model = cfg.model or str(own if own.exists() else tiny / "countdown")
+    cfg.model = cfg.model or str(own if own.is_dir() else tiny / "countdown")
     base, device = training.starting_model(cfg), start_process(cfg.device, cfg.threads)
     settle_dtype(cfg, device)
     if device.type not in ("cpu", "cuda"):

@@ -530,10 +530,8 @@ def make_residual(step: int, warmup: int, cfg: Config) -> Residual:
 def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.device) -> dict:
     """Train one method from the starting model to out_dir; returns its last validation."""
     # Model, data, optimiser; all of it from out_dir/resume if the run continues.
-    # Of several methods some may not have begun.
-    resume = cfg.resume != "false" and resume_folder(out_dir) is not None
     sampled = cfg.dtype if cfg.lora_rank and device.type == "cuda" else "float32"
-    run = training.set_up(cfg, str(out_dir), device, sampled if cfg.task else "", resume)
+    run = training.set_up(cfg, str(out_dir), device, sampled if cfg.task else "")
     run.method = name
     data = load_examples(bool(method.pair_loss), cfg, run.tokenizer, run.model.config)
     run.reference = training.frozen_model(run.base, run, cfg) if method.reference else None
@@ -544,7 +542,7 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
         run.optimizer = torch.optim.RMSprop(run.model.parameters())
     splits = {"train": data.examples, "test": data.test}
     reads_base = bool(cfg.lora_rank or method.reference)
-    training.start_or_resume(run, cfg, resume, {}, splits, reads_base)
+    training.start_or_resume(run, cfg, {}, splits, reads_base)
     steps = cfg.steps or max(1, round(cfg.epochs * len(data.examples) / cfg.batch))
     run.total, warmup = steps, round(cfg.warmup_ratio * steps)
     print(f"{name}: {steps} steps of {cfg.batch}, {training.model_size(run)}")
@@ -593,7 +591,7 @@ def config_class(given: dict) -> type:
     return next(iter(own), Config)
 
 
-@training.leave_as_found
+@training.leave_as_found()
 def main(argv: Sequence[str]) -> None:
     """Train every method of the knob `loss`."""
     help = config.usage(__doc__, "loss", ROOT / "variants", "LOSS")
@@ -605,6 +603,8 @@ def main(argv: Sequence[str]) -> None:
     folders = {n: Path(cfg.out_dir) / (Path(n).stem if several else "") for n in cfg.loss}
     ready = cfg.resume != "true" or any(map(resume_folder, folders.values()))
     config.require(cfg, "resume", ready, f"{cfg.out_dir} has no checkpoint to resume from")
+    if cfg.resume == "true":  # of several methods some may not have begun
+        cfg.resume = "auto"
     results = {n: train(n, method, folders[n], cfg, device) for n, method in methods.items()}
     keys = list(dict.fromkeys(k for r in results.values() for k in r))
     print("\n" + "  ".join(f"{k:>15}" for k in ("method", *keys)))

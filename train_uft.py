@@ -776,7 +776,7 @@ def config_class(given: dict) -> type:
     return find(given.get("algo") or Config.algo)[1]
 
 
-@training.leave_as_found
+@training.leave_as_found()
 def main(argv: Sequence[str]) -> None:
     # Configuration, model, data, optimiser; from out_dir/resume if the run continues.
     help = config.usage(__doc__, "algo", ROOT / "variants", "METHOD")
@@ -785,8 +785,7 @@ def main(argv: Sequence[str]) -> None:
     check(cfg, method)
     sft_steps = cfg.sft_steps if method.supervised else 0
     total = sft_steps + (cfg.steps if method.reinforced else 0)
-    resume = training.resuming(cfg)
-    run = training.set_up(cfg, cfg.out_dir, training.start(cfg), cfg.rollout_dtype, resume)
+    run = training.set_up(cfg, cfg.out_dir, training.start(cfg), cfg.rollout_dtype)
     run.method, run.total = cfg.algo, total
     data = load_problems(cfg, method, run.tokenizer, run.model.config)
     parameters = run.model.parameters()
@@ -794,7 +793,7 @@ def main(argv: Sequence[str]) -> None:
     splits = {"train": [p.row for p in data.problems], "test": data.test_rows}
     state = {"memory": {"problems": [{} for _ in data.problems]}, "sampled_tokens": 0}
     reads_base = bool(cfg.lora_rank or cfg.kl_coef and not sft_steps)
-    training.start_or_resume(run, cfg, resume, state, splits, reads_base)
+    training.start_or_resume(run, cfg, state, splits, reads_base)
     counts = f"{len(data.problems)} train, {len(data.test_rows)} test problems"
     print(f"{cfg.algo} on {cfg.task}: {counts}, {training.model_size(run)}")
     training.self_check(run, cfg, [p.prompt for p in data.problems])

@@ -56,7 +56,7 @@ from data.tokenizer import Tokenizer
 from fast.engine import Engine
 from fast.head import CUDA_CHUNK
 from infra.config import Count, FilePath, Natural, UserError, parse_config, require, run_script
-from infra.log import flops_per_token
+from infra.log import clock, flops_per_token, peak_flops, seconds
 from infra.parallel import has_bfloat16, pick_device, refresh, settle_dtype, start_process, whole_copy
 from infra.training import speed_up
 from lora import add_adapters
@@ -120,6 +120,7 @@ def check(cfg: Config) -> None:
             raise UserError(f"what: '{name}' is not one of {', '.join(WORKLOADS)}, or fit alone")
     require(cfg, "shape", cfg.shape in SHAPES, f"is not one of {', '.join(SHAPES)}")
     require(cfg, "length", cfg.length >= 2, "must be >= 2")
+    require(cfg, "only", cfg.peers or cfg.only in ("", "nanoFT"), "needs --peers=true")
     require(cfg, "fast", cfg.fast or "requests" not in cfg.what, "must be true for requests")
     rule = "needs --model=DIR and --what=sft, grpo or both"
     require(cfg, "task", not cfg.task or cfg.model and set(cfg.what) <= {"sft", "grpo"}, rule)
@@ -217,31 +218,14 @@ def fit() -> None:
 Calls = dict[str, Callable[[], float]]  # who -> one measurement, in seconds (memory: MB)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds: wall time on CUDA once the GPU is done, processor time on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    start = clock(device)
-    call()
-    return clock(device) - start
-
-
 def measured_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Operations a second of a large product and bytes a second of a large copy here, the best of five."""
-    n = 8192 if device.type == "cuda" else 1024
+    """Operations a second of a large product and bytes a second of a large copy here."""
     if device.type == "cpu" and not has_bfloat16(device):
         dtype = torch.float32  # our side then computes in float32
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    products = min(seconds(lambda: a @ b, device) for _ in range(5))
     copied = min(seconds(lambda: target.copy_(source), device) for _ in range(5))
-    return 2 * n**3 / products, 2 * source.numel() / copied
+    return peak_flops(device, dtype), 2 * source.numel() / copied
 
 
 def sizes(name: str, cfg: Config) -> tuple[int, int, int]:
@@ -494,7 +478,9 @@ def memory(cfg: Config, _model: Transformer, _folder: Path) -> Calls:
 
     def peak(who: str) -> float:
         command = [sys.executable, __file__, *flags, f"--only={who}", "--peers=true"]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(f"{who}: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
         return json.loads(result.stdout.splitlines()[-1])["peak_mb"]
 
     return {who: partial(peak, who) for who in ("nanoFT", "transformers")[: 1 + cfg.peers]}

@@ -99,10 +99,18 @@ def method_flags(method: str, cfg: Config) -> list[str]:
     return [f"--algo={'sft' if method == 'sft-long' else method}", *supervised]
 
 
+def words(knob: str, cfg: Config) -> list[str]:
+    """A knob's value split as a shell does."""
+    try:
+        return shlex.split(getattr(cfg, knob))
+    except ValueError as e:
+        raise UserError(f"{knob} = {getattr(cfg, knob)!r}: {e}") from None
+
+
 def settings(cfg: Config) -> dict[str, list[str]]:
     """Name -> the trainer's arguments, of each method at each point of the grid."""
     knobs = []
-    for text in shlex.split(cfg.grid):
+    for text in words("grid", cfg):
         name, _, values = text.partition("=")
         require(cfg, "grid", name and values, 'write it as "knob=value,value knob=value,value"')
         knobs.append([f"{name}={value}" for value in values.split(",")])
@@ -112,7 +120,7 @@ def settings(cfg: Config) -> dict[str, list[str]]:
         name = ",".join([name, *point]).replace("/", "_")
         if name in found:
             raise UserError(f"methods: two are called '{name}'; rename one of their files")
-        found[name] = [*method_flags(method, cfg), *shlex.split(cfg.args), *(f"--{knob}" for knob in point)]
+        found[name] = [*method_flags(method, cfg), *words("args", cfg), *(f"--{knob}" for knob in point)]
     return found
 
 
@@ -239,8 +247,10 @@ def report(methods: Methods, folder: Path, cfg: Config) -> None:
     print(table, end="")
     with note_without_matplotlib():
         drawn = panels(methods)
-        draw({PANELS[name]: drawn[PANELS[name]] for name in cfg.panels}, folder / "curves.png")
-        print(f"figure in {folder / 'curves.png'}")
+        drawn = {PANELS[name]: drawn[PANELS[name]] for name in cfg.panels if drawn[PANELS[name]]}
+        if drawn:
+            draw(drawn, folder / "curves.png")
+            print(f"figure in {folder / 'curves.png'}")
 
 
 def panels(methods: Methods) -> Curves:

@@ -175,7 +175,7 @@ def own_stage(task: ModuleType, cfg: Config, rng: random.Random) -> Stage:
 
     if hasattr(task, "base_text"):
         return cfg.steps, cfg.lr, own_text
-    rows = load_rows(task, "train", cfg.data_path, style="short")
+    rows = load_rows(task, "train", cfg.data_path, style="short", one_file="split")
     if not all(row["answer"] for row in rows):
         raise UserError(f"{where}: needs base_text(rng), since its rows have no solutions")
     solved = [(row["prompt"], "".join(row["hint"]) + row["answer"]) for row in rows]
@@ -281,7 +281,7 @@ def make(name: str, cfg: Config) -> None:
     tokenizer.save(out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {out}")
     sizes = (3,) if name == "logic" else ()
-    rows = load_rows(task, "test", cfg.data_path, style="short", sizes=sizes)[:200]
+    rows = load_rows(task, "test", cfg.data_path, style="short", sizes=sizes, one_file="split")[:200]
     print(check_base(model, tokenizer, task, rows, longest))
 
 

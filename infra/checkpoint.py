@@ -43,15 +43,15 @@ OF_RUNS = (  # what no other program may have put into out_dir; a model and scri
 # ---- out_dir -----------------------------------------------------------------------------------------------
 
 
-def check_out_dir(out_dir: str, resume: bool) -> Path:
-    """The folder to write to. UserError if it is not writable or not this run's."""
+def check_out_dir(out_dir: str, resume: str) -> Path:
+    """The folder to write to. UserError if it is not writable or not this run's. resume: the knob."""
     if not out_dir.strip():
         raise UserError("out_dir is empty: name the folder to write to")
     out = Path(out_dir)
     found = resume_folder(out)
-    if resume and not found:
+    if resume == "true" and not found:
         raise UserError(f"{out / 'resume'}: no checkpoint to resume from")
-    if found and not resume:
+    if found and resume == "false":
         raise UserError(f"out_dir = {out_dir!r} holds a run already: --resume=true continues it")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -90,9 +90,10 @@ def lock(out: Path) -> None:
         raise UserError(f"{out}: another run is writing to this folder")
 
 
-def unlock(out: Path) -> None:
-    if file := _locks.pop(out.resolve(), None):
-        file.close()
+def unlock() -> None:
+    """Give back the locks of this process."""
+    while _locks:
+        _locks.popitem()[1].close()
 
 
 def check_disk(out: Path, model, dtype: torch.dtype = torch.float32) -> None:
@@ -174,8 +175,10 @@ def _clear(path: Path) -> None:
     if path.is_symlink():
         foreign = not re.fullmatch(rf"step-\w+/{path.name}", os.readlink(path))
     else:
-        listed = path / "files.json"
-        foreign = not listed.exists() or set(_files(path)) - set(json.loads(listed.read_bytes()))
+        try:
+            foreign = set(_files(path)) - set(json.loads((path / "files.json").read_bytes()))
+        except (OSError, ValueError, TypeError):  # missing or damaged
+            foreign = True
     if foreign:
         names = (path.with_name(f"{path.name}.kept{i or ''}") for i in itertools.count())
         kept = next(p for p in names if not os.path.lexists(p))
@@ -299,13 +302,17 @@ def _check_same(folder: Path, saved: dict, config: Any) -> None:
     saved = defaults | saved
     for name, now in given.items():
         was = saved[name]
-        if name == "model":  # DIR/ is DIR
-            now, was = os.path.normpath(now), os.path.normpath(was)
-        if now == was or name in MAY_DIFFER:
+        if now == was or name in MAY_DIFFER or _same_path(now, was):
             continue
         if name not in MAY_CHANGE:
             raise UserError(f"{folder}: the run has {name} = {was!r}, not {now!r}")
         print(f"note: from here on {name} = {now}, which was {was}")
+
+
+def _same_path(a: Any, b: Any) -> bool:
+    """Whether both name the same file or folder, such as DIR and ./DIR/."""
+    are_paths = all(isinstance(x, str) and os.path.exists(x) for x in (a, b))
+    return are_paths and os.path.samefile(a, b)
 
 
 def _fill(path: Path, model, optimizer: torch.optim.Optimizer) -> None:

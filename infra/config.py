@@ -139,6 +139,8 @@ def parse_config(
     # The command line, which overrides the TOML file.
     given = {}  # knob: (value, where it was found)
     for arg, following in zip(argv, [*argv, "--"][1:], strict=True):
+        if arg.startswith("-") and not arg.startswith("--") and arg != "-h":
+            raise UserError(f"{arg}: arguments are [file.toml] --key=value")
         if arg.startswith("--") and arg != "--help":
             key, equals, text = arg[2:].partition("=")
             if not equals and not following.startswith("-") and not following.endswith(".toml"):
@@ -277,6 +279,8 @@ def describe_knobs(cls: type) -> str:
         for line in inspect.getsource(part).split('"""')[-1].splitlines():
             if match := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)$", line):
                 name, default, comment = match.groups()
+                value = getattr(cls, name)
+                default = ",".join(map(str, value)) if isinstance(value, tuple) else default
                 if name not in seen:
                     lines.append(f"  --{name}={default.strip(chr(34))}".ljust(34) + f" {comment}")
                 seen.add(name)
@@ -323,6 +327,7 @@ def find_method(knob: str, name: str, table: dict, folder: Path, wants: str) -> 
     """A row of the table, or what a file of the folder (or at a path) defines as `wants`, and that module."""
     if not isinstance(name, str):
         raise UserError(f"{knob} = {name!r}: must be text")
+    name = _expanded(knob, name, "")
     if name in table:
         return table[name], None
     variants = first_lines(folder, wants)
@@ -338,9 +343,13 @@ def first_lines(folder: Path, wants: str) -> dict[str, str]:
     """Name -> first line of the docstring of each file of a folder that defines `wants`."""
     found = {}
     for path in sorted(folder.glob("[!._]*.py")):
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+            doc = ast.get_docstring(ast.parse(text)) or ""
+        except (OSError, ValueError, SyntaxError) as e:  # said in full by import_file()
+            text, doc = wants, f"cannot be read ({type(e).__name__})"
         if re.search(rf"^{wants}\b", text, re.M):
-            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+            found[path.stem] = doc.partition("\n")[0]
     return found
 
 

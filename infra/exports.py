@@ -67,6 +67,9 @@ def write_export(path: str, text: str) -> None:
 # ---- answers: a line of settings, then a line for each problem ---------------------------------------------
 
 
+OF_AN_ANSWER = ("response", "tokens", "cut", "reward", "verdict")
+
+
 def is_answers(first_line: str) -> bool:
     return first_line.startswith('{"evaluation": ')
 
@@ -87,12 +90,12 @@ def read_answers(path: str | Path) -> tuple[dict, dict[Key, dict]]:
         try:
             record = json.loads(line)
             if number == 1:
-                settings = record["evaluation"]
+                settings = dict(record["evaluation"])
                 continue
             records[record["task"], record["index"]] = record
             # Whatever is read later must be there now.
             _ = record["prompt"], record["truth"], record["answers"][0]
-            _ = [(a["reward"], a["verdict"], a["cut"]) for a in record["answers"]]
+            _ = [[a[key] for key in OF_AN_ANSWER] for a in record["answers"]]
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{path} line {number}: not a line that --save writes") from None
     return settings, records
@@ -232,7 +235,8 @@ def mt_bench(records: Records, ask: Ask, name: str, system: str) -> str:
     """
     for where, record in records:
         known = isinstance(record.get("question_id"), int) and isinstance(record.get("category"), str)
-        if not known or not all(isinstance(turn, str) for turn in record["turns"]):
+        turns = record["turns"]
+        if not (known and turns and isinstance(turns, list) and all(isinstance(t, str) for t in turns)):
             raise UserError(f"{where}: must have question_id (a number), category, turns (texts)")
     questions = [record for _, record in records]
     temperatures = [TEMPERATURES.get(q["category"], 0.7) for q in questions]
@@ -263,7 +267,7 @@ def mt_bench(records: Records, ask: Ask, name: str, system: str) -> str:
 
 def qwen_math(records: Records, ask: Ask, name: str, system: str) -> str:
     """Records of a question (or problem, prompt) and its gt (or answer, target, solution)."""
-    questions = [next(r[f] for f in EXPORTS["qwen_math"][0] if f in r) for _, r in records]
+    questions = [next(r[f] for f in EXPORTS["qwen_math"][0] if r.get(f) is not None) for _, r in records]
     truths = [_ground_truth(where, record) for where, record in records]
     replies = ask([q if isinstance(q, list) else _question(q, system) for q in questions])
     lines = []

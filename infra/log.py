@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from itertools import takewhile
@@ -131,18 +132,26 @@ def mfu(model, tokens: int, rows: int, seconds: float) -> float | None:
     if device.type != "cuda" or not rows:
         return None
     flops = flops_per_token(model, tokens / rows) * tokens / seconds
-    return flops / world() / peak_flops(device)
+    return flops / world() / peak_flops(device, torch.bfloat16)
 
 
 @cache
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s of a large bfloat16 product on this GPU, the best of ten runs."""
-    n, times = 8192, []
-    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-    for _ in range(10):
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product here, the best of ten runs."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: wall time on CUDA once the GPU is done, processor time on a CPU."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    start = clock(device)
+    call()
+    return clock(device) - start

@@ -9,10 +9,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial, wraps
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from data.judge import reset_signals_in_children
-from data.rows import load_task
+from data.rows import is_one_file, load_task
 from data.tokenizer import Tokenizer
 from experiments.plot import draw_run
 from experiments.report import write_report
 from fast.compiled import compile_blocks, uncompile
 from fast.head import compile_chunks, trim_heap, trim_heap_at_peaks
 from fast.self_check import find_faults
-from infra.card import model_card
+from infra.card import knob_text, model_card
 from infra.checkpoint import (
     check_disk,
     check_out_dir,
@@ -192,13 +192,13 @@ def starting_model(cfg: Any) -> Path:
     raise UserError(f"model = {cfg.model!r}: no such directory; download it with: {get}")
 
 
-def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, resume: bool = False) -> Run:
+def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str) -> Run:
     """Model, tokenizer and out_dir of a run, all checked before any work is done.
 
     rollout_dtype "": the run does not sample, and needs no weights for it.
     """
     base = starting_model(cfg)
-    out = check_out_dir(out_dir, resume)
+    out = check_out_dir(out_dir, cfg.resume)
     lock(out)
     tokenizer = Tokenizer.from_pretrained(base)
     if tokenizer.eos_id is None:
@@ -213,7 +213,7 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
             print(f"warning: LoRA freezes the weights in bfloat16, which rounds those of {base}; "
                   "--dtype=float32 keeps them as they are", file=sys.stderr)  # fmt: skip
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    elif not resume and (out / "adapter").exists():
+    elif not resume_folder(out) and (out / "adapter").exists():
         raise UserError(
             f"out_dir = {out_dir!r} holds the adapter/ of an earlier run with LoRA; give another out_dir"
         )
@@ -221,11 +221,6 @@ def set_up(cfg: Any, out_dir: str, device: torch.device, rollout_dtype: str, res
     check_disk(out, model, saved_dtype(model, cfg))
     rollout_model = whole_copy(model, getattr(torch, rollout_dtype)) if rollout_dtype else model
     return Run(out, base, device, tokenizer, model, rollout_model)
-
-
-def resuming(cfg: Any) -> bool:
-    """Whether to continue the run in out_dir. resume = auto: if there is one."""
-    return cfg.resume == "true" or cfg.resume == "auto" and resume_folder(Path(cfg.out_dir)) is not None
 
 
 def speed_up(model: Transformer, cfg: Any, device: torch.device) -> None:
@@ -325,7 +320,7 @@ def end_validation(
     """Log and print a validation; before and after training also the first answers."""
     step, last = run.state["step"], run.state["step"] == run.total
     run.log.write("metrics", step, record | {"train_s": run.state["train_s"]})
-    run.state["last"] = record
+    run.state["last"], run.state["last_step"] = record, step
     print(line)
     pairs = list(zip(rows, answers, strict=bool(answers)))
     shown = pairs[: cfg.show] if last or step == 0 else []
@@ -343,7 +338,7 @@ def model_size(run: Run) -> str:
 
 
 def start_or_resume(
-    run: Run, cfg: Any, resume: bool, state: dict, splits: dict[str, Sequence], reads_base: bool
+    run: Run, cfg: Any, state: dict, splits: dict[str, Sequence], reads_base: bool
 ) -> None:
     """Fill the run's state from out_dir/resume, or begin with `state`.
 
@@ -353,11 +348,11 @@ def start_or_resume(
     data = {name: fingerprint(rows) for name, rows in splits.items()}
     if reads_base:
         data["base"] = weights_mark(run.base)
-    if resume:
+    if resume_folder(run.out):  # check_out_dir() has let it pass
         run.state = load_resume(run.out, run.model, run.optimizer, cfg, data)
     else:
-        write_config(run.out, cfg)
         run.state = {"step": 0, "train_s": 0.0} | state
+    write_config(run.out, replace(cfg, resume="false"))  # with the knobs that a resumed run has changed
     run.state["data"] = data
     run.log = Log(run.out, run.state["step"])
     if cfg.wandb:
@@ -478,8 +473,6 @@ def save_and_stop(run: Run, cfg: Any, stop_ids=(), template: str = "auto") -> No
         if adapted_layers(run.model):
             parts["adapter"] = partial(write_adapter, run.model, run.base)
         save_checkpoint(run.out, parts, done, cfg.keep)
-    if done == total or stop:
-        unlock(run.out)
     if stop and done < total:
         run.log.close()
         print(f"stopped by a signal after step {done}; --resume=true continues", file=sys.stderr)
@@ -494,13 +487,19 @@ def write_model_and_card(run: Run, cfg: Any, stop_ids, template: str, dtype, fol
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+SAME_TEST = ("data_path", "sizes", "prompt_style", "checker")  # knobs of evaluate.py too
+
+
 def finish(run: Run, cfg: Any) -> None:
     """Close the log, draw curve.png, write report.html, and say what can be done next."""
     run.log.close()
     draw_run(run.out)
     write_report(run.out)
-    model, data = run.out / "model", f" --data_path={cfg.data_path}" if cfg.data_path else ""
-    task = f"--task={cfg.task} --style={cfg.style}{data}, or " if cfg.task else ""
+    model, task = run.out / "model", ""
+    if cfg.task and not is_one_file(cfg.data_path):  # of which evaluate.py takes all rows
+        same = {key: getattr(cfg, key) for key in SAME_TEST}
+        knobs = [f"--{k}={knob_text(v)}" for k, v in same.items() if v != getattr(RunConfig, k)]
+        task = " ".join([f"--task={cfg.task} --style={cfg.style}", *knobs]) + ", or "
     print(f"{run.state['train_s']:.0f} s of training; model in {model}, report in {run.out / 'report.html'}")
     print(f"next: python evaluate.py --model={model} {task}--chat")
     print("      or the same command with --resume=true and more steps")
@@ -511,6 +510,7 @@ def saved_dtype(model: Transformer, cfg: Any) -> torch.dtype:
     return stored_dtype(model.config) if cfg.save_dtype == "auto" else getattr(torch, cfg.save_dtype)
 
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _signals: list[int] = []  # signals received so far
 
 
@@ -524,37 +524,36 @@ def catch_signals() -> None:
         print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
     reset_signals_in_children()
-    _signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+    for number in STOPPING:
         try:
             signal.signal(number, remember)
         except ValueError:  # not in the main thread, as in a test: the caller keeps its handlers
             return
 
 
-def leave_as_found(main: Callable) -> Callable:
-    """Have main() leave the process as it found it: signal handlers, standard output, torch's settings."""
+@contextmanager
+def leave_as_found() -> Iterator[None]:
+    """Decorates main(): it leaves signal handlers, standard output and torch's settings as it found them.
 
-    @wraps(main)
-    def wrapped(argv: Sequence[str]) -> None:
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-        handlers = [signal.getsignal(n) for n in numbers]
-        streams, threads = (sys.stdout, sys.stderr), torch.get_num_threads()
-        precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
-        try:
-            open_streams()
-            main(argv)
-            leave_processes()
-        finally:
-            sys.stdout, sys.stderr = streams
-            torch.set_num_threads(threads)
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in zip(numbers, handlers, strict=True):
-                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    return wrapped
+    The folders that its runs have locked are free then.
+    """
+    _signals.clear()
+    handlers = [signal.getsignal(n) for n in STOPPING]
+    streams, threads = (sys.stdout, sys.stderr), torch.get_num_threads()
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        open_streams()
+        yield
+        leave_processes()
+    finally:
+        unlock()
+        sys.stdout, sys.stderr = streams
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in zip(STOPPING, handlers, strict=True):
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def stop_requested() -> int:

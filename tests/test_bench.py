@@ -64,7 +64,7 @@ def test_bench_generation_really_makes_all_the_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "args", ["what=generate,chess", "shape=7b", "repeats=0", "dtype=int8", "device=cuda:9", "fast=false"]
+    "args", ["only=TRL", "what=generate,chess", "shape=7b", "repeats=0", "dtype=int8", "device=cuda:9", "fast=false"]
 )
 def test_bench_refuses_by_name(args):
     with pytest.raises(UserError, match=args.split("=")[0]):

@@ -18,6 +18,9 @@ def test_a_card_says_what_the_model_is(tmp_path):
     assert "Test accuracy: 51.4% (95 % interval of the problems: 47.0% to 55.8%)." in card
     assert "    python train_uft.py --algo=adaback --sizes=3,4 --lr=0.001\n" in card
     assert "license" not in card and "base_model" not in card
+    card = model_card(cfg, cfg.algo, BASE, {"step": 1000, "last": LAST, "last_step": 900})
+    assert "Test accuracy after step 900: 51.4%" in card
+    assert "# out, trained" in model_card(cfg, cfg.algo, tmp_path / "out/model", {"step": 5})
 
 
 def test_a_card_keeps_the_licence_of_the_base_and_no_path(tmp_path):
@@ -41,12 +44,11 @@ def test_a_card_of_the_base_that_is_no_text_costs_no_checkpoint(tmp_path):
 
 
 def test_a_run_writes_the_card_of_its_last_validation(tmp_path, capsys):
-    args = ["--loss=ift", "--task=countdown", "--steps=2", "--train_rows=20", "--test_rows=4", "--batch=4"]
+    args = ["--loss=ift", "--task=countdown", "--sizes=5,6", "--steps=2", "--train_rows=20", "--test_rows=4", "--batch=4"]
     train_ift.main([*args, f"--out_dir={tmp_path}"])
     card = (tmp_path / "model/README.md").read_text()
     assert "trained with ift on countdown" in card and "for 2 steps" in card and "Test accuracy: " in card
     out = capsys.readouterr().out
-    assert (
-        f"model in {tmp_path}/model, report in {tmp_path}/report.html\nnext: python evaluate.py --model={tmp_path}/model"
-        in out
-    )
+    assert f"model in {tmp_path}/model, report in {tmp_path}/report.html\n" in out
+    command = f"next: python evaluate.py --model={tmp_path}/model --task=countdown --style=short --sizes=5,6, or --chat\n"
+    assert command in out

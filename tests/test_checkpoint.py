@@ -48,12 +48,12 @@ def refused(function, *args):
 
 
 def test_a_new_folder_is_made_and_left_empty(tmp_path):
-    out = check_out_dir(str(tmp_path / "a/b"), False)
+    out = check_out_dir(str(tmp_path / "a/b"), "false")
     assert out == tmp_path / "a/b" and list(out.iterdir()) == []
     (out / "notes.txt").write_text("mine")  # a file that no run writes is in nobody's way
-    assert check_out_dir(str(out), False) == out
+    assert check_out_dir(str(out), "false") == out
     for name in ("", " ", "\t"):
-        assert refused(check_out_dir, name, False) == "out_dir is empty: name the folder to write to"
+        assert refused(check_out_dir, name, "false") == "out_dir is empty: name the folder to write to"
 
 
 NAMES = "config.toml metrics.jsonl curve.png model sft adapter resume step-000003 step-000003.tmp x.py"
@@ -62,28 +62,28 @@ NAMES = "config.toml metrics.jsonl curve.png model sft adapter resume step-00000
 @pytest.mark.parametrize("name", NAMES.split())
 def test_what_no_run_wrote_is_refused_by_name(name, tmp_path):
     (tmp_path / name).mkdir()
-    assert f"{tmp_path}' holds a {name} that no run wrote" in refused(check_out_dir, str(tmp_path), False)
+    assert f"{tmp_path}' holds a {name} that no run wrote" in refused(check_out_dir, str(tmp_path), "false")
 
 
 def test_the_checkout_and_the_model_to_start_from_are_no_out_dir():
     """Nor is the folder above the model, since it holds a model/ of nobody's run."""
     for folder in (ROOT, ROOT / "data", ROOT / "data/tiny/countdown"):
         before = sorted(folder.iterdir())
-        assert "that no run wrote" in refused(check_out_dir, str(folder), False)
+        assert "that no run wrote" in refused(check_out_dir, str(folder), "false")
         assert sorted(folder.iterdir()) == before
 
 
 def test_a_foreign_config_makes_no_run(tmp_path):
     for content in (b"", b"steps = 3\n", b"\xff\xfe", checkpoint.MARK.encode()[:-1]):
         (tmp_path / "config.toml").write_bytes(content)
-        assert "that no run wrote" in refused(check_out_dir, str(tmp_path), False)
+        assert "that no run wrote" in refused(check_out_dir, str(tmp_path), "false")
 
 
 def test_a_run_that_left_no_checkpoint_may_begin_again(tmp_path):
     checkpoint.write_config(tmp_path, Config(sizes=(3,)))
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "model").mkdir()
-    assert check_out_dir(str(tmp_path), False) == tmp_path
+    assert check_out_dir(str(tmp_path), "false") == tmp_path
     assert parse_config(Config, [str(tmp_path / "config.toml")], "") == Config(sizes=(3,))
 
 
@@ -91,20 +91,20 @@ def test_a_run_that_left_no_checkpoint_may_begin_again(tmp_path):
 def test_a_run_with_a_checkpoint_is_only_continued(name, tmp_path):
     checkpoint.write_config(tmp_path, Config())
     (tmp_path / name).mkdir(parents=True)
-    assert "no checkpoint to resume from" in refused(check_out_dir, str(tmp_path), True)
+    assert "no checkpoint to resume from" in refused(check_out_dir, str(tmp_path), "true")
     (tmp_path / name / "state.json").write_text("{}")
-    assert "holds a run already: --resume=true continues it" in refused(check_out_dir, str(tmp_path), False)
-    assert check_out_dir(str(tmp_path), True) == tmp_path
+    assert "holds a run already: --resume=true continues it" in refused(check_out_dir, str(tmp_path), "false")
+    assert check_out_dir(str(tmp_path), "true") == tmp_path
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file/below", "/dev/null/x"):
-        assert "cannot be written to" in refused(check_out_dir, str(out), False)
+        assert "cannot be written to" in refused(check_out_dir, str(out), "false")
     assert (tmp_path / "file").read_text() == "mine"
     if os.getuid():  # root may write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)
-        assert "cannot be written to" in refused(check_out_dir, str(tmp_path / "closed"), False)
+        assert "cannot be written to" in refused(check_out_dir, str(tmp_path / "closed"), "false")
 
 
 def sized(n):
@@ -142,7 +142,7 @@ def test_two_runs_cannot_have_one_folder(tmp_path):
     assert refused(lock, tmp_path) == f"{tmp_path}: another run is writing to this folder"
     assert (tmp_path / "step-000003.tmp").exists()
     lock(tmp_path.parent)
-    checkpoint.unlock(tmp_path.parent)
+    checkpoint.unlock()
     other.kill()
     other.wait()
     lock(tmp_path)
@@ -152,8 +152,8 @@ def test_two_runs_cannot_have_one_folder(tmp_path):
     other.stdout.close()
     another = start_other(tmp_path, "")
     assert another.wait() and b"another run" in another.stderr.read()
-    checkpoint.unlock(tmp_path)
-    checkpoint.unlock(tmp_path)
+    checkpoint.unlock()
+    checkpoint.unlock()
     assert start_other(tmp_path, "").wait() == 0
 
 
@@ -250,7 +250,7 @@ def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch
             files = sorted(json.loads((folder / "files.json").read_text()))
             assert checkpoint._files(folder) == files, operation
         lock(out)  # as the next run does
-        checkpoint.unlock(out)
+        checkpoint.unlock()
         save_checkpoint(out, parts("6"), 6)
         assert seen(out) == ("6", "6"), operation
         assert names(out) == [".lock", "model", "resume", "step-000006"], operation
@@ -408,6 +408,8 @@ def test_what_may_differ_when_a_run_goes_on(tmp_path, capsys):
     save_resume(tmp_path, *trained(1), {"step": 1, "data": data}, Config())
     load_resume(tmp_path, *trained(0), Config(lr=0.5), data)  # the learning rate may change, and it is said
     assert capsys.readouterr().out == "note: from here on lr = 0.5, which was 0.001\n"
+    assert checkpoint._same_path(str(tmp_path), f"{tmp_path}/../{tmp_path.name}/")
+    assert not checkpoint._same_path(str(tmp_path), str(tmp_path.parent))
     assert load_resume(tmp_path, *trained(0), Config(resume=True), data)["data"] == data
     # A refused checkpoint changes nothing.
     model, optimizer = trained(0)
@@ -443,3 +445,11 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     for content in (b"{", b"[]", b"{}", b"3", b'{"config": 3}', b'{"config": null}', b'{"config": "\xff"}'):
         (tmp_path / "resume/state.json").write_bytes(content)
         assert "resume: cannot be read" in message(), content
+
+
+def test_a_folder_whose_list_of_files_is_damaged_is_kept(tmp_path, capfd):
+    save_checkpoint(tmp_path, parts("3"), 3)
+    (tmp_path / "step-000003/files.json").write_bytes(b"")  # as after a loss of power
+    save_checkpoint(tmp_path, parts("6"), 6)
+    assert (tmp_path / "step-000003.kept").exists() and "no run wrote" in capfd.readouterr().err
+    assert seen(tmp_path) == ("6", "6")

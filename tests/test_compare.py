@@ -1,6 +1,7 @@
 """experiments/compare.py: runs of a sweep, resumed and refused; the table's figures by hand; the figure."""
 
 import json
+import shutil
 import sys
 from contextlib import redirect_stdout
 from types import SimpleNamespace
@@ -68,6 +69,12 @@ def test_the_figure_by_hand(tmp_path):
     assert points(tokens) == {"uft": [(0, 0), (1.5, 50), (3, 60)]}  # sft samples none
     assert list(seconds) == ["uft", "sft-long", "sft"]  # the best first
     assert points(seconds)["uft"][-1] == (4, 60) and points(seconds)["sft-long"][-1] == (2, 30)
+    compare.main([f"--table={tmp_path}", "--panels=steps"])
+    (tmp_path / "curves.png").unlink()
+    for run in tmp_path.glob("uft-*"):  # what is left has sampled nothing, so there is nothing to draw
+        shutil.rmtree(run)
+    compare.main([f"--table={tmp_path}", "--panels=tokens"])
+    assert not (tmp_path / "curves.png").exists()
     for many in (False, True):  # bands would hide the lines, or be wider than the figure
         runs = {f"m{i}": [compare.read_run(tmp_path / "sft-0")] * 3 for i in range(9 if many else 2)}
         lines = next(iter(compare.panels(runs).values()))
@@ -110,6 +117,7 @@ def test_a_grid_is_each_with_each():
     ("args", "message"),
     [
         (["--grid=lr", "--methods=uft"], "grid = 'lr': write it as"),
+        (["--grid=lr='2"], "grid = \"lr='2\": No closing quotation"),
         (["--methods=a/x.py,b/x.py"], "two are called 'x'"),
         (["--paper=dft"], "paper = 'dft'"),
         (["--seeds=0"], "seeds = 0"),

@@ -205,6 +205,7 @@ def test_wrong_values_are_refused_by_name(knob, rule, texts, lines, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        ("-steps=1", "-steps=1: arguments are [file.toml] --key=value"),
         ("--stepz=1", "unknown knob 'stepz'; the nearest is 'steps' (--help lists them)"),
         ("--steps", "--steps needs a value: --steps=..."),
         ("--norm", "--norm needs a value: --norm=..."),
@@ -331,7 +332,7 @@ def test_wrong_names_of_methods_are_refused(what, tmp_path, monkeypatch):
         (train_uft if "algo" in what else train_ift).main(["a.toml"])
 
 
-def test_methods_come_from_a_table_a_folder_or_a_path(tmp_path):
+def test_methods_come_from_a_table_a_folder_or_a_path(tmp_path, monkeypatch):
     (tmp_path / "first.py").write_text('"""First of all.\n\nMore."""\nMETHOD = "1"\n')
     (tmp_path / "other.py").write_text('"""No method."""\nX = 2\n')
 
@@ -346,6 +347,14 @@ def test_methods_come_from_a_table_a_folder_or_a_path(tmp_path):
         find("other")
     shown = config.usage("About.", "algo", tmp_path, "METHOD")
     assert shown == f"About.\nFiles of {tmp_path.name}/ (--algo=NAME):\n  first        First of all."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/first.py")[0] == "1"
+    # A file that cannot be read stops nobody else.
+    (tmp_path / "broken.py").write_text("METHOD = [\n")
+    assert find("first")[0] == "1"
+    assert "  broken       cannot be read (SyntaxError)" in config.usage("", "algo", tmp_path, "METHOD")
+    with pytest.raises(UserError, match="broken.py line 1: SyntaxError"):
+        find("broken")
 
 
 def test_a_file_is_executed_once_until_it_is_edited(tmp_path):
@@ -425,7 +434,7 @@ SCRIPTS = [
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_knob_has_a_comment(name):
     cls = importlib.import_module(name).Config
-    shown = re.findall(r"^  --(\w+)=.* \S", config.describe_knobs(cls), re.M)
+    shown = re.findall(r"^  --(\w+)=[^(]*? \S", config.describe_knobs(cls), re.M)  # a list is 1,2
     assert len(shown) == len(set(shown)) and set(shown) == {f.name for f in fields(cls)}
 
 

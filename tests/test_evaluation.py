@@ -258,6 +258,10 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_text("".join([*lines[:3], "oops\n", *lines[3:]]))
     with pytest.raises(UserError, match="a.jsonl line 4: not a line"):
         run(f"--save={path}")
+    for number, damaged in ((1, '{"evaluation": 3}\n'), (2, lines[1].replace('"response"', '"said"'))):
+        path.write_text("".join([*lines[: number - 1], damaged, *lines[number:]]))
+        with pytest.raises(UserError, match=f"a.jsonl line {number}: not a line"):
+            run(f"--save={path}")
 
 
 def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
@@ -338,6 +342,9 @@ def test_several_tasks_of_a_file_in_one_table(tmp_path, capsys):
         ("--export=vicuna", "export = 'vicuna' is not one of '', uft, alpaca_eval, mt_bench"),
         ("--export=tldr --save=x", "data_path = '': --export=tldr needs both files"),
         ("--export=tldr --data_path=x", "save = '': --export=tldr needs both files"),
+        ("--chat --save=a.jsonl", "save = 'a.jsonl': is not written by --chat or --compare"),
+        ("--compare a b --table=a.md", "table = 'a.md': is not written by --chat or --compare"),
+        ("--export=tldr --save=x.jsonl --data_path=x --table=a.md", "table = 'a.md': tldr has no table"),
         ("--compare a.jsonl", "compare: name two files"),
         ("--compare=a.jsonl", "against = (): name both sides"),
         ("--task=", "task = (): must not be empty"),

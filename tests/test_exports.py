@@ -154,6 +154,8 @@ def test_conversations_go_through_the_chat_template():
         cfg.template = template
         ((c,),) = evaluate.generate(model, [ids], 1, 9, 0.0, tokenizer.stop_ids)
         assert ask(cfg, [talk]) == [[tokenizer.decode(c.tokens, skip_special=True)]]
+    with pytest.raises(UserError, match="each must have text as content"):
+        ask(cfg, [[{"role": "user", "content": None}]])
 
 
 def test_temperatures_do_not_mix_and_long_prompts_get_no_reply(capsys):
@@ -171,8 +173,10 @@ def test_the_command_writes_each_kind(tmp_path):
     question = {"question_id": 1, "category": "math", "turns": ["a", "b"]}
     answer = json.loads(export(tmp_path, "mt_bench", [question], "--n=2", name="m.jsonl"))
     assert [len(c["turns"]) for c in answer["choices"]] == [2, 2] and answer["model_id"] == "countdown"
-    text = export(tmp_path, "qwen_math", [{"question": "a", "gt": "1"}] * 3, "--rows=2", name="q.jsonl")
-    assert [json.loads(line)["idx"] for line in text.splitlines()] == [0, 1]
+    rows = [{"question": "a", "gt": "1"}, {"question": None, "problem": "b", "gt": "1"}] * 2
+    text = export(tmp_path, "qwen_math", rows, "--rows=2", name="q.jsonl")
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [(r["idx"], r["question"]) for r in found] == [(0, "a"), (1, "b")]
 
 
 def test_uft_eval(tmp_path):
@@ -192,6 +196,8 @@ def test_refusals(tmp_path):
         ("alpaca_eval", {"prompt": "x"}, "o.json", "row 0: must have the field instruction"),
         ("alpaca_eval", {"instruction": "x"}, "o.jsonl", "must end in .json"),
         ("mt_bench", {"question_id": 1}, "o.jsonl", "row 0: must have the field turns"),
+        *(("mt_bench", {"question_id": 1, "category": "math", "turns": turns}, "o.jsonl", "row 0: must have .* turns")
+          for turns in ([], "abc")),
         ("mt_bench", {"question_id": 1, "turns": ["x"]}, "o.json", "must end in .jsonl"),
         ("tldr", {"text": "x"}, "o.jsonl", "row 0: must have the field prompt"),
     ):

@@ -1,12 +1,13 @@
 """experiments/tiny_base.py: the embedded bases' texts, a base of one's own, what the check says."""
 
 import hashlib
+import json
 import random
 
 import pytest
 import torch
 
-from data import logic
+from data import countdown, logic
 from data.tokenizer import Tokenizer
 from experiments import tiny_base
 from experiments.tiny_base import learn_tokenizer
@@ -90,6 +91,24 @@ def test_a_base_of_ones_own_task(tmp_path, capsys):
     vocab_size = Tokenizer.from_pretrained(tmp_path / "say").vocab_size
     config = Transformer.from_pretrained(tmp_path / "say").config
     assert (config.vocab_size, config.max_position_embeddings) == (vocab_size, 512)
+
+
+def test_one_file_gives_no_test_row_to_train_on(tmp_path, monkeypatch):
+    asked, load = [], tiny_base.load_rows
+
+    def watching(task, split, path, **more):
+        rows = load(task, split, path, **more)
+        asked.append((split, len(rows)))
+        return rows
+
+    rows = countdown.load("train", n=30, style="short")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(tiny_base, "load_rows", watching)
+    task = (ROOT / "data/countdown.py").read_text().replace("def base_text", "def _base_text")
+    (tmp_path / "mine.py").write_text(task)
+    args = [f"--task={tmp_path / 'mine.py'}", f"--data_path={tmp_path / 'rows.jsonl'}", f"--out_dir={tmp_path}"]
+    tiny_base.main([*args, "--steps=1", "--batch=4"])
+    assert set(asked) == {("train", 27), ("test", 3)}
 
 
 PAIR = 'def base_text(rng):\n    w = rng.choice("abc") * 3\n    return f"say {w}\\n", w + "!"\n'

@@ -708,6 +708,8 @@ def test_a_run_is_resumed_after_a_validation_in_the_middle_of_a_log_line_and_whe
     go(tmp_path / "cut", *knobs)
     assert outcome(tmp_path / "cut") == before == outcome(tmp_path / "whole")
     assert (tmp_path / "cut/metrics.jsonl").read_text() == text
+    go(tmp_path / "cut", *knobs, "--steps=10")  # which config.toml then says
+    assert "\nsteps = 10\n" in (tmp_path / "cut/config.toml").read_text()
 
 
 def test_each_phase_begins_afresh_with_its_own_decay_of_the_second_moment(tmp_path, monkeypatch):

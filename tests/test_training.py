@@ -201,8 +201,10 @@ def test_signals_are_remembered_until_the_step_ends(capsys):
         signal.raise_signal(signal.SIGUSR1)
         assert stop_requested() == signal.SIGUSR1
         assert "stopping after this step; once more stops at once" in capsys.readouterr().err
-        training.catch_signals()  # a second run in the same process begins without one
-        assert stop_requested() == 0
+        training.catch_signals()  # the next method of the same command ends too
+        assert stop_requested() == signal.SIGUSR1
+        with training.leave_as_found():  # the next command in the same process begins without one
+            assert stop_requested() == 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -295,7 +297,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT) and time.time() - sent < 30
 
 
-def test_a_run_whose_rows_have_changed_is_not_resumed(tmp_path):
+def test_a_run_whose_rows_have_changed_is_not_resumed(tmp_path, capsys):
     rows = [{"prompt": f"{a} {b}", "hint": [], "answer": "3", "truth": {"numbers": [a, b], "target": a + b}}
             for a in range(8) for b in range(5)]  # fmt: skip
 
@@ -307,6 +309,7 @@ def test_a_run_whose_rows_have_changed_is_not_resumed(tmp_path):
              "--max_new_tokens=4", "--test_rows=2", "--device=cpu", "--show=0",
              f"--data_path={tmp_path / 'rows.jsonl'}", f"--out_dir={tmp_path / 'out'}"]  # fmt: skip
     train_uft.main(flags)
+    assert "--task" not in capsys.readouterr().out  # evaluate.py would answer the training rows too
     train_uft.main([*flags, "--resume=true"])
     kept = (tmp_path / "out/metrics.jsonl").read_bytes()
     write([row | {"answer": "7"} for row in rows])
