@@ -368,6 +368,8 @@ def answer_tasks(
             problems[name, i] = row
             prompts[name, i] = tokenizer.encode(row["prompt"], bos=True)
             where = f"{cfg.data_path or name} row {i} of {name}"
+            if not prompts[name, i]:
+                raise UserError(f"{where}: the prompt has no tokens")
             tokenizer.check_ids(prompts[name, i], model.config.vocab_size, where)
     note_too_long(prompts.values(), model, "counted as wrong")
     settings = {key: getattr(cfg, key) for key in ("model", "data_path", *DECISIVE[:-2])}

@@ -4,16 +4,14 @@
 
 What is trained, and what its optimiser keeps, shrinks to a few hundredths of the model. W may be rounded to
 bfloat16; A and B are float32. With its adapters off the model is the starting model, for a KL term or a pair
-loss. One process samples with the adapters as they are. out_dir/model has W + (alpha / rank) B A,
-out_dir/adapter A and B as peft reads them.
+loss. One process samples with the adapters as they are if W has the sampler's dtype. out_dir/model has
+W + (alpha / rank) B A, out_dir/adapter A and B as peft reads them.
 
 FSDP shards W only, and rollouts use a merged copy. average_gradients() makes the adapters' gradients means
 over the processes, as FSDP does with those of its own parameters.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -105,22 +103,17 @@ class StartingModel:
         return self.model.head_weight
 
     def hidden(self, *args, **options) -> Tensor:
-        with self._adapters_off():
+        for layer in self.layers:
+            layer.adapter_on = False
+        try:
             return self.model.hidden(*args, **options)
+        finally:
+            for layer in self.layers:
+                layer.adapter_on = True
 
     def run(self, function, *args):
         """The model's own, adapters on: a pair loss runs both models in it, and hidden() turns them off."""
         return self.model.run(function, *args)
-
-    @contextmanager
-    def _adapters_off(self) -> Iterator[None]:
-        for layer in self.layers:
-            layer.adapter_on = False
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.adapter_on = True
 
 
 # ---- peft's files ------------------------------------------------------------------------------------------

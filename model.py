@@ -458,8 +458,10 @@ def argmax_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
 def sample_tokens(hidden: Tensor, weight: Tensor, u: Tensor) -> Tensor:
     """A token (N,) sampled after each state: the inverse cumulative distribution at u (N,) in [0, 1)."""
     total = compute_logits(hidden, weight).log_softmax(-1).exp().cumsum(-1)
-    target = (u * total[:, -1]).to(total.dtype)
-    return torch.searchsorted(total, target[:, None], right=True).clamp(max=len(weight) - 1)[:, 0]
+    last = total[:, -1]
+    # Below the last sum, to which rounding may lift it: behind that stand tokens of probability 0.
+    target = torch.minimum((u * last).to(total.dtype), last.nextafter(torch.zeros_like(last)))
+    return torch.searchsorted(total, target[:, None], right=True)[:, 0]
 
 
 def expected_embeddings(hidden: Tensor, weight: Tensor, table: Tensor) -> Tensor:

@@ -119,12 +119,18 @@ def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]
     return compute_logits(last, model.head_weight)
 
 
-def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Feed each row its last token, (n,) at positions (n,) < length; returns next-token logits (n, V)."""
+def decode(
+    model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int,
+    head: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Feed each row its last token, (n,) at positions (n,) < length; returns next-token logits (n, V).
+
+    head: the function from states to logits; None: compute_logits.
+    """
     # Every row attends to its own positions so far: (n, 1, 1, length).
     mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]
     hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache)
-    return compute_logits(hidden[:, 0], model.head_weight)
+    return head(hidden[:, 0]) if head else compute_logits(hidden[:, 0], model.head_weight)
 
 
 def check_arguments(prompts, n, max_new_tokens, temperature, top_k, top_p, batch_size) -> None:

@@ -486,10 +486,10 @@ def validate(run: Run, data: Data, cfg: Config) -> None:
         if hasattr(data.task, "other_start"):
             numbered, start = enumerate(data.test_rows), data.task.other_start
             begun = [row | {"start": start(row, random.Random(i))} for i, row in numbered]
-            begun = [row for row in begun if row["start"]]
-            other = evaluate.validation(run, data.task, begun, cfg)[1]
-            record["val/other_start"] = other["val/accuracy"]
-            line += f" | from another first step {record['val/other_start']:.1%}"
+            if begun := [row for row in begun if row["start"]]:
+                other = evaluate.validation(run, data.task, begun, cfg)[1]
+                record["val/other_start"] = other["val/accuracy"]
+                line += f" | from another first step {record['val/other_start']:.1%}"
         drop_engine(run.rollout_model)  # whose memory training needs on a GPU
     training.end_validation(run, cfg, data.test_rows, answers, record, line)
 
@@ -569,7 +569,8 @@ def train(name: str, method: Method, out_dir: Path, cfg: Config, device: torch.d
         run.metrics |= {"lr": lr, "timing_s/step": seconds}
         if residual:
             run.metrics["lambda"] = residual.lam
-        training.log_step(run, step, step_start, seconds, tokens, len(batch))
+        n_rows = len(batch) * (2 if method.pair_loss else 1)
+        training.log_step(run, step, step_start, seconds, tokens, n_rows)
         if (step + 1) % cfg.print_every == 0:
             print(training.console_line(f"{name} step {step + 1}/{steps}", run.metrics, COLUMNS))
         if (step + 1) % cfg.eval_every == 0 or step + 1 == steps:

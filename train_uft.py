@@ -856,8 +856,9 @@ def main(argv: Sequence[str]) -> None:
         run.metrics |= training.mean_metrics(updates)
         run.metrics |= {"lr": lr, "timing_s/update": update_s}
         run.metrics["sampled_tokens"] = run.state["sampled_tokens"]
-        tokens = sum(map(packing.row_length, groups))
-        training.log_step(run, step, step_start, update_s, tokens, len(groups))
+        rows = training_rows(groups, cfg, run.model)
+        tokens = sum(map(packing.row_length, rows))
+        training.log_step(run, step, step_start, update_s, tokens, len(rows))
         if (step + 1) % cfg.print_every == 0:
             print(training.console_line(f"step {step + 1}/{total}", run.metrics, COLUMNS))
         if step + 1 == sft_steps and method.reinforced:

@@ -183,12 +183,14 @@ def chain_results(numbers: tuple[int, ...]) -> Counter:
 
 
 def other_start(row: dict, rng: Random) -> str | None:
-    """Style short: a random first step that differs from the reference's and still allows the target; None if
-    none does.
+    """A random first step that differs from the reference's and still allows the target; None if none does.
+    Of style short alone: None for rows of another.
 
     The answer that follows it shows whether a model can go on from a state the reference never visits.
     """
     numbers, target = row["truth"]["numbers"], row["truth"]["target"]
+    if not row["truth"].get("steps"):
+        return None
     steps = []
     for i, x in enumerate(numbers):
         for j, y in enumerate(numbers[:i]):

@@ -59,6 +59,7 @@ def load_problems(cfg: Any, method: Any, tokenizer: Tokenizer, config: Any) -> D
     method: `needs` names a field that every training row must have, "" none; `reinforced` says whether
     completions are sampled.
     """
+    needs = method.needs or ("answer" if method.supervised else "")
     task = judged_by(load_task(cfg.task), cfg.checker)
     options = {"style": cfg.style, "sizes": cfg.sizes, "one_file": "split"}
     rows = load_rows(task, "train", cfg.data_path, cfg.train_rows, **options)
@@ -70,13 +71,13 @@ def load_problems(cfg: Any, method: Any, tokenizer: Tokenizer, config: Any) -> D
     enough = cfg.problems <= len(rows)
     require(cfg, "problems", enough, f"there are only {len(rows)} training problems")
     data, path = Data(task, [], test_rows), cfg.data_path or cfg.task
-    without = [i for i, row in enumerate(rows) if method.needs and not row[method.needs]]
+    without = [i for i, row in enumerate(rows) if needs and not row[needs]]
     if len(without) == len(rows):
         advice = f"{cfg.algo} needs it; --algo=rft needs no solutions"
-        raise UserError(f"{path} train row 0: field '{method.needs}' is missing or empty: {advice}")
+        raise UserError(f"{path} train row 0: field '{needs}' is missing or empty: {advice}")
     if without:
         left = "everything is sampled" if method.reinforced else "they are left out"
-        print(f"note: {len(without)} of {len(rows)} training problems have no {method.needs}: {left}")
+        print(f"note: {len(without)} of {len(rows)} training problems have no {needs}: {left}")
     # Prompts and solutions as ids.
     longest_solution = 0
     for i, row in enumerate(rows):
@@ -85,9 +86,9 @@ def load_problems(cfg: Any, method: Any, tokenizer: Tokenizer, config: Any) -> D
         problem = Problem(i, row, prompt, cut_points(len(row["hint"]), cfg.segments))
         solution = tokenizer.encode(problem.solution())
         tokenizer.check_ids(solution, config.vocab_size, where)
-        hint = tokenizer.encode(problem.hint(problem.segments)) if method.needs else []
+        hint = tokenizer.encode(problem.hint(problem.segments)) if needs else []
         data.longest = max(data.longest, len(prompt) + len(hint))
-        if method.needs == "answer":
+        if needs == "answer":
             longest_solution = max(longest_solution, len(prompt) + len(solution) + 1)
         data.problems.append(problem)
     for i, row in enumerate(test_rows):
@@ -110,6 +111,8 @@ def checked_prompt(
     row: dict, where: str, tokenizer: Tokenizer, vocab_size: int, max_prompt: int
 ) -> list[int]:
     ids = tokenizer.encode(row["prompt"], bos=True)
+    if not ids:
+        raise UserError(f"{where}: the prompt has no tokens")
     if len(ids) > max_prompt:
         rule = f"must be >= {len(ids)}, the tokens of the prompt of {where}"
         raise UserError(f"max_prompt = {max_prompt}: {rule}")

@@ -107,16 +107,11 @@ def uncompile(model: Transformer) -> None:
 @contextmanager
 def uncompiled(model: Transformer) -> Iterator[None]:
     """Within it, the blocks run plainly."""
-    kept = [
-        (block, name, vars(block)[name])
-        for block in model.model.layers
-        for name in HALVES
-        if name in vars(block)
-    ]
+    kept = [{k: v for k, v in vars(block).items() if k in HALVES} for block in model.model.layers]
     uncompile(model)
     yield
-    for block, name, half in kept:
-        setattr(block, name, half)
+    for block, halves in zip(model.model.layers, kept, strict=True):
+        vars(block).update(halves)
 
 
 def or_uncompiled(function: Callable) -> Callable:

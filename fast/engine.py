@@ -18,7 +18,7 @@ from fast.head import PIECE, compute_logits
 from infra.config import memory_advice
 from infra.parallel import has_bfloat16
 from model import KVCache, Transformer
-from sampler import Completion, draw, int64, uniform
+from sampler import Completion, decode, draw, int64, uniform
 
 PREFILL_TOKENS = 1 << 15  # prompt tokens per pass, so that activations take less memory than keys and values
 PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: shapes are rounded up to multiples of these
@@ -49,17 +49,6 @@ def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], slots:
         layer.k[target, :, :longest] = new.k.repeat_interleave(n, 0).to(layer.k.dtype)
         layer.v[target, :, :longest] = new.v.repeat_interleave(n, 0).to(layer.v.dtype)
     return compute_logits(hidden[torch.arange(len(prompts), device=device), lengths - 1], model.head_weight)
-
-
-def decode(
-    model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int,
-    head: Callable | None = None,
-) -> Tensor:  # fmt: skip
-    """sampler.decode with another head: packed_head's function, if there is one."""
-    # Every row attends to its own positions so far: (n, 1, 1, length).
-    mask = (torch.arange(length, device=tokens.device) <= positions[:, None])[:, None, None]
-    hidden = model.hidden(tokens[:, None], positions=positions[:, None], mask=mask, cache=cache)
-    return head(hidden[:, 0]) if head else compute_logits(hidden[:, 0], model.head_weight)
 
 
 def sample(logits: Tensor, seed: Tensor, rows: Tensor, positions: Tensor, *sampling) -> tuple[Tensor, Tensor]:
@@ -189,7 +178,8 @@ class Engine:
 
 def decode_slots(engine: Engine, n: int, length: int) -> None:
     """Feed the first n slots their last token and sample the next; none has reached position `length`."""
-    logits = decode(engine.model, engine.cache, engine.token[:n], engine.position[:n], length, engine.head)
+    head = engine.head or (lambda states: compute_logits(states, engine.model.head_weight))
+    logits = decode(engine.model, engine.cache, engine.token[:n], engine.position[:n], length, head)
     engine.position[:n].add_(1)
     engine.draw(logits, slice(0, n), engine.sample)
 

@@ -37,32 +37,24 @@ def settle(run: Any, groups: Sequence, recompute: Callable, cfg: Any) -> dict[st
         return {}
     started = time.perf_counter()
     trajectories = [t for group in groups for t in group]
-    rollout_logp = [t.old_logp[t.n_given :] for t in trajectories]
+    by_sampler = [t.old_logp for t in trajectories]
     recompute(run.model, groups, cfg)
-    logp = [t.old_logp[t.n_given :] for t in trajectories]
-    weights, metrics = measure(logp, rollout_logp, cfg.rollout_correction, cfg.rollout_cap)
-    for t, weight in zip(trajectories, weights, strict=True):
-        t.advantage = t.advantage * np.concatenate((np.ones(t.n_given), weight))
+    kind, cap, differences, weights = cfg.rollout_correction, cfg.rollout_cap, [], []
+    for t, theirs in zip(trajectories, by_sampler, strict=True):
+        logp, rollout_logp = (torch.from_numpy(x[t.n_given :]) for x in (t.old_logp, theirs))
+        differences.append(logp - rollout_logp)
+        weights.append(rollout_weights(logp, rollout_logp, kind, cap))
+        t.advantage = t.advantage * np.concatenate((np.ones(t.n_given), weights[-1].numpy()))
+    metrics = measure(torch.cat(differences), torch.cat(weights), kind != "none", cap)
     return metrics | {"timing_s/old_log_prob": time.perf_counter() - started}
 
 
-def measure(
-    logp: Sequence[np.ndarray], rollout_logp: Sequence[np.ndarray], kind: str, cap: float
-) -> tuple[list[np.ndarray], dict[str, float]]:
-    """The weights of each completion's tokens, and how far the two policies are apart.
-
-    sampling/kl_k3 estimates KL(sampler || trainer).
-    """
-    pairs = [
-        tuple(map(torch.from_numpy, pair)) for pair in zip(logp, rollout_logp, strict=True)
-    ]
-    weights = [rollout_weights(*pair, kind, cap) for pair in pairs]
-    weight = torch.cat(weights)
+def measure(difference: Tensor, weight: Tensor, corrected: bool, cap: float) -> dict[str, float]:
+    """How far trainer and sampler are apart. sampling/kl_k3 estimates KL(sampler || trainer)."""
     if not len(weight):
-        return [w.numpy() for w in weights], {}
-    difference = torch.cat([a - b for a, b in pairs])
-    capped = (weight >= cap) & (kind != "none")
-    return [w.numpy() for w in weights], {
+        return {}
+    capped = (weight >= cap) & corrected
+    return {
         "sampling/logp_difference/mean": difference.abs().mean().item(),
         "sampling/logp_difference/max": difference.abs().max().item(),
         "sampling/kl_k3": (difference.exp() - difference - 1).mean().item(),

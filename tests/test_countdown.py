@@ -288,6 +288,7 @@ def test_values_that_are_no_integers_are_refused(tmp_path, value):
 def test_another_start_without_a_reference():
     row = load("train", n=1, style="short")[0]
     assert countdown.other_start({**row, "hint": []}, random.Random(0))
+    assert countdown.other_start(load("train", n=1)[0], random.Random(0)) is None  # another style
 
 
 def test_rows_of_a_file(tmp_path):

@@ -166,7 +166,7 @@ def test_sampled_tokens_have_the_frequencies_of_the_distribution(head, chunk):
     p = (hidden @ weight.T).double().softmax(-1)[0]
     assert (counts - n * p).abs().max() <= 1.1
     # At the ends: neither a token of probability 0 nor one beyond the vocabulary.
-    logits, u = torch.tensor([-1e4, 0.0, 1.0]), torch.tensor([0.0, 1 - 2.0**-53]).double()
+    logits, u = torch.tensor([-1e4, 0.0, 1.0, -1e4]), torch.tensor([0.0, 1 - 2.0**-53]).double()
     assert head.sample_tokens(torch.ones(2, 1), logits[:, None], u).tolist() == [1, 2]
     assert head.sample_tokens(hidden.expand(2, -1), weight, u).max() < V
 

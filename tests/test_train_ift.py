@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trajectories import CPU, metrics, tiny
 
 import train_ift
+from data import countdown
 from data.chat import Example
 from fast import head as fast_head
 from fast.compiled import compile_blocks
@@ -1000,3 +1001,12 @@ def test_divergence_stops_with_one_line_and_the_last_good_checkpoint(tmp_path, c
     watch_updates(monkeypatch, spoil)
     assert "step 3" in refused(capsys, monkeypatch, f"--out_dir={tmp_path}", "--loss=ift")
     assert json.loads((tmp_path / "resume/state.json").read_text())["step"] == 2
+
+
+def test_other_rows_of_countdown_have_no_other_start(tmp_path):
+    """Their steps are written otherwise than the first steps that could be given."""
+    rows = countdown.load("train", n=30, sizes=(3,))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["--loss=sft", "--task=countdown", f"--data_path={tmp_path / 'rows.jsonl'}", "--steps=1", "--batch=2"]
+    train_ift.main([*args, "--max_new_tokens=2", "--show=0", f"--out_dir={tmp_path / 'out'}"])
+    assert "val/other_start" not in (tmp_path / "out/metrics.jsonl").read_text()

@@ -956,11 +956,17 @@ def test_help_lists_every_knob_of_a_method_with_what_it_does(name):
         ('{"prompt": "x"}\n', "rows.jsonl"),
         ("uft", "row 0: field 'hint' is missing or empty: uft needs it; --algo=rft needs no solutions"),
         ("luffy", "row 0: field 'answer' is missing or empty: luffy needs it"),
+        ("mine.py", "row 0: field 'answer' is missing or empty: "),  # supervised, whatever it needs
+        ('{"prompt": "", "truth": {"numbers": [1, 2], "target": 3}}\n' * 40, "row 0: the prompt has no tokens"),
     ],
 )
 def test_bad_data_files(content, wanted, tmp_path, capsys, monkeypatch):
     path, args = tmp_path / "rows.jsonl", [f"--out_dir={tmp_path / 'out'}"]
-    if content in ("uft", "luffy"):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("import train_uft\nMETHOD = train_uft.RFT._replace(supervised=True)\n")
+    if "prompt" in wanted:
+        args.append("--algo=rft")
+    if content in ("uft", "luffy", "mine.py"):
         args.append(f"--algo={content}")
         truth = {"numbers": [1, 2], "target": 3}
         row = {"prompt": "1 2", "hint": ["a"] * (content == "luffy"), "answer": "", "truth": truth}

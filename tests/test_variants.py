@@ -133,6 +133,9 @@ def test_psft(world):
     method.after_rollout(groups, run, None, 0, config())
     method.advantages(groups, config())
     assert all(t.old_logp.all() and (t.advantage, t.coef) == (1.0, 1.0) for (t,) in groups)
+    half = answer([1], [2], [3], reward=0.0)  # its solution is not known: nothing sampled is reinforced
+    method.advantages([[half]], config())
+    assert half.advantage == 0
     # At a ratio of 1 it has the gradient of SFT.
     ours, wanted = step(model, groups, method, 0.0), step(model, before, METHODS["sft"], 1.0)
     assert ours[0]["actor/loss"] == pytest.approx(-1, abs=1e-6)
@@ -228,6 +231,7 @@ def test_prefix_rft(world):
     for n in range(1, 300):
         one = a_batch([True] * n)
         assert module.uncertain(torch.rand(n), one, 0.2).sum() == math.ceil(n / 5)
+        assert module.uncertain(torch.rand(n), one, 0.3).sum() == math.ceil(3 * n / 10)
 
 
 def test_chord(world):
@@ -254,9 +258,12 @@ def test_chord_keeps_the_demonstrations_of_groups_without_signal(world):
 
 def test_srft():
     method, _, config = SRFT
-    group = [*rewarded(0.5, 1.0), answer([1], [2, 3], [], reward=1.0)]
-    method.advantages([group], config())
-    assert [t.advantage for t in group] == pytest.approx([-1, 1, (1 - 2.5 / 3) / np.std([0.5, 1, 1], ddof=1)], rel=1e-4)
+    a = (1 - 2.5 / 3) / np.std([0.5, 1, 1], ddof=1)
+    for sampled in ([], [4]):  # the demonstration; what there is of it where the solution is not known
+        group = [*rewarded(0.5, 1.0), answer([1], [2, 3], sampled, reward=1.0)]
+        method.advantages([group], config())
+        wanted = [[-1], [1], [a, a] + [1] * len(sampled)]
+        assert [t.advantage.tolist() for t in group] == [pytest.approx(w, rel=1e-4) for w in wanted]
     logp = log(0.5, 0.2, 0.3, 0.4, 0.6)  # a demonstration, a right rollout, a wrong one
     entropy = torch.tensor([1.0, 3.0, 0.2, 0.4, 9.0], requires_grad=True)
     batch = a_batch([True, True, False, False, False], trajectory=[0, 0, 1, 1, 2], advantage=[2.0, 2.0, 1, 1, -1])

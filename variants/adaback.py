@@ -2,8 +2,8 @@
 
 The share shown is drawn from U[lo, hi]. If the group's mean reward is below adaback_tau, lo becomes that
 share; otherwise hi does, and lo 0. A new problem starts from the moving averages over all problems. Now and
-then the share is 0, which lowers hi if it succeeds and otherwise moves nothing. Departure: a hint ends
-between segments, so the share is that of whole segments.
+then the share is 0, which lowers hi if it succeeds. Departures: a hint ends between segments, so the share is
+that of whole segments; a failure never lowers lo, so that one after a share of 0 moves nothing.
 """
 
 from dataclasses import dataclass

@@ -18,13 +18,9 @@ class Config(train_uft.Config):
     dapo_attempts: Natural = 2  # how often groups without signal are replaced
 
 
-def equal_rewards(group):
-    return len({t.reward for t in group}) == 1
-
-
 def replace_dead(groups, run, data, step, cfg):
     for attempt in range(1, cfg.dapo_attempts + 1):
-        dead = [i for i, g in enumerate(groups) if equal_rewards(g)]
+        dead = [i for i, g in enumerate(groups) if len({t.reward for t in g}) == 1]
         rng = np.random.default_rng((cfg.seed, 5, run.state["step"], attempt))
         others = rng.integers(len(data.problems), size=len(dead)).tolist()
         picks = [train_uft.redraw(pick, attempt, cfg) for pick in train_uft.make_picks(others)]

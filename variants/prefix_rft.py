@@ -43,9 +43,8 @@ def uncertain(entropy, batch, share):
     rank = torch.empty_like(order)
     first = (size.cumsum(0) - size)[batch.trajectory]
     rank[order] = torch.arange(len(order), device=order.device) - first
-    n_given = torch.zeros_like(entropy[: len(size)]).index_add(
-        0, batch.trajectory, batch.given.float()
-    )
+    zeros = torch.zeros(len(size), dtype=torch.float64, device=entropy.device)
+    n_given = zeros.index_add(0, batch.trajectory, batch.given.double())
     return batch.given & (rank < (share * n_given).ceil()[batch.trajectory])
 
 

@@ -26,7 +26,7 @@ def old_logprobs(groups, run, data, step, cfg):
 
 def advantages(groups, cfg):
     for t in train_uft.flat(groups):
-        t.advantage, t.coef = 1.0, 1.0
+        t.advantage, t.coef = float(t.given_whole), 1.0  # 0 if the solution is not known
 
 
 def given_loss(logp, entropy, batch, cfg):

@@ -1,8 +1,9 @@
 """ReLIFT (arXiv 2506.07527 and its code): GRPO, and now and then SFT on the problems that it cannot solve.
 
 Problems whose rollouts are all wrong are collected. When there are relift_buffer of them, their
-demonstrations are trained on after the rollouts, in optimiser steps of their own. Departure: the buffer has
-32 problems, two mini-batches, where the code has one of 128, since batches are smaller here.
+demonstrations are trained on after the rollouts, in optimiser steps of their own if relift_buffer is a
+multiple of mini_batch (without drop_dead). Departure: the buffer has 32 problems, two mini-batches, where the
+code has one of 128, since batches are smaller here.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ coefficient.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import train_uft
@@ -33,11 +34,11 @@ def sequence_entropy(entropy, batch):
 
 
 def advantages(groups, cfg):
-    """A rollout's is 1 or -1: right or wrong."""
+    """A sampled token's is 1 or -1: right or wrong."""
     train_uft.grpo_advantages(groups, cfg)
     for t in train_uft.flat(groups):
-        if not t.given_whole:
-            t.advantage = 1.0 if t.reward == 1 else -1.0
+        given = np.arange(len(t.tokens)) < t.n_given
+        t.advantage = np.where(given, t.advantage, 1.0 if t.reward == 1 else -1.0)
 
 
 def given_loss(logp, entropy, batch, cfg):
