@@ -351,7 +351,7 @@ def main(argv: Sequence[str]) -> None:
         return exports.write_export(cfg.save, text)
     settings, records = answer_tasks(model, tokenizer, base, cfg)
     if cfg.export == "uft":
-        exports.write_export(cfg.save, exports.uft_eval(records, sources.data_sources()))
+        exports.write_export(cfg.save, exports.uft_eval(records, sources.DATA_SOURCES))
     report(records, settings, cfg)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from data.rows import is_one_file, naming, read_records, split_rows
 from data.tokenizer import Tokenizer
-from data.turns import REASONING, find_turns
+from data.turns import LOSS, REASONING, find_turns
 from infra.config import UserError
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
@@ -100,6 +100,8 @@ def _row(record: dict) -> dict:
         row = _conversations(record, names)
     elif record.get("tools"):
         raise UserError("field 'tools' needs messages, not texts")
+    elif other := [name for name in ("context", "instruction") if record.get(name)]:
+        raise UserError(f"field '{other[0]}' is not read beside a prompt; make it a part of that")
     if label is not None and not label:
         row["label"] = False
     return row
@@ -154,6 +156,9 @@ def _message(message: dict) -> dict:
         raise UserError(f"must be an object with role and content, not {message!r:.80}")
     fields = ", ".join(message)
     message = {k: v for k, v in message.items() if v is not None}
+    for name in UNSUPPORTED:
+        if message.get(name):
+            raise UserError(f"field '{name}' is not supported")
     role = message.get("role")
     if role not in ROLES:
         rule = f"must be one of {', '.join(ROLES)}"
@@ -177,7 +182,7 @@ def _message(message: dict) -> dict:
         raise UserError("the answer is empty")
 
     # Which turns have a loss.
-    for field in ("weight", "train"):
+    for field in LOSS:
         if message.get(field, 0) not in (0, role == "assistant"):  # 0 is False, 1 is True
             rule = "must be 1 or 0 for the assistant, 0 for others"
             raise UserError(f"field '{field}' of the {role} is {message[field]!r}; {rule}")

@@ -70,7 +70,7 @@ def load(
     A larger n only extends the list. The training and test problems of any two seeds are disjoint.
     """
     if path is not None:
-        return first(read_rows(path, split, NEEDS, read_numbers, SOURCES["countdown"][1]), n, path, split)
+        return first(read_rows(path, split, NEEDS, unusable, SOURCES["countdown"][1]), n, path, split)
     if style not in DEFAULTS:
         raise UserError(f"style: '{style}' is unknown; must be one of {', '.join(DEFAULTS)}")
     if split not in ("train", "test"):
@@ -108,7 +108,7 @@ def load(
     return rows
 
 
-def read_numbers(truth: dict) -> str | None:
+def unusable(truth: dict) -> str | None:
     """Turn numbers given as 3.0 or "3" into integers; the reason if that cannot be done."""
     values = [_whole(v) for v in (*truth["numbers"], truth["target"])]
     if None in values or len(values) < 2:

@@ -98,9 +98,9 @@ def score(response: str, truth: dict) -> tuple[float, str]:
 score_published = partial(published, "hendrycks_math")
 
 
-def _read_raw(where: str, record: dict) -> tuple[str, str, str]:
+def _read_raw(record: dict) -> tuple[str, str, str]:
     """(question, solution, target) of a record of MATH itself; the last \\boxed{} holds the target."""
-    solution = text_field(where, record, "solution")
+    solution = text_field(record, "solution")
     start = max(solution.rfind(command) for command in (r"\boxed", r"\fbox"))
     boxed = re.match(r"\\[a-z]+ *(\{|[^\s$]*)", solution[start:]) if start >= 0 else None
     target = boxed and boxed[1].rstrip(".")  # \boxed 2 is rare but allowed
@@ -108,8 +108,8 @@ def _read_raw(where: str, record: dict) -> tuple[str, str, str]:
         opening = start + boxed.end() - 1
         target = solution[opening + 1 : max(0, closing_brace(solution, opening))]
     if not target:
-        raise UserError(f"{where}: the solution has no \\boxed{{}} answer")
-    return text_field(where, record, "problem"), solution, target
+        raise UserError(r"the solution has no \boxed{} answer")
+    return text_field(record, "problem"), solution, target
 
 
 if __name__ == "__main__":

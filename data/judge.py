@@ -1,7 +1,6 @@
 """Calling a task's score(): its form is checked once before a run, and a response that breaks it or keeps it
 busy costs one answer rather than the run. Wherever answers are counted, only a reward of 1.0 is right."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -12,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, suppress
+from copy import deepcopy
 from functools import cache
 from multiprocessing.connection import Connection
 from types import ModuleType
@@ -30,13 +30,8 @@ class TimeUp(BaseException):
 
 
 def check_task(task: ModuleType, rows: Sequence[dict]) -> None:
-    """UserError unless every truth can be written as JSON and score() returns what it must for the reference
-    answers of three rows; a note if it counts none of them as right."""
-    for i, row in enumerate(rows):
-        try:
-            json.dumps(row["truth"])
-        except (TypeError, ValueError) as e:
-            raise UserError(f"task {task.__name__}, row {i}: the truth must be plain JSON ({e})") from None
+    """UserError unless score() returns what it must for the reference answers of three rows; a note if it
+    counts none of them as right."""
     judged = judge(task, ["".join(r["hint"]) + r["answer"] for r in rows[:3]], [r["truth"] for r in rows[:3]])
     rewards = [reward for (reward, _), row in zip(judged, rows, strict=False) if row["answer"]]
     if rewards and 1.0 not in rewards:
@@ -84,13 +79,13 @@ def _attempt(job: tuple[ModuleType, str, Any, float]) -> tuple[float, str, str]:
             left = signal.setitimer(signal.ITIMER_REAL, timeout)[0]
         try:
             with chdir("."):
-                reward, verdict = result = task.score(response, truth)
+                reward, verdict = result = task.score(response, deepcopy(truth))  # it may change it
         finally:
             if timeout and in_main:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         number = math.nan if isinstance(reward, str) else float(reward)  # of numpy, torch or bool too
         if math.isfinite(number) and isinstance(verdict, str) and len(verdict) <= 200:
-            return number, str(verdict), ""
+            return number, str(verdict).encode("utf-8", "replace").decode(), ""
         return 0.0, f"{FORM}; here they are {str(result)[:80]}", "has another form"
     except TimeUp:
         return LATE

@@ -27,7 +27,7 @@ from data.algebra import PRECISE, Unreadable, Value
 MAX_READ, MAX_DEPTH, MAX_POWERS = 300, 20, 30  # characters, nested brackets, exponents; more is read as text
 COUNTS = {"dozen": 12, "hundred": 100, "thousand": 10**3}
 COUNTS |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
-PARTS = "k half halve third fourth fifth sixth eighth tenth hundredth thousandth"
+PARTS = "k half halve third fourth fifth sixth seventh eighth ninth tenth twelfth hundredth thousandth"
 COUNTS |= dict.fromkeys(PARTS.split(), 0)  # these are refused
 UNITS = """mm millimeter, cm centimeter, m meter metre, km kilometer,
     in inch inche, ft foot feet, yd yard, mi mile, mg, g gm gram,
@@ -58,7 +58,7 @@ BRACKETS[r"\begin{pmatrix}"] = r"\end{pmatrix}"
 CLOSING = set(BRACKETS.values())
 CHARACTERS = {  # one, and how LaTeX writes it
     word[0]: word[1:] + " "
-    for word in r"""−- –- ÷/ ′' 、, ²^2 ³^3 °^\circ ×\times ·\cdot ⋅\cdot
+    for word in r"""−- –- ÷/ ′' 、, ⁻- °^\circ ×\times ·\cdot ⋅\cdot
     ∙\cdot √\sqrt ∞\infty ≤\le ≥\ge ≠\ne ∪\cup ∈\in ±\pm ∅\emptyset
     ½\frac{1}{2} ¼\frac{1}{4} ¾\frac{3}{4}""".split()
 }
@@ -80,15 +80,17 @@ LOOK = [  # text that only changes the look: (pattern, replacement), in this ord
         (r"(?:\\\\\s*)?(\\end\s*\{[a-z]+\})\s*[)\]]?", r"\1"),
         (r"\\(begin|end)\s*\{[bp]?matrix\}", r"\\\1{pmatrix}"),
         (r"\\(begin|end)\s*\{array\}(?:\s*\{[lcr|\s]*\})?", r"\\\1{pmatrix}"),
-        (r"\^\s*\{?\s*\\circEND\s*\}?|\\degreeEND", ""),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circEND)|\\degreeEND", ""),
         (r"\\primeEND", "'"),
-        (r"\^\s*\{?\s*('(?:\s*')*)\s*\}?", r"\1"),
+        (r"\^\s*\{\s*('[\s']*)\}|\^\s*(?=')", r"\1"),
         (r"(?<![A-Za-z_\\])\\?[A-Za-z]+(_\{?\w+\}?)?'*\([^()=+*/-]*\)(?=\s*=)", "f"),  # f(x) =
         # thousands: 1{,}000 1,\!000 1\!,000 1\,000
         (r"(?<=[0-9])\s*(?:,\s*\\!|\\!\s*,|\{,\}|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))", ""),
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quadEND", " "),
         (r"\\[lr]vertEND", "|"),
+        (r"(?<=[0-9.])\\barEND", r"\\overline"),
+        (r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)\s*=", ""),  # (x, y) =
         (r"(?<![\w)*])\*\*(?=[^\s*])([^*]*)(?<=[^\s*])\*\*(?![\w(*])", r"\1"),
     )
 ]
@@ -118,7 +120,7 @@ def equal(answer: str, target: str, question: str = "") -> bool:
     a, t, asked = _clean(answer), _clean(target), question.lower()
     if _as_text(a) == _as_text(t):
         return True
-    if max(len(a), len(t)) > MAX_READ:
+    if max(len(a), len(t)) > MAX_READ or re.fullmatch("[A-Z]{2,}", t):  # ACF is no product
         return False
     form = re.search(r"\b(factor|expand)", asked) is not None
     # "28%" for "28%", 28 or 0.28 for "28%", but "28%" for 28 only where the question asks for a percentage
@@ -142,6 +144,7 @@ def _same(answer: str, target: str, form: bool) -> bool:
 def _clean(text: str) -> str:
     """The text without anything that only changes its look, and with one spelling of each command."""
     if not text.isascii():
+        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
         text = unicodedata.normalize("NFKC", "".join(map(_ascii, text)))
     if r"\begin" not in text:
         text = text.replace("\\\\", "\\")  # backslashes doubled by JSON; in a matrix \\ ends a row
@@ -247,8 +250,8 @@ def _tokens(text: str) -> list[str]:
         elif piece in SPELLINGS:
             found.append(SPELLINGS[piece])
         elif kind == "word":
-            is_unit = before[-1:] in "0123456789.}" and piece.lower() in UNIT_OF
-            is_word = len(piece) >= 4 or piece in ("or", "and") or is_unit and len(piece) > 1
+            is_unit = re.search(r'^"|[0-9.}]$', before) and piece.lower() in UNIT_OF
+            is_word = len(piece) >= 4 or piece in ("or", "and", "per") or is_unit and len(piece) > 1
             found += ['"' + piece] if is_word else piece
         else:
             found.append(piece)
@@ -322,6 +325,7 @@ class Reader:
         sides = [self.element()]
         left = self.tokens[start : self.at]  # x, x_1, f', or words
         named = bool(NAME.match(left[0].removeprefix('"'))) and all(t[0] in "_'" for t in left[1:])
+        named = named or bool(re.fullmatch(r"(\\angle)?[A-Z]{2,3}", "".join(left)))  # AB = 5
         while self.next in SIGNS:
             signs.append(self.take())
             del self.formulas[before:]

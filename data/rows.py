@@ -86,7 +86,8 @@ def load_task(name: str) -> ModuleType:
         if not missing:
             return task
         reason = f"{file} has no `def {FUNCTIONS[missing[0]]}`, of its own or imported"
-    raise UserError(f"task = {name!r}: {reason}; tasks are {', '.join(_task_names())}")
+    tasks = ", ".join(sorted({task for task, _ in SOURCES.values()}))
+    raise UserError(f"task = {name!r}: {reason}; tasks are {tasks}")
 
 
 @cache
@@ -97,16 +98,6 @@ def _module_of(file: Path) -> ModuleType:
     sys.path.append(str(file.parent))  # for what lies beside it
     spec.loader.exec_module(module)
     return module
-
-
-def _task_names() -> list[str]:
-    names = []
-    for file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        defined = (rf"^(def {f}\(|from .*import .*\b{f}\b)" for f in FUNCTIONS)
-        if file.stem.isidentifier() and all(re.search(pattern, text, re.M) for pattern in defined):
-            names.append(file.stem)
-    return names
 
 
 def judged_by(task: ModuleType, checker: str) -> ModuleType:
@@ -184,6 +175,10 @@ def _complete(row: Any, truth: str = "truth") -> dict:
         raise UserError("field 'hint' must be a list of str")
     if row.get("truth") is None:
         raise UserError(f"field '{truth}' is missing")
+    try:
+        json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
+    except (TypeError, ValueError) as e:
+        raise UserError(f"must be plain JSON ({e})") from None
     return row
 
 
@@ -255,11 +250,15 @@ def _files(path: Path, split: str) -> list[Path]:
         raise UserError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
+    if arrow := next(path.rglob("*.arrow"), None):
+        raise UserError(f"{arrow}: Arrow files are not read; write the rows with to_parquet()")
     found = [p for p in sorted(path.rglob("*")) if p.suffix in ENDINGS]
     parts = {p: p.relative_to(path).parts for p in found}
     files = [p for p in found if not any(name.startswith((".", "~")) for name in parts[p])]
     whole = [path / f"{split}{ending}" for ending in ENDINGS]
     if whole := [p for p in whole if p in files]:
+        if whole[1:]:
+            print(f"{path}: reading {whole[0].name}, not {', '.join(p.name for p in whole[1:])}")
         return whole[:1]
     named = [p for p in files if re.match(rf"{re.escape(split)}[-_.]", p.name)]
     for kind in (split, *(f"{split}_{kind}" for kind in KINDS)):
@@ -355,14 +354,14 @@ def rows_of(
     needs: dict[str, type | tuple[type, ...]],
     check: Callable[[dict], str | None] = lambda truth: None,
     source: str = "",
-    read_raw: Callable[[str, dict], tuple[str, str, str]] | None = None,
+    read_raw: Callable[[dict], tuple[str, str, str]] | None = None,
 ) -> list[dict]:
     """The rows of records in any of these layouts, where hint and answer may be missing:
 
     - the published UFT data's, verl's and DAPO's: question, or else prompt as messages; hint, answer
       (which repeats the hint) and reward_model.ground_truth
     - our own: prompt, hint, answer, truth
-    - any other that read_raw(where, record) turns into (question, solution, target)
+    - any other that read_raw(record) turns into (question, solution, target)
 
     needs: the fields the truth must have, and their types; a truth that is no dict is its target.
     check(truth) says why a truth cannot be used, or None; it may convert values. source: leave out the
@@ -375,15 +374,16 @@ def rows_of(
         raise UserError(f"{file}: no row has data_source '{source}'")
     rows = []
     for where, record in own:
-        if read_raw and not {"reward_model", "truth"} & record.keys():
-            rows.append(solved_row(*read_raw(where, record)))
-            continue
+        is_raw = read_raw and not {"reward_model", "truth"} & record.keys()
         with naming(where):
-            rows.append(_row_of(record, needs, check))
+            row = solved_row(*read_raw(record)) if is_raw else _row_of(record, needs)
+            if reason := check(row["truth"]):
+                raise UserError(reason)
+        rows.append(row)
     return rows
 
 
-def _row_of(record: dict, needs: dict, check: Callable) -> dict:
+def _row_of(record: dict, needs: dict) -> dict:
     """The row of a record in the published layout or our own."""
     published = "reward_model" in record or "question" in record
     name = "reward_model.ground_truth" if published else "truth"
@@ -400,8 +400,6 @@ def _row_of(record: dict, needs: dict, check: Callable) -> dict:
     for field, kind in needs.items():
         if not isinstance(truth.get(field), kind) or isinstance(truth[field], bool):
             raise UserError(f"the ground truth lacks a usable '{field}'")
-    if reason := check(truth):
-        raise UserError(reason)
     # The published answer repeats the hint, ours is the closing block alone.
     if published:
         hint = "".join(row["hint"])
@@ -438,9 +436,9 @@ def solved_row(question: str, solution: str, target: str) -> dict:
     }
 
 
-def text_field(where: str, record: dict, name: str) -> str:
+def text_field(record: dict, name: str) -> str:
     if not isinstance(record.get(name), str):
-        raise UserError(f"{where}: field '{name}' is missing or not a str")
+        raise UserError(f"field '{name}' is missing or not a str")
     return record[name]
 
 

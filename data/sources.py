@@ -9,15 +9,11 @@ from collections import Counter
 from functools import cache
 from types import ModuleType
 
-from data import countdown, hendrycks_math, logic
 from data.rows import FIELDS, SOURCES, load_rows, load_task, read_records, rows_of
 from infra.config import UserError
 
-# Tasks that make problems: what a truth must hold, and its check.
-MADE = {
-    "countdown": (countdown.NEEDS, countdown.read_numbers),
-    "logic": (logic.NEEDS, logic.unusable),
-}
+MADE = ("countdown", "logic")  # the tasks that make problems
+DATA_SOURCES = {name: data_source for name, (_, data_source) in SOURCES.items()}
 ALL = "uft"  # as a task: every source that the file has
 FILE = "data/others/test.parquet of github.com/liumy2010/UFT"
 
@@ -27,15 +23,10 @@ def judge(name: str) -> ModuleType:
     return load_task(SOURCES[name][0] if name in SOURCES else name)
 
 
-def data_sources() -> dict[str, str]:
-    """The name in the column data_source of each source."""
-    return {name: data_source for name, (_, data_source) in SOURCES.items()}
-
-
 def names(tasks: tuple[str, ...], path: str, split: str) -> list[str]:
     """The tasks, each once, with "uft" replaced by all sources of the file."""
     if ALL in tasks:
-        found, known = sources_in(path, split), data_sources()
+        found, known = sources_in(path, split), DATA_SOURCES
         if not found:
             needed = f"--data_path with a column data_source, such as {FILE}"
             raise UserError(f"task = '{ALL}': needs {needed}")
@@ -60,16 +51,16 @@ def load(
     """
     task = judge(name)
     task_name, data_source = SOURCES.get(name, (name, ""))
-    known = {x: source for source, x in data_sources().items()}
-    found = {x: known[x] for x in sources_in(path, split) if x in known}
+    present = sources_in(path, split)
+    found = [source for source, x in DATA_SOURCES.items() if x in present]
     if name == task_name and (name not in SOURCES or not found):
         return load_rows(task, split, path, n, style=style or "short", sizes=sizes)
     if not path:
         advice = f"give --data_path, such as {FILE}"
         raise UserError(f"task = '{name}': its problems can only be read; {advice}")
-    if found and data_source not in found:
+    if found and name not in found:
         if name not in MADE:
-            others = ", ".join(found.values())
+            others = ", ".join(found)
             lacks = f"has no row of data_source '{data_source}', only of {others}"
             raise UserError(f"task = '{name}': {path} {lacks}")
         style = style or "paper"
@@ -80,8 +71,8 @@ def load(
     if name == task_name and name not in MADE:
         rows = load_rows(task, split, path, sizes=sizes)
     else:
-        needs, check = MADE.get(name, (hendrycks_math.NEEDS, hendrycks_math.unusable))
-        rows = rows_of(_records(path, split), needs, check, data_source, _read_benchmark)
+        records = _records(path, split)
+        rows = rows_of(records, task.NEEDS, task.unusable, data_source, _read_benchmark)
     return rows[: n or None]
 
 
@@ -102,7 +93,7 @@ def _records(path: str, split: str) -> list[tuple[str, dict]]:
     return read_records(path, split, FIELDS)
 
 
-def _read_benchmark(where: str, record: dict) -> tuple[str, str, str]:
+def _read_benchmark(record: dict) -> tuple[str, str, str]:
     """(question, solution, target) of a benchmark as it is published."""
     record = {name.lower(): value for name, value in record.items()}
     question = record.get("problem") or record.get("question")
@@ -112,7 +103,6 @@ def _read_benchmark(where: str, record: dict) -> tuple[str, str, str]:
     targets = target if isinstance(target, list) else [target]
     usable = targets and all(isinstance(t, str | int | float) for t in targets)
     if not isinstance(question, str) or not usable:
-        needed = "the fields problem (or question) and answer, text or numbers"
-        raise UserError(f"{where}: must have {needed}")
+        raise UserError("must have the fields problem (or question) and answer, text or numbers")
     lines = solution if isinstance(solution, list) else [solution]
     return question, "\n".join(map(str, lines)), ", ".join(map(str, targets))

@@ -88,12 +88,16 @@ class Tokenizer:
             else:
                 raw[text] = token
         self._raw, self._normalized = AddedTokens(raw), AddedTokens(normalized)
+        cuts = flatten(description.get("pre_tokenizer"), "pretokenizers")
+        if config.get("add_prefix_space") and any(p.get("add_prefix_space") is False for p in cuts):
+            raise unsupported("add_prefix_space, true in tokenizer_config.json, but false in this file,")
         self._cuts, pattern = pre_tokenizer(description.get("pre_tokenizer"), pieces)
         spelled = {t: token_bytes(t, pieces) for t in vocab}
         self._merger = Merger(model, spelled, pattern)
 
         # Decoding. Reward checkers look for TAGS, so these are kept even if special.
-        spelled |= {t: t.encode() for t in added}
+        texts = {t: self._normalize(t) if a.get("normalized") else t for t, a in added.items()}
+        spelled |= {t: text.encode() for t, text in texts.items()}
         self._bytes = {i: spelled[t] for i, t in names.items()}
         self._byte_ids = set()
         if pieces:
@@ -357,6 +361,8 @@ class AddedTokens:
         if any(c in text for c in self.first_characters):
             for found in self.pattern.finditer(text):
                 token, (start, stop) = self.tokens[found.group()], found.span()
+                if start < end:  # white space that the token before it took
+                    continue
                 if token.get("lstrip"):
                     start = max(SPACES_BACKWARDS.match(text, 0, start).start(), end)
                 if token.get("rstrip"):

@@ -15,6 +15,7 @@ from data.tokenizer import Tokenizer
 from infra.config import UserError
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of a thought
+LOSS = ("weight", "train", "loss", "training")  # fields: 0 or false takes the loss off a turn
 CLOSE = "</think>"  # ends a thought inside a content
 DATE = "26 Jul 2024"  # "today", which must not change the data; Llama 3.2's default
 MARK = 0xF0000  # the first of the private characters, which no text contains
@@ -48,7 +49,7 @@ def find_turns(row: dict, name: str, tokenizer: Tokenizer, template: str) -> tup
     last = len(messages) - 1
     for i in reversed(range(row["first"], last + 1)):
         message = messages[i]
-        has_loss = message.get("weight", 1) and message.get("train", True)
+        has_loss = all(message.get(field, True) for field in LOSS)
         if message["role"] != "assistant" or not has_loss:
             continue
         if i == 0:

@@ -572,7 +572,7 @@ def test_parquet_gives_every_call_and_schema_the_fields_of_all_others(tmp_path):
     assert not any("null" in t.decode(e.ids) for e in examples)
 
 
-@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}])
 def test_turns_can_be_left_without_loss(off, tmp_path):
     t, m = tokenizer(CHATML), talk("a", "b", "c", "d")
     m[1] |= off
@@ -717,6 +717,8 @@ ASSISTANT = {"role": "assistant", "content": "b"}
         ({"messages": CHOSEN, "tools": "cat"}, "field 'tools' must be a list, or the JSON of one, not 'cat'"),
         ({"messages": CHOSEN, "tools": {"name": "cat"}}, "field 'tools' must be a list, or the JSON of one"),
         ({"messages": CHOSEN, "images": ["x.png"]}, "field 'images' is not supported"),
+        ({"messages": [*talk("a"), ASSISTANT | {"images": ["x"]}]}, "message 1: field 'images' is not supported"),
+        ({"prompt": "a", "completion": "b", "context": "c"}, "field 'context' is not read beside a prompt"),
         ({"messages": CHOSEN, "system": "be nice"}, "field 'system' is not supported; move it into"),
         ({"prompt": "a", "completion": "b", "system_prompt": "be nice"}, "field 'system_prompt' is not"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "be nice"}, "field 'system' is not"),

@@ -87,7 +87,7 @@ def test_sources_of_a_mixed_file(tmp_path, capsys):
     assert sources.load("countdown", path, "test")[0]["truth"]["target"] == 7
     assert sources.load("gsm8k", path, "test")[0]["truth"]["target"] == "4"
     assert sources.judge("aime") is hendrycks_math and sources.judge("countdown") is countdown
-    with pytest.raises(UserError, match=r"'minerva': .*no row .* only of aime, countdown, gsm8k, math500"):
+    with pytest.raises(UserError, match=r"'minerva': .*no row .* only of math500, aime, gsm8k, countdown"):
         sources.load("minerva", path, "test")
     with pytest.raises(UserError, match="no such task in data/"):
         sources.names(("aime", "chess"), path, "test")

@@ -3,12 +3,12 @@ blocks."""
 
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from data import countdown, gsm8k, hendrycks_math, sources
@@ -266,6 +266,10 @@ def test_a_task_is_given_what_it_takes():
         ([{"prompt": "x", "truth": 1, "hint": "y"}], "row 0: field 'hint' is missing or not a list"),
         ([{"prompt": "x", "truth": 1, "hint": [1]}], "row 0: field 'hint' must be a list of str"),
         ([{"prompt": "x", "truth": 1, "answer": 6}], "row 0: field 'answer'"),
+        ([{"prompt": "x", "truth": {"seed": np.int64(7)}}], "row 0: must be plain JSON .*int64"),
+        ([{"prompt": "x", "truth": 1, "id": np.int64(7)}], "row 0: must be plain JSON .*int64"),
+        ([{"prompt": "\ud83d", "truth": 1}], "row 0: must be plain JSON .*surrogates"),
+        ([{"prompt": "x", "truth": {1: 2, "a": 3}}], "row 0: must be plain JSON"),
     ],
 )
 def test_rows_of_a_task_are_checked(rows, wanted):
@@ -375,6 +379,18 @@ def test_stray_files_are_no_rows(tmp_path):
     assert len(read_rows(tmp_path, "test", NEEDS)) == 1
 
 
+def test_two_files_of_a_split_and_a_folder_of_arrow(tmp_path, capsys):
+    write(tmp_path / "test.parquet", [OWN])
+    write(tmp_path / "test.jsonl", [OWN] * 2)
+    assert len(read_rows(tmp_path, "test", NEEDS)) == 1
+    assert "reading test.parquet, not test.jsonl" in capsys.readouterr().out
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/data-00000-of-00001.arrow").touch()
+    write(tmp_path / "train/state.json", [OWN])
+    with pytest.raises(UserError, match=r"\.arrow: Arrow files are not read; write the rows with to_parquet"):
+        read_rows(tmp_path, "train", NEEDS)
+
+
 def test_shards_of_a_hub_folder_are_read_in_order(tmp_path):
     (tmp_path / "data").mkdir()
     for i in range(2):
@@ -467,9 +483,8 @@ def test_stray_files_are_no_tasks(monkeypatch, tmp_path):
         ("notes-old.py", b"def load(\ndef score(\n"),
     ):
         (tmp_path / name).write_bytes(content)
-    shutil.copy(ROOT / "data" / "gsm8k.py", tmp_path)
     monkeypatch.setattr(rows_module, "__file__", str(tmp_path / "rows.py"))
-    with pytest.raises(UserError, match="tasks are gsm8k$"):
+    with pytest.raises(UserError, match="there is no such task"):
         load_task("._countdown")
 
 

@@ -291,6 +291,13 @@ def test_unknown_parts_are_refused_by_name(wanted, tmp_path):
     assert "tokenizer.json: " in str(e.value)
 
 
+def test_a_space_in_front_that_one_file_asks_for_and_the_other_does_not(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description()))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    with pytest.raises(UserError, match="add_prefix_space, true in tokenizer_config.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_broken_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
         Tokenizer.from_pretrained(tmp_path)
@@ -971,3 +978,17 @@ def test_tokenizers_of_checkpoints(name):
         assert tokenizer.encode(case["text"]) == case["ids"], case
         assert tokenizer.encode(case["text"], bos=True) == case["ids_with_special"]
         assert tokenizer.decode(case["ids"]) == case["decoded"]
+
+
+def test_added_tokens_that_share_white_space_and_normalized_ones():
+    """One whose white space the token before it took, and one whose text the normalizer changes."""
+    space = {"id": 256, "content": " ", "special": False, "single_word": False, "lstrip": True, "rstrip": True, "normalized": False}
+    data = description(added_tokens=[space, space | {"id": 257, "content": "the", "lstrip": False}])
+    ours, theirs = Tokenizer(data, {}), peer(data)
+    for text in ("      the", "a   the  b", "the the"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    data = sentencepiece(["he"], added=[("<s>", 1, True), ("</s>", 2, True), ("<im>", 300, False)])
+    data["added_tokens"][2] |= {"id": len(data["model"]["vocab"]), "normalized": True}
+    ours, theirs = Tokenizer(data, {}), peer(data)
+    ids = theirs.encode("he <im> he", add_special_tokens=False).ids
+    assert ours.encode("he <im> he") == ids and ours.decode(ids) == theirs.decode(ids) == "he <im> he"
