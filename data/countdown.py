@@ -21,7 +21,6 @@ Signs in front of a number and a point after it ("19.") are accepted; "= target"
 that are not ASCII are not."""
 
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -31,12 +30,10 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
-if __name__ == "__main__":  # python data/countdown.py
-    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.published import evaluate
 from data.published import score_published as published
-from data.rows import PROMPT, SOURCES, answer_block, first, read_rows, show
-from infra.config import UserError, run_script
+from data.rows import PROMPT, SOURCES, answer_block, first, read_rows
+from infra.config import UserError
 
 INSTRUCTION = (
     "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
@@ -348,7 +345,3 @@ def _check_equation(equation: str, numbers: list[int], target: int) -> str:
     if sorted(map(int, used)) != sorted(numbers):
         return "numbers"
     return "right" if value == target else "wrong"
-
-
-if __name__ == "__main__":
-    run_script(lambda argv: show("countdown", *argv))

@@ -28,20 +28,17 @@ score() departs from the published checker as data/published.py says, and in thi
 As published, 18%, $18$, \boxed{18}, 36/2, "x = 18" and "The answer is 18" are malformed."""
 
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # python data/gsm8k.py
-    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.published import score_published as published
-from data.rows import FIELDS, SOURCES, answer_block, first, read_records, rows_of, show, text_field
-from infra.config import UserError, run_script
+from data.rows import FIELDS, SOURCES, answer_block, first, read_records, rows_of, text_field
+from infra.config import UserError
 
 MAX_ANSWER = 10_000  # characters
 NEEDS = {"target": (str, int, float)}
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-WORDS = re.compile(r"(?: [A-Za-z]+){1,3}")
+WITH_UNIT = re.compile(r"((?:[+-]?\\?\$ )?\S+?)((?: [A-Za-z]+){0,3})\.?")
 NO_UNITS = set(  # without a plural s
     "k M B bn mil percent half halve third fourth fifth sixth seventh eighth ninth tenth hundredth "
     "thousandth pair couple dozen score gross hundred thousand million billion trillion squared cubed "
@@ -97,13 +94,10 @@ def _number(text: str) -> float | None:
 
 def _without_unit(text: str) -> str:
     """The text without a unit of words and a full stop at its end, unless a word changes the number."""
-    number, space, unit = text.removesuffix(".").partition(" ")
-    if number in ("$", r"\$", "+$", "-$"):
-        rest, space, unit = unit.partition(" ")
-        number += rest
-    words = unit.split(" ") if space else []
+    found = WITH_UNIT.fullmatch(text)
+    words = found[2].split() if found else []
     refused = any({w, w.lower(), w.lower().removesuffix("s")} & NO_UNITS for w in words)
-    return number if not words or WORDS.fullmatch(" " + unit) and not refused else text
+    return found[1] if found and not refused else text
 
 
 def _read_raw(record: dict) -> tuple[str, str, str]:
@@ -113,7 +107,3 @@ def _read_raw(record: dict) -> tuple[str, str, str]:
     if not target.strip():
         raise UserError("the answer has no '####' with the result after it")
     return text_field(record, "question"), solution, target.strip().replace(",", "")
-
-
-if __name__ == "__main__":
-    run_script(lambda argv: show("gsm8k", *argv))

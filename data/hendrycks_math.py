@@ -27,16 +27,13 @@ published checker, which compares text, as data/published.py says, and in this (
    "12\text{ and }13" is not 12; there they are."""
 
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # python data/hendrycks_math.py
-    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.math_answer import closing_brace, equal
 from data.published import score_published as published
-from data.rows import FIELDS, SOURCES, answer_block, first, read_records, rows_of, show, text_field
-from infra.config import UserError, run_script
+from data.rows import FIELDS, SOURCES, answer_block, first, read_records, rows_of, text_field
+from infra.config import UserError
 
 SOURCE = SOURCES["hendrycks_math"][1]
 NEEDS = {"target": (str, int, float)}
@@ -110,7 +107,3 @@ def _read_raw(record: dict) -> tuple[str, str, str]:
     if not target:
         raise UserError(r"the solution has no \boxed{} answer")
     return text_field(record, "problem"), solution, target
-
-
-if __name__ == "__main__":
-    run_script(lambda argv: show("hendrycks_math", *argv))

@@ -38,17 +38,14 @@ import hashlib
 import io
 import random
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial, reduce
 from operator import and_
 from pathlib import Path
 
-if __name__ == "__main__":  # python data/logic.py
-    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.published import score_published as published
-from data.rows import PROMPT, SOURCES, answer_block, first, read_rows, show
-from infra.config import UserError, run_script
+from data.rows import PROMPT, SOURCES, answer_block, first, read_rows
+from infra.config import UserError
 
 INSTRUCTION = (
     "On an island everybody is either a knight, who only says what is true, or a knave, who only says what "
@@ -510,7 +507,3 @@ def unusable(truth: dict) -> str | None:
         return str(e)
     speaker = _contradicted(dict(enumerate(solution)), agree, range(len(names)))
     return None if speaker is None else "'solution' does not fit 'statements'"
-
-
-if __name__ == "__main__":
-    run_script(lambda argv: show("logic", *argv))

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from infra.config import UserError
+from infra.config import UserError, run_script
 
 # The prompt of the UFT paper (TinyZero's), plain text without a chat template.
 PROMPT = (
@@ -155,7 +155,7 @@ def load_rows(
 
 
 def show(name: str, path: str | None = None) -> None:
-    """Print two rows of a task and the scores of their reference answers: python data/NAME.py [PATH]."""
+    """Print two rows of a task and the scores of their reference answers: python -m data.rows NAME [PATH]."""
     task = load_task(name)
     for row in load_rows(task, "test", path, n=0 if path else 2)[:2]:
         for field in ("prompt", "hint", "answer", "truth"):
@@ -454,3 +454,7 @@ def answer_block(response: str) -> tuple[str, str] | None:
     if start < 0:
         return None
     return response[:start], response[start + len("<answer>") : response.index("</answer>", start)]
+
+
+if __name__ == "__main__":
+    run_script(lambda argv: show(*argv or ["countdown"]))

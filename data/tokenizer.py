@@ -80,7 +80,8 @@ class Tokenizer:
         self.description = description | {"added_tokens": [*added.values()]}
 
         # Encoding. Added tokens are looked for in the raw text or in the normalised text.
-        self._normalizers = _normalizer(description.get("normalizer"))
+        parts = flatten(description.get("normalizer"), "normalizers")
+        self._normalizers = [_normalizer(part) for part in parts]
         raw, normalized = {}, {}
         for text, token in added.items():
             if token.get("normalized"):
@@ -438,12 +439,8 @@ def _bos(part: dict | None, ids: dict[str, int]) -> int | None:
 # ---- normalising ----
 
 
-def _normalizer(part: dict | None) -> list[Callable[[str], str]]:
-    """The functions applied in turn to a text before it is cut into pieces."""
-    return [_normalizer_step(p) for p in flatten(part, "normalizers")]
-
-
-def _normalizer_step(part: dict) -> Callable[[str], str]:
+def _normalizer(part: dict) -> Callable[[str], str]:
+    """A function applied to a text before it is cut into pieces."""
     kind = part["type"]
     if kind == "NFC":
         return lambda text: unicodedata.normalize("NFC", text)

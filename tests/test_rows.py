@@ -463,13 +463,13 @@ def test_a_task_may_be_a_path_and_import_its_functions(tmp_path):
         load_task(str(tmp_path / "nothing.py"))
 
 
-def test_a_task_file_runs_by_itself(tmp_path):
+def test_two_rows_of_a_task_are_shown(tmp_path):
     write(tmp_path / "rows.jsonl", [{"question": "1+1?", "answer": "It is 2.\n#### 2"}] * 3)
     for name, arguments in (("gsm8k", [tmp_path / "rows.jsonl"]), ("logic", [])):
-        command = [sys.executable, ROOT / "data" / f"{name}.py", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        command = [sys.executable, "-m", "data.rows", name, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0 and done.stdout.count("score   (1.0, 'right')") == 2, done.stderr
-    done = subprocess.run([sys.executable, ROOT / "data" / "gsm8k.py"], capture_output=True, text=True)
+    done = subprocess.run([*command[:3], "gsm8k"], capture_output=True, text=True, cwd=ROOT)
     assert (
         done.returncode == 2
         and done.stderr.startswith("error: data_path: GSM8K")
