@@ -82,6 +82,7 @@ def lock(out: Path) -> None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _locks[out.resolve()] = file
         except OSError as e:  # others: a disk without locks
+            file.close()  # now: closed later, it would free a lock that this process has taken since
             taken = isinstance(e, BlockingIOError | PermissionError)
     if rank() == 0 and not taken:
         for left in out.glob("step-*.tmp"):  # by a kill

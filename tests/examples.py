@@ -4,7 +4,10 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from trajectories import CPU
 
 import model as plain_head
@@ -12,9 +15,18 @@ import train_ift
 from data.chat import Example
 from fast import head as fast_head
 from fast import prefix as fast_prefix
+from infra.config import UserError
 from infra.training import ROOT, Run
 
 COUNTDOWN = ROOT / "data/tiny/countdown"
+
+
+def refused(function, *args, **options):
+    """The one line of a refusal."""
+    with pytest.raises(UserError) as e:
+        function(*args, **options)
+    assert "\n" not in str(e.value)
+    return str(e.value)
 
 
 def rows_of(examples):
@@ -48,14 +60,6 @@ def gradients(loss, model, batch, lam=0.3, reference=None, **knobs):
     return means, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(a, b, tolerance):
-    """Gradients agree within `tolerance` of the largest tensor's norm."""
-    scale = max(g.norm() for g in b.values())
-    assert a.keys() == b.keys()
-    for name in b:
-        assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
-
-
 def some_examples(n=6, seed=0):
     """Ragged rows, some with two turns; id 0, the padding, is among prompts and targets."""
     rng, examples = random.Random(seed), []
@@ -71,6 +75,19 @@ def some_examples(n=6, seed=0):
 
 def some_pairs(n=5):
     return list(zip(some_examples(n, 1), some_examples(n, 2), strict=True))
+
+
+class Watch(TorchDispatchMode):
+    """Calls see(name, tensors) with what each operation returns, in the backward pass too."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.see(func.overloadpacket.__name__, [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)])
+        return out
 
 
 # ---- runs --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trajectories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,9 +112,7 @@ def trained(e, t):
 
 
 def write(path, *records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
+    return trajectories.write(path, records)
 
 
 # ---- templates ---------------------------------------------------------------------------------------------
@@ -565,7 +564,7 @@ def test_parquet_gives_every_call_and_schema_the_fields_of_all_others(tmp_path):
         schema = {"function": {"name": "cat", "parameters": {name: {"type": "string"}}}}
         messages = [*talk("2+3?"), {"role": "assistant", "content": "", "tool_calls": [call]}, *talk("a", "b")]
         records.append({"messages": messages, "tools": [schema]})
-    rows = chat.load("train", parquet(tmp_path / "x.parquet", *records))
+    rows = chat.load("train", write(tmp_path / "x.parquet", *records))
     examples, _ = chat.encode_rows(rows, t, 1000)
     calls = ['<|head|>cat{"the": "mat"}<|/head|></s>', '<|head|>cat{"on": 12}<|/head|></s>']
     assert [trained(e, t)[0] for e in examples] == calls
@@ -632,13 +631,6 @@ ULTRAFEEDBACK = PAIR | {"prompt": "2+3?", "prompt_id": "0", "messages": CHOSEN, 
 SYSTEM_PAIR = {"chosen": talk("2+3?", "5", system="s"), "rejected": talk("2+3?", "6", system="s"), "first": 2}
 
 
-def parquet(path, *records):
-    pyarrow, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_table(pyarrow.Table.from_pylist(list(records)), path)
-    return path
-
-
 @pytest.mark.parametrize(
     "record, row",
     [
@@ -660,14 +652,14 @@ def parquet(path, *records):
 )
 def test_forms_of_rows(record, row, tmp_path):
     lines = write(tmp_path / "a" / "train.jsonl", record, record)
-    for path in (lines, parquet(tmp_path / "b" / "train.parquet", record, record)):
+    for path in (lines, write(tmp_path / "b" / "train.parquet", record, record)):
         rows = [{"where": f"{path} row {n}"} | row for n in (0, 1)]
         assert chat.load("train", path) == chat.load("train", path.parent) == rows
 
 
 def test_folders_as_the_hub_has_them(tmp_path, capsys):
     for n, name in enumerate(("train_sft-00000-of-00002-a3", "train_sft-00001-of-00002-b4", "test_sft-0-of-1")):
-        parquet(tmp_path / f"{name}.parquet", {"messages": talk("a", str(n))})
+        write(tmp_path / f"{name}.parquet", {"messages": talk("a", str(n))})
     for split in ("train", "train_sft"):
         assert [r["messages"][1]["content"] for r in chat.load(split, tmp_path)] == ["0", "1"]
     assert len(chat.load("test", tmp_path)) == 1 and not capsys.readouterr().out
@@ -675,7 +667,7 @@ def test_folders_as_the_hub_has_them(tmp_path, capsys):
         chat.load("dev", tmp_path)
     for split in ("train", "test"):
         for kind in ("prefs", "sft", "gen"):
-            parquet(tmp_path / "ultra" / "data" / f"{split}_{kind}-00000-of-00001.parquet", ULTRAFEEDBACK)
+            write(tmp_path / "ultra" / "data" / f"{split}_{kind}-00000-of-00001.parquet", ULTRAFEEDBACK)
         (row,) = chat.load(split, str(tmp_path / "ultra"))
         assert f"data/{split}_prefs-00000-of-00001.parquet row 0" in row["where"] and row["chosen"] == CHOSEN
         assert f"reading {split}_prefs, not {split}_gen, {split}_sft\n" in capsys.readouterr().out

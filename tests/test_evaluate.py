@@ -14,25 +14,14 @@ from data import countdown
 from data.tokenizer import Tokenizer
 from evaluate import answer, pieces
 from experiments.tiny_base import learn_tokenizer
-from infra.answers import accuracy
 from infra.config import UserError
 from infra.stats import wilson
 from model import Transformer
-from sampler import generate, stream
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/tiny/countdown"
 SMALL = [f"--model={BASE}", "--task=countdown", "--rows=8", "--max_new_tokens=40", "--device=cpu",
          "--style=short", "--threads=1"]  # fmt: skip
-
-
-# ---- figures ----
-
-
-def test_accuracy_counts_right_answers_only():
-    """The format's reward 0.1 is no tenth of a right answer."""
-    groups = [[{"reward": r, "verdict": ""} for r in rewards] for rewards in ((1.0, 0.1), (0.0, 0.1))]
-    assert accuracy(groups).mean == 0.25
 
 
 # ---- answers ----
@@ -124,23 +113,6 @@ def test_pass_at_every_power_of_two_up_to_n(tmp_path, capsys):
     for k in (2, 4):
         share = sum(1 - math.comb(5 - r, k) / math.comb(5, k) for r in rights) / 8
         assert table[f"pass@{k}"] == f"{share:.1%}"
-
-
-def test_a_file_of_rows_instead_of_made_ones(tmp_path, capsys):
-    rows = countdown.load("train", n=3, style="short")
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    evaluate.main([*SMALL, f"--data_path={tmp_path}", "--rows=0"])
-    assert table_of(capsys.readouterr().out)[0]["problems"] == "3"
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_streamed_tokens_are_those_of_generate(temperature):
-    model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
-    prompt = tokenizer.encode("3 4 5=2\n")
-    for most in (1, 5, 40):
-        ((whole,),) = generate(model, [prompt], 1, most, temperature, tokenizer.stop_ids, seed=3)
-        ids = list(stream(model, prompt, most, temperature, tokenizer.stop_ids, seed=3))
-        assert ids == (whole.tokens[:-1] if whole.finished else whole.tokens)
 
 
 def test_pieces_wait_for_whole_characters_and_lose_nothing():

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from trajectories import read, write
 
 import evaluate
 from data import countdown, hendrycks_math, sources
@@ -16,7 +17,7 @@ from infra import answers, exports
 from infra.config import UserError
 from infra.stats import paired_shares, paired_t, welch
 from model import Transformer
-from sampler import Completion, generate
+from sampler import generate
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/tiny/countdown"
@@ -62,10 +63,6 @@ def published_row(data_source, truth, question="What?"):
     return {"data_source": data_source, "question": question, "reward_model": {"ground_truth": truth}}
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def mixed(folder):
     """A file of four sources as published, where a Countdown target is text and unused keys are null."""
     truth = {"question": "1+1", "target": "2", "numbers": None}
@@ -74,7 +71,7 @@ def mixed(folder):
     rows.append(published_row("openai/gsm8k", {"question": "2+2", "target": "4"}, "2+2?"))
     rows.append(published_row("math500", {"question": "3+3", "target": "6"}, "3+3?"))
     folder.mkdir()
-    write_rows(folder / "test.jsonl", rows)
+    write(folder / "test.jsonl", rows)
     return str(folder)
 
 
@@ -100,26 +97,26 @@ def test_sources_of_a_mixed_file(tmp_path, capsys):
 def test_sources_that_cannot_be_judged_are_refused(tmp_path):
     with pytest.raises(UserError, match="needs --data_path with a column data_source"):
         sources.names(("uft",), "", "test")
-    write_rows(tmp_path / "test.jsonl", [published_row("chess", {"target": "1"})])
+    write(tmp_path / "test.jsonl", [published_row("chess", {"target": "1"})])
     with pytest.raises(UserError, match="no task judges data_source 'chess'"):
         sources.names(("uft",), str(tmp_path), "test")
     unusable = published_row("countdown", {"numbers": None, "target": "7"})
-    write_rows(tmp_path / "train.jsonl", [published_row("aime", {"target": "2"}), unusable])
+    write(tmp_path / "train.jsonl", [published_row("aime", {"target": "2"}), unusable])
     with pytest.raises(UserError, match=r"train.jsonl row 1: the ground truth lacks a usable 'numbers'"):
         sources.load("countdown", str(tmp_path), "train")
 
 
 def test_files_without_the_column_are_read_by_the_task(tmp_path):
     rows = countdown.load("train", n=3, style="short")
-    write_rows(tmp_path / "test.jsonl", rows)
+    write(tmp_path / "test.jsonl", rows)
     read = sources.load("countdown", str(tmp_path), "test")
     assert [r["prompt"] for r in read] == [r["prompt"] for r in rows]
     # sets of the Hub, which have neither layout
     file = tmp_path / "aime.jsonl"
-    write_rows(file, [{"problem": "What is 1+1?", "answer": [2], "solution": "It is 2."}])
+    write(file, [{"problem": "What is 1+1?", "answer": [2], "solution": "It is 2."}])
     (row,) = sources.load("aime", str(file), "test")
     assert "User: What is 1+1? Show your work" in row["prompt"] and row["truth"]["target"] == "2"
-    write_rows(tmp_path / "bad.jsonl", [{"problem": "What?"}])
+    write(tmp_path / "bad.jsonl", [{"problem": "What?"}])
     with pytest.raises(UserError, match="bad.jsonl row 0: must have the fields problem"):
         sources.load("aime", str(tmp_path / "bad.jsonl"), "test")
     with pytest.raises(UserError, match="can only be read; give --data_path"):
@@ -153,15 +150,11 @@ def run(*args):
     evaluate.main([*SMALL, *map(str, args)])
 
 
-def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def test_saved_answers_and_tables(tmp_path, capsys):
     path, table = tmp_path / "a.jsonl", tmp_path / "a.md"
     run("--n=3", "--temperature=1", f"--save={path}", f"--table={table}", "--show=2")
     out = capsys.readouterr().out
-    head, *records = lines_of(path)
+    head, *records = read(path)
     assert head["evaluation"]["n"] == 3 and head["evaluation"]["max_new_tokens"] == 40
     rows = countdown.load("test", n=6, style="short")
     wanted = [("countdown", i, r["prompt"]) for i, r in enumerate(rows)]
@@ -199,7 +192,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(countdown, "score", stopping)
     with pytest.raises(KeyboardInterrupt):
         run("--temperature=1", f"--save={path}")
-    assert len(lines_of(path)) == 1 + 3
+    assert len(read(path)) == 1 + 3
     text = path.read_text()
     path.write_text(text[:-5])  # the third answer is half-written now
     scored.clear()
@@ -272,12 +265,12 @@ def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
     one = len(tokenizer.encode("9 "))
     rows = [{"prompt": "9 " * (k // one), "truth": {"numbers": [9], "target": 9}} for k in (512, 500, 40)]
     assert [len(tokenizer.encode(r["prompt"])) for r in rows] == [512, 500, 40]
-    write_rows(tmp_path / "test.jsonl", rows)
+    write(tmp_path / "test.jsonl", rows)
     save = tmp_path / "a.jsonl"
     run("--rows=0", "--max_new_tokens=0", f"--data_path={tmp_path}", "--temperature=1.5", f"--save={save}")
     out = capsys.readouterr().out
     assert "1 of 3 prompts fill the model's 512 positions" in out and "too long" in out
-    head, *records = lines_of(save)
+    head, *records = read(save)
     assert head["evaluation"]["max_new_tokens"] == 1024
     first, second, _ = (r["answers"][0] for r in records)
     assert (first["verdict"], first["reward"], first["tokens"]) == ("too long", 0.0, 0)
@@ -285,15 +278,6 @@ def test_prompts_and_answers_that_do_not_fit_the_window(tmp_path, capsys):
     ((alone,),) = generate(model, [prompt], 1, 12, 1.5, tokenizer.stop_ids, 0, keys=[1])
     assert second["tokens"] == len(alone.tokens) <= 12 and second["cut"] == (not alone.finished)
     assert second["response"] == tokenizer.decode(alone.tokens, skip_special=True)
-
-
-def test_an_answer_is_cut_at_the_window():
-    tokenizer = Tokenizer.from_pretrained(BASE)
-    ids = tokenizer.encode("1 2 3 4 5 6 7 8")
-    completion = Completion(ids, [0.0] * len(ids), True)
-    short = {"response": tokenizer.decode(ids[:3]), "tokens": 3, "cut": True}
-    assert evaluate.decoded(tokenizer, completion, 3) == short
-    assert evaluate.decoded(tokenizer, completion, len(ids))["cut"] is False
 
 
 def test_the_published_checker_beside_ours():
@@ -365,13 +349,6 @@ def test_refusals(args, message):
     with pytest.raises(UserError) as e:
         evaluate.main(args.split())
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
-
-
-def test_help_names_every_knob(capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main(["--help"])
-    out = capsys.readouterr().out
-    assert all(f"--{field}=" in out for field in evaluate.Config.__dataclass_fields__)
 
 
 # ---- comparisons ----

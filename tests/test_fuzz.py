@@ -5,7 +5,6 @@ suite runs a small part. `-m slow` runs STRINGS strings a task and FILES files o
 
 import ast
 import importlib
-import itertools
 import json
 import math
 import operator
@@ -20,6 +19,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from test_hendrycks_math import RIGHT
+from test_logic import follows
 
 from data import countdown, logic
 
@@ -130,31 +131,22 @@ def recorded(name: str) -> list[tuple[str, dict]]:
     return [(text, truth) for text, truth in found if arithmetic(str(truth["target"])) is not None]
 
 
-NUMBERS = {  # target -> spellings of it
-    "gsm8k": {
-        "18": ["18", "$18", "18 dollars", "+018", "18.", "1.8e1", "18.00", "$ 18", "18 apples left."],
-        "1234567.5": ["1,234,567.5", "1234567.5", "$1,234,567.50", "1234567.5 miles per hour"],
-        "-3": ["-3", "-$3", "-3.0", "-3 degrees"],
-        "0": ["0", "0.0", "-0", "0 eggs", "0e5"],
-    },
-    "hendrycks_math": {
-        "\\frac{1}{2}": ["\\frac12", "1/2", "0.5", "\\dfrac{-1}{-2}", "50\\%", "$\\frac{1}{2}$",
-        "\\frac{2}{4}"],
-        "1000": ["1,000", "10^3", "1e3", "1{,}000", "1000.0", "\\boxed{1000}", "1000\\text{ cm}", "x=1000"],
-        "2\\sqrt{3}": ["\\sqrt{12}", "2\\sqrt3", "12^{1/2}", "\\frac{6}{\\sqrt{3}}"],
-        "-\\frac{7}{4}": ["-1.75", "-1\\frac{3}{4}", "\\frac{-7}{4}", "-7/4"],
-        "5": ["5", "5.0", "\\sqrt{25}", "10/2", "5^\\circ", "\\text{5}", "2^2+1", "5\\text{ degrees}"],
-        "1,-3": ["1, -3", "-3 and 1", "-1\\pm 2", "\\{1,-3\\}"],
-        "[2,3)": ["[2,3)", "\\left[2,3\\right)"],
-    },
-}  # fmt: skip
+NUMBERS = {  # of gsm8k: target -> spellings of it
+    "18": ["18", "$18", "18 dollars", "+018", "18.", "1.8e1", "18.00", "$ 18", "18 apples left."],
+    "1234567.5": ["1,234,567.5", "1234567.5", "$1,234,567.50", "1234567.5 miles per hour"],
+    "-3": ["-3", "-$3", "-3.0", "-3 degrees"],
+    "0": ["0", "0.0", "-0", "0 eggs", "0e5"],
+}
 
 
 def right_answers(name: str) -> list[tuple[str, dict]]:
-    if name not in NUMBERS:
+    if name in ("countdown", "logic"):
         return made_rows({"countdown": countdown, "logic": logic}[name]) + recorded(name)
+    pairs = [(a, target) for target, spellings in NUMBERS.items() for a in spellings]
+    if name == "hendrycks_math":
+        pairs = [(a, target) for _, a, target in RIGHT if arithmetic(target) is not None]
     written = [(f"so it is.\n</think>\n<answer> {a} </answer>", {"question": "How many?", "target": target})
-               for target, spellings in NUMBERS[name].items() for a in spellings]  # fmt: skip
+               for a, target in pairs]  # fmt: skip
     return written + recorded(name)
 
 
@@ -288,68 +280,6 @@ def denies_logic(block: str, before: str, truth: dict) -> bool:
     if len(re.findall("knight|knave", block.lower())) != len(expected) or roles != expected:
         return True
     return bool(truth.get("steps")) and not follows(before, truth)
-
-
-def follows(before: str, truth: dict) -> bool:
-    """Whether each line of short reasoning follows, by trying all assignments."""
-    names = truth["names"]
-    claims = ast.literal_eval(truth["statements"])
-
-    def holds(claim, knights):
-        kind, *parts = claim
-        if kind in ("telling-truth", "lying"):
-            return knights[parts[0]] == (kind == "telling-truth")
-        values = [holds(part, knights) for part in parts]
-        if kind in ("and", "or"):
-            return all(values) if kind == "and" else any(values)
-        if kind == "<=>":
-            return values[0] == values[1]
-        return not values[0] or kind == "->" and values[1]  # a "not" has no right side
-
-    worlds = list(itertools.product((True, False), repeat=len(names)))
-    fits = [[holds(claims[p], w) == w[p] for p in range(len(names))] for w in worlds]
-
-    def may_hold(roles, speaker):
-        return any(
-            fit[speaker] and all(w[p] == k for p, k in roles.items())
-            for w, fit in zip(worlds, fits, strict=True)
-        )
-
-    roles: dict[int, bool] = {}
-    dead: list[tuple[dict, int, bool]] = []  # under these roles that person cannot have that role
-
-    def is_dead(person, role, under):
-        return any(p == person and k == role and given.items() <= under.items() for given, p, k in dead)
-
-    lines = before.split("\n")
-    for line in lines if lines[-1] else lines[:-1]:
-        words = line.split()
-        if words[0] == "back":
-            if not any(all(is_dead(p, k, roles) for k in (True, False)) for p in range(len(names))):
-                return False
-            while True:
-                person, role = roles.popitem()
-                dead = [d for d in dead if d[0].items() <= roles.items()]
-                if names[person] == words[1]:
-                    break
-                if not is_dead(person, not role, roles):
-                    return False
-            dead.append((dict(roles), person, role))
-            continue
-        person, role = names.index(words[0]), words[1] == "knight"
-        if person in roles or is_dead(person, role, roles):
-            return False
-        tried = roles | {person: role}
-        if words[2] == "ok":
-            if not all(may_hold(tried, p) for p in tried):
-                return False
-            roles = tried
-        else:
-            speaker = names.index(words[3])
-            if speaker not in tried or may_hold(tried, speaker):
-                return False
-            dead.append((dict(roles), person, role))
-    return [roles.get(p) for p in range(len(names))] == truth["solution"]
 
 
 def denies_logic_published(block: str, before: str, truth: dict) -> bool:

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 import pytest
-from test_hendrycks_math import BLOCK, VECTORS, check_vectors, write
+from test_hendrycks_math import BLOCK, VECTORS, check_vectors
+from trajectories import write
 
 from data import gsm8k
 from data.gsm8k import load, score

@@ -6,7 +6,6 @@ folder with uft/reward_math.jsonl) switch on the tests over the published rows a
 
 import json
 import os
-import random
 import re
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from trajectories import write
 
 from data import countdown, gsm8k, hendrycks_math, logic
 from data.hendrycks_math import load, score, score_published
@@ -436,27 +436,12 @@ def test_any_text_gets_a_verdict_and_is_equal_to_itself(text):
         assert score(text, {"target": blocks[-1]}) == (1.0, "right")
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_random_answers():
-    rng, letters = random.Random(0), [chr(c) for c in range(32, 0x3000)]
-    for i in range(100_000):
-        pieces = PIECES if i % 4 else letters
-        text = "".join(rng.choice(pieces) for _ in range(rng.choice((3, 6, 10, 20, 40, 80))))
-        assert judge(text, "8")[1] in ("right", "wrong", "malformed", "no answer")
-
-
 # ---- rows ----------------------------------------------------------------------------------------
 
 RAW = {
     "problem": "What is $\\{2\\}$?", "level": "Level 5", "type": "Algebra",
     "solution": "A.\tIt is 2.5. not $\\boxed{3}$.\n\nBut $\\boxed{\\left\\{ \\frac{1}{2} \\right.}$.",
 }  # fmt: skip
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
 
 
 def test_a_raw_row(tmp_path):
@@ -503,7 +488,7 @@ def test_a_folder_of_subjects(tmp_path):
         write(
             tmp_path / "hub" / subject / f"{split}-00000-of-00001.jsonl", [RAW | {"problem": split + subject}]
         )
-        write(tmp_path / "tar" / split / subject / "1.json", [RAW | {"problem": split + subject}])
+        write(tmp_path / "tar" / split / subject / "1.json", RAW | {"problem": split + subject})
     for folder in ("hub", "tar"):
         questions = [row["truth"]["question"] for row in load("test", tmp_path / folder)]
         assert questions == ["testalgebra", "testgeometry"]

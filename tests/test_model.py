@@ -6,24 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_huggingface import LLAMA3 as FACTORS
+from test_huggingface import SIZES, ours, some_ids
 
-import model as model_file
 import sampler
 from fast import engine
-from fast import head as fast_head
 from fast.prefix import Prefix
-from infra.huggingface import config_from_dict
 from model import KVCache, ModelConfig, Transformer, token_logprobs
 
 FIXTURES = Path(os.environ.get("NANOFT_CHECKPOINTS", "")).absolute()
-SIZES = {
-    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 48,
-}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3"} | FACTORS
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
 TURNS = {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
@@ -69,15 +61,6 @@ def theirs(kind, knobs, theta, scaling, seed=0):
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn_like(p))
     return model
-
-
-def ours(seed=0, **knobs):
-    knobs = SIZES | {"num_key_value_heads": 2, "initializer_range": 0.2, "model_type": "llama"} | knobs
-    return Transformer(config_from_dict(knobs)).init_weights(seed)
-
-
-def some_ids(*shape, seed=1):
-    return torch.randint(0, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- against transformers ----------------------------------------------------------------------------------
@@ -137,14 +120,6 @@ def test_embeddings_instead_of_ids_give_the_same_logits_and_a_gradient():
     logits[0, 3].sum().backward()
     assert (embeds.grad[0, :4].norm(dim=-1) > 0).all()
     assert embeds.grad[0, 4:].abs().max() == 0 and embeds.grad[1].abs().max() == 0
-
-
-@torch.no_grad()
-def test_right_padding_needs_no_mask():
-    model, ids = ours(), some_ids(2, 20)
-    other = ids.clone()
-    other[0, 11:] = 0
-    assert torch.equal(model(ids)[0, :11], model(other)[0, :11])
 
 
 def variant_of_ours(variant):
@@ -213,26 +188,6 @@ def test_cached_decoding_is_the_full_forward(variant, which, head):
         tokens = ids[range(3), positions]
         logits = which.decode(model, cache, tokens, positions, int(positions.max()) + 1, *extra)
         positions = positions + 1
-
-
-def test_works_under_autocast():
-    model, ids = ours(), some_ids(2, 12)
-    targets = ids[:, 1:].flatten()
-    exact = (model(ids)[:, :-1].flatten(0, 1) / 0.7).log_softmax(-1)[range(22), targets]
-    for head in (model_file, fast_head):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(ids)
-            hidden = model.hidden(ids)[:, :-1].flatten(0, 1)
-            logp, entropy = head.token_logprobs(hidden, model.head_weight, targets, 0.7, True)
-            loss, again, _ = head.token_loss(
-                hidden, model.head_weight, targets, lambda p, _: -p.sum(), (), 0.7
-            )
-        assert logits.dtype == torch.bfloat16 and logp.dtype == entropy.dtype == torch.float32
-        torch.testing.assert_close(logp, exact, rtol=0.1, atol=0.15)
-        assert torch.equal(logp, again)
-        loss.backward()
-        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
 # ---- recorded fixtures -------------------------------------------------------------------------------------

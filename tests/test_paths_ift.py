@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from examples import COUNTDOWN, pairs_flags, rows_of, states_of
 from safetensors.torch import load_file
+from test_paths import assert_same, each_kind, with_gradients
 from trajectories import metrics, tiny
 
 import model as model_module
@@ -17,23 +18,6 @@ import train_uft
 from data.chat import Example
 from fast import engine, prefix
 from model import Transformer
-
-each_kind = pytest.mark.parametrize("kind", ["llama", "qwen2", "window"])
-
-
-def assert_same(fast, plain):
-    """Dicts of tensors agree within 1e-5 of the largest value."""
-    assert fast.keys() == plain.keys()
-    scale = max(1.0, *(x.abs().max().item() for x in plain.values()))
-    for name in plain:
-        assert (fast[name] - plain[name]).abs().max() <= 1e-5 * scale, name
-
-
-def with_gradients(model, loss):
-    """The gradient of every parameter, zeros where there is none."""
-    model.zero_grad()
-    loss.backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from trajectories import write
 
 import train_ift
 import train_uft
@@ -36,10 +37,6 @@ def page_data(folder):
 
 def page(folder):
     return (folder / "report.html").read_text(encoding="utf-8")
-
-
-def lines(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
 def trajectory(tokens, n_given, reward):
@@ -89,8 +86,8 @@ def made_run(folder, accuracy=0.75, **knobs):
     config = train_uft.Config(out_dir=str(folder), dtype="float32", **knobs)
     write_toml(config, folder / "config.toml")
     metrics = [validation(0, 0.25), *map(rollout, range(1, 41)), validation(40, accuracy)]
-    lines(folder / "metrics.jsonl", metrics)
-    lines(folder / "samples.jsonl", SAMPLES)
+    write(folder / "metrics.jsonl", metrics)
+    write(folder / "samples.jsonl", SAMPLES)
     return folder
 
 
@@ -158,7 +155,7 @@ def test_curves_are_means_over_windows_and_validations_are_not(tmp_path):
     assert found["solved"] == [[3, 2], [6, 5], [7, 7]] and len(found["val/accuracy"]) == 7
     assert "actor/hint_nll" not in found and curves([], 1) == {}  # there were no hints
     folder = made_run(tmp_path / "a")
-    lines(folder / "metrics.jsonl", map(rollout, range(1, 10_001)))
+    write(folder / "metrics.jsonl", map(rollout, range(1, 10_001)))
     run = read_run(folder)
     assert run["window"] == 100 and {len(c) for c in run["curves"].values()} == {100}
 
@@ -414,7 +411,7 @@ def test_a_reader_opens_a_group_and_filters(tmp_path, opened):
 
 def test_two_runs_a_run_without_samples_and_one_without_anything_draw_in_a_browser(tmp_path, opened):
     a, b = made_run(tmp_path / "a"), made_run(tmp_path / "b", 0.5)
-    lines(b / "samples.jsonl", [answer(40, "one", 0.1), answer(40, "two", 0.1)])
+    write(b / "samples.jsonl", [answer(40, "one", 0.1), answer(40, "two", 0.1)])
     write_report(a, b)
     browser = opened(a)
     headings = browser.js("[...document.querySelectorAll('h1, h2')].map(e => e.textContent)")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from trajectories import write
 
 from data import countdown, gsm8k, hendrycks_math, sources
 from data import rows as rows_module
@@ -38,17 +39,6 @@ PUBLISHED = {
 }
 WITHOUT_QUESTION = {k: v for k, v in PUBLISHED.items() if k != "question"}
 WITHOUT_QUESTION["prompt"] = [{"role": "user", "content": "1 5=6\n"}]
-
-
-def write(path, records):
-    if path.suffix == ".parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    else:
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json"])

@@ -5,40 +5,23 @@ The tests of generate() run the plain loop and the engine of fast/; tests/test_e
 
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_engine import VOCAB, ragged, texts, tiny
 
 import sampler
 from infra.config import UserError
-from model import ModelConfig, Transformer
 from sampler import draw, stream, uniform
 
-ROOT = Path(__file__).parent.parent
 LAST = 1 - 2.0**-53  # the largest number that uniform() can give
-VOCAB = 140  # one block and a bit
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "fast"])
 def generate(request):
     return partial(sampler.generate, fast=request.param)
-
-
-def tiny(seed=0, dtype=torch.float32, **knobs):
-    knobs = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3} | knobs
-    return Transformer(ModelConfig(VOCAB, 32, 48, 2, **knobs)).init_weights(seed).to(dtype)
-
-
-def ragged(count=7, seed=3):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB, (1 + (5 * i) % 11,), generator=g).tolist() for i in range(count)]
-
-
-def texts(outputs):
-    return [[c.tokens for c in group] for group in outputs]
 
 
 def truncated(logits, temperature, top_k, top_p):
@@ -332,14 +315,6 @@ def test_generating_leaves_no_trace_on_the_model(generate):
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert set(vars(model)) == set(vars(tiny()))
-
-
-def test_a_trained_model_answers_alike_in_any_batch(generate):
-    """The committed base: greedy answers of 12 prompts, one at a time and all at once."""
-    model = Transformer.from_pretrained(ROOT / "data/tiny/countdown")
-    prompts = [[20 + i, 40, 30 + i, 50][: 2 + i % 3] for i in range(12)]
-    whole = texts(generate(model, prompts, 1, 30, 0.0, [346]))
-    assert texts(generate(model, prompts, 1, 30, 0.0, [346], batch_size=1)) == whole
 
 
 # ---- stream ------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 test_uft_golden.py compares with the published code, test_paths.py the fast path with the plain one,
 test_variants.py has the methods of variants/."""
 
-import dataclasses
 import inspect
 import json
 import math
@@ -27,11 +26,14 @@ from trajectories import (
     a_batch,
     answer,
     assert_same,
+    before_updates,
     copies,
+    cut,
     each_path,
     either,
     go,
     metrics,
+    outcome,
     some_groups,
     step,
     steps,
@@ -43,14 +45,11 @@ from trajectories import (
 
 import data.countdown
 import infra.parallel
-import model as plain_head
 import train_uft
-from data.problems import Data
-from fast import head as fast_head
 from fast import mismatch
 from infra import config
 from infra.config import UserError, run_script
-from infra.training import ROOT, batch_rows
+from infra.training import ROOT
 from model import Transformer
 from train_uft import METHODS, Config, Pick, group_advantages, kl_k3, recompute_old_logprobs, update
 
@@ -182,39 +181,6 @@ def test_a_completion_never_sees_another_of_its_row():
         assert (embedding[list(trained)].norm(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, "one a token"])
-def test_token_loss_is_token_logprobs_is_log_softmax(temperature, monkeypatch):
-    monkeypatch.setattr(fast_head, "CPU_CHUNK", 16 * 33)  # chunks of 16 of the 50 rows
-    torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(50, 12), torch.randn(33, 12), torch.randint(33, (50,))
-    a, b = torch.randn(50), torch.randn(50)
-    temperature = 0.5 + torch.rand(50) if temperature == "one a token" else temperature
-
-    def loss_fn(logp, entropy, a, b):
-        return (a * logp.exp() + b * entropy**2).sum()
-
-    def plain(h, w):
-        divisors = torch.as_tensor(temperature).expand(50)
-        logp = ((h @ w.T) / divisors[:, None]).log_softmax(-1)
-        return loss_fn(logp[range(50), targets], -(logp.exp() * logp).sum(-1), a, b)
-
-    results = []
-    for f in (
-        plain,
-        lambda h, w: loss_fn(*plain_head.token_logprobs(h, w, targets, temperature, True), a, b),
-        lambda h, w: loss_fn(*fast_head.token_logprobs(h, w, targets, temperature, True), a, b),
-        lambda h, w: plain_head.token_loss(h, w, targets, loss_fn, (a, b), temperature, True)[0],
-        lambda h, w: fast_head.token_loss(h, w, targets, loss_fn, (a, b), temperature, True)[0],
-    ):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = f(h, w)
-        (2 * loss).backward()
-        results.append((loss.detach(), h.grad, w.grad))
-    for other in results[1:]:
-        for x, y in zip(results[0], other, strict=True):
-            torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
-
-
 # ---- what is given -----------------------------------------------------------------------------------------
 
 
@@ -339,12 +305,6 @@ def test_dr_grpo_by_hand():
     assert step(model, groups, **knobs)[0]["actor/loss"] == pytest.approx(1 / 8, abs=1e-6)
 
 
-def test_a_trajectory_may_have_its_own_coefficient():
-    groups = [[answer([1], [2, 3], [4], coef=3.0), answer([1], [5], [6])], [answer([1], [7], [], coef=0.0)]]
-    a, b, c = train_uft.flat(weighed(groups, coef=0.5))
-    assert [*a.weight, *b.weight, *c.weight] == [3 / 4, 3 / 4, 1 / 2, 0.5 / 4, 1 / 2, 0]
-
-
 def test_k3_and_the_ratio_have_finite_gradients_at_extreme_log_probs():
     extremes = [-1e4, -200.0, -30.0, 0.0]
     logp = torch.tensor([x for x in extremes for _ in extremes], requires_grad=True)
@@ -377,18 +337,6 @@ def test_the_entropy_is_logged_without_a_bonus_for_it(path):
     assert without["actor/entropy"] > 0.1
 
 
-def test_nan_is_refused_before_the_update():
-    model = tiny()
-    groups = weighed(some_groups(model))
-    groups[0][0].old_logp[-1] = math.nan
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-    run = SimpleNamespace(model=model, reference=None, optimizer=optimizer, device=CPU)
-    with pytest.raises(UserError, match="nan"):
-        update(run, groups, UFT, Config())
-    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-
-
 # ---- batches -----------------------------------------------------------------------------------------------
 
 
@@ -398,27 +346,6 @@ def test_mini_batches_of_what_is_left_differ_by_one_group_at_most():
         parts = train_uft.split_evenly(groups, 4)
         assert [len(part) for part in parts] == sizes
         assert [g for part in parts for g in part] == groups
-
-
-def test_a_problem_that_a_step_has_twice_gets_two_random_keys():
-    cfg, twice = Config(problems=4, mini_batch=4), 0
-    five = Data(None, [None] * 5, [])
-    for number in range(30):
-        problems = UFT.pick_problems(number, 5, {}, cfg)
-        picks = train_uft.make_picks(problems)
-        assert [pick.problem for pick in picks] == problems == batch_rows(number, 4, 5, cfg.seed)
-        again = [train_uft.redraw(pick, attempt, cfg) for attempt in (1, 2) for pick in picks]
-        assert len({train_uft.key_of(pick, five) for pick in picks + again}) == 12
-        twice += len(set(problems)) < 4
-    assert twice > 5
-
-
-def test_data_order_neither_skips_nor_repeats_rows():
-    rows = [i for step in range(35) for i in batch_rows(step, 4, 7, seed=3)]  # 20 epochs of 7 rows
-    for epoch in range(20):
-        assert sorted(rows[epoch * 7 : epoch * 7 + 7]) == list(range(7))
-    assert rows[:7] != rows[7:14]
-    assert sorted(batch_rows(0, 10, 3, seed=0))[:3] == [0, 0, 0]  # a batch larger than the data
 
 
 def test_a_group_is_dead_if_and_only_if_all_its_advantages_are_0():
@@ -538,42 +465,11 @@ def test_old_log_probs_are_the_samplers_only_if_all_is_float32(dtype, rollout_dt
 # ---- whole runs of the embedded example --------------------------------------------------------------------
 
 
-def outcome(out):
-    """Everything of a run that must not depend on how it came about."""
-    out = Path(out)
-    state = json.loads((out / "resume/state.json").read_text())
-    files = [*sorted(out.glob("resume/*.safetensors")), out / "model/model.safetensors"]
-    tensors = {f.name: {k: v.numpy().tobytes() for k, v in load_file(f).items()} for f in files}
-    samples = (out / "samples.jsonl").read_text()
-    return {"step": state["step"], "memory": state["memory"], "samples": samples} | tensors
-
-
-def cut(out, call, monkeypatch, *args):
-    """A run with Ctrl-C at its `call`-th optimiser step."""
-    calls = []
-
-    def counting(*args):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return update(*args)
-
-    with monkeypatch.context() as m:
-        m.setattr(train_uft, "update", counting)
-        with pytest.raises(KeyboardInterrupt):
-            go(out, *args)
-
-
 @pytest.fixture
 def trained(monkeypatch):
     """The groups of each optimiser step of a run, in copies, and their weights."""
     seen = []
-
-    def watching(run, groups, method, cfg):
-        seen.append(copies(groups))
-        return update(run, groups, method, cfg)
-
-    monkeypatch.setattr(train_uft, "update", watching)
+    before_updates(train_uft, lambda _, run, groups, *rest: seen.append(copies(groups)), monkeypatch)
     return seen
 
 
@@ -674,18 +570,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(knobs, call, tmp_pat
     # Validations never fall on a checkpoint: that is the next test.
     knobs = [*knobs.split(), "--eval_every=5", "--sample_every=2"]
     go(tmp_path / "whole", *knobs)
-    cut(tmp_path / "cut", call, monkeypatch, *knobs)
-    assert outcome(tmp_path / "cut")["step"] < outcome(tmp_path / "whole")["step"]
+    cut(train_uft, call, monkeypatch, go, tmp_path / "cut", *knobs)
+    state = outcome(tmp_path / "cut")["state"]
+    assert state["step"] < outcome(tmp_path / "whole")["state"]["step"]
     if "buffer" in knobs[1]:  # it is resumed with problems in the buffer
-        assert outcome(tmp_path / "cut")["memory"]["failed"]
+        assert state["memory"]["failed"]
     go(tmp_path / "cut", *knobs, "--resume=true")
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 def test_a_resumed_run_may_change_how_its_work_is_laid_out(tmp_path, monkeypatch):
     go(tmp_path / "whole")
-    cut(tmp_path / "cut", 9, monkeypatch)
+    cut(train_uft, 9, monkeypatch, go, tmp_path / "cut")
     for knob in ("--fast=false", "--pack=false", "--token_budget=110"):
         shutil.copytree(tmp_path / "cut", tmp_path / knob)
         go(tmp_path / knob, "--resume=true", knob)
@@ -699,11 +595,10 @@ def test_a_run_is_resumed_after_a_validation_in_the_middle_of_a_log_line_and_whe
     """resume = auto begins a run, continues it and leaves a finished one as it is."""
     knobs = ("--eval_every=3", "--save_every=3", "--resume=auto")
     go(tmp_path / "whole", *knobs)
-    cut(tmp_path / "cut", 9, monkeypatch, *knobs)
+    cut(train_uft, 9, monkeypatch, go, tmp_path / "cut", *knobs)
     with open(tmp_path / "cut/metrics.jsonl", "a") as f:
         f.write('{"step": 4, "critic/rew')
     go(tmp_path / "cut", *knobs)
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     before, text = outcome(tmp_path / "cut"), (tmp_path / "cut/metrics.jsonl").read_text()
     go(tmp_path / "cut", *knobs)
     assert outcome(tmp_path / "cut") == before == outcome(tmp_path / "whole")
@@ -742,11 +637,6 @@ def test_every_trajectory_of_a_step_is_sampled_with_random_numbers_of_its_own(al
     go(tmp_path, f"--algo={algo}", "--train_rows=5", "--steps=5")
     assert len(seen) == 5 and any(twice)
     assert all(len(set(rows)) == len(rows) for rows in seen.values())
-
-
-def test_rewards_may_be_whole_numbers(tmp_path, varied_rewards):
-    go(tmp_path, "--steps=2", "--rollouts=4")
-    assert any(0 < m["critic/rewards/mean"] < 1 and m["actor/pg_loss"] != 0 for m in steps(tmp_path))
 
 
 def test_dead_groups_left_out(tmp_path, monkeypatch):
@@ -811,9 +701,9 @@ def test_a_curriculum_with_a_memory_and_a_metric_from_a_file_of_ones_own(tmp_pat
     assert [m["mine/problems"] for m in steps(tmp_path / "whole")] == [1, 2, 3, 3, 3]
     shares = [m["hint/share"] for m in steps(tmp_path / "whole")]
     assert shares[0] == 1 and shares[-1] < 0.6  # problem 0 was solved three times in the first step
-    memory = outcome(tmp_path / "whole")["memory"]
+    memory = outcome(tmp_path / "whole")["state"]["memory"]
     assert memory["steps"] == [0, 1, 2, 3, 4] and sum(p.get("solved", 0) for p in memory["problems"]) == 15
-    cut(tmp_path / "cut", 5, monkeypatch, *knobs)
+    cut(train_uft, 5, monkeypatch, go, tmp_path / "cut", *knobs)
     go(tmp_path / "cut", *knobs, "--resume=true")
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     with pytest.raises(UserError, match=r"algo = '.*mine\.py', not 'uft'"):
@@ -862,39 +752,25 @@ def refused(capsys, monkeypatch, *args):
 @pytest.mark.parametrize(
     ("args", "wanted"),
     [
-        ("--stepz=3", "'steps'"),
-        ("--hint_coeff=3", "'hint_coef'"),
-        ("--steps=many", "whole number"),
-        ("--steps=1.5", "whole number"),
-        ("--lr=nan", "lr"),
-        ("--lr 3e-4", "write --lr=3e-4"),
-        ("--pack=yes", "true or false"),
-        ("--lr", "needs a value"),
         ("--algo=utf", "'utf' is not one of sft, rft,"),
         ("--algo=utf", "trapo, nor a FILE.py"),
         ("--algo=nowhere.py", "there is no file nowhere.py"),
         ("--algo", "algo needs a value"),
         ("--algo=luffy --luffy_gamma=0", "luffy_gamma = 0.0: must be above 0"),
         ("--luffy_gamma=1", "unknown knob 'luffy_gamma'"),
-        ("--adv_norm=std2", "is not one of std, none; the nearest is 'std'"),
         ("--model=/nowhere/model", "/nowhere/model"),
         ("--max_prompt=3", "max_prompt"),
         ("--token_budget=4", "token_budget"),
         ("--mini_batch=3", "mini_batch"),
-        ("--temperature=0", "temperature"),
         ("--p_low=0.9 --p_high=0.5", "p_low"),
         ("--algo=luffy --loss_norm=constant", "loss_norm = 'constant': must be tokens: luffy has its own weights"),
-        ("--hint_steps=0", "hint_steps"),
         ("--task=chess", "countdown"),
         ("--device=tpu", "device"),
         ("--resume=true", "resume"),
-        ("--resume=yes", "is not one of false, true, auto"),
-        ("nowhere.toml", "nowhere.toml"),
         ("--data_path=nowhere.jsonl", "nowhere.jsonl"),
         ("--hint=target", "hint=target is now --algo=target"),
         ("--loss_norm=paper_code", "loss_norm=paper_code is now --algo=published"),
         ("--hint_weight=prob --hint_loss=ift", "hint_weight=prob is now --algo=prob"),
-        ("--algo=grpo", "algo=grpo is now --algo=rft, which is GRPO"),
     ],
 )
 def test_bad_knobs(args, wanted, tmp_path, capsys, monkeypatch):
@@ -906,19 +782,10 @@ def test_what_moved_can_be_run():
         assert isinstance(train_uft.find(name)[0], train_uft.Method)
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("1 / 0", "mine.py line 1: ZeroDivisionError"),
-        ("import nowhere", "mine.py line 1: ModuleNotFoundError"),
-        ("x =", "mine.py line 1: SyntaxError"),
-        ("LOSS = 3", "mine.py: must define METHOD"),
-        ("METHOD = 3", "mine.py"),
-    ],
-)
-def test_bad_methods_of_ones_own(text, wanted, tmp_path, capsys, monkeypatch):
-    (tmp_path / "mine.py").write_text(text)
-    assert wanted in refused(capsys, monkeypatch, f"--algo={tmp_path / 'mine.py'}", f"--out_dir={tmp_path / 'o'}")
+def test_a_method_of_ones_own_must_be_one(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("METHOD = 3")
+    args = f"--algo={tmp_path / 'mine.py'}", f"--out_dir={tmp_path / 'o'}"
+    assert "mine.py: METHOD must be a Method" in refused(capsys, monkeypatch, *args)
 
 
 def test_help_has_every_method_and_the_knobs_of_the_one_that_is_named(tmp_path, capsys):
@@ -938,41 +805,23 @@ def test_help_has_every_method_and_the_knobs_of_the_one_that_is_named(tmp_path, 
     assert re.search("--easiest=2 +problems to begin with", texts[str(tmp_path / "mine.py")])
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "uft"])
-def test_help_lists_every_knob_of_a_method_with_what_it_does(name):
-    """A knob whose declaration takes several lines would be left out."""
-    cls = train_uft.find(name)[1]
-    listed = re.findall(r"^  --(\w+)=\S* +\S", config.describe_knobs(cls), re.M)
-    assert sorted(listed) == sorted(f.name for f in dataclasses.fields(cls))
-
-
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("algo", "wanted"),
     [
-        ("", "rows.jsonl"),
-        ("\n\n", "rows.jsonl"),
-        ('{"prompt": "x"', "rows.jsonl"),
-        ("[1]\n", "rows.jsonl"),
-        ('{"prompt": "x"}\n', "rows.jsonl"),
         ("uft", "row 0: field 'hint' is missing or empty: uft needs it; --algo=rft needs no solutions"),
         ("luffy", "row 0: field 'answer' is missing or empty: luffy needs it"),
         ("mine.py", "row 0: field 'answer' is missing or empty: "),  # supervised, whatever it needs
-        ('{"prompt": "", "truth": {"numbers": [1, 2], "target": 3}}\n' * 40, "row 0: the prompt has no tokens"),
+        ("rft", "row 0: the prompt has no tokens"),
     ],
 )
-def test_bad_data_files(content, wanted, tmp_path, capsys, monkeypatch):
-    path, args = tmp_path / "rows.jsonl", [f"--out_dir={tmp_path / 'out'}"]
+def test_bad_data_files(algo, wanted, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("import train_uft\nMETHOD = train_uft.RFT._replace(supervised=True)\n")
-    if "prompt" in wanted:
-        args.append("--algo=rft")
-    if content in ("uft", "luffy", "mine.py"):
-        args.append(f"--algo={content}")
-        truth = {"numbers": [1, 2], "target": 3}
-        row = {"prompt": "1 2", "hint": ["a"] * (content == "luffy"), "answer": "", "truth": truth}
-        content = "".join(json.dumps(row | {"prompt": f"1 {i}"}) + "\n" for i in range(40))
-    path.write_text(content)
-    assert wanted in refused(capsys, monkeypatch, *args, f"--data_path={path}")
+    row = {"hint": ["a"] * (algo == "luffy"), "answer": "", "truth": {"numbers": [1, 2], "target": 3}}
+    prompts = ["" if algo == "rft" else f"1 {i}" for i in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row | {"prompt": p}) + "\n" for p in prompts))
+    args = f"--out_dir={tmp_path / 'out'}", f"--algo={algo}", "--data_path=rows.jsonl"
+    assert wanted in refused(capsys, monkeypatch, *args)
 
 
 @pytest.mark.parametrize("algo", ["uft", "sft", "sft-rft", "luffy"])
@@ -992,17 +841,6 @@ def test_the_longest_row_that_can_occur_must_fit_the_budget(algo, tmp_path, caps
     go(tmp_path / "out", *args[1:], f"--token_budget={least}", "--steps=2", "--sft_steps=8")
 
 
-def test_bad_models(tmp_path, capsys, monkeypatch):
-    base = ROOT / "data/tiny/countdown"
-    for name in ("tokenizer.json", "config.json", "model.safetensors"):
-        broken = tmp_path / name
-        shutil.copytree(base, broken)
-        (broken / name).unlink()
-        assert name in refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", f"--model={broken}")
-        (broken / name).write_bytes(b"{]")
-        assert name in refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'out'}", f"--model={broken}")
-
-
 def test_bad_out_dirs(tmp_path, capsys, monkeypatch):
     (tmp_path / "taken").write_text("")
     assert "out_dir" in refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'taken'}")
@@ -1018,20 +856,18 @@ def test_bad_out_dirs(tmp_path, capsys, monkeypatch):
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    def spoiling(run, *rest):
-        calls.append(1)
-        if len(calls) == 9:
+    def spoil(number, run, *rest):
+        if number == 9:
             with torch.no_grad():
                 run.model.model.norm.weight[0] = math.nan
-        return update(run, *rest)
 
-    calls = []
     go(tmp_path / "good", "--steps=3", "--lr_schedule=constant", "--eval_every=9")
-    monkeypatch.setattr(train_uft, "update", spoiling)
+    before_updates(train_uft, spoil, monkeypatch)
     err = refused(capsys, monkeypatch, f"--out_dir={tmp_path / 'run'}", "--lr_schedule=constant", "--eval_every=9")
     assert "step 5" in err and "last good checkpoint" in err and str(tmp_path / "run/resume") in err
     good, run = outcome(tmp_path / "good"), outcome(tmp_path / "run")
-    assert {k: v for k, v in good.items() if k != "samples"} == {k: v for k, v in run.items() if k != "samples"}
+    assert (good["state"].pop("last_step"), run["state"].pop("last_step")) == (3, 0)
+    assert [k for k in good if good[k] != run[k]] == ["metrics", "samples"]
 
 
 def test_a_learning_rate_that_explodes_is_one_line(tmp_path, capsys, monkeypatch):

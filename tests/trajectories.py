@@ -1,5 +1,6 @@
 """Trajectories for the tests of train_uft.py: made by hand, made at random, and taken through one optimiser step."""
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_uft
 from infra.training import ROOT, Run
@@ -117,6 +119,7 @@ def step(model, groups, method=METHODS["uft"], coef=0.5, reference=None, config=
 
 def assert_same(a, b, tolerance=1e-5):
     """Gradients agree within `tolerance` of the largest tensor's norm."""
+    assert a.keys() == b.keys()
     scale = max(g.norm() for g in b.values())
     for name in b:
         assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
@@ -149,6 +152,19 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def write(path, records):
+    """Write a .jsonl, .json or .parquet file, whose folder need not be there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(list(records)), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
 def metrics(out, left_out=TIMES):
     lines = read(Path(out) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
@@ -157,6 +173,35 @@ def metrics(out, left_out=TIMES):
 def steps(out):
     """The metrics of each step, without the validations."""
     return [m for m in metrics(out) if "lr" in m]
+
+
+def outcome(out):
+    """All that a run leaves but its times: metrics, samples, state, weights, the optimiser's tensors."""
+    files = [*sorted(Path(out).glob("resume/*.safetensors")), Path(out) / "model/model.safetensors"]
+    tensors = {f.name: {k: v.numpy().tobytes() for k, v in load_file(f).items()} for f in files}
+    state = json.loads((Path(out) / "resume/state.json").read_text())
+    state = {k: v for k, v in state.items() if k not in ("config", "last", "train_s")}
+    samples = (Path(out) / "samples.jsonl").read_text()
+    return {"state": state, "metrics": metrics(out), "samples": samples} | tensors
+
+
+def before_updates(trainer, act, monkeypatch):
+    """Have act(number, run, *rest) called before each optimiser step of a trainer, from number 1 on."""
+    update, numbers = trainer.update, itertools.count(1)
+    monkeypatch.setattr(trainer, "update", lambda *args: (act(next(numbers), *args), update(*args))[1])
+
+
+def cut(trainer, call, monkeypatch, run, *args):
+    """run(*args) with Ctrl-C at the `call`-th optimiser step of a trainer."""
+
+    def stop(number, *_):
+        if number == call:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        before_updates(trainer, stop, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(*args)
 
 
 def assert_close(a, b, tolerance):
