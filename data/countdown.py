@@ -300,7 +300,7 @@ def score(response: str, truth: dict) -> tuple[float, str]:
     if target is None or None in numbers:
         raise UserError(f"truth: numbers {truth['numbers']} and target {truth['target']!r} must be integers")
     if truth.get("steps"):
-        verdict = _check_chain(before, answer, numbers, target)
+        verdict = _check_chain(before, answer.strip(), numbers, target)
     else:
         verdict = _check_equation(answer.strip(), numbers, target)
     return (1.0 if verdict == "right" else 0.1), verdict
@@ -310,7 +310,7 @@ score_published = partial(published, "countdown")
 
 
 def _check_chain(lines: str, answer: str, numbers: list[int], target: int) -> str:
-    if len(lines) > MAX_CHAIN or not re.fullmatch("[0-9]{1,2}", answer.strip()):
+    if len(lines) > MAX_CHAIN or not re.fullmatch("[0-9]{1,2}", answer):
         return "malformed"
     if not all(
         re.fullmatch("[0-9]{1,2} *[-+] *[0-9]{1,2} *= *[0-9]{1,2}", x.strip()) for x in lines.splitlines()

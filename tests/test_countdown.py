@@ -173,6 +173,7 @@ def test_verdicts(equation, verdict):
         ("3+5=8\n8-2=6\n6+8=14\n<answer>14</answer>", "right"),
         ("5+3=8\n8+8=16\n16-2=14\n<answer>14</answer>", "right"),
         ("3 + 5 = 8\n8+8=16\n16-2=14\n<answer> 14 </answer>\n", "right"),
+        ("3+5=8\n8+8=16\n16-2=14\n<answer>\x1d14</answer>", "right"),  # white space, but not to int()
         ("3+5=8\n8+8=16\n16-2=14\n<answer>13</answer>", "wrong"),
         ("3+5=8\n8+8=16\n16+2=18\n<answer>14</answer>", "wrong"),
         ("3+5=8\n8+8=16\n16+2=18\n<answer>18</answer>", "wrong"),
