@@ -27,6 +27,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from experiments.report import curves as means_over_windows
+from experiments.report import read_jsonl
 from infra.checkpoint import MAY_DIFFER
 from infra.config import FilePath, UserError, parse_config, require, run_script
 from infra.parallel import rank
@@ -85,17 +86,22 @@ Curves = dict[Panel, dict[str, list[Point]]]  # of each panel, by the method's n
 
 
 def read_run(folder: Path) -> LoggedRun:
-    """The configuration and the metrics of a run. UserError for a file that is missing or damaged."""
+    """The configuration and the metrics of a run. UserError if one is missing; lines that cannot be read
+    are left out with a note.
+    """
     path = folder / "config.toml"
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8"))
-        path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the end may be half a line
-        return LoggedRun(folder, config, [json.loads(line) for line in lines if line.strip()])
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     except ValueError as e:
         raise UserError(f"{path}: not written by a run ({e})") from None
+    records, notes = read_jsonl(folder / "metrics.jsonl")
+    if notes and not records:
+        raise UserError(f"{folder / 'metrics.jsonl'}: not written by a run")
+    for text in notes:
+        print(f"note: {folder}: {text}")
+    return LoggedRun(folder, config, records)
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
