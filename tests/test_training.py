@@ -20,7 +20,7 @@ import train_ift
 import train_uft
 from data.chat import Example
 from data.tokenizer import Tokenizer
-from infra import training
+from infra import checkpoint, training
 from infra.config import UserError
 from infra.training import (
     ROOT,
@@ -314,3 +314,10 @@ def test_a_run_whose_rows_have_changed_is_not_resumed(tmp_path, capsys):
     ):
         train_uft.main([*flags, "--resume=true"])
     assert (tmp_path / "out/metrics.jsonl").read_bytes() == kept
+
+
+def test_a_run_that_fails_frees_its_folder(tmp_path):
+    """In a notebook the process lives on."""
+    with pytest.raises(UserError, match="max_prompt = 1"):
+        train_uft.main(["--max_prompt=1", f"--out_dir={tmp_path}"])
+    assert not checkpoint._locks
