@@ -263,8 +263,9 @@ def talk(model: Transformer, tokenizer: Tokenizer, cfg: Config) -> None:
             print(f"the model's {window} positions are full; /new begins another conversation")
             messages.pop()
             continue
-        how = {"seed": cfg.seed + len(messages), "top_k": cfg.top_k, "top_p": cfg.top_p}
-        ids, reply = stream(model, prompt, room, cfg.temperature, tokenizer.stop_ids, **how), ""
+        how = {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p")}
+        ids = stream(model, prompt, room, tokenizer.stop_ids, cfg.seed + len(messages), **how)
+        reply = ""
         for piece in pieces(tokenizer, ids):
             print(piece, end="", flush=True)
             reply += piece

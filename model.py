@@ -427,15 +427,23 @@ def token_logprobs(
 
 def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
-    temperature: float | Tensor = 1.0, entropy: bool = False, together: Sequence[int] | None = None,
+    temperature: float | Tensor = 1.0, entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """loss_fn(logp, entropy, *columns), a sum over tokens, and detached log-probs and entropies (N,).
 
-    columns: further tensors (N,), or None. together: sizes of groups of consecutive tokens that loss_fn must
-    see as a whole; it matters only to fast/head.py, which calls loss_fn once per chunk.
+    columns: further tensors (N,), or None.
     """
     logp, entropy = token_logprobs(hidden, weight, targets, temperature, entropy)
     return loss_fn(logp, entropy, *columns), logp.detach(), entropy.detach()
+
+
+def group_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable, columns: tuple, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """token_loss of a loss that is a sum over groups of consecutive tokens. sizes: how many each has, which
+    matters to fast/head.py alone: it calls loss_fn once per chunk of whole groups.
+    """
+    return token_loss(hidden, weight, targets, loss_fn, columns)
 
 
 def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:

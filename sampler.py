@@ -10,6 +10,7 @@ except where rounding of the logits flips a choice.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,21 @@ class Completion:
     # Of each token, in nats, under the distribution it was drawn from; greedy: under the model's own.
     logprobs: list[float]
     finished: bool  # a stop id was sampled; False: cut at max_new_tokens
+
+
+class Request(NamedTuple):
+    """What generate() is asked for, by the names of its arguments."""
+
+    prompts: Sequence[Sequence[int]]
+    n: int
+    max_new_tokens: int
+    sampling: tuple[float, int, float]  # temperature, top_k, top_p
+    stop_ids: Sequence[int]
+    seed: int
+    batch_size: int
+    keys: Sequence[int]
+    progress: Callable[[int, int], None] | None
+    on_finish: Callable[[int, list[Completion]], None] | None
 
 
 # ---- drawing a token ---------------------------------------------------------------------------------------
@@ -176,14 +192,12 @@ def generate(
     """
     check_arguments(prompts, n, max_new_tokens, temperature, top_k, top_p, batch_size)
     keys = range(len(prompts)) if keys is None else keys
+    sampling = (temperature, top_k, top_p)
     if fast:
         from fast.engine import generate as fast_generate
 
-        return fast_generate(
-            model, prompts, n, max_new_tokens, temperature, stop_ids, seed, top_k, top_p, batch_size, keys,
-            progress, on_finish,
-            **engine_options,
-        )  # fmt: skip
+        how = (stop_ids, seed, batch_size, keys, progress, on_finish)
+        return fast_generate(model, Request(prompts, n, max_new_tokens, sampling, *how), **engine_options)
     # The plain path: batches of whole prompts, each decoded until all its rows have stopped.
     device, dtype = model.head_weight.device, model.head_weight.dtype
     results, at_a_time = [], max(1, (batch_size or len(prompts) * n) // n)
@@ -200,9 +214,7 @@ def generate(
         logits = prefill(model, cache, rows)
         for step in range(max_new_tokens):
             # 3. Sample a token for every row.
-            tokens, logprobs = draw(
-                logits, uniform(int64(seed), numbers, position), temperature, top_k, top_p
-            )
+            tokens, logprobs = draw(logits, uniform(int64(seed), numbers, position), *sampling)
             # 4. Keep it. Finished rows keep decoding until every row has sampled a stop id.
             for completion, token, logprob in zip(
                 completions, tokens.tolist(), logprobs.tolist(), strict=True
@@ -230,16 +242,19 @@ def generate(
 
 @torch.inference_mode()
 def stream(
-    model: Transformer, prompt: Sequence[int], max_new_tokens: int = 256, temperature: float = 1.0,
-    stop_ids: Sequence[int] = (), seed: int = 0, top_k: int = 0, top_p: float = 1.0,
+    model: Transformer, prompt: Sequence[int], max_new_tokens: int = 256, stop_ids: Sequence[int] = (),
+    seed: int = 0, **sampling,
 ) -> Iterator[int]:  # fmt: skip
-    """The tokens of generate(model, [prompt], ...), one by one as they are sampled, without the stop id."""
+    """The tokens of generate(model, [prompt], ...), one by one as they are sampled, without the stop id.
+
+    sampling: temperature, top_k and top_p.
+    """
     device = model.head_weight.device
     cache = KVCache(model.config, 1, len(prompt) + max_new_tokens, model.head_weight.dtype, device)
     logits, row = prefill(model, cache, [prompt]), torch.zeros(1, dtype=torch.long, device=device)
     for length in range(len(prompt), len(prompt) + max_new_tokens):
         position = torch.full_like(row, length)
-        token, _ = draw(logits, uniform(int64(seed), row, position), temperature, top_k, top_p)
+        token, _ = draw(logits, uniform(int64(seed), row, position), **sampling)
         if token.item() in stop_ids:
             return
         yield int(token)

@@ -369,8 +369,7 @@ def examples_loss(
     targets = states, model.head_weight, rows.ids[rows.mask]
     if method.token_loss:
         return head.token_loss(*targets, of_tokens, (row, column))[:2]
-    together = counts.tolist()  # an example's targets stay together
-    return head.token_loss(*targets, of_examples, (row, column), together=together)[:2]
+    return head.group_loss(*targets, of_examples, (row, column), counts.tolist())[:2]
 
 
 def target_nll(model: Transformer, rows: Rows, cfg: Config, states=None) -> Tensor:

@@ -250,8 +250,6 @@ def _files(path: Path, split: str) -> list[Path]:
         raise UserError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    if arrow := next(path.rglob("*.arrow"), None):
-        raise UserError(f"{arrow}: Arrow files are not read; write the rows with to_parquet()")
     found = [p for p in sorted(path.rglob("*")) if p.suffix in ENDINGS]
     parts = {p: p.relative_to(path).parts for p in found}
     files = [p for p in found if not any(name.startswith((".", "~")) for name in parts[p])]
@@ -270,6 +268,9 @@ def _files(path: Path, split: str) -> list[Path]:
     files = [p for p in files if p in named or split in parts[p][:-1]]
     if not files:
         raise UserError(f"{path}: no {split}.parquet or {split}.jsonl")
+    for folder in {p.parent for p in files}:
+        if arrow := next(folder.glob("*.arrow"), None):  # beside which the JSON files are no rows
+            raise UserError(f"{arrow}: Arrow files are not read; write the rows with to_parquet()")
     return files
 
 

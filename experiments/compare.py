@@ -18,7 +18,6 @@ Seconds are those of the fastest seed, the one that other programs disturbed lea
 means over the seeds whose test accuracy reached the goal, up to the first validation that did.
 """
 
-import json
 import os
 import re
 import shlex
@@ -34,7 +33,6 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments import field
-from experiments.field import MEASURED_LATER, Runs
 from experiments.plot import Curves, LoggedRun, Panel, curve, draw, note_without_matplotlib, read_run
 from infra.checkpoint import resume_folder
 from infra.config import Count, FilePath, NonNegative, UserError, parse_config, require, run_script
@@ -181,9 +179,7 @@ def ending(run: LoggedRun) -> dict[str, float]:
     for key in TRAINED:
         if values := [r[key] for r in run.records if key in r][-LAST:]:
             means[key] = fmean(values)
-    kept = run.folder / MEASURED_LATER
-    later = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    return tests(run)[-1] | means | later
+    return tests(run)[-1] | means | field.measured(run.folder)
 
 
 def accuracy_at(run: LoggedRun, tokens: float) -> float:
@@ -206,37 +202,37 @@ def mean_cell(values: Sequence[float], digits: int, interval: bool = False) -> s
     return f"{mean:.{digits}f}" + (f" ± {high - mean:.{digits}f}" if interval and len(values) > 1 else "")
 
 
-def cells(runs: list[LoggedRun], columns: list, cfg: Config) -> list[str]:
-    """The figures of one method."""
-    ends, found = list(map(ending, runs)), []
-    for _, key, factor, digits in columns:
+def figures(runs: list[LoggedRun], cfg: Config) -> dict[str, str]:
+    """The figures of one method, by the titles of their columns."""
+    ends, found = list(map(ending, runs)), {}
+    for title, key, factor, digits in MEASURED:
         values = [factor * end[key] for end in ends if key in end]
-        found.append(mean_cell(values, digits, interval=key in ("val/accuracy", "val/loss")))
-    found.append(" ".join(f"{100 * end['val/accuracy']:.1f}" for end in ends))
+        found[title] = mean_cell(values, digits, interval=key in ("val/accuracy", "val/loss"))
+    found["each seed"] = " ".join(f"{100 * end['val/accuracy']:.1f}" for end in ends)
     if cfg.tokens:
-        found.append(mean_cell([100 * accuracy_at(run, 1e6 * cfg.tokens) for run in runs], 1))
-    sampled = mean_cell([sampled_tokens(run, run.last_step) / 1e6 for run in runs], 2)
-    found += [f"{ends[0]['step']:,}", sampled, f"{min(end['train_s'] for end in ends):.0f}"]
+        values = [100 * accuracy_at(run, 1e6 * cfg.tokens) for run in runs]
+        found[f"at {cfg.tokens:g} million tokens"] = mean_cell(values, 1)
+    found["steps"] = f"{ends[0]['step']:,}"
+    values = [sampled_tokens(run, run.last_step) / 1e6 for run in runs]
+    found["million sampled tokens"] = mean_cell(values, 2)
+    found["seconds, least"] = f"{min(end['train_s'] for end in ends):.0f}"
     for goal in cfg.goals:
         costs = [cost for run in runs if (cost := cost_of_goal(run, goal))]
         some = f" ({len(costs)} of {len(runs)} seeds)" if len(costs) < len(runs) else ""
-        means = [f"{fmean(values):,.0f}{some}" for values in zip(*costs, strict=True)]
-        found += means or ["-"] * 3
+        for i, unit in enumerate(("steps", "seconds", "sampled tokens")):
+            mean = f"{fmean(cost[i] for cost in costs):,.0f}{some}" if costs else "-"
+            found[f"{unit} to {goal:g} %"] = mean
     return found
 
 
 def table_of(methods: Methods, cfg: Config) -> str:
-    """The table in Markdown."""
-    ends = [ending(run) for runs in methods.values() for run in runs]
-    columns = [column for column in MEASURED if any(column[1] in end for end in ends)]
+    """The table in Markdown, without the columns of MEASURED that are empty."""
+    found = {name: figures(runs, cfg) for name, runs in methods.items()}
+    empty = [title for title, *_ in MEASURED if all(row[title] == "-" for row in found.values())]
+    titles = [title for title in next(iter(found.values())) if title not in empty]
     seeds = " or ".join(map(str, sorted({len(runs) for runs in methods.values()})))
-    titles = [f"{seeds} seeds, ± 95 % of their mean", *(title for title, *_ in columns), "each seed"]
-    titles += [f"at {cfg.tokens:g} million tokens"] if cfg.tokens else []
-    titles += ["steps", "million sampled tokens", "seconds, least"]
-    for goal in cfg.goals:
-        titles += [f"{unit} to {goal:g} %" for unit in ("steps", "seconds", "sampled tokens")]
-    rows = [titles, ["---"] * len(titles)]
-    rows += [[name, *cells(runs, columns, cfg)] for name, runs in methods.items()]
+    rows = [[f"{seeds} seeds, ± 95 % of their mean", *titles], ["---"] * (1 + len(titles))]
+    rows += [[name, *map(row.get, titles)] for name, row in found.items()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -294,7 +290,7 @@ def main(argv: Sequence[str]) -> None:
         make_runs(runs(out), replace(cfg, out_dir=str(out / field.FOLDERS.get(stage, stage))), field.measure)
 
 
-def make_runs(wanted: Runs, cfg: Config, measure: Callable = lambda run: None) -> None:
+def make_runs(wanted: field.Runs, cfg: Config, measure: Callable = lambda run: None) -> None:
     """Make runs, `jobs` at a time, measure(folder) each, and report all runs of the folder."""
     runs = [(name, flags, seed) for name, (flags, seeds) in wanted.items() for seed in seeds]
     runs, failed = sorted(runs, key=lambda run: run[2]), []  # a seed of each before the next seed

@@ -19,7 +19,7 @@ from data import countdown
 from data.tokenizer import Tokenizer
 from experiments import tiny_base
 from infra.answers import accuracy
-from infra.config import UserError
+from infra.config import UserError, read_json
 from model import Transformer
 
 SEARCH = {  # method -> its constant and two values, the paper's first
@@ -47,7 +47,6 @@ TESTED, VALIDATED = 500, 500
 CONTROLS = "sft", "rft", "sft-rft", "uft"
 BEST = 6  # methods beside the controls in the second and third start
 GOALS, TOKENS = (30.0, 50.0), 2.67  # of the tables; million tokens that 1,000 steps of uft sample
-MEASURED_LATER = "measured.json"
 HINT_LOSS = Path(__file__).with_name("hint_loss.py")
 
 Runs = dict[str, tuple[list[str], Iterable[int]]]  # name -> arguments, seeds
@@ -80,7 +79,7 @@ def measure(run: Path) -> None:
     """Write measured.json: a finished run's greedy accuracy on the test problems, also from another first
     step, and its pass@16 at temperature 1.
     """
-    if (run / MEASURED_LATER).exists():
+    if measured(run):
         return
     model = Transformer.from_pretrained(run / "model", torch.float32)
     tokenizer = Tokenizer.from_pretrained(run / "model")
@@ -94,11 +93,12 @@ def measure(run: Path) -> None:
     found["val/other_start"] = accuracy(answers([row for row in begun if row["start"]])).mean
     sampled = answers(rows, n=16, temperature=1.0)
     found["val/pass@16"] = fmean(any(a["reward"] == 1 for a in group) for group in sampled)
-    (run / MEASURED_LATER).write_text(json.dumps(found), encoding="utf-8")
+    (run / "measured.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def test_accuracy(run: Path) -> float:
-    return json.loads((run / MEASURED_LATER).read_text(encoding="utf-8"))["val/accuracy"]
+def measured(run: Path) -> dict[str, float]:
+    """What measure() has found; nothing before."""
+    return read_json(run / "measured.json")
 
 
 def search(out: Path) -> Runs:
@@ -140,7 +140,7 @@ def best_methods(out: Path) -> list[str]:
     """The controls, and the best of the others from the base by the mean over seeds."""
 
     def mean(method: str) -> float:
-        return fmean(test_accuracy(out / "base" / f"{method}-{seed}") for seed in range(3))
+        return fmean(measured(out / "base" / f"{method}-{seed}")["val/accuracy"] for seed in range(3))
 
     others = sorted((m for m in SEARCH if m not in CONTROLS), key=mean, reverse=True)
     return [*CONTROLS, *others[:BEST]]

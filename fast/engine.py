@@ -7,7 +7,7 @@ active row, so the batch stays dense and shrinks, or by a waiting prompt, so it 
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from fast.head import PIECE, compute_logits
 from infra.config import memory_advice
 from infra.parallel import has_bfloat16
 from model import KVCache, Transformer
-from sampler import Completion, decode, draw, int64, uniform
+from sampler import Completion, Request, decode, draw, int64, uniform
 
 PREFILL_TOKENS = 1 << 15  # prompt tokens per pass, so that activations take less memory than keys and values
 PROMPT_BUCKET, SPAN_BUCKET, ROW_BUCKET = 64, 256, 64  # CUDA: shapes are rounded up to multiples of these
@@ -239,24 +239,14 @@ class Chunk:
 @torch.inference_mode()
 def generate(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    max_new_tokens: int,
-    temperature: float,
-    stop_ids: Sequence[int],
-    seed: int,
-    top_k: int,
-    top_p: float,
-    batch_size: int,
-    keys: Sequence[int],
-    progress: Callable[[int, int], None] | None,
-    on_finish: Callable[[int, list[Completion]], None] | None = None,
+    request: Request,
     compile: bool | None = None,  # torch.compile the steps; None: on CUDA
     check_every: int = 0,  # decode steps between two checks for finished rows; 0: 1, on CUDA CHECK_EVERY
     reserve: int = 0,  # bytes of GPU memory to leave for later allocations if batch_size is 0
     longest_prompt: int = 0,  # in tokens, also of later calls, so that they can reuse the engine (CUDA)
 ) -> list[list[Completion]]:
-    """For each prompt a list of n completions; arguments as in sampler.generate."""
+    """For each prompt of the request a list of n completions."""
+    prompts, n, max_new_tokens, sampling, stop_ids, seed, batch_size, keys, progress, on_finish = request
     if not prompts:
         return []
     # Size of the engine: `rows` slots with room for `room` positions.
@@ -272,7 +262,6 @@ def generate(
     rows = min(len(prompts), max(1, at_once // n)) * n
 
     with memory_advice(f"generating {rows} rows at a time", "batch_size (rollout_batch)", max(n, rows // 2)):
-        sampling = (temperature, top_k, top_p)
         engine = engine_for(model, rows, room, dtype, sampling, on_cuda if compile is None else compile)
         engine.seed.fill_(int64(seed))
         stop, stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), frozenset(stop_ids)

@@ -267,8 +267,8 @@ def token_logprobs(
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss_fn, columns, temperature, want_entropy, chunks):
-        chunks, head = _chunks(hidden, weight) if chunks is None else chunks, weight.to(hidden.dtype)
+    def forward(ctx, hidden, weight, targets, loss_fn, columns, how):
+        (temperature, want_entropy, chunks), head = how, weight.to(hidden.dtype)
         g_hidden, g_weight = torch.zeros_like(hidden), _gradient_of(weight)
         total, logps, entropies = hidden.new_zeros((), dtype=torch.float32), [], []
         work = _work(hidden, head, chunks, want_entropy)
@@ -297,28 +297,34 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx, g, *_):
         g_hidden, g_weight = ctx.saved_tensors
         g_weight = None if g_weight is None else g_weight.mul_(g)
-        return g_hidden.mul_(g), g_weight, None, None, None, None, None, None
+        return g_hidden.mul_(g), g_weight, None, None, None, None
 
 
 def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor], columns: tuple = (),
-    temperature: Temperature = 1.0, entropy: bool = False, together: Sequence[int] | None = None,
+    temperature: Temperature = 1.0, entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Twin of model.token_loss. The result may be differentiated once.
 
-    loss_fn is called once per chunk, so it must be a sum over tokens, or over the groups of consecutive
-    tokens whose sizes are `together`. Its gradient is known as soon as the logits are, so there are three
-    products with the head (logits, gradient of the states, gradient of the head); token_logprobs, which takes
-    over where a group is too long to hold the gradient of its logits, computes the logits twice.
+    loss_fn is called once per chunk, so it must be a sum over tokens. Its gradient is known as soon as the
+    logits are, so there are three products with the head (logits, gradient of the states, gradient of the
+    head), where token_logprobs computes the logits twice.
     """
-    chunks = None
-    if together is not None:
-        chunks = _chunks_of_groups(together, len(weight), hidden.device)
-        if chunks is None:
-            logp, entropies = token_logprobs(hidden, weight, targets, temperature, entropy)
-            return loss_fn(logp, entropies, *columns), logp.detach(), entropies.detach()
     hidden = _in_head_dtype(hidden, weight)
-    return _TokenLoss.apply(hidden, weight, targets, loss_fn, columns, temperature, entropy, chunks)
+    how = (temperature, entropy, _chunks(hidden, weight))
+    return _TokenLoss.apply(hidden, weight, targets, loss_fn, columns, how)
+
+
+def group_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable, columns: tuple, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of model.group_loss; token_logprobs takes over where a group is too long for _TokenLoss."""
+    chunks = _chunks_of_groups(sizes, len(weight), hidden.device)
+    if chunks is None:
+        logp, entropies = token_logprobs(hidden, weight, targets)
+        return loss_fn(logp, entropies, *columns), logp.detach(), entropies.detach()
+    how = (1.0, False, chunks)
+    return _TokenLoss.apply(_in_head_dtype(hidden, weight), weight, targets, loss_fn, columns, how)
 
 
 LONGEST = 1 << 26  # most logits of a group whose loss and gradient are computed at once: 256 MB

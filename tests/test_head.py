@@ -166,7 +166,7 @@ def test_token_loss_of_groups_that_stay_together(chunk, monkeypatch):
         return (logp.new_zeros(5).index_add(0, owner, logp) ** 2).sum() / 1e4
 
     def call(head, h, w, x):
-        return head.token_loss(h, w, x.targets, loss, (owner,), together=sizes)
+        return head.group_loss(h, w, x.targets, loss, (owner,), sizes)
 
     values, _ = assert_same(call, hidden, weight, x)
     plain_call, *calls = seen
